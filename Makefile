@@ -1,0 +1,141 @@
+# The commands of Tether. Each does its own set-up in .venv; `make help` lists them.
+
+# The first of these that is Python 3.11 or newer. Another: make PYTHON=/path/to/python3 …
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PINS := pyproject.toml $(wildcard requirements/*.txt)
+
+BACKENDS := jax torch tensorflow
+# Only `make test BACKEND=jax` narrows a run; a BACKEND that happens to be in the environment does not.
+ifeq ($(origin BACKEND),command line)
+ifeq ($(filter $(BACKENDS),$(BACKEND)),)
+$(error BACKEND=$(BACKEND) is not one of: $(BACKENDS))
+endif
+CHOSEN := $(BACKEND)
+else
+CHOSEN := $(BACKENDS)
+endif
+
+# The oldest Keras that is supported; the newest is pinned in requirements/test.txt. It is laid over the newest by
+# PYTHONPATH, so that the rest of the environment is the same and nothing large is installed twice.
+OLDEST_KERAS := 3.13.0
+OLDEST := $(VENV)/oldest
+
+# The demo runs on JAX unless KERAS_BACKEND says otherwise; the other backends come with the tests' set-up.
+DEMO_BACKEND := $(or $(KERAS_BACKEND),jax)
+DEMO_STAMP := $(if $(filter jax,$(DEMO_BACKEND)),$(VENV)/.demo-stamp,$(VENV)/.test-stamp)
+
+# Two workers, one thread each; quiet; on the processor only.
+WORKERS ?= 2
+QUIET := TF_CPP_MIN_LOG_LEVEL=3
+TEST_ENV := $(QUIET) CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
+PYTEST := $(PY) -m pytest --timeout 600
+# More for pytest: make test BACKEND=jax PYTEST_ARGS='-k freeze -x'
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test test-all lint types contracts format bench clean distclean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# ---- set-up -----------------------------------------------------------------
+
+setup: $(VENV)/.test-stamp ## make .venv with the package, three backends and the tools
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "Tether needs Python 3.11 or newer; none was found. Try: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-stamp: $(PINS) | $(PY)
+	@echo "Installing what the demo needs in $(VENV) (about a minute)"
+	@$(PIP) -c requirements/test.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test-stamp: $(PINS) | $(PY)
+	@echo "Installing three backends and the tools in $(VENV) (some minutes)"
+	@$(PIP) -r requirements/test.txt -e .
+	@$(PIP) --no-deps -r requirements/test-nodeps.txt
+	@touch $@
+
+$(OLDEST)/.stamp-$(OLDEST_KERAS): | $(VENV)/.test-stamp
+	@echo "Installing Keras $(OLDEST_KERAS) in $(OLDEST)"
+	@rm -rf $(OLDEST)
+	@$(PIP) --no-deps --target $(OLDEST) keras==$(OLDEST_KERAS)
+	@touch $@
+
+# ---- run --------------------------------------------------------------------
+
+demo: $(DEMO_STAMP) ## train tied and untied autoencoders on real digits (KERAS_BACKEND=torch make demo for another backend)
+	@KERAS_BACKEND=$(DEMO_BACKEND) $(QUIET) $(PY) -m tether.demo
+
+bench: $(VENV)/.test-stamp ## run benchmarks/*.py on each backend (BENCH=benchmarks/overhead.py BACKEND=jax for one)
+	@for f in $(or $(BENCH),$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))); do for b in $(CHOSEN); do \
+		echo "== $$f, $$b"; KERAS_BACKEND=$$b $(QUIET) $(PY) $$f || exit 1; \
+	done; done
+
+# ---- check ------------------------------------------------------------------
+
+# Runs pytest on each backend in turn and stops at the first that fails. $(1): more arguments.
+define on_each_backend
+	@for b in $(CHOSEN); do \
+		echo "== tests on $$b"; \
+		KERAS_BACKEND=$$b $(TEST_ENV) $(PYTEST) -n $(WORKERS) $(1) $(PYTEST_ARGS) tests || exit 1; \
+	done
+endef
+
+# The seam's tests on the oldest Keras; first, that it is the oldest which is imported. $(1): more arguments.
+define on_the_oldest_keras
+	@for b in $(BACKENDS); do \
+		echo "== the seam on Keras $(OLDEST_KERAS), $$b"; \
+		export PYTHONPATH="$(CURDIR)/$(OLDEST)" KERAS_BACKEND=$$b $(TEST_ENV); \
+		$(PY) -W ignore -c 'import keras; v = keras.__version__; assert v == "$(OLDEST_KERAS)", f"Keras {v} was imported"' || exit 1; \
+		$(PYTEST) $(1) tests/test_keras_seam.py || exit 1; \
+	done
+endef
+
+ifeq ($(origin BACKEND),command line)
+test: $(VENV)/.test-stamp
+	$(call on_each_backend)
+test-all: $(VENV)/.test-stamp
+	$(call on_each_backend,--run-slow)
+else
+test: lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## lint, types, contracts, tests on three backends and two Keras (BACKEND=jax: one backend's tests only)
+	$(call on_each_backend)
+	$(call on_the_oldest_keras)
+test-all: lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
+	$(call on_each_backend,--run-slow)
+	$(call on_the_oldest_keras,--run-slow)
+endif
+
+lint: $(VENV)/.test-stamp ## ruff: rules and format
+	@echo "== lint"
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.test-stamp ## mypy, strict
+	@echo "== types"
+	@$(VENV)/bin/mypy
+
+contracts: $(VENV)/.test-stamp ## the house's direction: who may import whom
+	@echo "== contracts"
+	@$(VENV)/bin/lint-imports --no-logo
+	@$(PY) scripts/check_seam.py
+
+format: $(VENV)/.test-stamp ## let ruff mend what it can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean: ## remove caches and outputs, keep .venv
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist demo-output
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)

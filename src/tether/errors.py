@@ -1,0 +1,51 @@
+"""The errors of Tether: each says what was expected, what came, and what to write instead."""
+
+from __future__ import annotations
+
+
+class TetherError(ValueError):
+    """The base of every error that Tether raises on purpose.
+
+    It is a `ValueError`, so code that guards a Keras call already catches it.
+    """
+
+
+class ShapeMismatch(TetherError):
+    """Shapes that have to agree do not."""
+
+
+class UnknownName(TetherError):
+    """A path names no weight of the layer, or names more than one."""
+
+
+class UnknownShape(TetherError):
+    """A shape is needed and nothing has told it yet."""
+
+
+class NotInvertible(TetherError):
+    """A value cannot be pushed back through an expression into its stored weights."""
+
+
+class UnboundArgument(TetherError):
+    """An expression with an argument was evaluated outside a call that binds it."""
+
+
+class InvalidConfig(TetherError):
+    """A serialised expression, weight or tie cannot be read, or must not be trusted."""
+
+
+class Unsupported(TetherError):
+    """The combination is known not to work; the message names the supported way."""
+
+
+class LostTie(TetherError):
+    """Saving would lose a tie, or loading has lost one."""
+
+
+class ValueConflict(TetherError):
+    """A file holds two different values for one stored weight."""
+
+
+def received(**values: object) -> str:
+    """Formats the closing sentence of an error: `Received: name=value, ...`."""
+    return "Received: " + ", ".join(f"{name}={value!r}" for name, value in values.items())

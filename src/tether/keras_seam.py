@@ -1,0 +1,576 @@
+"""Every private Keras name that Tether relies on, in one place.
+
+Nothing else in Tether may touch `keras.src` or an attribute of Keras that starts with an
+underscore. Each function below states the assumption it makes, and `tests/test_keras_seam.py`
+checks each one against the oldest and the newest supported Keras.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import keras
+from keras.src import backend as _backend
+from keras.src import tree as _tree
+from keras.src.backend.common import global_state as _global_state
+from keras.src.backend.common import stateless_scope as _stateless
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
+from keras.src.backend.config import is_nnx_enabled
+from keras.src.layers.layer import Layer as _Layer
+from keras.src.layers.rnn.bidirectional import Bidirectional as _Bidirectional
+from keras.src.models import cloning as _cloning
+from keras.src.models import functional as _functional
+from keras.src.models import model as _model
+from keras.src.models.functional import Functional, functional_like_constructor
+from keras.src.models.sequential import Sequential
+from keras.src.saving import object_registration as _registration
+from keras.src.saving import saving_api as _saving_api
+from keras.src.saving import saving_lib as _saving_lib
+from keras.src.saving import serialization_lib as _serialization
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils import naming as _naming
+from keras.src.utils import python_utils as _python_utils
+
+__all__ = ["AutocastScope", "Functional", "KerasSaveable", "Sequential", "get_autocast_scope", "is_nnx_enabled"]
+
+Variable = _backend.Variable
+"""The backend's concrete variable class, the one that `add_weight` creates."""
+
+
+# --------------------------------------------------------------------------- frames
+#
+# Keras has no "a copy starts here" hook. The stack says it: every clone and every load runs below
+# one outermost Keras call. State that must live exactly as long as that call is kept in the frame's
+# own local namespace: it is thread-local, it dies with the call, also when the call fails, and no
+# frame is kept alive by it.
+
+
+def _code(function: Callable[..., Any]) -> CodeType:
+    return inspect.unwrap(function).__code__
+
+
+_COPYING = {
+    _code(function)
+    for function in (
+        _cloning.clone_model,
+        _serialization.deserialize_keras_object,
+        _saving_api.load_model,
+        _saving_lib.load_model,
+        _saving_lib._load_model_from_fileobj,
+        _saving_lib._load_model_from_dir,
+        _functional.functional_from_config,
+        _model.model_from_json,
+    )
+}
+_LOADING = {
+    _code(function)
+    for function in (
+        _saving_lib._load_model_from_fileobj,
+        _saving_lib._load_model_from_dir,
+        _saving_lib.load_weights_only,
+        _saving_lib._load_state,
+    )
+}
+_SAVING = {_code(_saving_lib._save_model_to_fileobj), _code(_saving_lib._save_model_to_dir)}
+_LOSSES = {_code(_Layer.losses.fget)}
+_TRAINABLE_SETTER = _code(_Layer.trainable.fset)
+_BIDIRECTIONAL_INIT = _code(_Bidirectional.__init__)
+
+
+def _frames(depth: int = 2) -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _first_local(frame: FrameType) -> Any:
+    """The first positional argument of a frame: `self` of a method, `cls` of a classmethod."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def _is_copying(frame: FrameType) -> bool:
+    if frame.f_code in _COPYING:
+        return True
+    if frame.f_code.co_name != "from_config":
+        return False
+    first = _first_local(frame)
+    return isinstance(first, type) and issubclass(first, KerasSaveable)
+
+
+def _outermost(matches: Callable[[FrameType], bool]) -> FrameType | None:
+    found = None
+    for frame in _frames(3):
+        if matches(frame):
+            found = frame
+    return found
+
+
+def _namespace(frame: FrameType | None, key: str) -> dict[Any, Any] | None:
+    if frame is None:
+        return None
+    return frame.f_locals.setdefault(key, {})
+
+
+def copying_scope() -> dict[Any, Any] | None:
+    """A dict that lives as long as the outermost active Keras call that clones or deserialises."""
+    return _namespace(_outermost(_is_copying), ".tether.copying")
+
+
+def loading_scope() -> dict[Any, Any] | None:
+    """A dict that lives as long as the outermost active Keras call that loads weights."""
+    return _namespace(_outermost(lambda frame: frame.f_code in _LOADING), ".tether.loading")
+
+
+def saving_scope() -> dict[Any, Any] | None:
+    """A dict that lives as long as the outermost active write of a `.keras` archive.
+
+    Its key `"root"` holds the model being saved.
+    """
+    frame = _outermost(lambda frame: frame.f_code in _SAVING)
+    namespace = _namespace(frame, ".tether.saving")
+    if namespace is not None and frame is not None:
+        namespace.setdefault("root", frame.f_locals.get("model"))
+    return namespace
+
+
+def losses_scope() -> dict[Any, Any] | None:
+    """A dict that lives as long as one read of the outermost `Layer.losses`."""
+    return _namespace(_outermost(lambda frame: frame.f_code in _LOSSES), ".tether.losses")
+
+
+def set_by_a_container() -> bool:
+    """Whether a `trainable` setter runs because Keras recurses from a containing layer."""
+    return sys._getframe(2).f_code is _TRAINABLE_SETTER
+
+
+def inside_bidirectional_init() -> bool:
+    """Whether `Bidirectional.__init__` is copying its argument by config."""
+    return any(frame.f_code is _BIDIRECTIONAL_INIT for frame in _frames())
+
+
+def maker(exclude: Any) -> Any:
+    """The outermost Keras object whose `__init__` or `build` is running, if any, other than `exclude`."""
+    found = None
+    for frame in _frames():
+        if frame.f_code.co_name in ("__init__", "build"):
+            owner = _first_local(frame)
+            if isinstance(owner, KerasSaveable) and owner is not exclude:
+                found = owner
+    return found
+
+
+# --------------------------------------------------------------------------- names and scopes
+
+
+@contextlib.contextmanager
+def outside_name_scopes() -> Iterator[None]:
+    """Creates variables at the root of the name scopes, whichever layer is being built."""
+    stack = _global_state.get_global_attribute("name_scope_stack")
+    _global_state.set_global_attribute("name_scope_stack", [])
+    try:
+        yield
+    finally:
+        _global_state.set_global_attribute("name_scope_stack", stack)
+
+
+def name_scope(layer: Any) -> Any:
+    """The name scope that `add_weight` opens around a new variable of `layer`."""
+    return _backend.name_scope(layer.name, caller=layer)
+
+
+def current_path() -> str:
+    return str(_backend.common.name_scope.current_path())
+
+
+def set_path(variable: Any, path: str) -> None:
+    variable._path = path
+
+
+def automatic_name(kind: str) -> str:
+    """A name that Keras has not given to an object of this session yet."""
+    return str(_naming.auto_name(kind))
+
+
+def is_automatic_variable_name(name: str) -> bool:
+    """Whether Keras made the variable's name up (`variable`, `jax_variable_3`)."""
+    stem = name.rstrip("0123456789").rstrip("_")
+    return stem in {"variable", _naming.to_snake_case(Variable.__name__)}
+
+
+# --------------------------------------------------------------------------- variables
+
+
+def raw_value(variable: Any) -> Any:
+    """The tensor that a variable holds now, before autocast; `None` if not initialised yet."""
+    scope = _stateless.get_stateless_scope()
+    if scope is not None:
+        value = scope.get_current_value(variable)
+        if value is not None:
+            return value
+    return variable._value
+
+
+def is_initialized(variable: Any) -> bool:
+    return variable._value is not None
+
+
+def stored_dtype(variable: Any) -> str:
+    """The dtype of what is stored, whatever the autocast scope says."""
+    return str(keras.backend.standardize_dtype(variable._dtype))
+
+
+def prepare_view(view: Any, *, name: str, path: str, shape: tuple[int, ...], dtype: str, autocast: bool) -> None:
+    """Gives a variable that owns no storage the attributes that `Variable.__init__` would set."""
+    view._name = name
+    view._path = path
+    view._shape = shape
+    view._ndim = len(shape)
+    view._dtype = dtype
+    view._autocast = autocast
+    view._initializer = None
+    view._regularizer = None
+    view._constraint = None
+    view._aggregation = "none"
+    view._synchronization = "auto"
+    view._layout = None
+    view._overwrite_with_gradient = False
+    view._value = None
+
+
+def autocasts(variable: Any) -> bool:
+    return bool(variable._autocast)
+
+
+def is_float(dtype: str) -> bool:
+    return "float" in dtype
+
+
+# --------------------------------------------------------------------------- layers
+
+
+def track(layer: Any, variable: Any) -> None:
+    """Adds a stored variable to a layer, built or not."""
+    with unlocked(layer):
+        layer._track_variable(variable)
+
+
+def untrack(layer: Any, variable: Any) -> None:
+    layer._untrack_variable(variable)
+
+
+@contextlib.contextmanager
+def unlocked(layer: Any) -> Iterator[None]:
+    """Allows a layer that is built to take new sub-layers and variables."""
+    tracker = layer._tracker
+    locked = tracker.locked
+    tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            tracker.lock()
+
+
+STORES = ("trainable_variables", "non_trainable_variables")
+
+
+def variable_lists(layer: Any) -> dict[str, list[Any]]:
+    """The layer's own variables, by the tracker's store: the order in which Keras lists and saves them."""
+    return {store: getattr(layer, f"_{store}") for store in STORES}
+
+
+@contextlib.contextmanager
+def listed_variables(layer: Any, lists: dict[str, list[Any]]) -> Iterator[None]:
+    """Shows other lists of own variables to the layer's save and load methods."""
+    before = variable_lists(layer)
+    for store, variables in lists.items():
+        object.__setattr__(layer, f"_{store}", variables)
+    try:
+        yield
+    finally:
+        for store, variables in before.items():
+            object.__setattr__(layer, f"_{store}", variables)
+
+
+def replace_tracked(layer: Any, old: Any, new: Any) -> None:
+    """Puts another variable in the place of a tracked one, at the same position."""
+    for store in STORES:
+        if layer._tracker.is_in_store(store, old):
+            variables = layer._tracker.config[store][1]
+            index = next(i for i, v in enumerate(variables) if v is old)
+            untrack(layer, old)
+            with unlocked(layer):
+                track(layer, new)
+                for other in STORES:
+                    if layer._tracker.is_in_store(other, new):
+                        layer._tracker.untrack(new)
+                variables.insert(index, new)
+                layer._tracker.stored_ids[store].add(id(new))
+            return
+
+
+def insert_tracked(layer: Any, store: str, index: int, variable: Any) -> None:
+    """Tracks a variable at a position of one of the layer's lists."""
+    with unlocked(layer):
+        layer._tracker.config[store][1].insert(index, variable)
+        layer._tracker.stored_ids[store].add(id(variable))
+        if _backend.backend() == "torch":
+            layer._post_track_variable(variable)
+
+
+def shield_tracker(layer: Any, ignored: type) -> None:
+    """Makes the layer's tracker pass over instances of `ignored`, also inside containers."""
+    config = layer._tracker.config
+    for store in STORES:
+        test, variables = config[store]
+        if getattr(test, "ignores", None) is ignored:
+            continue
+
+        def shielded(value: Any, test: Callable[[Any], bool] = test) -> bool:
+            return not isinstance(value, ignored) and test(value)
+
+        shielded.ignores = ignored  # type: ignore[attr-defined]
+        shielded.original = test  # type: ignore[attr-defined]
+        config[store] = (shielded, variables)
+
+
+def unshield_tracker(layer: Any) -> None:
+    config = layer._tracker.config
+    for store in STORES:
+        test, variables = config[store]
+        config[store] = (getattr(test, "original", test), variables)
+
+
+_BOOKKEEPING = {
+    "_layers", "_metrics", "_seed_generators", "_trainable_variables", "_non_trainable_variables",
+    "_parameters", "_buffers", "_torch_params", "_non_persistent_buffers_set", "_tracked",
+    "_operations", "_operations_by_depth", "_nodes", "_nodes_by_depth", "_inbound_nodes", "_outbound_nodes",
+    "_losses", "_losses_override", "_loss_ids", "_tracker", "_compiled_trainable_state",
+}  # fmt: skip
+
+
+def attributes(layer: Any) -> list[tuple[str, Any]]:
+    """The attributes that the layer's author set, the same on every backend."""
+    own = {
+        name: value for name, value in vars(layer).items() if name not in _BOOKKEEPING and not name.startswith("_self_")
+    }
+    own.update(own.pop("_modules", {}))  # PyTorch keeps sub-layers apart
+    own.pop("_torch_params", None)
+    return list(own.items())
+
+
+def sublayers(layer: Any) -> list[Any]:
+    return list(layer._layers)
+
+
+def own_trainable_flag(layer: Any) -> bool:
+    return bool(layer._trainable)
+
+
+def set_own_trainable_flag(layer: Any, value: bool) -> None:
+    layer._trainable = value
+
+
+def tracks_layer(layer: Any, sublayer: Any) -> bool:
+    return bool(layer._tracker.is_in_store("layers", sublayer))
+
+
+def untrack_layer(layer: Any, sublayer: Any) -> None:
+    layer._tracker.untrack(sublayer)
+
+
+def set_untracked(layer: Any, name: str, value: Any) -> None:
+    """Sets an attribute that neither Keras nor the backend must track."""
+    object.__setattr__(layer, name, value)
+
+
+def forget_attribute(layer: Any, name: str) -> None:
+    """Removes the backend's own record of an attribute that held a variable (TensorFlow's checkpoints)."""
+    if _backend.backend() != "tensorflow":
+        return
+    with contextlib.suppress(AttributeError, ValueError):
+        layer._delete_tracking(name)
+
+
+def refresh_torch_parameters(layer: Any) -> None:
+    """Lets PyTorch's `parameters()` and `state_dict()` see the layer's present variables."""
+    if _backend.backend() == "torch" and layer.built:
+        layer._track_variables()
+
+
+def regularizer_losses_of(layer: Any) -> list[Any]:
+    return list(_Layer._get_own_losses(layer))
+
+
+def in_symbolic_scope() -> bool:
+    from keras.src.backend.common.symbolic_scope import in_symbolic_scope as inside
+
+    return bool(inside())
+
+
+def refuse_quantization_hook() -> str:
+    """The method that a layer's `quantize` wrapper calls before it changes anything."""
+    return "_check_quantize_args"
+
+
+def is_default(method: Any) -> bool:
+    return bool(_python_utils.is_default(method))
+
+
+def mark_like(function: Any, other: Any) -> Any:
+    """Keeps Keras's mark of a method that was not overridden (`get_config` made from `__init__`)."""
+    if is_default(other):
+        _python_utils.default(function)
+    return function
+
+
+def holds_its_layers_configs(model: Any) -> bool:
+    """Whether the model's config is made of the configs of its layers, by Keras's own code."""
+    cls = type(model)
+    if isinstance(model, Sequential):
+        return cls.get_config is Sequential.get_config
+    if isinstance(model, Functional):
+        return cls.get_config is Functional.get_config and functional_like_constructor(cls)
+    return False
+
+
+def layers_by_name(model: Any) -> dict[str, Any]:
+    return {layer.name: layer for layer in model.layers}
+
+
+def contained_layers(layer: Any) -> list[Any]:
+    """Every layer below `layer`, itself first, each once."""
+    return list(layer._flatten_layers())
+
+
+def flatten_containers(value: Any) -> list[Any]:
+    return list(_tree.flatten(value))
+
+
+# --------------------------------------------------------------------------- one call
+
+
+def call_owner() -> Any:
+    """The object that lives as long as the outer call in progress: the place for values computed once a call."""
+    scope = _stateless.get_stateless_scope()
+    if scope is not None:
+        return scope
+    return _global_state.get_global_attribute("current_call_ctx")
+
+
+def trace_token() -> Any:
+    """Something equal as long as values may be passed on without crossing a trace of the backend."""
+    return _trace_token()
+
+
+def _make_trace_token() -> Callable[[], Any]:
+    name = _backend.backend()
+    if name == "jax":
+        from jax.extend.core import get_opaque_trace_state
+
+        return lambda: get_opaque_trace_state(convention="flax")
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        return lambda: None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    if name == "torch":
+        import torch
+
+        return lambda: (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return lambda: None
+
+
+_trace_token = _make_trace_token()
+
+
+def _make_mutations() -> Callable[[Any], int]:
+    if _backend.backend() == "torch":
+        return lambda tensor: tensor._version
+    return lambda tensor: 0
+
+
+mutations = _make_mutations()
+"""How often a tensor was changed in place (PyTorch counts; JAX cannot, TensorFlow does not tell)."""
+
+
+# --------------------------------------------------------------------------- classes in files
+
+
+TIED_NAME = "tether>Tied"
+
+
+def register_tied(cls: type) -> None:
+    """Makes Keras write the one name of all tied classes into a config, whichever layer it is."""
+    _registration.GLOBAL_CUSTOM_NAMES[cls] = TIED_NAME
+
+
+def register_reader(reader: type) -> None:
+    """Makes Keras hand every config of a tied layer to `reader.from_config`."""
+    _registration.GLOBAL_CUSTOM_OBJECTS[TIED_NAME] = reader
+
+
+def class_reference(cls: type) -> dict[str, Any]:
+    """How Keras names a class in a file."""
+    found = _serialization.serialize_with_public_class(cls, {})
+    return {key: found[key] for key in ("module", "class_name", "registered_name")}
+
+
+def find_class(reference: dict[str, Any]) -> Any:
+    """The class of a reference, by Keras's own rules of what a file may name."""
+    custom = {
+        **_global_state.get_global_attribute("custom_objects_scope_dict", {}),
+        **_registration.GLOBAL_CUSTOM_OBJECTS,
+    }
+    return _serialization._retrieve_class_or_fn(
+        reference["class_name"],
+        reference["registered_name"],
+        reference["module"],
+        obj_type="class",
+        full_config={**reference, "config": {}},
+        custom_objects=custom,
+    )
+
+
+def registered_function(name: str) -> Any:
+    custom = {
+        **_global_state.get_global_attribute("custom_objects_scope_dict", {}),
+        **_registration.GLOBAL_CUSTOM_OBJECTS,
+    }
+    return custom.get(name)
+
+
+def save_to(model: Any, fileobj: Any) -> None:
+    _saving_lib._save_model_to_fileobj(model, fileobj, "h5")
+
+
+def load_from(fileobj: Any, *, compile: bool) -> Any:
+    return _saving_lib._load_model_from_fileobj(fileobj, custom_objects=None, compile=compile, safe_mode=False)
+
+
+def walk_saveables(root: Any) -> list[Any]:
+    """Every object that a save of `root` would visit, in Keras's order."""
+    seen: dict[int, Any] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, KerasSaveable):
+            if id(value) not in seen:
+                seen[id(value)] = value
+                for _, child in _saving_lib._walk_saveable(value):
+                    visit(child)
+        elif isinstance(value, (list, tuple, dict)):
+            for child in value.values() if isinstance(value, dict) else value:
+                if isinstance(child, (KerasSaveable, list, tuple, dict)):
+                    visit(child)
+
+    visit(root)
+    return list(seen.values())
+
+
+keras_version: str = keras.__version__

@@ -1,0 +1,7 @@
+"""How Keras layers use expressions."""
+
+from tether.layers.lambda_layer import Lambda
+from tether.layers.tie import tie, weight_of
+from tether.layers.untie import materialize, untie
+
+__all__ = ["Lambda", "materialize", "tie", "untie", "weight_of"]

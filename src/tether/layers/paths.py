@@ -1,0 +1,223 @@
+"""Names of weights: a path of attributes and indices from a layer down to one of its variables.
+
+A segment may also be a sub-layer's `name`, as a convenience for people. What is recorded is the
+canonical path, which is the same in every instance of the layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import UnknownName, received
+from tether.layers.state import STATE, WEIGHTS, state_of
+from tether.weights.weight import Weight
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a path leads: the layer that has (or will make) the variable, and who records a tie of it."""
+
+    layer: Any
+    leaf: Path
+    """What is left of the path: a variable's name, or more as long as the layer is not built."""
+    recorder: Any
+    recorded_path: Path
+    variable: Any = None
+    """The variable or view, if it exists."""
+    leaf_name: str = ""
+
+
+def split(path: Any) -> Path:
+    """The segments of a path.
+
+    Raises:
+        UnknownName: It is not a non-empty string of segments.
+    """
+    if not isinstance(path, str) or not path or any(not part for part in path.split("/")):
+        raise UnknownName(f"A weight is named by a path such as 'kernel' or 'query/kernel'. {received(path=path)}")
+    return tuple(path.split("/"))
+
+
+def locate(root: Any, path: Path) -> Place:
+    """Follows a path from a layer.
+
+    Raises:
+        UnknownName: It leads nowhere, or to two places.
+    """
+    layer, recorder, recorded, rest = root, root, (), path
+    while True:
+        found = find_variable(layer, rest)
+        if found is not None:
+            variable, canonical = found
+            return Place(layer, rest, recorder, recorded + canonical, variable, "/".join(canonical))
+        step = find_child(layer, rest)
+        if step is None:
+            if layer.built:
+                raise UnknownName(_nothing_there(root, path, layer, rest))
+            return Place(layer, rest, recorder, recorded + rest, None, rest[-1])
+        child, canonical, rest = step
+        if keras_seam.holds_its_layers_configs(layer):
+            recorder, recorded = child, ()
+        else:
+            recorded = recorded + canonical
+        if not rest:
+            raise UnknownName(
+                f"The path {'/'.join(path)!r} of layer {root.name!r} names a layer, not a weight. "
+                f"It has: {', '.join(weight_paths(child)) or 'no weights yet'}."
+            )
+        layer = child
+
+
+# --------------------------------------------------------------------------- variables
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """The variables of the layer itself, views included, sub-layers not."""
+    state = state_of(layer)
+    found = [variable for variables in keras_seam.variable_lists(layer).values() for variable in variables]
+    return found + ([slot.view for slot in state.slots] if state is not None else [])
+
+
+def holders(layer: Any, variable: Any) -> list[Path]:
+    """The attributes of the layer, and places in its containers, that hold a variable or sub-layer, public ones first."""
+    found = [path for path, value in _attributes(layer) if value is variable]
+    return sorted(found, key=lambda path: (path[0].startswith("_"), len(path), path))
+
+
+def _attributes(layer: Any) -> Iterator[tuple[Path, Any]]:
+    for name, value in keras_seam.attributes(layer):
+        if name not in (STATE, WEIGHTS):
+            yield from _inside((name,), value, 0)
+
+
+def _inside(path: Path, value: Any, depth: int) -> Iterator[tuple[Path, Any]]:
+    yield path, value
+    if depth < 4 and isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            yield from _inside((*path, str(place)), item, depth + 1)
+    elif depth < 4 and isinstance(value, dict):
+        for key, item in list(value.items()):
+            if isinstance(key, str):
+                yield from _inside((*path, key), item, depth + 1)
+
+
+def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
+    """The layer's own variable of that name or attribute, and its canonical path."""
+    variables = own_variables(layer)
+    by_id = {id(variable): variable for variable in variables}
+    matches: dict[int, str] = {}
+    if len(rest) == 1:
+        for variable in variables:
+            if variable.name == rest[0]:
+                matches[id(variable)] = f"the variable named {rest[0]!r} ({variable.path})"
+    for path, value in _attributes(layer):
+        if id(value) in by_id and path in (rest, ("_" + rest[0], *rest[1:])):
+            matches.setdefault(id(value), f"the attribute {'.'.join(path)!r} (variable {value.path})")
+    if not matches:
+        return None
+    if len(matches) > 1:
+        raise UnknownName(
+            f"The name {'/'.join(rest)!r} is ambiguous in layer {layer.name!r}: it is {' and '.join(matches.values())}. "
+            "Use a name that only one of them has."
+        )
+    variable = by_id[next(iter(matches))]
+    return variable, canonical_name(layer, variable)
+
+
+def canonical_name(layer: Any, variable: Any) -> Path:
+    """The variable's name, or its attribute where the name was made up or is not the only one of its kind."""
+    same = [other for other in own_variables(layer) if other.name == variable.name]
+    if len(same) == 1 and not keras_seam.is_automatic_variable_name(variable.name):
+        return (variable.name,)
+    paths = holders(layer, variable)
+    return paths[0] if paths else (variable.name,)
+
+
+# --------------------------------------------------------------------------- sub-layers
+
+
+def find_child(layer: Any, rest: Path) -> tuple[Any, Path, Path] | None:
+    """The sub-layer that the path goes through next: the layer, its canonical path, what is left."""
+    head, tail = rest[0], rest[1:]
+    found: dict[int, tuple[Any, Path, Path]] = {}
+    for attribute in (head, "_" + head):
+        value = _attribute(layer, attribute)
+        path: Path = (attribute,)
+        remaining = tail
+        while isinstance(value, (list, tuple, dict)) and remaining:
+            value = _item(value, remaining[0])
+            path, remaining = (*path, remaining[0]), remaining[1:]
+        if isinstance(value, keras.layers.Layer) and not isinstance(value, Weight):
+            found.setdefault(id(value), (value, path, remaining))
+    for child in _children(layer):
+        if child.name == head:
+            found.setdefault(id(child), (child, canonical_child(layer, child), tail))
+    if not found and not tail and isinstance(layer, keras.layers.RNN) and isinstance(layer.cell, keras.layers.Layer):
+        return layer.cell, ("cell",), rest
+    if len(found) > 1:
+        both = " and ".join(f"'{'/'.join(path)}' ({child.name})" for child, path, _ in found.values())
+        raise UnknownName(
+            f"The name {head!r} is ambiguous in layer {layer.name!r}: it is {both}. Use the attribute's path."
+        )
+    return next(iter(found.values()), None)
+
+
+def _children(layer: Any) -> list[Any]:
+    return [child for child in keras_seam.sublayers(layer) if not isinstance(child, Weight)]
+
+
+def _attribute(layer: Any, name: str) -> Any:
+    try:
+        return getattr(layer, name, None)
+    except Exception:  # a property that is not ready before build
+        return None
+
+
+def _item(container: Any, key: str) -> Any:
+    if isinstance(container, dict):
+        return container.get(key)
+    return container[int(key)] if key.isdigit() and int(key) < len(container) else None
+
+
+def canonical_child(layer: Any, child: Any) -> Path:
+    """The attribute, or the place in a container, that holds a sub-layer in every instance of the layer."""
+    if isinstance(layer, keras.Model) and isinstance(layer, (keras_seam.Functional, keras_seam.Sequential)):
+        public = [path for path in holders(layer, child) if not path[0].startswith("_")]
+        if public:
+            return public[0]
+        return ("layers", str(next(i for i, other in enumerate(layer.layers) if other is child)))
+    paths = holders(layer, child)
+    return paths[0] if paths else (child.name,)
+
+
+# --------------------------------------------------------------------------- errors
+
+
+def weight_paths(layer: Any, prefix: Path = (), depth: int = 0) -> list[str]:
+    """The paths of all weights below a layer."""
+    found = ["/".join((*prefix, *canonical_name(layer, variable))) for variable in own_variables(layer)]
+    if depth < 8:
+        for child in _children(layer):
+            found.extend(weight_paths(child, (*prefix, child.name), depth + 1))
+    return list(dict.fromkeys(found))
+
+
+def _nothing_there(root: Any, path: Path, layer: Any, rest: Path) -> str:
+    names = weight_paths(root)
+    wanted = "/".join(path)
+    close = difflib.get_close_matches(wanted, names, n=3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    listed = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+    at = f" ({'/'.join(rest)!r} at {layer.name!r})" if layer is not root else ""
+    return (
+        f"Layer {root.name!r} ({type(root).__name__}) has no weight {wanted!r}{at}.{hint} "
+        f"It has: {listed or 'no weights'}."
+    )

@@ -1,0 +1,90 @@
+"""Undoing a tie that failed half way: every object it touched is put back as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tether.weights.weight import Weight
+
+_CONTAINERS = (list, dict, set)
+
+
+class _Snapshot:
+    """An object's class, attributes, and the contents of the containers that they hold."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.cls = type(target)
+        self.attributes = dict(vars(target))
+        self.contents: list[tuple[Any, Any]] = []
+        self._keep_contents(self.attributes.values())
+        tracker = self.attributes.get("_tracker")
+        if tracker is not None:
+            self.tracker = dict(vars(tracker))
+            self._keep_contents(tracker.stored_ids.values())
+            self._keep_contents([tracker.stored_ids, tracker.config])
+        self.flags: list[tuple[Any, bool, Any, Any]] = []
+        for variables in (self.attributes.get("_trainable_variables"), self.attributes.get("_non_trainable_variables")):
+            for variable in variables or ():
+                self.flags.append((variable, variable.trainable, variable.regularizer, variable.constraint))
+        held = self.attributes.get("_variable")
+        if isinstance(target, Weight) and held is not None:
+            self.flags.append((held, held.trainable, held.regularizer, held.constraint))
+
+    def _keep_contents(self, values: Any) -> None:
+        for value in values:
+            if isinstance(value, list):
+                self.contents.append((value, list(value)))
+            elif isinstance(value, dict):
+                self.contents.append((value, dict(value)))
+            elif isinstance(value, set):
+                self.contents.append((value, set(value)))
+
+    def restore(self) -> None:
+        self.target.__class__ = self.cls
+        attributes = vars(self.target)
+        attributes.clear()
+        attributes.update(self.attributes)
+        for container, content in self.contents:
+            kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+            kind.clear(container)
+            (kind.extend if kind is list else kind.update)(container, content)
+        if hasattr(self, "tracker"):
+            vars(self.attributes["_tracker"]).update(self.tracker)
+        for variable, trainable, regularizer, constraint in self.flags:
+            if variable.trainable != trainable:
+                variable.trainable = trainable
+            variable.regularizer, variable.constraint = regularizer, constraint
+
+
+class Rollback:
+    """Restores layers and weights if the block raises."""
+
+    def __init__(self, targets: list[Any]) -> None:
+        self.targets = targets
+
+    def __enter__(self) -> Rollback:
+        self.snapshots = [_Snapshot(target) for target in self.targets]
+        self.states = [
+            (s.attributes["_tether"], dict(vars(s.attributes["_tether"])))
+            for s in self.snapshots
+            if "_tether" in s.attributes
+        ]
+        self.state_contents = [
+            (value, list(value) if isinstance(value, list) else dict(value))
+            for state, attributes in self.states
+            for value in attributes.values()
+            if isinstance(value, (list, dict))
+        ]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            return
+        for snapshot in self.snapshots:
+            snapshot.restore()
+        for state, attributes in self.states:
+            vars(state).update(attributes)
+        for container, content in self.state_contents:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)

@@ -1,0 +1,130 @@
+"""What a tied layer remembers about its ties."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from tether import keras_seam
+from tether.layers.view import View, stored_variables
+from tether.weights.expression import Expression
+from tether.weights.weight import Use, Weight
+
+STATE = "_tether"
+WEIGHTS = "_tether_weights"
+
+
+@dataclass
+class Tie:
+    """One tie as it was asked for: where it is recorded, and by which path from there."""
+
+    recorder: weakref.ref[Any]
+    path: tuple[str, ...]
+    expression: Expression
+    made_by_code: bool = False
+    """Made inside the constructor or `build` of a Keras object, which makes it again when it is made again."""
+
+
+@dataclass
+class Slot:
+    """A view, and the position that its variable has or would have in the layer's lists."""
+
+    view: View
+    store: str
+    index: int
+    tie: Tie
+
+
+@dataclass
+class State:
+    """The ties of one layer: those that wait for a variable, and those that have one."""
+
+    pending: dict[tuple[str, ...], Tie] = field(default_factory=dict)
+    slots: list[Slot] = field(default_factory=list)
+    recorded: list[Tie] = field(default_factory=list)
+    """The ties recorded on this layer, for it and for layers below it."""
+    held: list[Any] = field(default_factory=list)
+    saw_untracked_clash: bool = False
+
+
+def state_of(layer: Any) -> State | None:
+    """The state of a tied layer, or `None` of any other."""
+    found = vars(layer).get(STATE)
+    return found if isinstance(found, State) else None
+
+
+def ordered_variables(layer: Any, state: State) -> dict[str, list[Any]]:
+    """The layer's own variables by store, in the base's order, with views at their places."""
+    lists = {store: list(variables) for store, variables in keras_seam.variable_lists(layer).items()}
+    for slot in sorted(state.slots, key=lambda slot: slot.index):
+        lists[slot.store].insert(min(slot.index, len(lists[slot.store])), slot.view)
+    return lists
+
+
+def in_base_order(layer: Any, state: State, found: list[Any]) -> list[Any]:
+    """Variables that Keras listed, those of the layer itself first and in the order that its base has."""
+    lists = ordered_variables(layer, state)
+    known = {id(variable): variable for variable in found}
+    ordered: dict[int, Any] = {}
+    for store in keras_seam.STORES:
+        for variable in lists[store]:
+            for stored in stored_variables(variable):
+                if id(stored) in known:
+                    ordered.setdefault(id(stored), stored)
+    for variable in found:
+        ordered.setdefault(id(variable), variable)
+    return list(ordered.values())
+
+
+def hang_weights(layer: Any) -> None:
+    """Makes exactly the weights that the layer's views use its sub-layers."""
+    state = state_of(layer)
+    wanted: list[Weight] = []
+    if state is not None:
+        for slot in sorted(state.slots, key=lambda slot: (keras_seam.STORES.index(slot.store), slot.index)):
+            wanted.extend(weight for weight in slot.view.expression.weights_used() if weight not in wanted)
+    present = list(vars(layer).get(WEIGHTS) or [])
+    with keras_seam.unlocked(layer):
+        for weight in present:
+            if weight not in wanted and not _held_elsewhere(layer, weight):
+                keras_seam.untrack_layer(layer, weight)
+        if wanted:
+            setattr(layer, WEIGHTS, wanted)
+        elif WEIGHTS in vars(layer):
+            object.__delattr__(layer, WEIGHTS)
+            keras_seam.forget_attribute(layer, WEIGHTS)
+    keras_seam.refresh_torch_parameters(layer)
+
+
+def _held_elsewhere(layer: Any, weight: Weight) -> bool:
+    """Whether an attribute of the user's own holds the weight too."""
+    return any(value is weight for name, value in vars(layer).items() if name != WEIGHTS)
+
+
+_serializing = threading.local()
+
+
+class serializing:
+    """Marks an object whose config is being made, so that layers in it leave its ties to it."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        self.before: tuple[int, ...] = getattr(_serializing, "owners", ())
+        _serializing.owners = (*self.before, id(self.layer))
+
+    def __exit__(self, *_: object) -> None:
+        _serializing.owners = self.before
+
+
+def is_serializing(layer: Any) -> bool:
+    """Whether the object's config is being made, on this thread."""
+    return id(layer) in getattr(_serializing, "owners", ())
+
+
+def new_use(layer: Any, name: str, expression: Expression, regularizer: Any) -> Use:
+    """A use of an expression by a layer, not registered yet."""
+    return Use(name=name, expression=expression, layer=weakref.ref(layer), regularizer=regularizer)

@@ -1,0 +1,335 @@
+"""The class of a tied layer: a subclass of the layer's own class, made once for each.
+
+It keeps its base's name (Keras derives file paths from it), its base's `build`, `call` and their
+signatures. It hands out views when the base asks for a variable, keeps Keras's tracker and recursion
+away from weights that others share, lists and saves variables in the base's order, and writes the
+ties into its config under the one key `"tether"`.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import InvalidConfig, Unsupported, received
+from tether.layers import storage
+from tether.layers.record import VERSION, encode_ties, read_record
+from tether.layers.state import (
+    STATE,
+    State,
+    in_base_order,
+    serializing,
+    state_of,
+)
+from tether.layers.view import View
+from tether.weights.evaluation import hold, release
+from tether.weights.identity import sharing
+from tether.weights.weight import Weight
+
+KEY = "tether"
+_classes: dict[type, type] = {}
+
+
+def tied_class(base: type) -> type:
+    """The tied subclass of a layer class."""
+    if base not in _classes:
+        _classes[base] = _make(base)
+    return _classes[base]
+
+
+def base_class(cls: type) -> type:
+    """The class that a tied class was made from; any other class is its own."""
+    return cls._tether_base if issubclass(cls, Tied) else cls  # type: ignore[attr-defined, no-any-return]
+
+
+class Tied:
+    """What a tied layer does otherwise than its base. Mixed in front of the base by `tied_class`."""
+
+    _tether_base: type
+
+    # ------------------------------------------------------------------ variables
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        from tether.layers.tie import hand_out
+
+        for position, value in zip(("shape", "initializer", "dtype"), args, strict=False):
+            kwargs.setdefault(position, value)
+        state = state_of(self)
+        name = kwargs.get("name")
+        tie = None if state is None or name is None else state.pending.get((name,))
+        if state is None or tie is None:
+            return super().add_weight(**kwargs)  # type: ignore[misc]
+        view = hand_out(self, state, tie, **kwargs)
+        del state.pending[(name,)]
+        return view
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, View):
+            keras_seam.set_untracked(self, name, value)
+            return
+        super().__setattr__(name, value)
+        state = state_of(self)
+        if state is not None and state.pending and isinstance(value, keras.layers.Layer):
+            from tether.layers.tie import forward
+
+            forward(self, state)
+
+    def _lock_state(self) -> None:
+        from tether.layers.tie import settle
+
+        settle(self)
+        super()._lock_state()  # type: ignore[misc]
+
+    @property
+    def weights(self) -> list[Any]:
+        found = super().weights  # type: ignore[misc]
+        state = state_of(self)
+        return found if state is None else in_base_order(self, state, found)
+
+    @property
+    def variables(self) -> list[Any]:
+        found = super().variables  # type: ignore[misc]
+        state = state_of(self)
+        return found if state is None else in_base_order(self, state, found)
+
+    # ------------------------------------------------------------------ what trains
+
+    @property
+    def trainable(self) -> bool:
+        return keras_seam.own_trainable_flag(self)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        value = bool(value)
+        keras_seam.set_own_trainable_flag(self, value)
+        for variable in keras_seam.variable_lists(self)["trainable_variables"]:
+            variable.trainable = value
+        state = state_of(self)
+        hung = vars(self).get("_tether_weights") or ()
+        for layer in keras_seam.sublayers(self):
+            if not any(layer is weight for weight in hung):
+                layer.trainable = value
+        for slot in state.slots if state is not None else ():
+            slot.view.follow(value)
+
+    def _get_own_losses(self) -> list[Any]:
+        losses = super()._get_own_losses()  # type: ignore[misc]
+        state = state_of(self)
+        if state is None:
+            return losses  # type: ignore[no-any-return]
+        scope = keras_seam.losses_scope()
+        counted = set() if scope is None else scope.setdefault("pairs", set())
+        for slot in state.slots:
+            use = slot.view.use
+            if use.regularizer is None or not use.live:
+                continue
+            pair = (use.expression, repr(keras.regularizers.serialize(use.regularizer)))
+            if pair not in counted:
+                counted.add(pair)
+                losses.append(use.regularizer(slot.view.value))
+        return losses  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------ files
+
+    def save_own_variables(self, store: Any) -> None:
+        state = state_of(self)
+        if state is None:
+            super().save_own_variables(store)  # type: ignore[misc]
+        else:
+            storage.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
+
+    def load_own_variables(self, store: Any) -> None:
+        state = state_of(self)
+        if state is None:
+            super().load_own_variables(store)  # type: ignore[misc]
+        else:
+            storage.load(self, state, store, super().save_own_variables, super().load_own_variables)  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return revive(cls._tether_base, config)
+
+    def __reduce__(self) -> Any:
+        buffer = io.BytesIO()
+        keras_seam.save_to(self, buffer)
+        return (_unpickle, (buffer.getvalue(), {weight.uid: weight for weight in weights_below(self)}))
+
+    def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        children = super()._trackable_children(*args, **kwargs)  # type: ignore[misc]
+        return {
+            name: child
+            for name, child in children.items()
+            if not isinstance(child, View) and not isinstance(vars(self).get(name), View)
+        }
+
+    # ------------------------------------------------------------------ what would untie it
+
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        state = state_of(self)
+        names = ", ".join(slot.view.name for slot in state.slots) if state is not None else ""
+        raise Unsupported(
+            f"`enable_lora` on the tied layer {self.name!r} would train or freeze weights that others share "  # type: ignore[attr-defined]
+            f"(tied: {names}). Write the low-rank part as an expression: `tether.tie(layer, kernel=w + a @ b)`."
+        )
+
+    def _check_quantize_args(self, *args: Any, **kwargs: Any) -> None:
+        raise Unsupported(
+            f"Quantising the tied layer {self.name!r} would untie it. Quantise a plain copy: "  # type: ignore[attr-defined]
+            "`plain = tether.materialize(model); plain.quantize(...)`."
+        )
+
+
+def _make(base: type) -> type:
+    if base is Weight or issubclass(base, Tied):
+        raise Unsupported(f"{base.__name__} cannot be tied.")
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_tether_base": base,
+    }
+
+    def get_config(self: Any) -> dict[str, Any]:
+        with serializing(self):
+            config = dict(base.get_config(self))  # type: ignore[attr-defined]
+        state = state_of(self)
+        if state is not None:
+            ties = encode_ties(self, state)
+            if ties["ties"] and keras_seam.inside_bidirectional_init():
+                raise Unsupported(
+                    f"Bidirectional copies the layer that it is given by its config, which would untie {self.name!r}. "
+                    "Tie from outside: `tether.tie(keras.layers.Bidirectional(layer), "
+                    "{'forward_layer/cell/kernel': w, 'backward_layer/cell/kernel': w})`."
+                )
+            config[KEY] = ties
+        return config
+
+    namespace["get_config"] = keras_seam.mark_like(get_config, base.get_config)  # type: ignore[attr-defined]
+    if hasattr(base, "get_dropout_mask"):
+        namespace.update(_loop_hooks(base))
+    elif hasattr(base, "get_initial_state") and hasattr(base, "state_size"):
+        namespace["get_initial_state"] = _holding(base.get_initial_state)
+    if not hasattr(base, "enable_lora"):
+        namespace["enable_lora"] = _absent("enable_lora")
+    if not hasattr(base, "_trackable_children"):
+        namespace["_trackable_children"] = _absent("_trackable_children")
+    cls = type(base.__name__, (Tied, base), namespace)
+    keras_seam.register_tied(cls)
+    return cls
+
+
+class _absent:
+    """Hides a method of `Tied` whose base has none."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
+
+
+def _hold(cell: Any) -> None:
+    """Computes the cell's composite weights now, outside the time loop that is about to run."""
+    state = state_of(cell)
+    if state is None or state.held:
+        return
+    scope = None
+    if cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype):
+        scope = keras_seam.AutocastScope(cell.compute_dtype)
+    expressions = [slot.view.expression for slot in state.slots]
+    if scope is None:
+        state.held = hold(expressions)
+    else:
+        with scope:
+            state.held = hold(expressions)
+
+
+def _loop_hooks(base: Any) -> dict[str, Any]:
+    """An RNN asks its cell for a dropout mask before its loop, and takes it back after."""
+
+    def get_dropout_mask(self: Any, step_input: Any) -> Any:
+        _hold(self)
+        return base.get_dropout_mask(self, step_input)
+
+    def reset_dropout_mask(self: Any) -> None:
+        state = state_of(self)
+        if state is not None:
+            release(state.held)
+            state.held = []
+        base.reset_dropout_mask(self)
+
+    return {"get_dropout_mask": get_dropout_mask, "reset_dropout_mask": reset_dropout_mask}
+
+
+def _holding(get_initial_state: Any) -> Any:
+    """A cell of the user's own has one call before the loop: the one for its first state."""
+
+    def held_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        if state is not None:
+            state.held = []
+            _hold(self)
+            state.held = []
+        return get_initial_state(self, *args, **kwargs)
+
+    return held_state
+
+
+# --------------------------------------------------------------------------- coming back from a file
+
+
+def revive(base: type, config: dict[str, Any]) -> Any:
+    """A layer of the base class from a config, with the ties that the config records."""
+    from tether.layers.tie import restore
+
+    config = dict(config)
+    record = config.pop(KEY, None)
+    layer = base.from_config(config)  # type: ignore[attr-defined]
+    if record is not None:
+        _, ties = read_record(record)
+        if ties:
+            restore(layer, ties)
+    return layer
+
+
+class TiedReader(keras_seam.KerasSaveable):  # type: ignore[misc]
+    """What a file's name for a tied layer stands for: finds the base that the config names."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """The tied layer of a config that a stranger may have written.
+
+        Raises:
+            InvalidConfig: It names no layer class, or ties that cannot be read.
+        """
+        record = config.get(KEY) if isinstance(config, dict) else None
+        if not isinstance(record, dict) or record.get("version") != VERSION:
+            raise InvalidConfig(
+                f"A tied layer's config has the key {KEY!r} of version {VERSION}. {received(tether=record)}"
+            )
+        reference = record.get("base")
+        if not isinstance(reference, dict) or set(reference) != {"module", "class_name", "registered_name"}:
+            raise InvalidConfig(f"A tied layer's config names its class. {received(base=reference)}")
+        base = keras_seam.find_class(reference)
+        if not isinstance(base, type) or not issubclass(base, keras.layers.Layer) or issubclass(base, (Tied, Weight)):
+            raise InvalidConfig(f"A tied layer's class is a Keras layer. {received(base=reference)}")
+        return revive(base, config)
+
+
+keras_seam.register_reader(TiedReader)
+
+
+def weights_below(layer: Any) -> list[Weight]:
+    """The stored weights in a layer and the layers below it."""
+    return [found for found in keras_seam.contained_layers(layer) if isinstance(found, Weight)]
+
+
+def _unpickle(data: bytes, weights: dict[str, Weight]) -> Any:
+    with sharing(dict(weights)):
+        return keras_seam.load_from(io.BytesIO(data), compile=True)
+
+
+__all__ = ["KEY", "STATE", "State", "Tied", "TiedReader", "base_class", "revive", "tied_class", "weights_below"]

@@ -1,0 +1,160 @@
+"""Giving layers plain variables again, holding the present values."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import TetherError, UnknownName, Unsupported, received
+from tether.layers import paths
+from tether.layers.lambda_layer import Lambda
+from tether.layers.state import STATE, Slot, State, hang_weights, state_of
+from tether.layers.tie import _drop_use, _forget, _refuse_layer
+from tether.layers.tied import base_class
+from tether.layers.view import View
+from tether.weights.weight import Weight
+
+
+def untie(layer: Any, *names: str) -> Any:
+    """Gives weights of a layer variables of their own, with the present values, in place.
+
+    Args:
+        layer: A tied layer, or a layer or model with tied layers below it.
+        *names: Names or paths as for `tie`; left out, everything below the layer.
+
+    Returns:
+        The same layer; without any tie left it is an instance of its plain class again. Compile a model
+        again before training it on: its variables are others.
+
+    Raises:
+        UnknownName: A name is not tied.
+    """
+    _refuse_layer("untie", layer)
+    if names:
+        for name in names:
+            _untie_one(layer, name)
+    else:
+        for below in keras_seam.contained_layers(layer):
+            state = state_of(below)
+            if state is not None:
+                for slot in list(state.slots):
+                    _give_back(below, state, slot)
+                for asked in list(state.pending.values()):
+                    _forget(asked)
+                state.pending.clear()
+    for below in keras_seam.contained_layers(layer):
+        _become_plain(below)
+    return layer
+
+
+def materialize(layer: Any) -> Any:
+    """A plain copy with the same outputs and none of Tether's classes left in it; the original stays as it is.
+
+    Args:
+        layer: A layer or model. It must be built.
+
+    Returns:
+        A new layer or model, not compiled.
+
+    Raises:
+        Unsupported: It holds something that is Tether's own (a `tether.Lambda`, a `Weight` as an
+            attribute of a user's layer), which has no plain counterpart.
+    """
+    _refuse_layer("materialize", layer)
+    for below in keras_seam.contained_layers(layer):
+        if isinstance(below, Lambda):
+            raise Unsupported(
+                f"The tether.Lambda {below.name!r} has no plain counterpart in Keras. Write it as a layer, or untie "
+                "the other layers one by one with `tether.untie`."
+            )
+    buffer = io.BytesIO()
+    keras_seam.save_to(layer, buffer)
+    buffer.seek(0)
+    custom = {}
+    for below in keras_seam.contained_layers(layer):
+        cls = base_class(type(below))
+        custom[cls.__name__] = cls
+        custom[keras.saving.get_registered_name(cls)] = cls
+    with keras.saving.custom_object_scope(custom):
+        copy = keras_seam.load_from(buffer, compile=False)
+    untie(copy)
+    left = [below.name for below in keras_seam.contained_layers(copy) if isinstance(below, Weight)]
+    if left:
+        raise Unsupported(
+            f"The weights {', '.join(left)} are attributes of layers of your own, which read them as expressions; those "
+            "layers cannot be made plain."
+        )
+    return copy
+
+
+def _untie_one(layer: Any, name: str) -> None:
+    place = paths.locate(layer, paths.split(name))
+    state = state_of(place.layer)
+    if state is not None and place.variable is None and place.leaf in state.pending:
+        _forget(state.pending.pop(place.leaf))
+        return
+    if state is None or not isinstance(place.variable, View):
+        raise UnknownName(f"The weight {name!r} of layer {layer.name!r} is not tied.")
+    _give_back(place.layer, state, next(slot for slot in state.slots if slot.view is place.variable))
+
+
+def _give_back(layer: Any, state: State, slot: Slot) -> None:
+    """Makes a plain variable in the place of a view."""
+    view = slot.view
+    variable = plain_variable(view)
+    for weight in view.expression.weights_used():
+        if weight is view.expression and weight.is_built:
+            variable.constraint = weight.variable.constraint
+    state.slots.remove(slot)
+    _drop_use(view.use)
+    _forget(slot.tie)
+    index = slot.index - sum(1 for other in state.slots if other.store == slot.store and other.index < slot.index)
+    keras_seam.insert_tracked(layer, slot.store, index, variable)
+    for path in paths.holders(layer, view):
+        _put_back(layer, path, variable)
+    hang_weights(layer)
+
+
+def plain_variable(view: View) -> Any:
+    """A stored variable with a view's present value, name, path, dtype and flags."""
+    value = keras.ops.convert_to_numpy(view.value)
+    if value.shape != tuple(view.shape):
+        raise TetherError(f"{view.path} has shape {tuple(view.shape)}. {received(value=value.shape)}")
+    with keras_seam.outside_name_scopes():
+        variable = keras.Variable(
+            value.copy(),
+            dtype=keras_seam.stored_dtype(view),
+            trainable=view.use.live,
+            autocast=keras_seam.autocasts(view),
+            name=view.name,
+        )
+    keras_seam.set_path(variable, view.path)
+    variable.regularizer = view.use.regularizer
+    return variable
+
+
+def _put_back(layer: Any, path: tuple[str, ...], variable: Any) -> None:
+    if len(path) == 1:
+        with keras_seam.unlocked(layer):
+            setattr(layer, path[0], variable)
+        return
+    container = vars(layer)[path[0]]
+    for key in path[1:-1]:
+        container = container[int(key)] if isinstance(container, (list, tuple)) else container[key]
+    if isinstance(container, list):
+        list.__setitem__(container, int(path[-1]), variable)
+    else:
+        dict.__setitem__(container, path[-1], variable)
+
+
+def _become_plain(layer: Any) -> None:
+    """Returns a layer without ties to its base class."""
+    state = state_of(layer)
+    if state is None or state.slots or state.pending or state.recorded:
+        return
+    object.__delattr__(layer, STATE)
+    layer.__class__ = base_class(type(layer))
+    keras_seam.unshield_tracker(layer)

@@ -1,0 +1,121 @@
+"""What a tied layer holds in the place of a variable: no storage, an expression read at every access."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import TetherError
+from tether.weights.evaluation import evaluate
+from tether.weights.expression import Expression, Tensor
+from tether.weights.weight import Use, Weight
+
+
+class View(keras_seam.Variable):  # type: ignore[misc]
+    """A variable of a tied layer: its value is an expression over stored weights.
+
+    It is never tracked: what is stored, counted, trained and saved are the expression's weights.
+    Its value has the dtype that the layer asked for, then autocasts as a variable of the layer would.
+    """
+
+    def __init__(
+        self,
+        use: Use,
+        *,
+        name: str,
+        path: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        autocast: bool,
+        trainable: bool,
+    ) -> None:
+        keras_seam.prepare_view(self, name=name, path=path, shape=shape, dtype=dtype, autocast=autocast)
+        self.use = use
+        self.slot_trainable = trainable
+        self.frozen = False
+        self.layout_constraint: Any = None
+
+    @property
+    def expression(self) -> Expression:
+        """What the view evaluates."""
+        return self.use.expression
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor, under the caller's stateless and autocast scopes."""
+        scope = keras_seam.get_autocast_scope()
+        if scope is not None and scope.dtype is not None and not keras_seam.autocasts(self):
+            with keras_seam.AutocastScope(None):
+                value = self._read()
+        else:
+            value = self._read()
+        return value
+
+    def _read(self) -> Tensor:
+        use = self.use
+        expression = use.expression
+        value = expression.variable.value if isinstance(expression, Weight) else evaluate(expression)
+        dtype = self.dtype
+        if keras.backend.standardize_dtype(value.dtype) != dtype:
+            value = keras.ops.cast(value, dtype)
+        if not use.live and keras_seam.is_float(dtype):
+            value = keras.ops.stop_gradient(value)
+        return value
+
+    def assign(self, value: Any) -> Any:
+        """Stores a value through the expression.
+
+        Raises:
+            NotInvertible: The expression has no inverse.
+        """
+        into = getattr(value, "into_view", None)
+        if into is not None:
+            into(self)
+        else:
+            self.expression.assign(value)
+        return value
+
+    def assign_add(self, value: Any) -> Any:
+        return self.assign(keras.ops.add(self.value, value))
+
+    def assign_sub(self, value: Any) -> Any:
+        return self.assign(keras.ops.subtract(self.value, value))
+
+    def numpy(self) -> Any:
+        return keras.ops.convert_to_numpy(self.value)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether a gradient flows through this use."""
+        return self.use.live
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self.frozen = not value
+        layer = self.use.layer()
+        self.follow(True if layer is None else keras_seam.own_trainable_flag(layer))
+
+    def follow(self, layer_trainable: bool) -> None:
+        """Takes over the layer's flag: a use is live if layer, attribute and user all let it train."""
+        live = layer_trainable and self.slot_trainable and not self.frozen
+        if live != self.use.live:
+            self.use.live = live
+            for weight in self.expression.weights_used():
+                weight.refresh()
+
+    def __repr__(self) -> str:
+        return f"<View {self.path} = {self.expression.notation()}, shape={tuple(self.shape)}, dtype={self.dtype}>"
+
+    def __reduce__(self) -> Any:
+        raise TetherError(
+            f"The view {self.path} cannot be copied by itself: copy or pickle the layer, or take its value."
+        )
+
+
+def stored_variables(variable: Any) -> list[Any]:
+    """The stored variables behind a variable: itself, or those of a view's weights."""
+    if isinstance(variable, View):
+        return [weight.variable for weight in variable.expression.weights_used() if weight.is_built]
+    return [variable]

@@ -1,0 +1,14 @@
+"""What a weight is: stored weights, arguments and constants, and the expressions made of them.
+
+`Weight` owns storage and nothing else does. An `Expression` is a value over weights; its program
+(`expression.program`) is the one list that evaluation, comparison, notation, files and planning walk.
+This package knows no layer that uses a weight.
+"""
+
+from tether.weights.argument import Argument, bind
+from tether.weights.constant import Constant
+from tether.weights.expression import Expression, Node, Term
+from tether.weights.identity import sharing
+from tether.weights.weight import Use, Weight
+
+__all__ = ["Argument", "Constant", "Expression", "Node", "Term", "Use", "Weight", "bind", "sharing"]

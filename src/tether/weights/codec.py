@@ -1,0 +1,165 @@
+"""Expressions as JSON: a flat list of steps that name earlier steps, so that no file can hold a cycle.
+
+A step is one of `{"weight": uid}`, `{"number": 0.5}`, `{"array": {...}}`, `{"argument": {...}}` or
+`{"op": name, "of": [places], ...parameters}`. The last step is the expression. A file names operators
+and registered functions; it never holds code.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tether.errors import InvalidConfig, TetherError, received
+from tether.weights.argument import Argument
+from tether.weights.constant import MAX_ELEMENTS, Constant
+from tether.weights.expression import MAX_STEPS, Expression, Node, program
+from tether.weights.operators import OPERATORS
+from tether.weights.weight import Weight
+
+
+def encode(root: Expression) -> list[dict[str, Any]]:
+    """The expression as JSON; weights by uid."""
+    steps: list[dict[str, Any]] = []
+    for step in program(root):
+        current = step.expression
+        if isinstance(current, Node):
+            parameters = {key: _plain(value) for key, value in current.parameters.items()}
+            steps.append({"op": current.name, "of": list(step.operands), **parameters})
+        elif isinstance(current, Weight):
+            steps.append({"weight": current.uid})
+        elif isinstance(current, Argument):
+            steps.append({"argument": {"name": current.name, "shape": list(current.shape), "dtype": current.dtype}})
+        elif isinstance(current, Constant):
+            steps.append(_encode_constant(current))
+    return steps
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _encode_constant(constant: Constant) -> dict[str, Any]:
+    if constant.array is None:
+        number = constant.number
+        if isinstance(number, float) and not math.isfinite(number):
+            return {"number": repr(number)}
+        return {"number": number}
+    array = constant.array
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+    return {"array": {"dtype": str(array.dtype), "shape": list(array.shape), "data": data}}
+
+
+def decode(steps: Any, weights: Mapping[str, Weight]) -> Expression:
+    """The expression of a JSON list.
+
+    Args:
+        steps: What `encode` wrote, possibly by a stranger.
+        weights: The weights that it may name, by uid.
+
+    Raises:
+        InvalidConfig: It is not what `encode` writes.
+    """
+    if not isinstance(steps, (list, tuple)) or not 0 < len(steps) <= MAX_STEPS:
+        raise InvalidConfig(f"An expression is a list of 1 to {MAX_STEPS} steps. {received(type=type(steps).__name__)}")
+    done: list[Expression] = []
+    for place, step in enumerate(steps):
+        if not isinstance(step, dict):
+            raise InvalidConfig(f"Step {place} of an expression is a dict. {received(step=step)}")
+        try:
+            done.append(_decode_step(step, done, weights))
+        except InvalidConfig:
+            raise
+        except (
+            TetherError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            MemoryError,
+            KeyError,
+            AttributeError,
+            IndexError,
+        ) as error:
+            raise InvalidConfig(f"Step {place} of an expression cannot be read: {error}") from error
+    return done[-1]
+
+
+def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[str, Weight]) -> Expression:
+    if "op" in step:
+        return _decode_node(step, done)
+    if len(step) != 1:
+        raise InvalidConfig(f"A leaf is a dict of one key. {received(keys=sorted(map(str, step)))}")
+    ((kind, content),) = step.items()
+    if kind == "weight":
+        if not isinstance(content, str) or content not in weights:
+            raise InvalidConfig(f"An expression names a weight that the file does not have. {received(weight=content)}")
+        return weights[content]
+    if kind == "number":
+        if content in ("inf", "-inf", "nan"):
+            content = float(content)
+        if isinstance(content, bool) or not isinstance(content, (int, float)):
+            raise InvalidConfig(f"A number is an int or a float. {received(number=content)}")
+        return Constant(number=content)
+    if kind == "array":
+        return Constant(array=_decode_array(content))
+    if kind == "argument":
+        if not isinstance(content, dict) or set(content) != {"name", "shape", "dtype"}:
+            raise InvalidConfig(f"An argument has name, shape and dtype. {received(argument=content)}")
+        shape = content["shape"]
+        if not isinstance(shape, (list, tuple)) or not all(type(n) is int and 0 <= n < 1 << 32 for n in shape):
+            raise InvalidConfig(f"An argument's shape is a list of integers. {received(shape=shape)}")
+        return Argument(content["name"], tuple(shape), content["dtype"])
+    raise InvalidConfig(f"An expression has no leaf of this kind. {received(kind=kind)}")
+
+
+def _decode_node(step: dict[str, Any], done: list[Expression]) -> Expression:
+    parameters = dict(step)
+    name, places = parameters.pop("op"), parameters.pop("of", None)
+    if not isinstance(name, str) or name not in OPERATORS:
+        raise InvalidConfig(f"No operator of expressions has this name. {received(op=name)}")
+    if not isinstance(places, (list, tuple)) or not places:
+        raise InvalidConfig(f"The operator {name!r} needs a list of places. {received(of=places)}")
+    for place in places:
+        if type(place) is not int or not 0 <= place < len(done):
+            raise InvalidConfig(
+                f"Step {len(done)} of an expression may name the steps before it; naming itself or a later one "
+                f"would be a cycle. {received(of=places)}"
+            )
+    return OPERATORS[name](*(done[place] for place in places), **parameters)
+
+
+def _decode_array(content: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(content, dict) or set(content) != {"dtype", "shape", "data"}:
+        raise InvalidConfig(f"An array has dtype, shape and data. {received(array=type(content).__name__)}")
+    shape, data = content["shape"], content["data"]
+    if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
+        raise InvalidConfig(f"An array's shape is a list of integers. {received(shape=shape)}")
+    if math.prod(shape) > MAX_ELEMENTS or not isinstance(data, str) or len(data) > MAX_ELEMENTS * 24:
+        raise InvalidConfig(f"An array has at most {MAX_ELEMENTS:,} elements. {received(shape=shape)}")
+    try:
+        dtype = np.dtype(content["dtype"])
+    except TypeError:
+        import ml_dtypes
+
+        named = getattr(ml_dtypes, str(content["dtype"]), None)
+        if named is None:
+            raise InvalidConfig(f"An array's dtype is not known. {received(dtype=content['dtype'])}") from None
+        dtype = np.dtype(named)
+    if dtype.hasobject or dtype.kind not in "fiubV" or dtype.fields is not None:
+        raise InvalidConfig(f"An array holds numbers. {received(dtype=content['dtype'])}")
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidConfig(f"An array's data is not base64: {error}") from None
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise InvalidConfig(
+            f"An array's data has another length than its shape. {received(shape=shape, bytes=len(raw))}"
+        )
+    array = np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
+    array.flags.writeable = False
+    return array

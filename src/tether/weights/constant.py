@@ -1,0 +1,112 @@
+"""Numbers and arrays in an expression: they are part of its text, not of what is stored or trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether.errors import TetherError, received
+from tether.weights.expression import Expression, Shape, Tensor, Term
+
+MAX_ELEMENTS = 1 << 20
+"""A constant is written into the config of every layer that uses it; a larger one is a weight."""
+
+
+class Constant(Expression):
+    """A number or a small array, fixed for good.
+
+    A Python number takes the dtype of what it is combined with, as in NumPy.
+    """
+
+    __slots__ = ("__weakref__", "_key", "array", "number")
+    array: np.ndarray[Any, Any] | None
+    number: int | float | None
+
+    def __init__(self, *, number: int | float | None = None, array: np.ndarray[Any, Any] | None = None) -> None:
+        object.__setattr__(self, "number", number)
+        object.__setattr__(self, "array", array)
+        key = (
+            ("number", type(number), repr(number))
+            if array is None
+            else (array.shape, str(array.dtype), array.tobytes())
+        )
+        object.__setattr__(self, "_key", key)
+
+    @classmethod
+    def of(cls, value: Any) -> Constant:
+        """A constant with a copy of the value.
+
+        Raises:
+            TypeError: The value is neither a number nor an array.
+            TetherError: It is an array too large to be part of a config, or holds no numbers.
+        """
+        if isinstance(value, (bool, np.bool_)):
+            return cls(array=np.array(value))
+        if isinstance(value, (int, np.integer)):
+            return cls(number=int(value))
+        if isinstance(value, (float, np.floating)):
+            return cls(number=float(value))
+        if isinstance(value, keras.Variable):
+            raise TetherError(
+                f"A keras.Variable cannot be part of an expression: its layer owns it. To share it, write "
+                f"`tether.weight_of(layer, {value.name!r})`; for its present value, `variable.numpy()`."
+            )
+        if isinstance(value, keras.KerasTensor):
+            raise TypeError("A symbolic tensor is not a constant.")
+        if keras.ops.is_tensor(value):
+            value = keras.ops.convert_to_numpy(value)
+        if not isinstance(value, (np.ndarray, list, tuple)):
+            raise TypeError(f"Neither a number nor an array. {received(type=type(value).__name__)}")
+        array = np.array(value)
+        if array.dtype == np.float64 and isinstance(value, (list, tuple)):
+            array = array.astype(keras.config.floatx())
+        if not (array.dtype.kind in "fiub" or "float" in array.dtype.name):
+            raise TetherError(f"A constant holds numbers. {received(dtype=str(array.dtype))}")
+        if array.size > MAX_ELEMENTS:
+            raise TetherError(
+                f"A constant of {array.size:,} elements is too large to be written into a config (at most "
+                f"{MAX_ELEMENTS:,}). Store it once: `tether.Weight(array, trainable=False)`."
+            )
+        array.flags.writeable = False
+        return cls(array=array)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
+
+    @property
+    def shape(self) -> Shape:
+        return () if self.array is None else self.array.shape
+
+    @property
+    def dtype(self) -> str:
+        return type(self.number).__name__ if self.array is None else str(self.array.dtype)
+
+    def tensor(self) -> Tensor:
+        """The number itself, or the array on the backend."""
+        return self.number if self.array is None else keras.ops.convert_to_tensor(self.array, dtype=self.dtype)
+
+    def format(self) -> Term:
+        if self.array is None:
+            text = repr(self.number)
+            return Term(text, 100 if not text.startswith("-") else 60)
+        if self.array.size <= 4:
+            return Term(str(self.array.tolist()))
+        return Term(f"array{list(self.array.shape)}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return self.format().text
+
+    def __reduce__(self) -> Any:
+        return (_rebuild, (self.number, self.array))
+
+
+def _rebuild(number: int | float | None, array: np.ndarray[Any, Any] | None) -> Constant:
+    return Constant(number=number, array=array)

@@ -1,0 +1,133 @@
+"""Computing the value of an expression, once for each call of the outer layer.
+
+A value that took arithmetic is remembered for as long as the outer Keras call runs. It is used again
+only if it is certain to be the same: the tensors stored in its weights are the very ones that it was
+computed from, the autocast dtype and the bound arguments are the same, and the backend is in the same
+trace. Before a time loop the values that the loop needs are *held*: computed outside, then read inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.weights.argument import Argument, bindings
+from tether.weights.constant import Constant
+from tether.weights.expression import Expression, Node, Tensor, is_view, program
+from tether.weights.weight import Weight
+
+_CACHE = "_tether_values"
+_HELD = object()
+
+
+def evaluate(expression: Expression) -> Tensor:
+    """The tensor of an expression, under the caller's stateless, autocast and argument scopes."""
+    if isinstance(expression, Weight):
+        return expression.value
+    if is_view(expression):
+        return _compute(expression)
+    cache = _call_cache()
+    if cache is None:
+        return _compute(expression)
+    key = (expression, autocast_dtype())
+    fingerprint = _fingerprint(expression)
+    entry = cache.get(key)
+    if entry is not None and _same(entry[0], fingerprint):
+        if entry[1] is _HELD or entry[1] == keras_seam.trace_token():
+            return entry[2]
+        return _compute(expression)
+    value = _compute(expression)
+    cache[key] = (fingerprint, keras_seam.trace_token(), value)
+    return value
+
+
+@contextlib.contextmanager
+def held(expressions: list[Expression]) -> Iterator[None]:
+    """Computes expressions now, for loops inside the block to read."""
+    entries = hold(expressions)
+    try:
+        yield
+    finally:
+        release(entries)
+
+
+def hold(expressions: list[Expression]) -> list[Any]:
+    """Starts to hold; the result goes to `release`."""
+    cache = _call_cache()
+    if cache is None:
+        return []
+    keys = []
+    for expression in expressions:
+        if not is_view(expression):
+            key = (expression, autocast_dtype())
+            value = evaluate(expression)
+            cache[key] = (_fingerprint(expression), _HELD, value)
+            keys.append((cache, key))
+    return keys
+
+
+def release(entries: list[Any]) -> None:
+    """Stops holding what `hold` returned."""
+    for cache, key in entries:
+        cache.pop(key, None)
+
+
+def autocast_dtype() -> str | None:
+    """The dtype to which Keras casts floating-point variables at the moment, if any."""
+    scope = keras_seam.get_autocast_scope()
+    return None if scope is None else scope.dtype
+
+
+def _call_cache() -> dict[Any, Any] | None:
+    owner = keras_seam.call_owner()
+    if owner is None:
+        return None
+    cache: dict[Any, Any] | None = getattr(owner, _CACHE, None)
+    if cache is None:
+        cache = {}
+        setattr(owner, _CACHE, cache)
+    return cache
+
+
+def _fingerprint(expression: Expression) -> tuple[Any, ...]:
+    """The tensors that the value depends on, and how often each was changed in place."""
+    found: list[Any] = []
+    for step in program(expression):
+        leaf = step.expression
+        if isinstance(leaf, Weight):
+            tensor = keras_seam.raw_value(leaf.variable)
+            found.append((tensor, 0 if tensor is None else keras_seam.mutations(tensor), leaf.generation))
+        elif isinstance(leaf, Argument):
+            found.append((bindings().get(leaf), 0, 0))
+    return tuple(found)
+
+
+def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    return len(before) == len(now) and all(
+        a[0] is b[0] and a[1] == b[1] and a[2] == b[2] and a[0] is not None for a, b in zip(before, now, strict=True)
+    )
+
+
+def _compute(expression: Expression) -> Tensor:
+    values: list[Tensor] = []
+    for step in program(expression):
+        current = step.expression
+        if isinstance(current, Node):
+            values.append(current.compute(*(values[place] for place in step.operands)))
+        elif isinstance(current, Weight):
+            values.append(keras.ops.convert_to_tensor(current.value))
+        elif isinstance(current, Constant):
+            values.append(current.tensor())
+        elif isinstance(current, Argument):
+            values.append(cast_to_scope(current.tensor()))
+    return values[-1]
+
+
+def cast_to_scope(value: Tensor) -> Tensor:
+    """What autocast does to a variable, done to a tensor."""
+    scope = keras_seam.get_autocast_scope()
+    return value if scope is None or scope.dtype is None else scope.maybe_cast(value)

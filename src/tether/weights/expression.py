@@ -1,0 +1,454 @@
+"""What a layer computes with: an immutable value over stored weights, arguments and constants.
+
+An `Expression` is a leaf (a `tether.Weight`, an `Argument`, a constant) or a node that applies one
+operator to other expressions. It owns no storage and computes nothing when it is written down:
+shape and dtype are known at once, the tensor is made when somebody reads `.value`.
+
+Every expression has a *program*: its nodes in the order in which they have to be computed, equal
+parts listed once. Evaluating, comparing, printing, saving and checking all walk that one list, so
+none of them recurses and none computes an equal part twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from tether.errors import ShapeMismatch, TetherError, UnknownShape, received
+
+if TYPE_CHECKING:
+    from tether.weights.weight import Weight
+
+Shape = tuple[int, ...]
+Tensor = Any
+
+
+class Expression:
+    """A value built from stored weights: immutable, comparable, hashable, printed as mathematics.
+
+    Write one with operators and methods, or with the functions of `tether.ops`.
+
+    Example:
+    ```python
+    table = tether.Weight((1000, 64), name="table")
+    head = tether.tie(keras.layers.Dense(1000), kernel=0.5 * table.T)
+    ```
+    """
+
+    __slots__ = ()
+
+    # NumPy must hand `array * expression` to the expression instead of looping over it.
+    __array_ufunc__: ClassVar[None] = None
+    __iter__: ClassVar[None] = None  # type: ignore[assignment]
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape of the value, or `None` as long as a weight in it has none."""
+        raise TypeError(f"{type(self).__name__} has no shape.")
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype of the value outside autocast scopes, or `None` as long as it is not known."""
+        raise TypeError(f"{type(self).__name__} has no dtype.")
+
+    @property
+    def ndim(self) -> int | None:
+        """The number of axes, or `None` as long as the shape is not known."""
+        return None if self.shape is None else len(self.shape)
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor, computed now from what is stored, on the backend in use."""
+        from tether.weights.evaluation import evaluate
+
+        return evaluate(self)
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The value as a NumPy array (a copy)."""
+        import keras
+
+        return np.array(keras.ops.convert_to_numpy(self.value))
+
+    def assign(self, value: Any) -> None:
+        """Stores a value through the expression: afterwards `expression.value` equals it.
+
+        Args:
+            value: An array or tensor of the expression's shape.
+
+        Raises:
+            NotInvertible: The expression has no inverse; the error names the part.
+            ShapeMismatch: The value has another shape.
+        """
+        from tether.weights.inversion import assign
+
+        assign(self, value)
+
+    # ------------------------------------------------------------------ structure
+
+    @property
+    def T(self) -> Expression:
+        """The value with its axes reversed."""
+        return self.transpose()
+
+    def transpose(self, *axes: int) -> Expression:
+        """The value with its axes permuted, reversed if no axes are given."""
+        from tether.weights.operators.structure import transpose
+
+        return transpose(self, axes or None)
+
+    def reshape(self, *shape: int | tuple[int, ...]) -> Expression:
+        """The value in another shape of as many elements; one size may be -1."""
+        from tether.weights.operators.structure import reshape
+
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        return reshape(self, sizes)
+
+    def __getitem__(self, key: Any) -> Expression:
+        from tether.weights.operators.structure import index
+
+        return index(self, key)
+
+    def astype(self, dtype: str) -> Expression:
+        """The value in another dtype."""
+        from tether.weights.operators.structure import cast
+
+        return cast(self, dtype)
+
+    # ------------------------------------------------------------------ gradient
+
+    def stop_gradient(self) -> Expression:
+        """The same value; no gradient flows through this use."""
+        from tether.weights.operators.gradient import stop_gradient
+
+        return stop_gradient(self)
+
+    def scale_gradient(self, scale: float) -> Expression:
+        """The same value; the gradient through this use is multiplied by `scale`."""
+        from tether.weights.operators.gradient import scale_gradient
+
+        return scale_gradient(self, scale)
+
+    # ------------------------------------------------------------------ arithmetic
+
+    def __add__(self, other: Any) -> Expression:
+        return _arithmetic("add", self, other)
+
+    def __radd__(self, other: Any) -> Expression:
+        return _arithmetic("add", other, self)
+
+    def __sub__(self, other: Any) -> Expression:
+        return _arithmetic("subtract", self, other)
+
+    def __rsub__(self, other: Any) -> Expression:
+        return _arithmetic("subtract", other, self)
+
+    def __mul__(self, other: Any) -> Expression:
+        return _arithmetic("multiply", self, other)
+
+    def __rmul__(self, other: Any) -> Expression:
+        return _arithmetic("multiply", other, self)
+
+    def __truediv__(self, other: Any) -> Expression:
+        return _arithmetic("divide", self, other)
+
+    def __rtruediv__(self, other: Any) -> Expression:
+        return _arithmetic("divide", other, self)
+
+    def __matmul__(self, other: Any) -> Expression:
+        return _arithmetic("matmul", self, other)
+
+    def __rmatmul__(self, other: Any) -> Expression:
+        return _arithmetic("matmul", other, self)
+
+    def __neg__(self) -> Expression:
+        return _arithmetic("negative", self)
+
+    # ------------------------------------------------------------------ what must not happen silently
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TetherError(
+            f"An expression was used where an array is expected. Converting {self.notation()} here would freeze "
+            "its present value into a constant. Write `.value` inside `call` for a tensor that follows the stored "
+            "weights, or `.numpy()` for a copy."
+        )
+
+    def __bool__(self) -> bool:
+        return True
+
+    # ------------------------------------------------------------------ views of the program
+
+    def notation(self) -> str:
+        """The expression in mathematics, as in `0.5 * codec.T + A @ B`."""
+        from tether.weights.notation import notation
+
+        return notation(self)
+
+    def weights_used(self) -> tuple[Weight, ...]:
+        """The stored weights in it, each once, in the order in which they appear."""
+        # A method, not a property: Keras's save walks into what a layer's properties hold, and the
+        # only weight that a Weight uses is itself.
+        from tether.weights.weight import Weight
+
+        return tuple(leaf for leaf in leaves(self) if isinstance(leaf, Weight))
+
+
+def _arithmetic(operator: str, *operands: Any) -> Any:
+    from tether.weights.operators import arithmetic
+
+    try:
+        expressions = [as_expression(operand) for operand in operands]
+    except TypeError:
+        return NotImplemented
+    return getattr(arithmetic, operator)(*expressions)
+
+
+def as_expression(value: Any) -> Expression:
+    """Turns a number or an array into a constant; an expression stays itself.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    from tether.weights.constant import Constant
+
+    return value if isinstance(value, Expression) else Constant.of(value)
+
+
+class Node(Expression):
+    """One operator applied to other expressions.
+
+    A subclass is an operator. It has a `name` for files, says what it accepts in `check_parameters`,
+    and computes shape, dtype and value from those of its operands. It may say how to print itself and
+    how to push a value back (`inverse`). Nothing outside its own file has to know it.
+    """
+
+    name: ClassVar[str]
+    arity: ClassVar[int | None] = 1
+    """How many operands it takes; `None` for one or more."""
+    elementwise_cost: ClassVar[bool] = True
+    """Whether computing it does arithmetic; a mere view of memory is not worth remembering."""
+
+    __slots__ = ("__weakref__", "_cheap", "_dtype", "_hash", "_program", "_shape", "operands", "parameters")
+    operands: tuple[Expression, ...]
+    parameters: dict[str, Any]
+
+    def __init__(self, *operands: Expression, **parameters: Any) -> None:
+        if (self.arity is not None and len(operands) != self.arity) or not operands:
+            raise TetherError(
+                f"{self.name} takes {self.arity or 'at least one'} operand(s). {received(n=len(operands))}"
+            )
+        set_slot = object.__setattr__
+        set_slot(self, "operands", operands)
+        set_slot(self, "parameters", self.check_parameters(**parameters))
+        set_slot(self, "_hash", hash((self.name, operands, tuple(sorted(self.parameters.items(), key=lambda i: i[0])))))
+        set_slot(self, "_shape", None)
+        set_slot(self, "_dtype", None)
+        set_slot(self, "_program", None)
+        set_slot(self, "_cheap", None)
+        self.shape  # noqa: B018 - a wrong shape is an error where it is written
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
+
+    # ------------------------------------------------------------------ what an operator defines
+
+    @classmethod
+    def check_parameters(cls, **parameters: Any) -> dict[str, Any]:
+        """Validates parameters, also those of a stranger's file; returns hashable ones."""
+        if parameters:
+            raise TetherError(f"{cls.name} takes no parameters. {received(parameters=sorted(parameters))}")
+        return {}
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """The shape of the value, from the shapes of the operands."""
+        raise TypeError(f"{type(self).__name__} does not say its shape.")
+
+    def infer_dtype(self, *dtypes: str) -> str:
+        """The dtype of the value, from those of the operands (a Python number counts by its type)."""
+        return dtypes[0]
+
+    def compute(self, *values: Tensor) -> Tensor:
+        """The value, from the tensors of the operands, in `keras.ops`."""
+        raise TypeError(f"{type(self).__name__} does not compute.")
+
+    def format(self, *terms: Term) -> Term:
+        """The expression in mathematics, from those of the operands."""
+        arguments = [term.text for term in terms] + [f"{key}={value!r}" for key, value in self.parameters.items()]
+        return Term(f"{self.name}({', '.join(arguments)})")
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        """The shape of a single operand whose result has `shape`, where that determines it."""
+        return None
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """Values for the operands that give `value`, `None` for a constant; or `None` where there is no inverse."""
+        return None
+
+    # ------------------------------------------------------------------ what follows from it
+
+    @property
+    def shape(self) -> Shape | None:
+        if self._shape is None:
+            shapes = [operand.shape for operand in self.operands]
+            if any(shape is None for shape in shapes):
+                return None
+            try:
+                shape = self.infer_shape(*shapes)  # type: ignore[arg-type]
+            except TetherError:
+                raise
+            except (ValueError, IndexError, TypeError) as error:
+                raise ShapeMismatch(
+                    f"The shapes in {self.notation()} do not fit: "
+                    f"{', '.join(f'{o.notation()} has shape {s}' for o, s in zip(self.operands, shapes, strict=True))}"
+                    f" ({error})."
+                ) from None
+            object.__setattr__(self, "_shape", tuple(int(size) for size in shape))
+        return self._shape  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> str | None:
+        if self._dtype is None:
+            dtypes = [operand.dtype for operand in self.operands]
+            if any(dtype is None for dtype in dtypes):
+                return None
+            object.__setattr__(self, "_dtype", self.infer_dtype(*dtypes))  # type: ignore[arg-type]
+        return self._dtype  # type: ignore[no-any-return]
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[no-any-return]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Node) or self._hash != other._hash:
+            return False
+        return all(a.same_as(b) for a, b in zip(program(self), program(other), strict=False)) and len(
+            program(self)
+        ) == len(program(other))
+
+    def __repr__(self) -> str:
+        return self.notation()
+
+    def __reduce__(self) -> Any:
+        return (_rebuild, (type(self), self.operands, self.parameters))
+
+
+def _rebuild(cls: type[Node], operands: tuple[Expression, ...], parameters: dict[str, Any]) -> Node:
+    return cls(*operands, **parameters)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A piece of notation and how tightly its outermost operator binds."""
+
+    text: str
+    binding: int = 100
+
+    def inside(self, binding: int) -> str:
+        """The text, in parentheses if it binds less tightly than `binding`."""
+        return self.text if self.binding >= binding else f"({self.text})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of a program: an expression, and where its operands stand in the list."""
+
+    expression: Expression
+    operands: tuple[int, ...]
+
+    def same_as(self, other: Step) -> bool:
+        if self.operands != other.operands:
+            return False
+        mine, theirs = self.expression, other.expression
+        if isinstance(mine, Node) and isinstance(theirs, Node):
+            return mine.name == theirs.name and mine.parameters == theirs.parameters
+        return mine == theirs
+
+
+MAX_STEPS = 10_000
+"""More steps than any weight needs; a longer program is refused before it costs memory."""
+
+
+def program(root: Expression) -> tuple[Step, ...]:
+    """The steps that compute an expression, in order, equal parts once; the last is the expression itself."""
+    if not isinstance(root, Node):
+        return (Step(root, ()),)
+    if root._program is None:
+        object.__setattr__(root, "_program", _linearize(root))
+    return root._program  # type: ignore[no-any-return]
+
+
+def _linearize(root: Node) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    places: dict[Any, int] = {}  # what a step computes -> its place
+    done: dict[int, int] = {}  # id of an expression object -> its place
+    stack: list[Expression] = [root]
+    while stack:
+        current = stack[-1]
+        if id(current) in done:
+            stack.pop()
+            continue
+        operands = current.operands if isinstance(current, Node) else ()
+        waiting = [operand for operand in operands if id(operand) not in done]
+        if waiting:
+            stack.extend(reversed(waiting))
+            continue
+        stack.pop()
+        inputs = tuple(done[id(operand)] for operand in operands)
+        key: Any = current
+        if isinstance(current, Node):
+            key = (current.name, inputs, tuple(sorted(current.parameters.items(), key=lambda i: i[0])))
+        if key not in places:
+            if len(steps) >= MAX_STEPS:
+                raise TetherError(f"An expression may have at most {MAX_STEPS} steps.")
+            places[key] = len(steps)
+            steps.append(Step(current, inputs))
+        done[id(current)] = places[key]
+    return tuple(steps)
+
+
+def leaves(root: Expression) -> Iterator[Expression]:
+    """The expressions in it that have no operands, each once, in the order in which they are written."""
+    return (step.expression for step in program(root) if not isinstance(step.expression, Node))
+
+
+def is_view(root: Expression) -> bool:
+    """Whether computing the expression only looks at memory in another way (a transpose, a reshape)."""
+    if not isinstance(root, Node):
+        return True
+    if root._cheap is None:
+        cheap = all(
+            not isinstance(step.expression, Node) or not step.expression.elementwise_cost for step in program(root)
+        )
+        object.__setattr__(root, "_cheap", cheap)
+    return root._cheap  # type: ignore[no-any-return]
+
+
+def live_weights(root: Expression) -> tuple[Weight, ...]:
+    """The weights with an occurrence that no `stop_gradient` shields."""
+    from tether.weights.operators.gradient import StopGradient
+    from tether.weights.weight import Weight
+
+    steps = program(root)
+    live = {len(steps) - 1}
+    for place in range(len(steps) - 1, -1, -1):
+        if place in live and not isinstance(steps[place].expression, StopGradient):
+            live.update(steps[place].operands)
+    return tuple(
+        step.expression for place, step in enumerate(steps) if place in live and isinstance(step.expression, Weight)
+    )
+
+
+def known_shape(root: Expression) -> Shape:
+    """The shape, or an error that says which weight has none."""
+    shape = root.shape
+    if shape is None:
+        names = [weight.name for weight in root.weights_used() if weight.shape is None]
+        raise UnknownShape(
+            f"The shape of {root.notation()} is not known, because {', '.join(names)} has none yet. "
+            f"Give it one where it is made, as in `tether.Weight((784, 64), name={names[0]!r})`, or tie it first "
+            "where the layer's own shape determines it (as itself, transposed, or times a number)."
+        )
+    return shape

@@ -1,0 +1,229 @@
+"""Arithmetic under NumPy's broadcasting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether.errors import ShapeMismatch
+from tether.weights.constant import Constant
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term
+from tether.weights.operators.registry import register
+
+SUM, PRODUCT, UNARY = 10, 20, 60
+
+
+def result_type(*dtypes: str) -> str:
+    """Keras's promotion; `"int"` and `"float"` stand for Python numbers and are weak."""
+    weak = {"int": int, "float": float}
+    return str(keras.backend.result_type(*(weak.get(dtype, dtype) for dtype in dtypes)))
+
+
+class Binary(Node):
+    """Two operands, elementwise."""
+
+    arity = 2
+    symbol: str
+    binding: int
+    associative: bool = True
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        return tuple(np.broadcast_shapes(*shapes))
+
+    def infer_dtype(self, *dtypes: str) -> str:
+        return result_type(*dtypes)
+
+    def format(self, *terms: Term) -> Term:
+        left, right = terms
+        tighter = self.binding if self.associative else self.binding + 1
+        return Term(f"{left.inside(self.binding)} {self.symbol} {right.inside(tighter)}", self.binding)
+
+    def _constant(self) -> tuple[int, Constant] | None:
+        """Which operand is a constant that leaves the other's shape as it is."""
+        for place, operand in enumerate(self.operands):
+            other = self.operands[1 - place]
+            if isinstance(operand, Constant) and (operand.number is not None or other.shape == self.shape):
+                return place, operand
+        return None
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        found = self._constant_number()
+        return shape if found is not None else None
+
+    def _constant_number(self) -> tuple[int, int | float] | None:
+        for place, operand in enumerate(self.operands):
+            if isinstance(operand, Constant) and operand.number is not None:
+                return place, operand.number
+        return None
+
+
+@register
+class Add(Binary):
+    """`a + b`."""
+
+    name, symbol, binding = "add", "+", SUM
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.add(*values)
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        found = self._constant()
+        if found is None:
+            return None
+        place, constant = found
+        rest = keras.ops.subtract(value, constant.tensor())
+        return [None, rest] if place == 0 else [rest, None]
+
+
+@register
+class Subtract(Binary):
+    """`a - b`."""
+
+    name, symbol, binding, associative = "subtract", "-", SUM, False
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.subtract(*values)
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        found = self._constant()
+        if found is None:
+            return None
+        place, constant = found
+        if place == 0:
+            return [None, keras.ops.subtract(constant.tensor(), value)]
+        return [keras.ops.add(value, constant.tensor()), None]
+
+
+@register
+class Multiply(Binary):
+    """`a * b`, elementwise."""
+
+    name, symbol, binding = "multiply", "*", PRODUCT
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.multiply(*values)
+
+    def format(self, *terms: Term) -> Term:
+        left, right = terms
+        # `a * (b @ c)` keeps its parentheses: beside `@` people do not read from left to right.
+        keeps = isinstance(self.operands[1], (MatMul, Divide))
+        right_text = f"({right.text})" if keeps and right.binding < 100 else right.inside(self.binding)
+        return Term(f"{left.inside(self.binding)} * {right_text}", self.binding)
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        found = self._constant()
+        if found is None:
+            return None
+        place, constant = found
+        if np.any(np.equal(constant.number if constant.array is None else constant.array, 0)):
+            return None
+        rest = keras.ops.divide(value, constant.tensor())
+        return [None, rest] if place == 0 else [rest, None]
+
+
+@register
+class Divide(Binary):
+    """`a / b`, elementwise."""
+
+    name, symbol, binding, associative = "divide", "/", PRODUCT, False
+
+    def infer_dtype(self, *dtypes: str) -> str:
+        return result_type(*dtypes, "float")
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.true_divide(*values)
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        found = self._constant()
+        if found is None or found[0] == 0:
+            return None
+        return [keras.ops.multiply(value, found[1].tensor()), None]
+
+
+@register
+class MatMul(Node):
+    """`a @ b`, over the last two axes."""
+
+    name, arity = "matmul", 2
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        a, b = shapes
+        if not a or not b or a[-1] != b[max(len(b) - 2, 0)]:
+            left, right = self.operands
+            raise ShapeMismatch(
+                f"The shapes in {self.notation()} do not fit: {left.notation()} has shape {a} and {right.notation()} "
+                f"has shape {b}. The last size of the first must equal the last but one of the second."
+            )
+        rows = a[-2:-1]
+        columns = b[-1:] if len(b) > 1 else ()
+        return (*np.broadcast_shapes(a[:-2], b[:-2]), *rows, *columns)
+
+    def infer_dtype(self, *dtypes: str) -> str:
+        return result_type(*dtypes)
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.matmul(*values)
+
+    def format(self, *terms: Term) -> Term:
+        left, right = terms
+        left_text = left.inside(PRODUCT) if not isinstance(self.operands[0], Binary) else left.inside(100)
+        return Term(f"{left_text} @ {right.inside(PRODUCT + 1)}", PRODUCT)
+
+
+@register
+class Negative(Node):
+    """`-a`."""
+
+    name = "negative"
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        return shapes[0]
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.negative(values[0])
+
+    def format(self, *terms: Term) -> Term:
+        return Term(f"-{terms[0].inside(UNARY)}", UNARY)
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        return shape
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        return [keras.ops.negative(value)]
+
+
+def add(a: Expression, b: Expression) -> Expression:
+    """`a + b`."""
+    return Add(a, b)
+
+
+def subtract(a: Expression, b: Expression) -> Expression:
+    """`a - b`."""
+    return Subtract(a, b)
+
+
+def multiply(a: Expression, b: Expression) -> Expression:
+    """`a * b`."""
+    return Multiply(a, b)
+
+
+def divide(a: Expression, b: Expression) -> Expression:
+    """`a / b`."""
+    return Divide(a, b)
+
+
+def matmul(a: Expression, b: Expression) -> Expression:
+    """`a @ b`."""
+    return MatMul(a, b)
+
+
+def negative(a: Expression) -> Expression:
+    """`-a`."""
+    return Negative(a)
+
+
+def number(value: Any) -> Expression:
+    """A constant."""
+    return Constant.of(value)

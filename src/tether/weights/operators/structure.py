@@ -1,0 +1,286 @@
+"""Looking at a value in another way: transposed, reshaped, sliced, in another dtype."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term
+from tether.weights.operators.registry import register
+
+
+def _int(value: Any, what: str) -> int:
+    if isinstance(value, bool):
+        raise InvalidConfig(f"{what} must be an integer. {received(value=value)}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidConfig(f"{what} must be an integer. {received(value=value)}") from None
+
+
+def ints(values: Any, what: str) -> tuple[int, ...]:
+    """A tuple of integers, from a list of a file or a tuple of a caller."""
+    if not isinstance(values, (list, tuple)):
+        raise InvalidConfig(f"{what} must be a list of integers. {received(value=values)}")
+    return tuple(_int(value, what) for value in values)
+
+
+@register
+class Transpose(Node):
+    """Permuted axes."""
+
+    name, elementwise_cost = "transpose", False
+
+    @classmethod
+    def check_parameters(cls, *, axes: Any = None) -> dict[str, Any]:
+        return {"axes": None if axes is None else ints(axes, "axes")}
+
+    def _axes(self, rank: int) -> tuple[int, ...]:
+        axes = self.parameters["axes"]
+        if axes is None:
+            return tuple(reversed(range(rank)))
+        axes = tuple(axis + rank if axis < 0 else axis for axis in axes)
+        if sorted(axes) != list(range(rank)):
+            raise ShapeMismatch(
+                f"{self.notation()} needs a permutation of {rank} axes. {received(axes=self.parameters['axes'])}"
+            )
+        return axes
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        return tuple(shapes[0][axis] for axis in self._axes(len(shapes[0])))
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.transpose(values[0], axes=self._axes(len(values[0].shape)))
+
+    def format(self, *terms: Term) -> Term:
+        axes = self.parameters["axes"]
+        method = "T" if axes is None else f"transpose({', '.join(map(str, axes))})"
+        return Term(f"{terms[0].inside(100)}.{method}")
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        axes = self._axes(len(shape))
+        return tuple(shape[axes.index(axis)] for axis in range(len(shape)))
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        axes = self._axes(len(value.shape))
+        return [keras.ops.transpose(value, axes=tuple(axes.index(axis) for axis in range(len(axes))))]
+
+
+@register
+class Reshape(Node):
+    """Another shape of as many elements."""
+
+    name, elementwise_cost = "reshape", False
+
+    @classmethod
+    def check_parameters(cls, *, shape: Any = None) -> dict[str, Any]:
+        sizes = ints(shape, "shape")
+        if any(size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise InvalidConfig(f"A shape has sizes of 0 or more, and at most one -1. {received(shape=sizes)}")
+        return {"shape": sizes}
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        wanted, count = self.parameters["shape"], math.prod(shapes[0])
+        known = math.prod(size for size in wanted if size != -1)
+        if -1 in wanted and known and count % known == 0:
+            wanted = tuple(count // known if size == -1 else size for size in wanted)
+        if -1 in wanted or math.prod(wanted) != count:
+            raise ShapeMismatch(
+                f"{self.operands[0].notation()} has shape {shapes[0]} ({count} elements) and cannot be reshaped. "
+                f"{received(shape=self.parameters['shape'])}"
+            )
+        return wanted
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.reshape(values[0], self.shape)
+
+    def format(self, *terms: Term) -> Term:
+        return Term(f"{terms[0].inside(100)}.reshape{self.parameters['shape']}")
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        return [keras.ops.reshape(value, self.operands[0].shape)]
+
+
+@register
+class Index(Node):
+    """Basic slicing: integers, slices, `...` and `None`."""
+
+    name, elementwise_cost = "index", False
+
+    @classmethod
+    def check_parameters(cls, *, key: Any = None) -> dict[str, Any]:
+        if not isinstance(key, (list, tuple)) or len(key) > 64:
+            raise InvalidConfig(f"An index is a list of parts. {received(key=key)}")
+        return {"key": tuple(cls._part(part) for part in key)}
+
+    @staticmethod
+    def _part(part: Any) -> Any:
+        if part is None or part is Ellipsis or part == "...":
+            return None if part is None else "..."
+        if isinstance(part, slice):
+            part = ("slice", part.start, part.stop, part.step)
+        if isinstance(part, (list, tuple)):
+            if len(part) != 4 or part[0] != "slice":
+                raise InvalidConfig(f"A slice is ['slice', start, stop, step]. {received(part=part)}")
+            bounds = tuple(None if bound is None else _int(bound, "a slice's bound") for bound in part[1:])
+            if bounds[2] == 0:
+                raise InvalidConfig("A slice's step cannot be 0.")
+            return ("slice", *bounds)
+        return _int(part, "an index")
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(
+            Ellipsis if part == "..." else slice(*part[1:]) if isinstance(part, tuple) else part
+            for part in self.parameters["key"]
+        )
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        try:
+            return np.broadcast_to(np.int8(0), shapes[0])[self._key()].shape
+        except IndexError as error:
+            raise ShapeMismatch(
+                f"{self.operands[0].notation()} has shape {shapes[0]}; {self.notation()} does not fit it: {error}."
+            ) from None
+
+    def compute(self, *values: Tensor) -> Tensor:
+        value = values[0]
+        sizes = tuple(value.shape)
+        key, flips = self._positive(sizes)
+        value = value[key]
+        return keras.ops.flip(value, axis=flips) if flips else value
+
+    def _positive(self, sizes: Shape) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        """The key with negative steps written as a positive slice and a flip (PyTorch has no negative steps)."""
+        key = self._key()
+        taken = sum(1 for part in key if part is not None and part is not Ellipsis)
+        result: list[Any] = []
+        flips: list[int] = []
+        axis = out_axis = 0
+        for part in key:
+            if part is None:
+                out_axis += 1
+            elif part is Ellipsis:
+                axis += len(sizes) - taken
+                out_axis += len(sizes) - taken
+            elif isinstance(part, slice):
+                if part.step is not None and part.step < 0:
+                    walked = range(*part.indices(sizes[axis]))
+                    last = walked[-1] if len(walked) else 0
+                    part = slice(last, walked[0] + 1, -part.step) if len(walked) else slice(0, 0)
+                    flips.append(out_axis)
+                axis += 1
+                out_axis += 1
+            else:
+                axis += 1
+            result.append(part)
+        return tuple(result), tuple(flips)
+
+    def format(self, *terms: Term) -> Term:
+        parts = []
+        for part in self._key():
+            if isinstance(part, slice):
+                text = f"{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}"
+                parts.append(text if part.step is None else f"{text}:{part.step}")
+            else:
+                parts.append("..." if part is Ellipsis else str(part))
+        return Term(f"{terms[0].inside(100)}[{', '.join(parts)}]")
+
+
+@register
+class Cast(Node):
+    """Another dtype."""
+
+    name = "cast"
+
+    @classmethod
+    def check_parameters(cls, *, dtype: Any = None) -> dict[str, Any]:
+        try:
+            return {"dtype": keras.backend.standardize_dtype(dtype)}
+        except (ValueError, TypeError) as error:
+            raise InvalidConfig(f"{error}") from None
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        return shapes[0]
+
+    def infer_dtype(self, *dtypes: str) -> str:
+        return str(self.parameters["dtype"])
+
+    def compute(self, *values: Tensor) -> Tensor:
+        return keras.ops.cast(values[0], self.parameters["dtype"])
+
+    def format(self, *terms: Term) -> Term:
+        return Term(f"{terms[0].inside(100)}.astype({self.parameters['dtype']})")
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        return shape
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        return [keras.ops.cast(value, self.operands[0].dtype or value.dtype)]
+
+
+@register
+class Take(Node):
+    """Chosen rows, in any order, more than once if wanted."""
+
+    name = "take"
+
+    @classmethod
+    def check_parameters(cls, *, indices: Any = None, axis: Any = 0) -> dict[str, Any]:
+        return {"indices": ints(indices, "indices"), "axis": _int(axis, "axis")}
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        indices, axis = self.parameters["indices"], self.parameters["axis"]
+        rank = len(shapes[0])
+        if not -rank <= axis < rank:
+            raise ShapeMismatch(f"{self.operands[0].notation()} has {rank} axes. {received(axis=axis)}")
+        size = shapes[0][axis]
+        outside = [index for index in indices if not -size <= index < size]
+        if outside:
+            raise ShapeMismatch(
+                f"{self.operands[0].notation()} has {size} entries on axis {axis}. {received(index=outside[0])}"
+            )
+        axis %= rank
+        return (*shapes[0][:axis], len(indices), *shapes[0][axis + 1 :])
+
+    def compute(self, *values: Tensor) -> Tensor:
+        size = values[0].shape[self.parameters["axis"]]
+        indices = np.array([index % size for index in self.parameters["indices"]], dtype="int32")
+        return keras.ops.take(values[0], indices, axis=self.parameters["axis"])
+
+
+def transpose(x: Expression, axes: tuple[int, ...] | None = None) -> Expression:
+    """`x` with its axes permuted, reversed if `axes` is left out; transposing back gives `x` itself."""
+    if isinstance(x, Transpose) and axes is None and x.parameters["axes"] is None:
+        return x.operands[0]
+    return Transpose(x, axes=axes)
+
+
+def reshape(x: Expression, shape: Any) -> Expression:
+    """`x` in another shape."""
+    return Reshape(x, shape=tuple(shape))
+
+
+def index(x: Expression, key: Any) -> Expression:
+    """`x[key]`."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if any(isinstance(part, (list, np.ndarray)) for part in parts):
+        raise TetherError(
+            f"An index has integers, slices, `...` and `None`. To pick rows by number, write "
+            f"`tether.ops.take(x, indices, axis)`. {received(key=key)}"
+        )
+    return Index(x, key=parts)
+
+
+def cast(x: Expression, dtype: str) -> Expression:
+    """`x` in another dtype."""
+    return Cast(x, dtype=dtype)
+
+
+def take(x: Expression, indices: Any, axis: int = 0) -> Expression:
+    """Entries of `x` along an axis."""
+    return Take(x, indices=tuple(np.asarray(indices).tolist()), axis=axis)

@@ -1,0 +1,469 @@
+"""The only thing that owns storage: one variable, however many layers use it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownShape, ValueConflict, received
+from tether.weights.expression import Expression, Shape, Tensor
+from tether.weights.identity import claim_path, current_scope, fresh_uid
+
+MAX_ELEMENTS = 1 << 34
+"""64 GiB of float32: a larger shape in a file is a broken or a hostile one."""
+
+
+@dataclass(eq=False)
+class Use:
+    """One layer's attribute that reads an expression. Registered from `tie` until `untie`.
+
+    It outlives its layer, so that what trains never depends on when Python collects garbage.
+    """
+
+    name: str
+    """The layer's own name for the weight: `kernel`."""
+    expression: Expression
+    layer: weakref.ref[Any]
+    live: bool = True
+    """Whether gradient may flow through this use: the layer is trainable, and so is the attribute."""
+    regularizer: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def reaches(self, weight: Weight) -> bool:
+        """Whether a gradient reaches the weight through this use."""
+        from tether.weights.expression import live_weights
+
+        return self.live and weight in live_weights(self.expression)
+
+
+class Weight(Expression, keras.layers.Layer):
+    """One stored weight, to be used in any number of layers and expressions.
+
+    A `Weight` is a Keras layer underneath, so Keras tracks, counts, optimises and saves it once.
+    As an attribute of a layer of your own it is that layer's weight too; read `.value` in `call`.
+
+    Args:
+        shape: The shape, or an array or tensor, of which a copy becomes the start value. Left out,
+            the shape comes from the first tie.
+        initializer: A Keras initializer, its name, or an array or tensor to copy. Left out, it is the
+            one of the first layer that the weight is tied to.
+        dtype: The stored dtype. Left out, that of the array or of the first tie.
+        trainable: Whether it may train at all. It does train as long as some use of it does.
+        regularizer: A Keras regularizer of the stored value, counted once however many uses there are.
+        constraint: A Keras constraint, applied to the stored value after each step.
+        name: Its name, also its variable's path (made unique by a number if another weight has it).
+
+    Raises:
+        TetherError: `shape` is a `keras.Variable`, or the arguments contradict each other.
+
+    Example:
+    ```python
+    codec = tether.Weight(name="codec")
+    encode = tether.tie(keras.layers.Dense(64, activation="relu"), kernel=codec)
+    decode = tether.tie(keras.layers.Dense(784), kernel=codec.T)
+    ```
+    """
+
+    def __init__(
+        self,
+        shape: Any = None,
+        initializer: Any = None,
+        *,
+        dtype: str | None = None,
+        trainable: bool = True,
+        regularizer: Any = None,
+        constraint: Any = None,
+        name: str | None = None,
+    ) -> None:
+        shape, initializer, start = _start(shape, initializer, dtype)
+        super().__init__(name=name, dtype=None if dtype is None else keras.backend.standardize_dtype(dtype))
+        self._trainable_flag = bool(trainable)
+        self._container_flag = True
+        self._given_shape = shape
+        self._given_dtype = (
+            None if dtype is None and start is None else keras.backend.standardize_dtype(dtype or start.dtype)
+        )
+        self.initializer = keras.initializers.get(initializer)
+        self.regularizer = keras.regularizers.get(regularizer)
+        self.constraint = keras.constraints.get(constraint)
+        self._variable: Any = None
+        self._wanted_path: str | None = None
+        self.first_initializer: Any = None
+        self.uid = fresh_uid()
+        self.origin = self.uid
+        self.generation = 0
+        keras_seam.set_untracked(self, "_uses", [])
+        self.built = True
+        if start is not None:
+            self._create(_Copy(start), tuple(start.shape), self._given_dtype)
+        elif shape is not None and self.initializer is not None:
+            self._create(self.initializer, shape, self._given_dtype)
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape, or `None` until the first tie gives it one."""
+        return self._given_shape if self._variable is None else tuple(int(n) for n in self._variable.shape)
+
+    @property
+    def dtype(self) -> str | None:
+        """The stored dtype, or `None` until the first tie gives it one."""
+        if self._variable is None:
+            return cast("str | None", self._given_dtype)
+        return keras_seam.stored_dtype(self._variable)
+
+    @property
+    def variable(self) -> Any:
+        """The Keras variable, made now if the shape is known and nothing has made it yet.
+
+        Raises:
+            UnknownShape: The weight has no shape yet.
+        """
+        if self._variable is None:
+            if self._given_shape is None:
+                raise UnknownShape(
+                    f"The weight {self.name!r} has no shape yet. Give it one where it is made, as in "
+                    f"`tether.Weight((784, 64), name={self.name!r})`, or tie it to a layer and build that first."
+                )
+            self._create(self.initializer, self._given_shape, self._given_dtype)
+        return self._variable
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the variable has been made."""
+        return self._variable is not None
+
+    @property
+    def value(self) -> Tensor:
+        """The stored tensor, under the caller's stateless and autocast scopes."""
+        return self.variable.value
+
+    def assign(self, value: Any) -> None:
+        """Stores a value of the weight's shape."""
+        value = keras.ops.convert_to_tensor(value)
+        if self.shape is not None and tuple(value.shape) != self.shape:
+            raise ShapeMismatch(
+                f"The weight {self.name!r} has shape {self.shape}. {received(shape=tuple(value.shape))}"
+            )
+        self.generation += 1
+        self.variable.assign(value)
+
+    # ------------------------------------------------------------------ how it comes to be
+
+    def give_start(self, shape: Shape, dtype: str, initializer: Any) -> None:
+        """Makes the variable from what the first tie says, unless it was made or the arguments say otherwise."""
+        if self._variable is None:
+            self._create(self.initializer or initializer, self._given_shape or shape, self._given_dtype or dtype)
+
+    def adopt(self, variable: Any) -> None:
+        """Takes over a variable that exists: the very object, so that optimizers that know it stay valid."""
+        if self._variable is not None:
+            raise TetherError(f"The weight {self.name!r} has a variable already.")
+        keras_seam.set_path(variable, claim_path(variable.path, self))
+        self._hold(variable)
+
+    def _create(self, initializer: Any, shape: Shape, dtype: str | None) -> None:
+        dtype = dtype or keras.config.floatx()
+        initializer = initializer or ("glorot_uniform" if keras_seam.is_float(dtype) else "zeros")
+        path = claim_path(self._wanted_path or self.name, self)
+        with keras_seam.outside_name_scopes():
+            variable = keras.Variable(
+                keras.initializers.get(initializer),
+                shape=shape,
+                dtype=dtype,
+                trainable=self.trainable,
+                name=path.rpartition("/")[2],
+            )
+        keras_seam.set_path(variable, path)
+        self._hold(variable)
+
+    def _hold(self, variable: Any) -> None:
+        if self.regularizer is not None:
+            variable.regularizer = self.regularizer
+        if self.constraint is not None:
+            variable.constraint = self.constraint
+        self._given_shape = None
+        self._variable = variable
+        self.refresh()
+
+    def release(self) -> Any:
+        """Gives the variable back, as if it had never been made or adopted (the undo of a failed tie)."""
+        variable, shape = self._variable, self.shape
+        if variable is not None:
+            keras_seam.untrack(self, variable)
+            keras_seam.set_untracked(self, "_variable", None)
+            self._given_shape = shape
+        return variable
+
+    # ------------------------------------------------------------------ what trains
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """The registered uses, in the order in which they were tied."""
+        return tuple(self._uses)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it trains: its own flag is set and some registered use lets a gradient through.
+
+        Setting it sets the weight's own flag.
+        """
+        if not self._trainable_flag:
+            return False
+        if self._uses:
+            return any(use.reaches(self) for use in self._uses)
+        return bool(self._container_flag)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        if not hasattr(self, "_uses"):
+            return
+        if keras_seam.set_by_a_container():
+            self._container_flag = bool(value)
+        else:
+            self._trainable_flag = bool(value)
+        self.refresh()
+
+    @property
+    def trainable_flag(self) -> bool:
+        """The weight's own flag, whatever its uses say."""
+        return bool(self._trainable_flag)
+
+    def refresh(self) -> None:
+        """Sets the variable's flag to what flag and uses say."""
+        trainable = self.trainable
+        keras_seam.set_own_trainable_flag(self, trainable)
+        if self._variable is not None and self._variable.trainable != trainable:
+            self._variable.trainable = trainable
+
+    def add_use(self, use: Use) -> None:
+        """Registers a use."""
+        if use not in self._uses:
+            self._uses.append(use)
+        self.refresh()
+
+    def remove_use(self, use: Use) -> None:
+        """Forgets a use."""
+        if use in self._uses:
+            self._uses.remove(use)
+        self.refresh()
+
+    # ------------------------------------------------------------------ configs and files
+
+    def get_config(self) -> dict[str, Any]:
+        """The weight as JSON: everything but its value."""
+        derived = self.initializer is None
+        return {
+            "name": self.name,
+            "path": self._variable.path if self._variable is not None else self._wanted_path,
+            "shape": None if self.shape is None else list(self.shape),
+            "dtype": self.dtype,
+            "trainable": self._trainable_flag,
+            "initializer": None if derived else keras.initializers.serialize(self.initializer),
+            "regularizer": None if self.regularizer is None else keras.regularizers.serialize(self.regularizer),
+            "constraint": None if self.constraint is None else keras.constraints.serialize(self.constraint),
+            "uid": self.uid,
+            "origin": self.origin,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Weight:
+        """The weight of a config: one object for each uid and sharing scope.
+
+        Raises:
+            InvalidConfig: The config is not one that a `Weight` wrote.
+        """
+        config = check_config(config)
+        scope = current_scope()
+        uid = config.pop("uid")
+        if scope is not None and uid in scope:
+            return scope[uid]
+        origin, path = config.pop("origin"), config.pop("path")
+        try:
+            weight = cls(**config)
+        except (MemoryError, OverflowError) as error:
+            raise InvalidConfig(f"A weight of shape {config['shape']} does not fit into memory.") from error
+        weight.origin = origin
+        if weight.is_built:
+            keras_seam.set_path(weight.variable, claim_path(path or weight.name, weight))
+        weight._wanted_path = path
+        if scope is not None:
+            scope[uid] = weight
+        return weight
+
+    def save_own_variables(self, store: Any) -> None:
+        if self._variable is not None:
+            store["0"] = self._variable
+
+    def load_own_variables(self, store: Any) -> None:
+        scope = keras_seam.loading_scope()
+        loaded = {} if scope is None else scope.setdefault("loaded", {})
+        keys = list(store.keys())
+        if keys:
+            self.load_value(store["0"], loaded, source="the file's own entry of the weight")
+        elif self._variable is not None and id(self) not in loaded:
+            raise TetherError(
+                f"The file holds no value for the weight {self.name!r}. It was written before the tie, and no layer "
+                f"that uses {self.name} as it is has a value of its own in it. "
+                f"Uses: {', '.join(f'{use.name} = {use.expression.notation()}' for use in self._uses) or 'none'}."
+            )
+
+    def load_value(self, value: Any, loaded: dict[int, Any], *, source: str) -> None:
+        """Takes a value from a file, once; a second one in the same load must be equal.
+
+        Raises:
+            ValueConflict: The file holds two different values for this one weight.
+        """
+        array = np.asarray(value)
+        if tuple(array.shape) != self.shape:
+            raise ShapeMismatch(
+                f"The weight {self.name!r} has shape {self.shape}; {source} has another. {received(shape=array.shape)}"
+            )
+        if id(self) in loaded:
+            present = keras.ops.convert_to_numpy(keras_seam.raw_value(self.variable))
+            array = array.view(present.dtype) if array.dtype.kind == "V" else array
+            if not np.array_equal(present.astype("float64"), array.astype("float64"), equal_nan=True):
+                difference = float(np.max(np.abs(present.astype("float64") - array.astype("float64"))))
+                raise ValueConflict(
+                    f"The file holds two different values for the weight {self.name!r}, which is tied here: "
+                    f"{loaded[id(self)]} and {source} differ by up to {difference:.3g}. The file was written by an "
+                    "untied model. Decide which value is right and assign it (`weight.assign(value)`), or load the "
+                    "file into the untied model, average, and tie then."
+                )
+            return
+        self.assign(array)
+        loaded[id(self)] = source
+
+    def __repr__(self) -> str:
+        shape = "shape not known yet" if self.shape is None else f"shape={self.shape}"
+        state = "" if self.trainable else ", frozen"
+        return f"<Weight {self.name}: {shape}, dtype={self.dtype}{state}, uses={len(self._uses)}>"
+
+    def __reduce__(self) -> Any:
+        value = None if self._variable is None else self.numpy()
+        return (_rebuild, (self.get_config(), value))
+
+
+class _Copy(keras.initializers.Initializer):  # type: ignore[misc]
+    """Starts a variable at a copy of an array."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+
+    def __call__(self, shape: Shape, dtype: str | None = None) -> Tensor:
+        return keras.ops.convert_to_tensor(self.array, dtype=dtype)
+
+
+def _rebuild(config: dict[str, Any], value: Any) -> Weight:
+    """A copy with an id of its own; pickle's memo makes it one for all that share it."""
+    config = check_config(config)
+    config.pop("uid")
+    origin, path = config.pop("origin"), config.pop("path")
+    weight = Weight(**config)
+    weight.origin = origin
+    weight._wanted_path = path
+    if value is not None:
+        weight.assign(value)
+    return weight
+
+
+def _start(shape: Any, initializer: Any, dtype: Any) -> tuple[Shape | None, Any, Any]:
+    """Tells a shape from an array: returns shape, initializer, start value."""
+    for given in (shape, initializer):
+        if isinstance(given, keras.Variable):
+            raise TetherError(
+                f"A Weight cannot be made from a keras.Variable, since two things could be meant. To share the "
+                f"variable that a layer has: `tether.weight_of(layer, {given.name!r})`. To start at a copy of its "
+                "present value: `tether.Weight(variable.numpy())`."
+            )
+        if isinstance(given, Expression):
+            raise TetherError(
+                "A Weight owns storage; an expression does not. Use the expression itself, or copy its value: "
+                "`tether.Weight(expression.numpy())`."
+            )
+    start = None
+    if _is_array(shape):
+        if initializer is not None:
+            raise TetherError("Give an array or an initializer, not both.")
+        start, shape = shape, None
+    elif _is_array(initializer):
+        start, initializer = initializer, None
+    if start is not None:
+        start = np.array(keras.ops.convert_to_numpy(start) if keras.ops.is_tensor(start) else start)
+        if shape is not None and tuple(shape) != start.shape:
+            raise ShapeMismatch(
+                f"The array has another shape than the weight. {received(shape=shape, array=start.shape)}"
+            )
+        if start.dtype == np.float64 and dtype is None:
+            start = start.astype(keras.config.floatx())
+        return None, None, start
+    return None if shape is None else _check_shape(shape), initializer, None
+
+
+def _is_array(value: Any) -> bool:
+    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+        return True
+    return isinstance(value, list) and any(isinstance(item, (list, float, np.ndarray)) for item in value)
+
+
+def _check_shape(shape: Any) -> Shape:
+    if isinstance(shape, int) and not isinstance(shape, bool):
+        shape = (shape,)
+    if not isinstance(shape, (tuple, list)) or not all(
+        isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in shape
+    ):
+        raise TetherError(f"A shape is a tuple of integers. {received(shape=shape)}")
+    if any(n < 0 for n in shape) or math.prod(int(n) for n in shape) > MAX_ELEMENTS or len(shape) > 32:
+        raise TetherError(
+            f"A shape has sizes of 0 or more, and at most {MAX_ELEMENTS:,} elements. {received(shape=shape)}"
+        )
+    return tuple(int(n) for n in shape)
+
+
+def check_config(config: Any) -> dict[str, Any]:
+    """A copy of a weight's config, known to be well formed."""
+    keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
+    if not isinstance(config, dict) or set(config) != keys:
+        raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=_short(config))}")
+    config = dict(config)
+    if config["shape"] is not None:
+        if not isinstance(config["shape"], (list, tuple)):
+            raise InvalidConfig(f"A weight's shape is a list of integers. {received(shape=config['shape'])}")
+        try:
+            config["shape"] = _check_shape(config["shape"])
+        except TetherError as error:
+            raise InvalidConfig(str(error)) from None
+    if config["dtype"] is not None:
+        try:
+            config["dtype"] = keras.backend.standardize_dtype(config["dtype"])
+        except (ValueError, TypeError) as error:
+            raise InvalidConfig(str(error)) from None
+    for key in ("name", "uid", "origin"):
+        if not isinstance(config[key], str) or not config[key] or len(config[key]) > 1000:
+            raise InvalidConfig(f"A weight's {key} is a string. {received(**{key: config[key]})}")
+    if "/" in config["name"] or not isinstance(config["path"], (str, type(None))):
+        raise InvalidConfig(f"A weight's name has no '/'. {received(name=config['name'], path=config['path'])}")
+    if not isinstance(config["trainable"], bool):
+        raise InvalidConfig(f"A weight's trainable is a bool. {received(trainable=config['trainable'])}")
+    for key, module in (
+        ("initializer", keras.initializers),
+        ("regularizer", keras.regularizers),
+        ("constraint", keras.constraints),
+    ):
+        try:
+            config[key] = None if config[key] is None else module.get(config[key])
+        except Exception as error:
+            raise InvalidConfig(f"A weight's {key} cannot be read: {error}") from error
+    return config
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else text[:200] + "..."
