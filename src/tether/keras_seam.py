@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -33,6 +34,7 @@ from keras.src.saving import saving_api as _saving_api
 from keras.src.saving import saving_lib as _saving_lib
 from keras.src.saving import serialization_lib as _serialization
 from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.trainers.trainer import Trainer as _Trainer
 from keras.src.utils import naming as _naming
 from keras.src.utils import python_utils as _python_utils
 
@@ -79,6 +81,7 @@ _LOADING = {
 _SAVING = {_code(_saving_lib._save_model_to_fileobj), _code(_saving_lib._save_model_to_dir)}
 _LOSSES = {_code(_Layer.losses.fget)}
 _TRAINABLE_SETTER = _code(_Layer.trainable.fset)
+_RESET_METRICS = _code(_Trainer.reset_metrics)
 _BIDIRECTIONAL_INIT = _code(_Bidirectional.__init__)
 
 
@@ -153,6 +156,19 @@ def set_by_a_container() -> bool:
 def inside_bidirectional_init() -> bool:
     """Whether `Bidirectional.__init__` is copying its argument by config."""
     return any(frame.f_code is _BIDIRECTIONAL_INIT for frame in _frames())
+
+
+def compiled_training() -> tuple[int, int] | None:
+    """Which compiled training function is about to run, if a `fit` is what reads the metrics of all layers.
+
+    It is the one thing that every backend does at the start of each epoch with every layer of a model.
+    """
+    for frame in itertools.islice(_frames(), 8):
+        if frame.f_code is _RESET_METRICS:
+            model = _first_local(frame)
+            function = getattr(model, "train_function", None)
+            return None if function is None else (id(model), id(function))
+    return None
 
 
 def maker(exclude: Any) -> Any:

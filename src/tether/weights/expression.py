@@ -42,7 +42,7 @@ class Expression:
 
     # NumPy must hand `array * expression` to the expression instead of looping over it.
     __array_ufunc__: ClassVar[None] = None
-    __iter__: ClassVar[None] = None  # type: ignore[assignment]
+    __iter__: ClassVar[None] = None
 
     @property
     def shape(self) -> Shape | None:
@@ -219,32 +219,45 @@ def as_expression(value: Any) -> Expression:
 class Node(Expression):
     """One operator applied to other expressions.
 
-    A subclass is an operator. It has a `name` for files, says what it accepts in `check_parameters`,
-    and computes shape, dtype and value from those of its operands. It may say how to print itself and
+    A subclass is an operator. It has a `name` for files, lists its parameters in `accepts` and checks
+    their values in `check_parameters`, and computes shape, dtype and value from those of its operands. It may say how to print itself and
     how to push a value back (`inverse`). Nothing outside its own file has to know it.
     """
 
     name: ClassVar[str]
     arity: ClassVar[int | None] = 1
     """How many operands it takes; `None` for one or more."""
+    accepts: ClassVar[tuple[str, ...]] = ()
+    """The names of its parameters."""
     elementwise_cost: ClassVar[bool] = True
     """Whether computing it does arithmetic; a mere view of memory is not worth remembering."""
 
-    __slots__ = ("__weakref__", "_cheap", "_dtype", "_hash", "_program", "_shape", "operands", "parameters")
+    __slots__ = ("__weakref__", "_cheap", "_dtype", "_hash", "_program", "_shape", "_waits", "operands", "parameters")
     operands: tuple[Expression, ...]
     parameters: dict[str, Any]
+    _shape: Shape | None
+    _dtype: str | None
+    _waits: Expression | None  # a leaf without a shape: as long as it has none, nobody has to look further
+    _program: tuple[Step, ...] | None
+    _cheap: bool | None
+    _hash: int
 
     def __init__(self, *operands: Expression, **parameters: Any) -> None:
         if (self.arity is not None and len(operands) != self.arity) or not operands:
             raise TetherError(
                 f"{self.name} takes {self.arity or 'at least one'} operand(s). {received(n=len(operands))}"
             )
+        if not set(parameters) <= set(self.accepts):
+            raise TetherError(
+                f"{self.name} takes the parameters {list(self.accepts)}. {received(parameters=sorted(parameters))}"
+            )
         set_slot = object.__setattr__
         set_slot(self, "operands", operands)
-        set_slot(self, "parameters", self.check_parameters(**parameters))
+        set_slot(self, "parameters", self.check_parameters(parameters))
         set_slot(self, "_hash", hash((self.name, operands, tuple(sorted(self.parameters.items(), key=lambda i: i[0])))))
         set_slot(self, "_shape", None)
         set_slot(self, "_dtype", None)
+        set_slot(self, "_waits", None)
         set_slot(self, "_program", None)
         set_slot(self, "_cheap", None)
         self.shape  # noqa: B018 - a wrong shape is an error where it is written
@@ -255,10 +268,8 @@ class Node(Expression):
     # ------------------------------------------------------------------ what an operator defines
 
     @classmethod
-    def check_parameters(cls, **parameters: Any) -> dict[str, Any]:
-        """Validates parameters, also those of a stranger's file; returns hashable ones."""
-        if parameters:
-            raise TetherError(f"{cls.name} takes no parameters. {received(parameters=sorted(parameters))}")
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Validates parameters, also those of a stranger's file; returns all of them, hashable."""
         return {}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
@@ -279,7 +290,7 @@ class Node(Expression):
         return Term(f"{self.name}({', '.join(arguments)})")
 
     def operand_shape(self, shape: Shape) -> Shape | None:
-        """The shape of a single operand whose result has `shape`, where that determines it."""
+        """The shape of the operand that has none yet, if the result has `shape` and that determines it."""
         return None
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -290,34 +301,35 @@ class Node(Expression):
 
     @property
     def shape(self) -> Shape | None:
+        """The shape of the value, or `None` as long as a weight in it has none."""
         if self._shape is None:
-            shapes = [operand.shape for operand in self.operands]
-            if any(shape is None for shape in shapes):
-                return None
-            try:
-                shape = self.infer_shape(*shapes)  # type: ignore[arg-type]
-            except TetherError:
-                raise
-            except (ValueError, IndexError, TypeError) as error:
-                raise ShapeMismatch(
-                    f"The shapes in {self.notation()} do not fit: "
-                    f"{', '.join(f'{o.notation()} has shape {s}' for o, s in zip(self.operands, shapes, strict=True))}"
-                    f" ({error})."
-                ) from None
-            object.__setattr__(self, "_shape", tuple(int(size) for size in shape))
-        return self._shape  # type: ignore[no-any-return]
+            _derive_shape(self)
+        return self._shape
+
+    def _settle_shape(self, shapes: list[Shape]) -> Shape:
+        """Infers and remembers the shape; a misfit is an error that names both shapes."""
+        try:
+            shape = tuple(int(size) for size in self.infer_shape(*shapes))
+        except TetherError:
+            raise
+        except (ValueError, IndexError, TypeError) as error:
+            raise ShapeMismatch(
+                f"The shapes in {self.notation()} do not fit: "
+                f"{', '.join(f'{o.notation()} has shape {s}' for o, s in zip(self.operands, shapes, strict=True))}"
+                f" ({error})."
+            ) from None
+        object.__setattr__(self, "_shape", shape)
+        return shape
 
     @property
     def dtype(self) -> str | None:
+        """The dtype of the value outside autocast scopes, or `None` as long as it is not known."""
         if self._dtype is None:
-            dtypes = [operand.dtype for operand in self.operands]
-            if any(dtype is None for dtype in dtypes):
-                return None
-            object.__setattr__(self, "_dtype", self.infer_dtype(*dtypes))  # type: ignore[arg-type]
-        return self._dtype  # type: ignore[no-any-return]
+            _derive_dtype(self)
+        return self._dtype
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[no-any-return]
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -359,6 +371,7 @@ class Step:
     operands: tuple[int, ...]
 
     def same_as(self, other: Step) -> bool:
+        """Whether both compute the same from the same places."""
         if self.operands != other.operands:
             return False
         mine, theirs = self.expression, other.expression
@@ -375,9 +388,11 @@ def program(root: Expression) -> tuple[Step, ...]:
     """The steps that compute an expression, in order, equal parts once; the last is the expression itself."""
     if not isinstance(root, Node):
         return (Step(root, ()),)
-    if root._program is None:
-        object.__setattr__(root, "_program", _linearize(root))
-    return root._program  # type: ignore[no-any-return]
+    found = root._program
+    if found is None:
+        found = _linearize(root)
+        object.__setattr__(root, "_program", found)
+    return found
 
 
 def _linearize(root: Node) -> tuple[Step, ...]:
@@ -409,6 +424,61 @@ def _linearize(root: Node) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def _derive_shape(root: Node) -> None:
+    """Finds the shapes in an expression that are not known yet, as far as its leaves have theirs.
+
+    It walks the program, so neither depth nor shared parts make it slow, and it asks one leaf as long
+    as that has no shape.
+    """
+    if root._waits is not None and root._waits.shape is None:
+        return
+    shapes = [_shape_if_known(operand) for operand in root.operands]
+    for operand, shape in zip(root.operands, shapes, strict=True):
+        if shape is None and _waits_for(operand) is not None:
+            object.__setattr__(root, "_waits", _waits_for(operand))
+            return
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) == len(shapes):
+        root._settle_shape(known)
+        return
+    found: list[Shape] = []
+    for step in program(root):
+        current = step.expression
+        shape = _shape_if_known(current)
+        if shape is None and isinstance(current, Node):
+            shape = current._settle_shape([found[place] for place in step.operands])
+        if shape is None:
+            object.__setattr__(root, "_waits", current)
+            return
+        found.append(shape)
+    object.__setattr__(root, "_shape", found[-1])
+
+
+def _shape_if_known(expression: Expression) -> Shape | None:
+    return expression._shape if isinstance(expression, Node) else expression.shape
+
+
+def _waits_for(expression: Expression) -> Expression | None:
+    """A leaf of the expression that is known to have no shape."""
+    leaf = expression._waits if isinstance(expression, Node) else expression
+    return leaf if leaf is not None and leaf.shape is None else None
+
+
+def _derive_dtype(root: Node) -> None:
+    """Finds the dtype of an expression, if all of its leaves have theirs."""
+    found: list[str] = []
+    for step in program(root):
+        current = step.expression
+        dtype = current._dtype if isinstance(current, Node) else current.dtype
+        if dtype is None and isinstance(current, Node):
+            dtype = current.infer_dtype(*(found[place] for place in step.operands))
+            object.__setattr__(current, "_dtype", dtype)
+        if dtype is None:
+            return
+        found.append(dtype)
+    object.__setattr__(root, "_dtype", found[-1])
+
+
 def leaves(root: Expression) -> Iterator[Expression]:
     """The expressions in it that have no operands, each once, in the order in which they are written."""
     return (step.expression for step in program(root) if not isinstance(step.expression, Node))
@@ -418,12 +488,13 @@ def is_view(root: Expression) -> bool:
     """Whether computing the expression only looks at memory in another way (a transpose, a reshape)."""
     if not isinstance(root, Node):
         return True
-    if root._cheap is None:
+    cheap = root._cheap
+    if cheap is None:
         cheap = all(
             not isinstance(step.expression, Node) or not step.expression.elementwise_cost for step in program(root)
         )
         object.__setattr__(root, "_cheap", cheap)
-    return root._cheap  # type: ignore[no-any-return]
+    return cheap
 
 
 def live_weights(root: Expression) -> tuple[Weight, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -99,6 +100,7 @@ class Weight(Expression, keras.layers.Layer):
         self.origin = self.uid
         self.generation = 0
         keras_seam.set_untracked(self, "_uses", [])
+        keras_seam.set_untracked(self, "_compiled", None)
         self.built = True
         if start is not None:
             self._create(_Copy(start), tuple(start.shape), self._given_dtype)
@@ -242,6 +244,23 @@ class Weight(Expression, keras.layers.Layer):
         keras_seam.set_own_trainable_flag(self, trainable)
         if self._variable is not None and self._variable.trainable != trainable:
             self._variable.trainable = trainable
+
+    @property
+    def metrics(self) -> list[Any]:
+        """No metrics. Keras asks for them when it starts to fit: the moment to notice what it will not."""
+        training = keras_seam.compiled_training()
+        if training is not None:
+            flags = (self._trainable_flag, *(use.live for use in self._uses))
+            compiled = self._compiled
+            if compiled is not None and compiled[0] == training and compiled[1] != flags:
+                warnings.warn(
+                    f"What trains of the weight {self.name!r} has changed since the model was compiled (a layer that "
+                    "uses it, or the weight itself, was frozen or unfrozen). Compile the model again, or the change "
+                    "does not take effect on every backend.",
+                    stacklevel=2,
+                )
+            keras_seam.set_untracked(self, "_compiled", (training, flags))
+        return []
 
     def add_use(self, use: Use) -> None:
         """Registers a use."""

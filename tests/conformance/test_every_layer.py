@@ -1,0 +1,371 @@
+"""Every layer of Keras, every weight of it: tied, it is as the plain layer is.
+
+Each weight is tied before and after the layer is built, to a fresh Weight and to an expression that
+equals the original, and the layer is held beside a plain twin with the same values.
+"""
+
+import contextlib
+import inspect
+
+import keras
+import numpy as np
+import pytest
+
+import tether
+from tests import support
+from tests.conformance.catalogue import BACKEND, NOT_MADE, WITH_WEIGHTS, WITHOUT_WEIGHTS, Case, Floats, layer_classes
+from tether.layers import paths as layer_paths
+from tether.layers.view import View
+
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+"""Weights that cannot be tied, by class and path, with the reason. A user who tries gets a TetherError."""
+
+WAYS = [(when, form) for when in ("before", "after") for form in ("weight", "expression")]
+QUICK = ("before", "expression")
+"""The one way in which the slow layers are tested on every run."""
+
+EXPRESSIONS = [
+    lambda w, shape: 1.0 * w,
+    lambda w, shape: -(-w),
+    lambda w, shape: w.reshape(shape),
+    lambda w, shape: w.T.T,
+]
+
+
+def ways():
+    for case in WITH_WEIGHTS:
+        for when, form in WAYS:
+            marks = [pytest.mark.slow] if case.slow and (when, form) != QUICK else []
+            yield pytest.param(case, when, form, id=f"{case}-{when}-{form}", marks=marks)
+
+
+# --------------------------------------------------------------------------- helpers
+
+
+@contextlib.contextmanager
+def at(*words):
+    """Says in a failure which weight and which step it was."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note("at: " + ", ".join(map(str, words)))
+        raise
+
+
+def paths_of(layer):
+    """The path of each weight of a built layer, the same in every instance of it."""
+    found = {}
+    for path in layer_paths.weight_paths(layer):
+        place = layer_paths.locate(layer, layer_paths.split(path))
+        found.setdefault("/".join(place.recorded_path), place.variable)
+    assert {id(v) for v in found.values()} == {id(v) for v in layer.weights}, "a weight has no path"
+    return found
+
+
+def tied_paths(case, plain):
+    """The paths that can be tied, with their variables in the plain layer."""
+    found = {path: v for path, v in paths_of(plain).items() if (case.class_name, path) not in EXCEPTIONS}
+    assert found, "no weight of it can be tied"
+    return found
+
+
+def expression_at(layer, path):
+    """What the weight of that path is tied to."""
+    variable = layer_paths.locate(layer, layer_paths.split(path)).variable
+    assert isinstance(variable, View), f"{path} is not tied"
+    return variable.expression
+
+
+def weight_at(layer, path):
+    (weight,) = expression_at(layer, path).weights_used()
+    return weight
+
+
+def plain_twin(case):
+    """The layer as Keras makes it, with values that no initializer gives."""
+    plain = case.built()
+    rng = np.random.default_rng(5)
+    values = []
+    for variable in plain.weights:
+        value = rng.uniform(0.2, 0.9, variable.shape) * (
+            rng.choice([-1, 1], variable.shape) if variable.trainable else 1
+        )
+        values.append(value.astype("float32") if "float" in variable.dtype else np.ones(variable.shape, variable.dtype))
+    plain.set_weights(values)
+    case.after_setting(plain)
+    return plain
+
+
+def express(weight, variable, form, number):
+    """The Weight itself, or an expression over it that equals it."""
+    if form == "weight":
+        return weight
+    shape = tuple(variable.shape)
+    if "float" not in variable.dtype:
+        return weight.reshape(shape)
+    return EXPRESSIONS[number % len(EXPRESSIONS)](weight, shape)
+
+
+def tied_twin(case, path, expression, when):
+    """The layer with one weight tied, built."""
+    layer = case.make()
+    if when == "after":
+        layer(*case.sample())
+    assert tether.tie(layer, {path: expression}) is layer
+    layer(*case.sample())
+    return layer
+
+
+def set_like(case, layer, plain):
+    layer.set_weights(plain.get_weights())
+    case.after_setting(layer)
+
+
+def outputs(layer, case, seed=8, **options):
+    return [support.numpy(x) for x in keras.tree.flatten(layer(*case.sample(seed), **options))]
+
+
+def assert_outputs(found, wanted):
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        support.assert_close(a, b, 1e-6)
+
+
+def gradients_of(layer, case):
+    """The gradient of a loss of all outputs with respect to each trainable stored variable, in the layer's order."""
+    sample = keras.tree.map_structure(keras.ops.convert_to_tensor, case.sample(8))
+
+    def loss():
+        total = 0.0
+        for number, output in enumerate(keras.tree.flatten(layer(*sample))):
+            shape = tuple(output.shape)
+            factors = np.cos(np.arange(np.prod(shape, dtype=int)) + number).reshape(shape).astype("float32")
+            total = total + keras.ops.sum(keras.ops.cast(output, "float32") * factors)
+        return total
+
+    variables = layer.trainable_weights
+    value, found = support.gradients(loss, variables)
+    return value, [support.as_zero(g, tuple(v.shape)) for g, v in zip(found, variables, strict=True)]
+
+
+# --------------------------------------------------------------------------- what is covered
+
+
+def test_every_class_is_known():
+    known = {case.class_name for case in [*WITH_WEIGHTS, *WITHOUT_WEIGHTS]} | set(NOT_MADE)
+    missing = sorted(set(layer_classes()) - known)
+    assert not missing, f"the catalogue has to learn to make {missing}"
+
+
+def test_every_class_with_weights_has_a_quick_test():
+    quick = {param.values[0].class_name for param in ways() if not param.marks}
+    assert quick == {case.class_name for case in WITH_WEIGHTS}
+
+
+# --------------------------------------------------------------------------- as the plain layer
+
+
+@pytest.mark.parametrize(("case", "when", "form"), ways())
+def test_computes_and_learns_as_the_plain_layer(case, when, form):
+    plain = plain_twin(case)
+    wanted = outputs(plain, case)
+    flags = [variable.trainable for variable in plain.weights]
+    if any(flags):
+        wanted_loss, wanted_gradients = gradients_of(plain, case)
+    for number, (path, variable) in enumerate(tied_paths(case, plain).items()):
+        with at(case, when, form, path):
+            weight = tether.Weight(name="tied")
+            tied = tied_twin(case, path, express(weight, variable, form, number), when)
+            assert isinstance(tied, type(plain))
+            assert weight_at(tied, path) is weight
+            set_like(case, tied, plain)
+            support.assert_close(weight.value, variable.value, 0)
+            for mine, theirs in zip(tied.get_weights(), plain.get_weights(), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+            assert_outputs(outputs(tied, case), wanted)
+            assert tied.count_params() == plain.count_params()
+            assert [v.trainable for v in tied.weights] == flags
+            assert any(v is weight.variable for v in tied.weights)
+            if any(flags):
+                loss, found = gradients_of(tied, case)
+                assert loss == pytest.approx(wanted_loss, rel=1e-5, abs=1e-5)
+                for mine, theirs in zip(found, wanted_gradients, strict=True):
+                    support.assert_close(mine, theirs, 1e-5)
+
+
+@pytest.mark.parametrize(("case", "when", "form"), ways())
+def test_a_tie_after_build_keeps_the_values_and_a_weight_brings_its_own(case, when, form):
+    plain = plain_twin(case)
+    wanted = outputs(plain, case)
+    for number, (path, variable) in enumerate(tied_paths(case, plain).items()):
+        with at(case, when, form, path):
+            if when == "after":
+                layer = case.built()
+                set_like(case, layer, plain)
+                tether.tie(layer, {path: express(tether.Weight(name="kept"), variable, form, number)})
+            else:
+                layer = case.make()
+                start = tether.Weight(support.numpy(variable.value), name="brought")
+                tether.tie(layer, {path: express(start, variable, form, number)})
+                layer(*case.sample())
+                support.assert_close(start.value, variable.value, 0)
+                set_like(case, layer, plain)
+            assert_outputs(outputs(layer, case), wanted)
+
+
+STATEFUL = [
+    case for case in WITH_WEIGHTS if case.class_name in ("BatchNormalization", "SpectralNormalization", "JaxLayer")
+]
+
+
+def test_the_layers_with_state_are_found():
+    changing = set()
+    for case in WITH_WEIGHTS:
+        layer = case.built()
+        if "training" in inspect.signature(layer.call).parameters and layer.non_trainable_weights:
+            changing.add(case.class_name)
+    assert changing <= {case.class_name for case in STATEFUL}
+
+
+@pytest.mark.parametrize(("when", "form"), WAYS)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_a_call_in_training_changes_state_as_in_the_plain_layer(case, when, form):
+    plain = plain_twin(case)
+    start = plain.get_weights()
+    for number, (path, variable) in enumerate(tied_paths(case, plain).items()):
+        with at(case, when, form, path):
+            plain.set_weights(start)
+            tied = tied_twin(case, path, express(tether.Weight(name="tied"), variable, form, number), when)
+            set_like(case, tied, plain)
+            for seed in (20, 21):
+                assert_outputs(outputs(tied, case, seed, training=True), outputs(plain, case, seed, training=True))
+            for mine, theirs in zip(tied.get_weights(), plain.get_weights(), strict=True):
+                support.assert_close(mine, theirs, 1e-6)
+            assert_outputs(outputs(tied, case), outputs(plain, case))
+
+
+@pytest.mark.parametrize(("when", "form"), WAYS)
+def test_normalization_adapts_as_the_plain_layer(when, form):
+    case = next(case for case in WITH_WEIGHTS if case.class_name == "Normalization")
+    data = np.random.default_rng(2).normal(3.0, 2.0, (32, 3)).astype("float32")
+    plain = case.built()
+    plain.adapt(data)
+    for number, (path, variable) in enumerate(tied_paths(case, plain).items()):
+        with at(when, form, path):
+            weight = tether.Weight(name="tied")
+            tied = tied_twin(case, path, express(weight, variable, form, number), when)
+            tied.adapt(data)
+            support.assert_close(weight.value, variable.value, 1e-6)
+            assert_outputs(outputs(tied, case), outputs(plain, case))
+
+
+# --------------------------------------------------------------------------- it survives
+
+
+def sharing_model(case, path, variable, when, form, number):
+    """A model of two layers of the kind that share the weight, with the weight."""
+    weight = tether.Weight(name="shared")
+    first, second = (tied_twin(case, path, express(weight, variable, form, number), when) for _ in range(2))
+    inputs = case.symbolic()
+    results = keras.tree.flatten([first(*inputs), second(*inputs)])
+    return keras.Model(keras.tree.flatten(inputs), results), first, second, weight
+
+
+def assert_same_model(copy, model, first, second, path, weight, case):
+    sample = keras.tree.flatten(case.sample(8))
+    ours, theirs = copy.get_layer(first.name), copy.get_layer(second.name)
+    assert weight_at(ours, path) is weight_at(theirs, path), "the two layers share no longer"
+    assert weight_at(ours, path) is not weight, "the copy shares with the original"
+    assert expression_at(ours, path).notation() == expression_at(first, path).notation()
+    assert copy.count_params() == model.count_params()
+    for name in ("weights", "trainable_weights"):
+        assert [tuple(v.shape) for v in getattr(copy, name)] == [tuple(v.shape) for v in getattr(model, name)]
+    assert_outputs(
+        [support.numpy(x) for x in keras.tree.flatten(copy(sample))],
+        [support.numpy(x) for x in keras.tree.flatten(model(sample))],
+    )
+
+
+@pytest.mark.parametrize(("case", "when", "form"), ways())
+def test_survives_saving_loading_and_copying(case, when, form, tmp_path):
+    plain = plain_twin(case)
+    wanted = outputs(plain, case)
+    for number, (path, variable) in enumerate(tied_paths(case, plain).items()):
+        with at(case, when, form, path):
+            model, first, second, weight = sharing_model(case, path, variable, when, form, number)
+            set_like(case, first, plain)
+            set_like(case, second, plain)
+            assert model.count_params() == 2 * plain.count_params() - int(np.prod(variable.shape, dtype=int))
+
+            with at("saved and loaded"):
+                file = tmp_path / f"{number}.keras"
+                model.save(file)
+                loaded = keras.saving.load_model(file)
+                assert_same_model(loaded, model, first, second, path, weight, case)
+
+            with at("cloned"):
+                clone = keras.models.clone_model(model)
+                clone.set_weights(model.get_weights())
+                case.after_setting(clone.get_layer(first.name))
+                case.after_setting(clone.get_layer(second.name))
+                assert_same_model(clone, model, first, second, path, weight, case)
+
+            with at("from_config(get_config())"):
+                copy = type(first).from_config(first.get_config())
+                copy(*case.sample())
+                assert weight_at(copy, path) is not weight
+                set_like(case, copy, plain)
+                assert_outputs(outputs(copy, case), wanted)
+                weight_at(copy, path).assign(keras.ops.zeros_like(weight.value))
+                assert_outputs(outputs(first, case), wanted)
+                assert copy.count_params() == plain.count_params()
+
+
+# --------------------------------------------------------------------------- all weights at once
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("case", WITH_WEIGHTS, ids=str)
+def test_all_weights_tied_at_once(case, when):
+    plain = plain_twin(case)
+    layer = case.make() if when == "before" else case.built()
+    places = list({id(v): path for path, v in reversed(tied_paths(case, plain).items())}.values())
+    weights = {path: tether.Weight(name="all") for path in places}
+    tether.tie(layer, weights)
+    layer(*case.sample())
+    set_like(case, layer, plain)
+    assert_outputs(outputs(layer, case), outputs(plain, case))
+    assert layer.count_params() == plain.count_params()
+    assert {id(w.variable) for w in weights.values()} <= {id(v) for v in layer.weights}
+
+
+# --------------------------------------------------------------------------- what cannot be tied
+
+
+def refusal(layer, names, case=None):
+    """The error that a user gets who ties the weight of that name."""
+    with pytest.raises(tether.TetherError) as caught:
+        tether.tie(layer, names)
+        if case is not None:
+            layer(*case.symbolic())
+        else:
+            layer.build((2, 3))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", WITHOUT_WEIGHTS, ids=str)
+def test_a_layer_without_weights_says_so(case):
+    layer = case.make()
+    layer(*case.symbolic())
+    assert layer.weights == [] and layer_paths.weight_paths(layer) == []
+    assert "kernel" in refusal(layer, {"kernel": tether.Weight()})
+    assert not isinstance(layer, tether.Weight) and layer.weights == []
+    assert "kernel" in refusal(case.make(), {"kernel": tether.Weight()}, case)
+
+
+@pytest.mark.parametrize(("class_name", "path"), EXCEPTIONS)
+def test_an_exception_is_refused_with_a_reason(class_name, path):
+    case = next(case for case in WITH_WEIGHTS if case.class_name == class_name)
+    assert EXCEPTIONS[class_name, path]
+    assert path.rpartition("/")[2] in refusal(case.built(), {path: tether.Weight()})
+    assert path.rpartition("/")[2] in refusal(case.make(), {path: tether.Weight()}, case)
