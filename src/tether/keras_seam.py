@@ -158,7 +158,7 @@ def inside_bidirectional_init() -> bool:
     return any(frame.f_code is _BIDIRECTIONAL_INIT for frame in _frames())
 
 
-def compiled_training() -> tuple[int, int] | None:
+def compiled_training() -> Any:
     """Which compiled training function is about to run, if a `fit` is what reads the metrics of all layers.
 
     It is the one thing that every backend does at the start of each epoch with every layer of a model.
@@ -167,7 +167,7 @@ def compiled_training() -> tuple[int, int] | None:
         if frame.f_code is _RESET_METRICS:
             model = _first_local(frame)
             function = getattr(model, "train_function", None)
-            return None if function is None else (id(model), id(function))
+            return function
     return None
 
 
@@ -473,12 +473,21 @@ def flatten_containers(value: Any) -> list[Any]:
 # --------------------------------------------------------------------------- one call
 
 
-def call_owner() -> Any:
-    """The object that lives as long as the outer call in progress: the place for values computed once a call."""
+def call_owners() -> list[Any]:
+    """The objects that live as long as the calls in progress, innermost first: places for values computed once a call.
+
+    A stateless call has its scope, any other the context of its outermost layer. JAX's time loop opens
+    a scope of its own inside the call.
+    """
+    owners = []
     scope = _stateless.get_stateless_scope()
-    if scope is not None:
-        return scope
-    return _global_state.get_global_attribute("current_call_ctx")
+    while scope is not None:
+        owners.append(scope)
+        scope = getattr(scope, "original_scope", None)
+    context = _global_state.get_global_attribute("current_call_ctx")
+    if context is not None:
+        owners.append(context)
+    return owners
 
 
 def trace_token() -> Any:

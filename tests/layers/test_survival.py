@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 
 import h5py
@@ -18,7 +19,7 @@ import tether
 from tests.support import assert_close, numpy
 
 
-def autoencoder(width=3, size=5, compiled=True):
+def autoencoder(width=3, size=5, compiled=False):
     codec = tether.Weight(name="codec")
     inputs = keras.Input((size,))
     hidden = tether.tie(keras.layers.Dense(width, activation="relu", name="encode"), kernel=codec)(inputs)
@@ -43,7 +44,7 @@ def x(rng):
 
 
 def test_keras_file_keeps_the_tie_and_the_outputs(tmp_path, x):
-    model = autoencoder()
+    model = autoencoder(compiled=True)
     model.fit(x, x, verbose=0)
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
@@ -52,7 +53,7 @@ def test_keras_file_keeps_the_tie_and_the_outputs(tmp_path, x):
 
 
 def test_training_goes_on_after_a_load_as_if_it_had_not_stopped(tmp_path, x):
-    model = autoencoder()
+    model = autoencoder(compiled=True)
     model.fit(x, x, epochs=2, shuffle=False, verbose=0)
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
@@ -96,7 +97,8 @@ def test_a_weights_file_written_before_the_tie_loads_after_it(tmp_path):
 def test_a_weights_file_with_two_different_values_for_one_weight_is_refused(tmp_path):
     plain = plain_autoencoder()
     plain.save_weights(tmp_path / "m.weights.h5")
-    with pytest.raises(ValueError, match="two different values for the weight 'codec'"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="two different values for the weight 'codec'"):
+        warnings.simplefilter("ignore")  # Keras warns of the containers that it cannot finish
         autoencoder().load_weights(tmp_path / "m.weights.h5")
 
 
@@ -148,7 +150,7 @@ def test_clone_function_that_edits_configs_keeps_the_tie():
 
 
 def test_deepcopy_and_pickle_of_a_model(x):
-    model = autoencoder()
+    model = autoencoder(compiled=True)
     model.fit(x, x, verbose=0)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert is_tied(other)
@@ -234,7 +236,7 @@ def test_parts_saved_apart_are_tied_again_inside_an_explicit_scope(tmp_path):
 
 
 def test_model_checkpoint_and_backup_and_restore(tmp_path, x):
-    model = autoencoder()
+    model = autoencoder(compiled=True)
     callbacks = [
         keras.callbacks.ModelCheckpoint(tmp_path / "best.keras"),
         keras.callbacks.BackupAndRestore(tmp_path / "backup"),
@@ -247,13 +249,13 @@ def test_model_checkpoint_and_backup_and_restore(tmp_path, x):
             if epoch == 1:
                 raise KeyboardInterrupt
 
-    whole, broken = autoencoder(), autoencoder()
+    whole, broken = autoencoder(compiled=True), autoencoder(compiled=True)
     broken.set_weights(whole.get_weights())
     whole.fit(x, x, epochs=4, shuffle=False, verbose=0)
     backup = lambda: keras.callbacks.BackupAndRestore(tmp_path / "resumed")  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         broken.fit(x, x, epochs=4, shuffle=False, verbose=0, callbacks=[backup(), Stop()])
-    resumed = autoencoder()
+    resumed = autoencoder(compiled=True)
     resumed.fit(x, x, epochs=4, shuffle=False, verbose=0, callbacks=[backup()])
     for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -309,24 +311,30 @@ def test_a_subclassed_model_that_ties_in_its_constructor_saves_and_loads(tmp_pat
 
 
 def test_a_file_of_this_backend_is_read_by_the_other_two(tmp_path, x):
-    model = autoencoder()
+    model = autoencoder(compiled=True)
     model.fit(x, x, verbose=0)
     model.save(tmp_path / "m.keras")
     np.savez(tmp_path / "x.npz", x=x, y=model.predict(x, verbose=0))
     script = (
         "import sys, numpy as np, keras, tether\n"
-        "m = keras.saving.load_model(sys.argv[1] + '/m.keras')\n"
+        "torch = sys.argv[2] == 'torch'\n"  # Keras itself cannot train elsewhere with an optimizer of PyTorch's own
+        "m = keras.saving.load_model(sys.argv[1] + '/m.keras', compile=not torch)\n"
         "d = np.load(sys.argv[1] + '/x.npz')\n"
         "assert len(m.weights) == 3\n"
         "assert m.layers[2].kernel.expression == m.layers[1].kernel.expression.T\n"
         "np.testing.assert_allclose(m.predict(d['x'], verbose=0), d['y'], rtol=1e-5, atol=1e-6)\n"
+        "if torch:\n    m.compile('adam', 'mse')\n"
         "m.fit(d['x'], d['x'], verbose=0)\n"
         "print('read on', keras.backend.backend(), len(m.optimizer.variables))\n"
     )
     for backend in {"jax", "torch", "tensorflow"} - {keras.backend.backend()}:
         environment = {**os.environ, "KERAS_BACKEND": backend}
         run = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", script, str(tmp_path), keras.backend.backend()],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert f"read on {backend} {len(model.optimizer.variables)}" in run.stdout, run.stderr
 

@@ -82,13 +82,6 @@ class Lambda(keras.layers.Layer):  # type: ignore[misc]
             values["training"] = training
         return self.function(inputs, **values)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        """The shape of what the function returns."""
-        spec = keras.tree.map_shape_structure(
-            lambda shape: keras.KerasTensor(shape, dtype=self.compute_dtype), input_shape
-        )
-        return keras.tree.map_structure(lambda output: output.shape, keras.layers.Layer.compute_output_spec(self, spec))
-
     def get_config(self) -> dict[str, Any]:
         """The function by its registered name; the weights are in the record of ties."""
         return {**super().get_config(), "function": keras.saving.serialize_keras_object(self.function)}

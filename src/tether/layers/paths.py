@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import keras
 
 from tether import keras_seam
-from tether.errors import UnknownName, received
+from tether.errors import UnknownName, Unsupported, received
 from tether.layers.state import STATE, WEIGHTS, state_of
 from tether.weights.weight import Weight
 
@@ -52,8 +52,9 @@ def locate(root: Any, path: Path) -> Place:
     Raises:
         UnknownName: It leads nowhere, or to two places.
     """
-    layer, recorder, recorded, rest = root, root, (), path
+    layer, recorder, recorded, rest = root, root, cast("Path", ()), path
     while True:
+        _refuse_in_place(layer, rest)
         found = find_variable(layer, rest)
         if found is not None:
             variable, canonical = found
@@ -74,6 +75,14 @@ def locate(root: Any, path: Path) -> Place:
                 f"It has: {', '.join(weight_paths(child)) or 'no weights yet'}."
             )
         layer = child
+
+
+def _refuse_in_place(layer: Any, rest: Path) -> None:
+    if isinstance(layer, keras.layers.SpectralNormalization) and rest[-1] in ("kernel", "embeddings"):
+        raise Unsupported(
+            f"The SpectralNormalization {layer.name!r} overwrites the {rest[-1]} of its layer at every training step, for "
+            "everybody who shares it. Tie the layer without the wrapper."
+        )
 
 
 # --------------------------------------------------------------------------- variables
@@ -156,7 +165,8 @@ def find_child(layer: Any, rest: Path) -> tuple[Any, Path, Path] | None:
             value = _item(value, remaining[0])
             path, remaining = (*path, remaining[0]), remaining[1:]
         if isinstance(value, keras.layers.Layer) and not isinstance(value, Weight):
-            found.setdefault(id(value), (value, path, remaining))
+            found[id(value)] = (value, path, remaining)
+            break
     for child in _children(layer):
         if child.name == head:
             found.setdefault(id(child), (child, canonical_child(layer, child), tail))

@@ -7,6 +7,7 @@ changed before everything is known to fit, and a failure half way is rolled back
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -172,7 +173,7 @@ def _refuse_twice(layer: Any, places: dict[str, paths.Place]) -> None:
 def _check(layer: Any, wanted: dict[str, Expression], places: dict[str, paths.Place]) -> None:
     """Everything that can be known before anything is changed."""
     for path, place in places.items():
-        _refuse_quantized(place.layer)
+        _refuse_unsupported(place.layer)
         expression = wanted[path]
         if place.variable is not None:
             shape = tuple(int(n) for n in place.variable.shape)
@@ -185,11 +186,16 @@ def _check(layer: Any, wanted: dict[str, Expression], places: dict[str, paths.Pl
                 _check_constraint(place.layer, place.leaf_name, constraint, expression)
 
 
-def _refuse_quantized(layer: Any) -> None:
+def _refuse_unsupported(layer: Any) -> None:
     if layer.quantization_mode is not None:
         raise Unsupported(
             f"Layer {layer.name!r} is quantised ({layer.quantization_mode}); its weights are packed integers and cannot "
             "be tied. Tie first, or quantise a plain copy: `tether.materialize(model).quantize(...)`."
+        )
+    if hasattr(layer, "finalize_state"):
+        raise Unsupported(
+            f"Layer {layer.name!r} ({type(layer).__name__}) computes with constants that it derives from its weights when "
+            "it is adapted, so a tie would have no effect. Use the layer itself in both places."
         )
     if getattr(layer, "lora_enabled", False):
         raise Unsupported(
@@ -357,11 +363,12 @@ def _forget(asked: Tie) -> None:
 def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     """The view that `add_weight` returns in the place of a new variable."""
     name = kwargs["name"]
-    _refuse_quantized(layer)
+    _refuse_unsupported(layer)
     shape = tuple(int(n) for n in (kwargs.get("shape") or ()))
     dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or layer.variable_dtype)
     initializer = kwargs.get("initializer")
-    if initializer is None:
+    wished = initializer is not None
+    if not wished:
         initializer = "glorot_uniform" if keras_seam.is_float(dtype) else "zeros"
     initializer = keras.initializers.get(initializer)
     trainable = bool(kwargs.get("trainable", True))
@@ -374,7 +381,9 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
         raise _misfit(layer, name, shape, expression)
     if constraint is not None:
         _check_constraint(layer, name, constraint, expression)
-    _start_from_layer(layer, name, expression, shape, dtype, initializer)
+    if wished:
+        _warn_of_initializer(layer, name, expression, initializer)
+    _start_from_layer(expression, shape, dtype, initializer)
     store = keras_seam.STORES[0] if trainable else keras_seam.STORES[1]
     index = len(keras_seam.variable_lists(layer)[store]) + sum(slot.store == store for slot in state.slots)
     with keras_seam.name_scope(layer):
@@ -407,12 +416,7 @@ class _Through(keras.initializers.Initializer):  # type: ignore[misc]
         return keras.ops.cast(invert(self.expression, value)[self.weight], dtype)
 
 
-def _start_from_layer(
-    layer: Any, name: str, expression: Expression, shape: tuple[int, ...], dtype: str, initializer: Any
-) -> None:
-    for weight in expression.weights_used():
-        if weight.is_built:
-            _warn_of_initializer(layer, name, weight, expression, initializer)
+def _start_from_layer(expression: Expression, shape: tuple[int, ...], dtype: str, initializer: Any) -> None:
     missing = [weight for weight in expression.weights_used() if not weight.is_built]
     solved = solve_shape(expression, shape)
     for weight in missing:
@@ -432,37 +436,36 @@ def _invertible_or_none(through: _Through | None) -> _Through | None:
     return through if through is not None and is_invertible(through.expression) else None
 
 
-def _warn_of_initializer(layer: Any, name: str, weight: Weight, expression: Expression, initializer: Any) -> None:
+def _warn_of_initializer(layer: Any, name: str, expression: Expression, initializer: Any) -> None:
     """A later tie whose layer was explicitly given another initializer than the one that was used."""
-    used = weight.first_initializer
-    if used is None or not isinstance(expression, Weight):
+    used = expression.first_initializer if isinstance(expression, Weight) and expression.is_built else None
+    if used is None:
         return
-    mine, theirs = keras.initializers.serialize(initializer), keras.initializers.serialize(used)
-    if _without_seed(mine) != _without_seed(theirs) and not _is_the_class_default(layer, initializer):
-        warnings.warn(
-            f"The weight {weight.name!r} was started with {theirs['class_name']} by its first tie; the "
-            f"{mine['class_name']} of {layer.name}/{name} is not used. Set one: "
-            f"`tether.Weight(..., initializer=...)`.",
-            stacklevel=2,
-        )
+    mine, theirs = _described_initializer(initializer), _described_initializer(used)
+    if mine is None or theirs is None or mine == theirs or _is_the_class_default(layer, mine):
+        return
+    warnings.warn(
+        f"The weight {expression.name!r} was started with {theirs[0]} by its first tie; the {mine[0]} of "
+        f"{layer.name}/{name} is not used. Set one: `tether.Weight(..., initializer=...)`.",
+        stacklevel=2,
+    )
 
 
-def _without_seed(config: Any) -> Any:
-    return {**config, "config": {key: value for key, value in config["config"].items() if key != "seed"}}
+def _described_initializer(initializer: Any) -> tuple[str, str] | None:
+    """Class and arguments of a Keras initializer, without its seed; a function or any other object tells nothing."""
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return None
+    config = {key: value for key, value in initializer.get_config().items() if key != "seed"}
+    return type(initializer).__name__, repr(sorted(config.items()))
 
 
-def _is_the_class_default(layer: Any, initializer: Any) -> bool:
+def _is_the_class_default(layer: Any, described: tuple[str, str]) -> bool:
     """Whether the layer's class, not its user, chose the initializer."""
-    import inspect
-
     for cls in type(layer).__mro__:
         init = cls.__dict__.get("__init__")
-        if init is None:
-            continue
-        for parameter in inspect.signature(init).parameters.values():
+        for parameter in inspect.signature(init).parameters.values() if init is not None else ():
             if parameter.name.endswith("initializer") and isinstance(parameter.default, str):
-                default = keras.initializers.serialize(keras.initializers.get(parameter.default))
-                if _without_seed(default) == _without_seed(keras.initializers.serialize(initializer)):
+                if _described_initializer(keras.initializers.get(parameter.default)) == described:
                     return True
     return False
 

@@ -19,6 +19,7 @@ from tether.layers import storage
 from tether.layers.record import VERSION, encode_ties, read_record
 from tether.layers.state import (
     STATE,
+    WEIGHTS,
     State,
     in_base_order,
     serializing,
@@ -108,7 +109,7 @@ class Tied:
         for variable in keras_seam.variable_lists(self)["trainable_variables"]:
             variable.trainable = value
         state = state_of(self)
-        hung = vars(self).get("_tether_weights") or ()
+        hung = vars(self).get(WEIGHTS) or ()
         for layer in keras_seam.sublayers(self):
             if not any(layer is weight for weight in hung):
                 layer.trainable = value
@@ -158,12 +159,13 @@ class Tied:
         return (_unpickle, (buffer.getvalue(), {weight.uid: weight for weight in weights_below(self)}))
 
     def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        children = super()._trackable_children(*args, **kwargs)  # type: ignore[misc]
-        return {
+        children = {
             name: child
-            for name, child in children.items()
+            for name, child in super()._trackable_children(*args, **kwargs).items()  # type: ignore[misc]
             if not isinstance(child, View) and not isinstance(vars(self).get(name), View)
         }
+        hung = vars(self).get(WEIGHTS) or ()
+        return {**children, **{f"{WEIGHTS}_{place}": weight for place, weight in enumerate(hung)}}
 
     # ------------------------------------------------------------------ what would untie it
 

@@ -36,8 +36,10 @@ class Argument(Expression):
 
     __slots__ = ("__weakref__", "_dtype", "_shape", "name")
     name: str
+    _shape: Shape
+    _dtype: str
 
-    def __init__(self, name: str, shape: Shape = (), dtype: str | None = None) -> None:
+    def __init__(self, name: Any, shape: Shape = (), dtype: str | None = None) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise TetherError(f"An argument's name is an identifier. {received(name=name)}")
         object.__setattr__(self, "name", name)
@@ -49,11 +51,13 @@ class Argument(Expression):
 
     @property
     def shape(self) -> Shape:
-        return self._shape  # type: ignore[no-any-return]
+        """The shape of what will be bound."""
+        return self._shape
 
     @property
     def dtype(self) -> str:
-        return self._dtype  # type: ignore[no-any-return]
+        """The dtype of what will be bound."""
+        return self._dtype
 
     def tensor(self) -> Tensor:
         """What is bound now.
@@ -70,6 +74,7 @@ class Argument(Expression):
         return bindings[self]
 
     def format(self) -> Term:
+        """Its name."""
         return Term(self.name)
 
     def __eq__(self, other: object) -> bool:
@@ -98,10 +103,13 @@ def bind(values: Mapping[Argument, Any]) -> Iterator[None]:
 
     Raises:
         ShapeMismatch: A value has another shape.
+        TetherError: A key is no argument.
     """
     before: dict[Argument, Tensor] = getattr(_bound, "values", {})
     tensors = {}
     for argument, value in values.items():
+        if not isinstance(argument, Argument):
+            raise TetherError(f"Only an Argument can be bound. {received(argument=argument)}")
         tensor = keras.ops.convert_to_tensor(value, dtype=argument.dtype)
         if tuple(tensor.shape) != argument.shape:
             raise ShapeMismatch(

@@ -17,7 +17,7 @@ import numpy as np
 
 from tether.errors import InvalidConfig, TetherError, received
 from tether.weights.argument import Argument
-from tether.weights.constant import MAX_ELEMENTS, Constant
+from tether.weights.constant import MAX_ELEMENTS, Constant, is_numeric
 from tether.weights.expression import MAX_STEPS, Expression, Node, program
 from tether.weights.operators import OPERATORS
 from tether.weights.weight import Weight
@@ -104,7 +104,7 @@ def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[
             content = float(content)
         if isinstance(content, bool) or not isinstance(content, (int, float)):
             raise InvalidConfig(f"A number is an int or a float. {received(number=content)}")
-        return Constant(number=content)
+        return Constant.of(content)
     if kind == "array":
         return Constant(array=_decode_array(content))
     if kind == "argument":
@@ -150,7 +150,7 @@ def _decode_array(content: Any) -> np.ndarray[Any, Any]:
         if named is None:
             raise InvalidConfig(f"An array's dtype is not known. {received(dtype=content['dtype'])}") from None
         dtype = np.dtype(named)
-    if dtype.hasobject or dtype.kind not in "fiubV" or dtype.fields is not None:
+    if not is_numeric(dtype):
         raise InvalidConfig(f"An array holds numbers. {received(dtype=content['dtype'])}")
     try:
         raw = base64.b64decode(data, validate=True)

@@ -13,16 +13,29 @@ from tether.weights.expression import Expression, Shape, Tensor, Term
 MAX_ELEMENTS = 1 << 20
 """A constant is written into the config of every layer that uses it; a larger one is a weight."""
 
+NUMERIC = {
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2",
+}  # fmt: skip
+
+
+def is_numeric(dtype: np.dtype[Any]) -> bool:
+    """Whether it is a dtype of real numbers that Keras knows, in this machine's byte order."""
+    return str(dtype) in NUMERIC
+
 
 class Constant(Expression):
     """A number or a small array, fixed for good.
 
-    A Python number takes the dtype of what it is combined with, as in NumPy.
+    A Python number takes the dtype of what it is combined with, as in NumPy. An array keeps its own,
+    except that NumPy's defaults become Keras's: float64 becomes `keras.config.floatx()`, and int64
+    becomes int32 where the values allow it.
     """
 
     __slots__ = ("__weakref__", "_key", "array", "number")
     array: np.ndarray[Any, Any] | None
     number: int | float | None
+    _key: tuple[Any, ...]
 
     def __init__(self, *, number: int | float | None = None, array: np.ndarray[Any, Any] | None = None) -> None:
         object.__setattr__(self, "number", number)
@@ -45,6 +58,10 @@ class Constant(Expression):
         if isinstance(value, (bool, np.bool_)):
             return cls(array=np.array(value))
         if isinstance(value, (int, np.integer)):
+            if not -(1 << 63) <= value < 1 << 63:
+                raise TetherError(
+                    f"An integer in an expression has at most 64 bits. {received(bits=int(value).bit_length())}"
+                )
             return cls(number=int(value))
         if isinstance(value, (float, np.floating)):
             return cls(number=float(value))
@@ -59,10 +76,17 @@ class Constant(Expression):
             value = keras.ops.convert_to_numpy(value)
         if not isinstance(value, (np.ndarray, list, tuple)):
             raise TypeError(f"Neither a number nor an array. {received(type=type(value).__name__)}")
-        array = np.array(value)
-        if array.dtype == np.float64 and isinstance(value, (list, tuple)):
+        try:
+            array = np.array(value)
+        except ValueError as error:
+            raise TetherError(f"A constant is an array of numbers: {error}") from None
+        if array.dtype == np.float64:
             array = array.astype(keras.config.floatx())
-        if not (array.dtype.kind in "fiub" or "float" in array.dtype.name):
+        if array.dtype == np.int64 and np.array_equal(array, array.astype(np.int32)):
+            array = array.astype(np.int32)
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("="))
+        if not is_numeric(array.dtype):
             raise TetherError(f"A constant holds numbers. {received(dtype=str(array.dtype))}")
         if array.size > MAX_ELEMENTS:
             raise TetherError(
@@ -77,10 +101,12 @@ class Constant(Expression):
 
     @property
     def shape(self) -> Shape:
+        """The shape, `()` for a number."""
         return () if self.array is None else self.array.shape
 
     @property
     def dtype(self) -> str:
+        """The array's dtype; `"int"` or `"float"` for a number, which takes that of what it meets."""
         return type(self.number).__name__ if self.array is None else str(self.array.dtype)
 
     def tensor(self) -> Tensor:
@@ -88,6 +114,7 @@ class Constant(Expression):
         return self.number if self.array is None else keras.ops.convert_to_tensor(self.array, dtype=self.dtype)
 
     def format(self) -> Term:
+        """The number, the entries of a tiny array, or the shape of a larger one."""
         if self.array is None:
             text = repr(self.number)
             return Term(text, 100 if not text.startswith("-") else 60)

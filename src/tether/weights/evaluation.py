@@ -8,8 +8,6 @@ trace. Before a time loop the values that the loop needs are *held*: computed ou
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -30,44 +28,32 @@ def evaluate(expression: Expression) -> Tensor:
         return expression.value
     if is_view(expression):
         return _compute(expression)
-    cache = _call_cache()
-    if cache is None:
+    caches = _call_caches()
+    if not caches:
         return _compute(expression)
     key = (expression, autocast_dtype())
     fingerprint = _fingerprint(expression)
-    entry = cache.get(key)
-    if entry is not None and _same(entry[0], fingerprint):
-        if entry[1] is _HELD or entry[1] == keras_seam.trace_token():
-            return entry[2]
-        return _compute(expression)
+    for cache in caches:
+        entry = cache.get(key)
+        if entry is not None and _same(entry[0], fingerprint):
+            if entry[1] is _HELD or (cache is caches[0] and entry[1] == keras_seam.trace_token()):
+                return entry[2]
     value = _compute(expression)
-    cache[key] = (fingerprint, keras_seam.trace_token(), value)
+    caches[0][key] = (fingerprint, keras_seam.trace_token(), value)
     return value
-
-
-@contextlib.contextmanager
-def held(expressions: list[Expression]) -> Iterator[None]:
-    """Computes expressions now, for loops inside the block to read."""
-    entries = hold(expressions)
-    try:
-        yield
-    finally:
-        release(entries)
 
 
 def hold(expressions: list[Expression]) -> list[Any]:
     """Starts to hold; the result goes to `release`."""
-    cache = _call_cache()
-    if cache is None:
-        return []
-    keys = []
-    for expression in expressions:
-        if not is_view(expression):
-            key = (expression, autocast_dtype())
-            value = evaluate(expression)
-            cache[key] = (_fingerprint(expression), _HELD, value)
-            keys.append((cache, key))
-    return keys
+    held: list[Any] = []
+    for cache in _call_caches()[:1]:
+        for expression in expressions:
+            if not is_view(expression):
+                key = (expression, autocast_dtype())
+                value = evaluate(expression)
+                cache[key] = (_fingerprint(expression), _HELD, value)
+                held.append((cache, key))
+    return held
 
 
 def release(entries: list[Any]) -> None:
@@ -82,15 +68,15 @@ def autocast_dtype() -> str | None:
     return None if scope is None else scope.dtype
 
 
-def _call_cache() -> dict[Any, Any] | None:
-    owner = keras_seam.call_owner()
-    if owner is None:
-        return None
-    cache: dict[Any, Any] | None = getattr(owner, _CACHE, None)
-    if cache is None:
-        cache = {}
-        setattr(owner, _CACHE, cache)
-    return cache
+def _call_caches() -> list[dict[Any, Any]]:
+    caches = []
+    for owner in keras_seam.call_owners():
+        cache: dict[Any, Any] | None = getattr(owner, _CACHE, None)
+        if cache is None:
+            cache = {}
+            setattr(owner, _CACHE, cache)
+        caches.append(cache)
+    return caches
 
 
 def _fingerprint(expression: Expression) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ none of them recurses and none computes an equal part twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Tensor = Any
+
+MAX_AXES = 32
+MAX_ELEMENTS = 1 << 34
+"""64 GiB of float32: a value beyond that is a mistake, or a file of somebody who means harm."""
 
 
 class Expression:
@@ -220,8 +225,9 @@ class Node(Expression):
     """One operator applied to other expressions.
 
     A subclass is an operator. It has a `name` for files, lists its parameters in `accepts` and checks
-    their values in `check_parameters`, and computes shape, dtype and value from those of its operands. It may say how to print itself and
-    how to push a value back (`inverse`). Nothing outside its own file has to know it.
+    them in `check_parameters`, and computes shape, dtype and value from those of its operands. It may
+    say how to print itself and how to push a value back (`inverse`). Nothing outside its own file has to
+    know it.
     """
 
     name: ClassVar[str]
@@ -232,11 +238,23 @@ class Node(Expression):
     elementwise_cost: ClassVar[bool] = True
     """Whether computing it does arithmetic; a mere view of memory is not worth remembering."""
 
-    __slots__ = ("__weakref__", "_cheap", "_dtype", "_hash", "_program", "_shape", "_waits", "operands", "parameters")
+    __slots__ = (
+        "__weakref__",
+        "_cheap",
+        "_dtype",
+        "_hash",
+        "_late",
+        "_program",
+        "_shape",
+        "_waits",
+        "operands",
+        "parameters",
+    )
     operands: tuple[Expression, ...]
     parameters: dict[str, Any]
-    _shape: Shape | None
+    _shape: Shape | None  # as known when it was written down
     _dtype: str | None
+    _late: tuple[tuple[Shape | None, ...], Shape] | None  # the leaves' shapes, and the shape found from them later
     _waits: Expression | None  # a leaf without a shape: as long as it has none, nobody has to look further
     _program: tuple[Step, ...] | None
     _cheap: bool | None
@@ -255,12 +273,25 @@ class Node(Expression):
         set_slot(self, "operands", operands)
         set_slot(self, "parameters", self.check_parameters(parameters))
         set_slot(self, "_hash", hash((self.name, operands, tuple(sorted(self.parameters.items(), key=lambda i: i[0])))))
-        set_slot(self, "_shape", None)
-        set_slot(self, "_dtype", None)
-        set_slot(self, "_waits", None)
-        set_slot(self, "_program", None)
-        set_slot(self, "_cheap", None)
-        self.shape  # noqa: B018 - a wrong shape is an error where it is written
+        for slot in ("_shape", "_dtype", "_late", "_waits", "_program", "_cheap"):
+            set_slot(self, slot, None)
+        self._know_what_can_be_known()
+
+    def _know_what_can_be_known(self) -> None:
+        """Finds shape and dtype now if the operands have theirs: a wrong shape is an error where it is written.
+
+        It asks the operands only, so a long chain of expressions costs no more than its length.
+        """
+        shapes = [operand.shape for operand in self.operands]
+        known = [shape for shape in shapes if shape is not None]
+        if len(known) == len(shapes):
+            object.__setattr__(self, "_shape", self._checked_shape(known))
+        else:
+            waits = (_shapeless_leaf(o) for o, shape in zip(self.operands, shapes, strict=True) if shape is None)
+            object.__setattr__(self, "_waits", next(waits))
+        dtypes = [o._dtype if isinstance(o, Node) else o.dtype for o in self.operands]
+        if None not in dtypes:
+            object.__setattr__(self, "_dtype", self.infer_dtype(*(dtype for dtype in dtypes if dtype is not None)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
@@ -276,7 +307,7 @@ class Node(Expression):
         """The shape of the value, from the shapes of the operands."""
         raise TypeError(f"{type(self).__name__} does not say its shape.")
 
-    def infer_dtype(self, *dtypes: str) -> str:
+    def infer_dtype(self, *dtypes: str) -> str | None:
         """The dtype of the value, from those of the operands (a Python number counts by its type)."""
         return dtypes[0]
 
@@ -302,31 +333,31 @@ class Node(Expression):
     @property
     def shape(self) -> Shape | None:
         """The shape of the value, or `None` as long as a weight in it has none."""
-        if self._shape is None:
-            _derive_shape(self)
-        return self._shape
+        return _late_shape(self) if self._shape is None else self._shape
 
-    def _settle_shape(self, shapes: list[Shape]) -> Shape:
-        """Infers and remembers the shape; a misfit is an error that names both shapes."""
+    def _checked_shape(self, shapes: list[Shape]) -> Shape:
+        """The inferred shape; a misfit is an error that names both shapes."""
         try:
             shape = tuple(int(size) for size in self.infer_shape(*shapes))
         except TetherError:
             raise
-        except (ValueError, IndexError, TypeError) as error:
+        except (ValueError, IndexError, TypeError, OverflowError) as error:
             raise ShapeMismatch(
                 f"The shapes in {self.notation()} do not fit: "
                 f"{', '.join(f'{o.notation()} has shape {s}' for o, s in zip(self.operands, shapes, strict=True))}"
                 f" ({error})."
             ) from None
-        object.__setattr__(self, "_shape", shape)
+        if len(shape) > MAX_AXES or math.prod(shape) > MAX_ELEMENTS:
+            raise ShapeMismatch(
+                f"{self.notation()} would have more than {MAX_AXES} axes or {MAX_ELEMENTS:,} elements. "
+                f"{received(shapes=shapes)}"
+            )
         return shape
 
     @property
     def dtype(self) -> str | None:
         """The dtype of the value outside autocast scopes, or `None` as long as it is not known."""
-        if self._dtype is None:
-            _derive_dtype(self)
-        return self._dtype
+        return _late_dtype(self) if self._dtype is None else self._dtype
 
     def __hash__(self) -> int:
         return self._hash
@@ -344,11 +375,25 @@ class Node(Expression):
         return self.notation()
 
     def __reduce__(self) -> Any:
-        return (_rebuild, (type(self), self.operands, self.parameters))
+        # The program, not the operands: pickle would recurse as deep as the expression is.
+        steps = [
+            (type(step.expression), step.operands, step.expression.parameters)
+            if isinstance(step.expression, Node)
+            else step.expression
+            for step in program(self)
+        ]
+        return (_rebuild, (steps,))
 
 
-def _rebuild(cls: type[Node], operands: tuple[Expression, ...], parameters: dict[str, Any]) -> Node:
-    return cls(*operands, **parameters)
+def _rebuild(steps: list[Any]) -> Expression:
+    done: list[Expression] = []
+    for step in steps:
+        if isinstance(step, Expression):
+            done.append(step)
+        else:
+            cls, places, parameters = step
+            done.append(cls(*(done[place] for place in places), **parameters))
+    return done[-1]
 
 
 @dataclass(frozen=True)
@@ -424,59 +469,53 @@ def _linearize(root: Node) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _derive_shape(root: Node) -> None:
-    """Finds the shapes in an expression that are not known yet, as far as its leaves have theirs.
+def _late_shape(root: Node) -> Shape | None:
+    """The shape of an expression that was written down before its weights had theirs.
 
-    It walks the program, so neither depth nor shared parts make it slow, and it asks one leaf as long
-    as that has no shape.
+    A failed tie takes the shape that it gave a weight back again, so what was found is kept only as
+    long as all leaves have the shapes that it was found from.
     """
     if root._waits is not None and root._waits.shape is None:
-        return
-    shapes = [_shape_if_known(operand) for operand in root.operands]
-    for operand, shape in zip(root.operands, shapes, strict=True):
-        if shape is None and _waits_for(operand) is not None:
-            object.__setattr__(root, "_waits", _waits_for(operand))
-            return
-    known = [shape for shape in shapes if shape is not None]
-    if len(known) == len(shapes):
-        root._settle_shape(known)
-        return
+        return None
+    now = tuple(leaf.shape for leaf in leaves(root))
+    if root._late is not None and root._late[0] == now:
+        return root._late[1]
     found: list[Shape] = []
     for step in program(root):
         current = step.expression
-        shape = _shape_if_known(current)
-        if shape is None and isinstance(current, Node):
-            shape = current._settle_shape([found[place] for place in step.operands])
+        shape: Shape | None
+        if isinstance(current, Node):
+            shape = current._shape or current._checked_shape([found[place] for place in step.operands])
+        else:
+            shape = current.shape
         if shape is None:
             object.__setattr__(root, "_waits", current)
-            return
+            return None
         found.append(shape)
-    object.__setattr__(root, "_shape", found[-1])
+    object.__setattr__(root, "_late", (now, found[-1]))
+    return found[-1]
 
 
-def _shape_if_known(expression: Expression) -> Shape | None:
-    return expression._shape if isinstance(expression, Node) else expression.shape
-
-
-def _waits_for(expression: Expression) -> Expression | None:
-    """A leaf of the expression that is known to have no shape."""
-    leaf = expression._waits if isinstance(expression, Node) else expression
-    return leaf if leaf is not None and leaf.shape is None else None
-
-
-def _derive_dtype(root: Node) -> None:
-    """Finds the dtype of an expression, if all of its leaves have theirs."""
+def _late_dtype(root: Node) -> str | None:
+    """The dtype of an expression that was written down before its weights had theirs."""
     found: list[str] = []
     for step in program(root):
         current = step.expression
-        dtype = current._dtype if isinstance(current, Node) else current.dtype
-        if dtype is None and isinstance(current, Node):
-            dtype = current.infer_dtype(*(found[place] for place in step.operands))
-            object.__setattr__(current, "_dtype", dtype)
+        dtype: str | None
+        if isinstance(current, Node):
+            dtype = current._dtype or current.infer_dtype(*(found[place] for place in step.operands))
+        else:
+            dtype = current.dtype
         if dtype is None:
-            return
+            return None
         found.append(dtype)
-    object.__setattr__(root, "_dtype", found[-1])
+    return found[-1]
+
+
+def _shapeless_leaf(expression: Expression) -> Expression | None:
+    """A leaf of the expression that is known to have no shape."""
+    leaf = expression._waits if isinstance(expression, Node) else expression
+    return leaf if leaf is not None and leaf.shape is None else None
 
 
 def leaves(root: Expression) -> Iterator[Expression]:

@@ -44,8 +44,8 @@ def invert(expression: Expression, value: Tensor) -> dict[Weight, Tensor]:
             )
         if isinstance(current, Weight):
             found[current] = values[0]
-        elif isinstance(current, Node):
-            parts = current.inverse(values[0])
+        else:
+            parts = current.inverse(values[0]) if isinstance(current, Node) else None
             if parts is None:
                 raise NotInvertible(
                     f"{expression.notation()} cannot be assigned: {current.notation()} has no inverse. Assign to the "
@@ -68,13 +68,13 @@ def solve_shape(expression: Expression, shape: Shape) -> tuple[Weight, Shape] | 
     if len(unknown) != 1:
         return None
     current: Expression = expression
-    wanted: Shape | None = shape
+    wanted = shape
     while isinstance(current, Node):
-        wanted = current.operand_shape(wanted)
+        found = current.operand_shape(wanted)
         open_operands = [o for o in current.operands if o.shape is None]
-        if wanted is None or len(open_operands) != 1:
+        if found is None or len(open_operands) != 1:
             return None
-        current = open_operands[0]
+        current, wanted = open_operands[0], found
     return (current, wanted) if isinstance(current, Weight) else None
 
 

@@ -43,6 +43,7 @@ class Use:
         return self.live and weight in live_weights(self.expression)
 
 
+@keras.saving.register_keras_serializable(package="tether", name="Weight")
 class Weight(Expression, keras.layers.Layer):
     """One stored weight, to be used in any number of layers and expressions.
 
@@ -175,6 +176,7 @@ class Weight(Expression, keras.layers.Layer):
         dtype = dtype or keras.config.floatx()
         initializer = initializer or ("glorot_uniform" if keras_seam.is_float(dtype) else "zeros")
         path = claim_path(self._wanted_path or self.name, self)
+        self._given_dtype = keras.backend.standardize_dtype(dtype)
         with keras_seam.outside_name_scopes():
             variable = keras.Variable(
                 keras.initializers.get(initializer),
@@ -217,7 +219,7 @@ class Weight(Expression, keras.layers.Layer):
 
         Setting it sets the weight's own flag.
         """
-        if not self._trainable_flag:
+        if not self._trainable_flag or (self.dtype is not None and not keras_seam.is_float(self.dtype)):
             return False
         if self._uses:
             return any(use.reaches(self) for use in self._uses)
@@ -252,14 +254,14 @@ class Weight(Expression, keras.layers.Layer):
         if training is not None:
             flags = (self._trainable_flag, *(use.live for use in self._uses))
             compiled = self._compiled
-            if compiled is not None and compiled[0] == training and compiled[1] != flags:
+            if compiled is not None and compiled[0]() is training and compiled[1] != flags:
                 warnings.warn(
                     f"What trains of the weight {self.name!r} has changed since the model was compiled (a layer that "
                     "uses it, or the weight itself, was frozen or unfrozen). Compile the model again, or the change "
                     "does not take effect on every backend.",
                     stacklevel=2,
                 )
-            keras_seam.set_untracked(self, "_compiled", (training, flags))
+            keras_seam.set_untracked(self, "_compiled", (weakref.ref(training), flags))
         return []
 
     def add_use(self, use: Use) -> None:
@@ -318,10 +320,16 @@ class Weight(Expression, keras.layers.Layer):
         return weight
 
     def save_own_variables(self, store: Any) -> None:
+        """Writes the value, once, wherever Keras meets the weight first."""
         if self._variable is not None:
             store["0"] = self._variable
 
     def load_own_variables(self, store: Any) -> None:
+        """Reads the value, or leaves it to a use whose own entry the file has.
+
+        Raises:
+            TetherError: The file has neither.
+        """
         scope = keras_seam.loading_scope()
         loaded = {} if scope is None else scope.setdefault("loaded", {})
         keys = list(store.keys())
@@ -370,7 +378,7 @@ class Weight(Expression, keras.layers.Layer):
         return (_rebuild, (self.get_config(), value))
 
 
-class _Copy(keras.initializers.Initializer):  # type: ignore[misc]
+class _Copy(keras.initializers.Initializer):
     """Starts a variable at a copy of an array."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:

@@ -30,12 +30,15 @@ class Binary(Node):
     associative: bool = True
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The broadcast of both shapes."""
         return tuple(np.broadcast_shapes(*shapes))
 
     def infer_dtype(self, *dtypes: str) -> str:
+        """Keras's promotion of both."""
         return result_type(*dtypes)
 
     def format(self, *terms: Term) -> Term:
+        """`a + b`, with parentheses where they change the meaning."""
         left, right = terms
         tighter = self.binding if self.associative else self.binding + 1
         return Term(f"{left.inside(self.binding)} {self.symbol} {right.inside(tighter)}", self.binding)
@@ -49,6 +52,7 @@ class Binary(Node):
         return None
 
     def operand_shape(self, shape: Shape) -> Shape | None:
+        """The same shape, beside a number."""
         found = self._constant_number()
         return shape if found is not None else None
 
@@ -66,9 +70,11 @@ class Add(Binary):
     name, symbol, binding = "add", "+", SUM
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The sum."""
         return keras.ops.add(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value less the constant."""
         found = self._constant()
         if found is None:
             return None
@@ -84,9 +90,11 @@ class Subtract(Binary):
     name, symbol, binding, associative = "subtract", "-", SUM, False
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The difference."""
         return keras.ops.subtract(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value plus the constant, or the constant less the value."""
         found = self._constant()
         if found is None:
             return None
@@ -103,9 +111,11 @@ class Multiply(Binary):
     name, symbol, binding = "multiply", "*", PRODUCT
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The product."""
         return keras.ops.multiply(*values)
 
     def format(self, *terms: Term) -> Term:
+        """`a * b`, with parentheses where people need them."""
         left, right = terms
         # `a * (b @ c)` keeps its parentheses: beside `@` people do not read from left to right.
         keeps = isinstance(self.operands[1], (MatMul, Divide))
@@ -113,11 +123,12 @@ class Multiply(Binary):
         return Term(f"{left.inside(self.binding)} * {right_text}", self.binding)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value divided by the constant, unless that has a zero."""
         found = self._constant()
         if found is None:
             return None
         place, constant = found
-        if np.any(np.equal(constant.number if constant.array is None else constant.array, 0)):
+        if np.any(np.asarray(constant.number if constant.array is None else constant.array) == 0):
             return None
         rest = keras.ops.divide(value, constant.tensor())
         return [None, rest] if place == 0 else [rest, None]
@@ -130,12 +141,15 @@ class Divide(Binary):
     name, symbol, binding, associative = "divide", "/", PRODUCT, False
 
     def infer_dtype(self, *dtypes: str) -> str:
+        """Keras's promotion, at least to a float."""
         return result_type(*dtypes, "float")
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The quotient."""
         return keras.ops.true_divide(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value times the constant that it is divided by."""
         found = self._constant()
         if found is None or found[0] == 0:
             return None
@@ -149,6 +163,7 @@ class MatMul(Node):
     name, arity = "matmul", 2
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """Rows of the first, columns of the second; leading axes broadcast."""
         a, b = shapes
         if not a or not b or a[-1] != b[max(len(b) - 2, 0)]:
             left, right = self.operands
@@ -161,12 +176,15 @@ class MatMul(Node):
         return (*np.broadcast_shapes(a[:-2], b[:-2]), *rows, *columns)
 
     def infer_dtype(self, *dtypes: str) -> str:
+        """Keras's promotion of both."""
         return result_type(*dtypes)
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The matrix product."""
         return keras.ops.matmul(*values)
 
     def format(self, *terms: Term) -> Term:
+        """`a @ b`."""
         left, right = terms
         left_text = left.inside(PRODUCT) if not isinstance(self.operands[0], Binary) else left.inside(100)
         return Term(f"{left_text} @ {right.inside(PRODUCT + 1)}", PRODUCT)
@@ -179,18 +197,23 @@ class Negative(Node):
     name = "negative"
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the operand."""
         return shapes[0]
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The negative."""
         return keras.ops.negative(values[0])
 
     def format(self, *terms: Term) -> Term:
+        """`-a`."""
         return Term(f"-{terms[0].inside(UNARY)}", UNARY)
 
     def operand_shape(self, shape: Shape) -> Shape | None:
+        """The same shape."""
         return shape
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The negative."""
         return [keras.ops.negative(value)]
 
 

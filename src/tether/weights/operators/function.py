@@ -28,15 +28,15 @@ def _find(name: Any) -> Callable[..., Any]:
             f"No function is registered as {name!r}. Decorate it with "
             "`@keras.saving.register_keras_serializable()` and import its module before loading."
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _name_of(function: Any) -> str:
     name = getattr(function, "__name__", "")
     if not name.startswith("_") and getattr(keras.ops, name, None) is function:
         return _OPS + name
-    registered = keras.saving.get_registered_name(function) if callable(function) else name
-    if not name or keras_seam.registered_function(registered) is not function:
+    registered = keras.saving.get_registered_name(function) if name else ""
+    if not registered or keras_seam.registered_function(registered) is not function:
         raise TetherError(
             "`apply` takes a function that a file can name: one of `keras.ops`, or one decorated with "
             f"`@keras.saving.register_keras_serializable()`. {received(function=function)}"
@@ -48,10 +48,12 @@ def _name_of(function: Any) -> str:
 class Apply(Node):
     """`function(*operands)`, for a function of `keras.ops` calls."""
 
-    name, arity = "apply", None
+    name, arity, accepts = "apply", None, ("function",)
 
     @classmethod
-    def check_parameters(cls, *, function: Any = None) -> dict[str, Any]:
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The name of a function that is registered here."""
+        function = given.get("function")
         _find(function)
         return {"function": function}
 
@@ -73,19 +75,22 @@ class Apply(Node):
         return output
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The shape of what the function returns for symbolic tensors."""
         dtypes = tuple(operand.dtype or keras.config.floatx() for operand in self.operands)
         return tuple(self._spec(shapes, dtypes).shape)
 
-    def infer_dtype(self, *dtypes: str) -> str:
+    def infer_dtype(self, *dtypes: str) -> str | None:
+        """The dtype of what the function returns, once the shapes are known."""
         shapes = tuple(operand.shape for operand in self.operands)
-        if any(shape is None for shape in shapes):
-            return dtypes[0]
-        return str(self._spec(shapes, dtypes).dtype)  # type: ignore[arg-type]
+        known = tuple(shape for shape in shapes if shape is not None)
+        return str(self._spec(known, dtypes).dtype) if len(known) == len(shapes) else None
 
     def compute(self, *values: Tensor) -> Tensor:
+        """What the function returns."""
         return _find(self.parameters["function"])(*values)
 
     def format(self, *terms: Term) -> Term:
+        """`function(a, b)`."""
         short = self.parameters["function"].rpartition(">")[2].removeprefix(_OPS)
         return Term(f"{short}({', '.join(term.text for term in terms)})")
 

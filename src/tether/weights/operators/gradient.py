@@ -19,9 +19,11 @@ class _Same(Node):
         return shapes[0]
 
     def operand_shape(self, shape: Shape) -> Shape | None:
+        """The same shape."""
         return shape
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value itself."""
         return [value]
 
 
@@ -32,9 +34,11 @@ class StopGradient(_Same):
     name, elementwise_cost = "stop_gradient", False
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The value, cut off from its gradient."""
         return keras.ops.stop_gradient(values[0])
 
     def format(self, *terms: Term) -> Term:
+        """`a.stop_gradient()`."""
         return Term(f"{terms[0].inside(100)}.stop_gradient()")
 
 
@@ -42,20 +46,24 @@ class StopGradient(_Same):
 class ScaleGradient(_Same):
     """The gradient through this use, multiplied by a number."""
 
-    name = "scale_gradient"
+    name, accepts = "scale_gradient", ("scale",)
 
     @classmethod
-    def check_parameters(cls, *, scale: Any = None) -> dict[str, Any]:
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The scale is a finite number."""
+        scale = given.get("scale")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InvalidConfig(f"A gradient's scale is a finite number. {received(scale=scale)}")
         return {"scale": float(scale)}
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The value, with its gradient scaled."""
         # x + scale * 0, with the gradient of scale * x: the value stays x to the last bit.
         still = keras.ops.stop_gradient(values[0])
         return keras.ops.add(still, keras.ops.multiply(self.parameters["scale"], keras.ops.subtract(values[0], still)))
 
     def format(self, *terms: Term) -> Term:
+        """`a.scale_gradient(0.5)`."""
         return Term(f"{terms[0].inside(100)}.scale_gradient({self.parameters['scale']:g})")
 
 

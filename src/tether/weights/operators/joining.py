@@ -13,20 +13,23 @@ from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.operators.registry import register
-from tether.weights.operators.structure import _int
+from tether.weights.operators.structure import as_int
 
 
 class _Joined(Node):
-    arity = None
+    arity, accepts = None, ("axis",)
 
     @classmethod
-    def check_parameters(cls, *, axis: Any = 0) -> dict[str, Any]:
-        return {"axis": _int(axis, "axis")}
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The axis is an integer."""
+        return {"axis": as_int(given.get("axis", 0), "axis")}
 
     def infer_dtype(self, *dtypes: str) -> str:
+        """Keras's promotion of all."""
         return result_type(*dtypes)
 
     def format(self, *terms: Term) -> Term:
+        """`concatenate([a, b], axis=0)`."""
         return Term(f"{self.name}([{', '.join(term.text for term in terms)}], axis={self.parameters['axis']})")
 
     def _misfit(self, shapes: tuple[Shape, ...]) -> ShapeMismatch:
@@ -41,6 +44,7 @@ class Concatenate(_Joined):
     name = "concatenate"
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The sizes along the axis add up."""
         axis, rank = self.parameters["axis"], len(shapes[0])
         if not -rank <= axis < rank or any(len(shape) != rank for shape in shapes):
             raise self._misfit(shapes)
@@ -51,9 +55,11 @@ class Concatenate(_Joined):
         return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The values, joined."""
         return keras.ops.concatenate(values, axis=self.parameters["axis"])
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value, cut where it was joined."""
         if any(isinstance(operand, Constant) for operand in self.operands):
             return None
         axis = self.parameters["axis"]
@@ -68,6 +74,7 @@ class Stack(_Joined):
     name = "stack"
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """One more axis."""
         axis, rank = self.parameters["axis"], len(shapes[0]) + 1
         if not -rank <= axis < rank or len(set(shapes)) != 1:
             raise self._misfit(shapes)
@@ -75,9 +82,11 @@ class Stack(_Joined):
         return (*shapes[0][:axis], len(shapes), *shapes[0][axis:])
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The values, stacked."""
         return keras.ops.stack(values, axis=self.parameters["axis"])
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The entries along the axis."""
         if any(isinstance(operand, Constant) for operand in self.operands):
             return None
         return list(keras.ops.unstack(value, axis=self.parameters["axis"]))
@@ -90,12 +99,15 @@ class Where(Node):
     name, arity = "where", 3
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The broadcast of all three shapes."""
         return tuple(np.broadcast_shapes(*shapes))
 
     def infer_dtype(self, *dtypes: str) -> str:
+        """Keras's promotion of the two values."""
         return result_type(*dtypes[1:])
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The chosen values."""
         condition = keras.ops.cast(values[0], "bool")
         return keras.ops.where(condition, values[1], values[2])
 
@@ -107,10 +119,12 @@ MAX_LABELS = 52
 class Einsum(Node):
     """A contraction in Einstein's notation, with explicit output and no ellipsis."""
 
-    name, arity = "einsum", None
+    name, arity, accepts = "einsum", None, ("equation",)
 
     @classmethod
-    def check_parameters(cls, *, equation: Any = None) -> dict[str, Any]:
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """An equation of letters, with explicit output."""
+        equation = given.get("equation")
         if not isinstance(equation, str) or equation.count("->") != 1:
             raise InvalidConfig(f"An equation reads like 'ij,jk->ik'. {received(equation=equation)}")
         equation = equation.replace(" ", "")
@@ -125,6 +139,7 @@ class Einsum(Node):
         return {"equation": equation}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The sizes of the output's labels."""
         inputs, output = self.parameters["equation"].split("->")
         terms = inputs.split(",")
         sizes: dict[str, int] = {}
@@ -144,12 +159,15 @@ class Einsum(Node):
         return tuple(sizes[label] for label in output)
 
     def infer_dtype(self, *dtypes: str) -> str:
+        """Keras's promotion of all."""
         return result_type(*dtypes)
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The contraction."""
         return keras.ops.einsum(self.parameters["equation"], *values)
 
     def format(self, *terms: Term) -> Term:
+        """`einsum('ij,jk->ik', a, b)`."""
         return Term(f"einsum({self.parameters['equation']!r}, {', '.join(term.text for term in terms)})")
 
 

@@ -14,7 +14,8 @@ from tether.weights.expression import Expression, Node, Shape, Tensor, Term
 from tether.weights.operators.registry import register
 
 
-def _int(value: Any, what: str) -> int:
+def as_int(value: Any, what: str) -> int:
+    """An integer that is no bool, from a file or a caller."""
     if isinstance(value, bool):
         raise InvalidConfig(f"{what} must be an integer. {received(value=value)}")
     try:
@@ -27,17 +28,19 @@ def ints(values: Any, what: str) -> tuple[int, ...]:
     """A tuple of integers, from a list of a file or a tuple of a caller."""
     if not isinstance(values, (list, tuple)):
         raise InvalidConfig(f"{what} must be a list of integers. {received(value=values)}")
-    return tuple(_int(value, what) for value in values)
+    return tuple(as_int(value, what) for value in values)
 
 
 @register
 class Transpose(Node):
     """Permuted axes."""
 
-    name, elementwise_cost = "transpose", False
+    name, elementwise_cost, accepts = "transpose", False, ("axes",)
 
     @classmethod
-    def check_parameters(cls, *, axes: Any = None) -> dict[str, Any]:
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Axes are integers, or left out."""
+        axes = given.get("axes")
         return {"axes": None if axes is None else ints(axes, "axes")}
 
     def _axes(self, rank: int) -> tuple[int, ...]:
@@ -52,21 +55,26 @@ class Transpose(Node):
         return axes
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The sizes in their new order."""
         return tuple(shapes[0][axis] for axis in self._axes(len(shapes[0])))
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The value with its axes permuted."""
         return keras.ops.transpose(values[0], axes=self._axes(len(values[0].shape)))
 
     def format(self, *terms: Term) -> Term:
+        """`a.T`, `a.transpose(0, 2, 1)`."""
         axes = self.parameters["axes"]
         method = "T" if axes is None else f"transpose({', '.join(map(str, axes))})"
         return Term(f"{terms[0].inside(100)}.{method}")
 
     def operand_shape(self, shape: Shape) -> Shape | None:
+        """The sizes in their old order."""
         axes = self._axes(len(shape))
         return tuple(shape[axes.index(axis)] for axis in range(len(shape)))
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value with its axes permuted back."""
         axes = self._axes(len(value.shape))
         return [keras.ops.transpose(value, axes=tuple(axes.index(axis) for axis in range(len(axes))))]
 
@@ -75,16 +83,18 @@ class Transpose(Node):
 class Reshape(Node):
     """Another shape of as many elements."""
 
-    name, elementwise_cost = "reshape", False
+    name, elementwise_cost, accepts = "reshape", False, ("shape",)
 
     @classmethod
-    def check_parameters(cls, *, shape: Any = None) -> dict[str, Any]:
-        sizes = ints(shape, "shape")
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Sizes of 0 or more, one of which may be -1."""
+        sizes = ints(given.get("shape"), "shape")
         if any(size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise InvalidConfig(f"A shape has sizes of 0 or more, and at most one -1. {received(shape=sizes)}")
         return {"shape": sizes}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The wanted shape, with -1 worked out."""
         wanted, count = self.parameters["shape"], math.prod(shapes[0])
         known = math.prod(size for size in wanted if size != -1)
         if -1 in wanted and known and count % known == 0:
@@ -97,12 +107,15 @@ class Reshape(Node):
         return wanted
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The value in its other shape."""
         return keras.ops.reshape(values[0], self.shape)
 
     def format(self, *terms: Term) -> Term:
+        """`a.reshape(2, 3)`."""
         return Term(f"{terms[0].inside(100)}.reshape{self.parameters['shape']}")
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value in the operand's shape."""
         return [keras.ops.reshape(value, self.operands[0].shape)]
 
 
@@ -110,10 +123,12 @@ class Reshape(Node):
 class Index(Node):
     """Basic slicing: integers, slices, `...` and `None`."""
 
-    name, elementwise_cost = "index", False
+    name, elementwise_cost, accepts = "index", False, ("key",)
 
     @classmethod
-    def check_parameters(cls, *, key: Any = None) -> dict[str, Any]:
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The parts of the index, in forms that JSON knows."""
+        key = given.get("key")
         if not isinstance(key, (list, tuple)) or len(key) > 64:
             raise InvalidConfig(f"An index is a list of parts. {received(key=key)}")
         return {"key": tuple(cls._part(part) for part in key)}
@@ -127,11 +142,11 @@ class Index(Node):
         if isinstance(part, (list, tuple)):
             if len(part) != 4 or part[0] != "slice":
                 raise InvalidConfig(f"A slice is ['slice', start, stop, step]. {received(part=part)}")
-            bounds = tuple(None if bound is None else _int(bound, "a slice's bound") for bound in part[1:])
+            bounds = tuple(None if bound is None else as_int(bound, "a slice's bound") for bound in part[1:])
             if bounds[2] == 0:
                 raise InvalidConfig("A slice's step cannot be 0.")
             return ("slice", *bounds)
-        return _int(part, "an index")
+        return as_int(part, "an index")
 
     def _key(self) -> tuple[Any, ...]:
         return tuple(
@@ -140,6 +155,7 @@ class Index(Node):
         )
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """The shape of the slice."""
         try:
             return np.broadcast_to(np.int8(0), shapes[0])[self._key()].shape
         except IndexError as error:
@@ -148,6 +164,7 @@ class Index(Node):
             ) from None
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The slice."""
         value = values[0]
         sizes = tuple(value.shape)
         key, flips = self._positive(sizes)
@@ -181,6 +198,7 @@ class Index(Node):
         return tuple(result), tuple(flips)
 
     def format(self, *terms: Term) -> Term:
+        """`a[:, 1:3]`."""
         parts = []
         for part in self._key():
             if isinstance(part, slice):
@@ -188,38 +206,45 @@ class Index(Node):
                 parts.append(text if part.step is None else f"{text}:{part.step}")
             else:
                 parts.append("..." if part is Ellipsis else str(part))
-        return Term(f"{terms[0].inside(100)}[{', '.join(parts)}]")
+        return Term(f"{terms[0].inside(100)}[{', '.join(parts) or '()'}]")
 
 
 @register
 class Cast(Node):
     """Another dtype."""
 
-    name = "cast"
+    name, accepts = "cast", ("dtype",)
 
     @classmethod
-    def check_parameters(cls, *, dtype: Any = None) -> dict[str, Any]:
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A dtype that Keras knows."""
         try:
-            return {"dtype": keras.backend.standardize_dtype(dtype)}
+            return {"dtype": keras.backend.standardize_dtype(given.get("dtype"))}
         except (ValueError, TypeError) as error:
             raise InvalidConfig(f"{error}") from None
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the operand."""
         return shapes[0]
 
     def infer_dtype(self, *dtypes: str) -> str:
+        """The wanted one."""
         return str(self.parameters["dtype"])
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The value in its other dtype."""
         return keras.ops.cast(values[0], self.parameters["dtype"])
 
     def format(self, *terms: Term) -> Term:
+        """`a.astype(float16)`."""
         return Term(f"{terms[0].inside(100)}.astype({self.parameters['dtype']})")
 
     def operand_shape(self, shape: Shape) -> Shape | None:
+        """The same shape."""
         return shape
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value in the operand's dtype."""
         return [keras.ops.cast(value, self.operands[0].dtype or value.dtype)]
 
 
@@ -227,13 +252,15 @@ class Cast(Node):
 class Take(Node):
     """Chosen rows, in any order, more than once if wanted."""
 
-    name = "take"
+    name, accepts = "take", ("indices", "axis")
 
     @classmethod
-    def check_parameters(cls, *, indices: Any = None, axis: Any = 0) -> dict[str, Any]:
-        return {"indices": ints(indices, "indices"), "axis": _int(axis, "axis")}
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Integers: the entries' numbers, and the axis."""
+        return {"indices": ints(given.get("indices"), "indices"), "axis": as_int(given.get("axis", 0), "axis")}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
+        """As many entries along the axis as there are numbers."""
         indices, axis = self.parameters["indices"], self.parameters["axis"]
         rank = len(shapes[0])
         if not -rank <= axis < rank:
@@ -248,6 +275,7 @@ class Take(Node):
         return (*shapes[0][:axis], len(indices), *shapes[0][axis + 1 :])
 
     def compute(self, *values: Tensor) -> Tensor:
+        """The entries."""
         size = values[0].shape[self.parameters["axis"]]
         indices = np.array([index % size for index in self.parameters["indices"]], dtype="int32")
         return keras.ops.take(values[0], indices, axis=self.parameters["axis"])
