@@ -83,6 +83,7 @@ def test_a_lost_tie_is_seen(data, tmp_path):
 
 def test_a_lost_tie_fails_the_run(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "SETTINGS", (TINY,))
+    monkeypatch.setattr(demo, "KINDS", (demo.TIED,))
     monkeypatch.setattr(demo, "read_digits", lambda: np.concatenate([*data] * 20))
     assert demo.main(["--seeds", "1"]) == 0
     assert "51,024" in capsys.readouterr().out

@@ -39,18 +39,19 @@ Images = np.ndarray[Any, Any]
 TIED, TRANSPOSE, GLOROT = "tied", "untied, transpose start", "untied, Glorot start"
 KINDS = (TIED, TRANSPOSE, GLOROT)
 STEPS = ("train", "load", "clone", "resume")
-PIXELS, UNITS, HELD_OUT, BATCH = 784, 64, 1000, 50
+PIXELS, UNITS, HELD_OUT = 784, 64, 1000
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How many digits to learn from, and for how many epochs."""
+    """How many digits to learn from, for how many epochs, in batches of which size."""
 
     digits: int
     epochs: int
+    batch: int = 50
 
 
-SETTINGS = (Setting(digits=200, epochs=400), Setting(digits=4000, epochs=80))
+SETTINGS = (Setting(digits=200, epochs=400, batch=50), Setting(digits=4000, epochs=80, batch=100))
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,10 @@ class Clock(keras.callbacks.Callback):
         self.tick()
 
 
-def train(model: Any, digits: Images, epochs: int, tick: Callable[[], object] = lambda: None) -> float:
+def train(model: Any, digits: Images, setting: Setting, tick: Callable[[], object] = lambda: None) -> float:
     """Trains a model and returns the median seconds per epoch, without the first epoch if there are more."""
     clock = Clock(tick)
-    model.fit(digits, digits, batch_size=BATCH, epochs=epochs, verbose=0, callbacks=[clock])
+    model.fit(digits, digits, batch_size=setting.batch, epochs=setting.epochs, verbose=0, callbacks=[clock])
     return statistics.median(clock.seconds[1:] or clock.seconds)
 
 
@@ -153,7 +154,7 @@ def shares_nothing(a: Any, b: Any) -> bool:
     return not {id(variable) for variable in a.weights} & {id(variable) for variable in b.weights}
 
 
-def survive(model: Any, digits: Images, file: Path, epochs: int = 3) -> dict[str, bool]:
+def survive(model: Any, digits: Images, setting: Setting, file: Path) -> dict[str, bool]:
     """Reloads, clones and trains on a model that is saved in `file`; says after which steps it is tied."""
     still = {"train": is_tied(model)}
     loaded = keras.saving.load_model(file)
@@ -163,7 +164,7 @@ def survive(model: Any, digits: Images, file: Path, epochs: int = 3) -> dict[str
     clone.set_weights(loaded.get_weights())
     still["clone"] = is_tied(clone) and shares_nothing(clone, loaded)
     steps = int(loaded.optimizer.iterations)
-    train(loaded, digits, epochs)
+    train(loaded, digits, replace(setting, epochs=3))
     went_on = int(loaded.optimizer.iterations) > steps == int(model.optimizer.iterations)
     still["resume"] = is_tied(loaded) and is_tied(clone) and went_on
     return still
@@ -185,7 +186,7 @@ def run(
     """Trains and saves one model; if it is the tied one, sees whether it survives."""
     digits, held_out = data[0][: setting.digits], data[1]
     model = autoencoder(kind, seed, output)
-    seconds = train(model, digits, setting.epochs, tick)
+    seconds = train(model, digits, setting, tick)
     file = folder / f"{kind.replace(', ', '-').replace(' ', '-')}-{setting.digits}-{seed}.keras"
     model.save(file)
     return Result(
@@ -195,7 +196,7 @@ def run(
         file_bytes=file.stat().st_size,
         error=error_of(model, held_out),
         seconds=seconds,
-        still_tied=survive(model, digits, file) if kind == TIED else {},
+        still_tied=survive(model, digits, setting, file) if kind == TIED else {},
     )
 
 

@@ -23,6 +23,7 @@ from keras.src.backend.common import stateless_scope as _stateless
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 from keras.src.backend.config import is_nnx_enabled
 from keras.src.layers.layer import Layer as _Layer
+from keras.src.layers.normalization.spectral_normalization import SpectralNormalization as _SpectralNormalization
 from keras.src.layers.rnn.bidirectional import Bidirectional as _Bidirectional
 from keras.src.models import cloning as _cloning
 from keras.src.models import functional as _functional
@@ -37,6 +38,8 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers.trainer import Trainer as _Trainer
 from keras.src.utils import naming as _naming
 from keras.src.utils import python_utils as _python_utils
+
+from tether.errors import Unsupported
 
 __all__ = ["AutocastScope", "Functional", "KerasSaveable", "Sequential", "get_autocast_scope", "is_nnx_enabled"]
 
@@ -81,6 +84,7 @@ _LOADING = {
 _SAVING = {_code(_saving_lib._save_model_to_fileobj), _code(_saving_lib._save_model_to_dir)}
 _LOSSES = {_code(_Layer.losses.fget)}
 _TRAINABLE_SETTER = _code(_Layer.trainable.fset)
+_SPECTRAL_BUILD = _code(_SpectralNormalization.build)
 _RESET_METRICS = _code(_Trainer.reset_metrics)
 _BIDIRECTIONAL_INIT = _code(_Bidirectional.__init__)
 
@@ -150,7 +154,8 @@ def losses_scope() -> dict[Any, Any] | None:
 
 def set_by_a_container() -> bool:
     """Whether a `trainable` setter runs because Keras recurses from a containing layer."""
-    return sys._getframe(2).f_code is _TRAINABLE_SETTER
+    callers = (frame for frame in _frames() if frame.f_code.co_name != "__setattr__")
+    return next(itertools.islice(callers, 2, 3)).f_code is _TRAINABLE_SETTER  # after this function and the setter
 
 
 def inside_bidirectional_init() -> bool:
@@ -169,6 +174,16 @@ def compiled_training() -> Any:
             function = getattr(model, "train_function", None)
             return function
     return None
+
+
+def refuse_spectral_normalization(view: Any) -> None:
+    """Raises while Keras's SpectralNormalization takes a view: it assigns to it at every training step."""
+    for frame in itertools.islice(_frames(), 8):
+        if frame.f_code is _SPECTRAL_BUILD:
+            raise Unsupported(
+                f"SpectralNormalization overwrites what it normalises at every training step, here {view.path}, for "
+                "everybody who shares it. Leave the tied layer without the wrapper."
+            )
 
 
 def maker(exclude: Any) -> Any:
@@ -240,6 +255,16 @@ def is_initialized(variable: Any) -> bool:
 def stored_dtype(variable: Any) -> str:
     """The dtype of what is stored, whatever the autocast scope says."""
     return str(keras.backend.standardize_dtype(variable._dtype))
+
+
+def own_copy(tensor: Any) -> Any:
+    """A tensor whose memory nobody else holds: JAX donates buffers, and one given away twice is an error."""
+    if _backend.backend() == "jax":
+        import jax
+
+        if isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer):
+            return jax.numpy.copy(tensor)
+    return tensor
 
 
 def prepare_view(view: Any, *, name: str, path: str, shape: tuple[int, ...], dtype: str, autocast: bool) -> None:

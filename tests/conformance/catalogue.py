@@ -5,8 +5,9 @@ A class that Keras adds and this file does not know makes `test_every_class_is_k
 
 import inspect
 import itertools
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -74,10 +75,9 @@ class Case:
     make: Callable[[], Any]
     inputs: tuple[Any, ...]
     label: str = ""
-    slow: bool = False
-    """Too slow to run in all four ways on every run: one way is quick, the others are marked slow."""
-    after_setting: Callable[[Any], None] = field(default=lambda layer: None)
-    """What a user of the plain layer has to call after `set_weights`."""
+    quick: str = "all"
+    """In how many of the four ways it is tested without `--run-slow`: in "all", in "one", or in "none".
+    A loop that the backend compiles anew at every call is slow; its class has an unrolled case too."""
 
     def __str__(self):
         return f"{self.class_name}-{self.label}" if self.label else self.class_name
@@ -115,7 +115,7 @@ def cases_with_weights():
     def case(class_name, make, *inputs, **options):
         return Case(class_name, make, inputs, **options)
 
-    vector, sequence, sequence_of_images = Floats((4, 3)), Floats((2, 4, 3)), Floats((2, 3, 5, 5, 2))
+    vector, sequence, sequence_of_images = Floats((4, 3)), Floats((2, 3, 3)), Floats((2, 3, 5, 5, 2))
     yield case("AdditiveAttention", lambda: L.AdditiveAttention(), [sequence, Floats((2, 5, 3))])
     yield case("Attention", lambda: L.Attention(use_scale=True), [sequence, Floats((2, 5, 3))])
     yield case(
@@ -126,18 +126,36 @@ def cases_with_weights():
     )
     yield case("BatchNormalization", lambda: L.BatchNormalization(momentum=0.5), vector)
     yield case("BatchNormalization", lambda: L.BatchNormalization(center=False), Floats((2, 4, 4, 2)), label="images")
+    for label, options in (("unrolled", {"unroll": True}), ("", {})):
+        loop = {"label": label, "quick": "all" if label else "none"}
+        some = {**loop, "quick": "all" if label else "one"}
+        yield case("GRU", lambda options=options: L.GRU(2, **options), sequence, **some)
+        yield case("LSTM", lambda options=options: L.LSTM(2, return_sequences=True, **options), sequence, **some)
+        yield case("SimpleRNN", lambda options=options: L.SimpleRNN(2, **options), sequence, **some)
+        yield case("RNN", lambda options=options: L.RNN(L.SimpleRNNCell(2), **options), sequence, **loop)
+        yield case(
+            "Bidirectional",
+            lambda options=options: L.Bidirectional(L.LSTM(2, return_sequences=True, **options), merge_mode="sum"),
+            sequence,
+            **loop,
+        )
+        for rank in (1, 2, 3):
+            yield case(
+                f"ConvLSTM{rank}D",
+                lambda rank=rank, options=options: getattr(L, f"ConvLSTM{rank}D")(2, 2, **options),
+                Floats((2, 2, *(3,) * rank, 2)),
+                **(some if rank < 2 and not label else {**loop, "quick": "all" if label and rank == 1 else "one"}),
+            )
+    yield case("GRU", lambda: L.GRU(2, reset_after=False, unroll=True), sequence, label="reset-before")
+    yield case("LSTM", lambda: L.LSTM(3, use_bias=False, unroll=True), sequence, label="no-bias")
+    yield case("RNN", lambda: L.RNN([L.GRUCell(2), L.LSTMCell(2)], unroll=True), sequence, label="cells")
     yield case(
         "Bidirectional",
-        lambda: L.Bidirectional(L.LSTM(2, return_sequences=True), merge_mode="sum"),
-        sequence,
-        slow=True,
-    )
-    yield case(
-        "Bidirectional",
-        lambda: L.Bidirectional(L.SimpleRNN(2), backward_layer=L.GRU(2, go_backwards=True)),
+        lambda: L.Bidirectional(
+            L.SimpleRNN(2, unroll=True), backward_layer=L.GRU(2, go_backwards=True, unroll=True), merge_mode="mul"
+        ),
         sequence,
         label="two-kinds",
-        slow=True,
     )
     for rank in (1, 2, 3):
         space, pixels = (5,) * rank, (3,) * rank
@@ -146,12 +164,6 @@ def cases_with_weights():
             f"Conv{rank}DTranspose",
             lambda rank=rank: getattr(L, f"Conv{rank}DTranspose")(4, 2, strides=2),
             Floats((2, *pixels, 2)),
-        )
-        yield case(
-            f"ConvLSTM{rank}D",
-            lambda rank=rank: getattr(L, f"ConvLSTM{rank}D")(2, 2),
-            Floats((2, 2, *pixels, 2)),
-            slow=True,
         )
     yield case("Conv2D", lambda: L.Conv2D(4, 3, groups=2, use_bias=False), Floats((2, 5, 5, 2)), label="groups")
     for rank in (1, 2):
@@ -169,8 +181,6 @@ def cases_with_weights():
     yield case("EinsumDense", lambda: L.EinsumDense("abc,cde->abde", (None, 2, 4), bias_axes="de"), sequence)
     yield case("Embedding", lambda: L.Embedding(7, 3), Integers((2, 4), 7))
     yield case("Embedding", lambda: L.Embedding(7, 3, mask_zero=True), Integers((2, 4), 7), label="masking")
-    yield case("GRU", lambda: L.GRU(2), sequence, slow=True)
-    yield case("GRU", lambda: L.GRU(2, reset_after=False, return_sequences=True), sequence, label="before", slow=True)
     yield case("GRUCell", lambda: L.GRUCell(2), vector, Floats((4, 2)))
     yield case("GroupNormalization", lambda: L.GroupNormalization(groups=2), Floats((2, 3, 3, 4)))
     yield case(
@@ -179,8 +189,6 @@ def cases_with_weights():
         Floats((2, 4, 6)),
         Floats((2, 3, 6)),
     )
-    yield case("LSTM", lambda: L.LSTM(2), sequence, slow=True)
-    yield case("LSTM", lambda: L.LSTM(2, use_bias=False, unroll=True), sequence, label="unrolled", slow=True)
     yield case("LSTMCell", lambda: L.LSTMCell(2), vector, [Floats((4, 2)), Floats((4, 2))])
     yield case("LSTMCell", lambda: L.LSTMCell(3, use_bias=False), vector, [vector, vector], label="square")
     yield case("LayerNormalization", lambda: L.LayerNormalization(), sequence)
@@ -193,7 +201,7 @@ def cases_with_weights():
         Floats((2, 3, 6)),
         label="no-bias",
     )
-    yield case("Normalization", lambda: L.Normalization(), vector, after_setting=lambda layer: layer.finalize_state())
+    yield case("Normalization", lambda: L.Normalization(), vector)
     yield case("PReLU", lambda: L.PReLU(shared_axes=(1,)), Floats((2, 4, 3)))
     yield case(
         "Pipeline",
@@ -201,8 +209,6 @@ def cases_with_weights():
         vector,
     )
     yield case("RMSNormalization", lambda: L.RMSNormalization(), sequence)
-    yield case("RNN", lambda: L.RNN(L.SimpleRNNCell(2)), sequence, slow=True)
-    yield case("RNN", lambda: L.RNN([L.GRUCell(2), L.LSTMCell(2)]), sequence, label="cells", slow=True)
     yield case("ReversibleEmbedding", lambda: L.ReversibleEmbedding(7, 3), Integers((2, 4), 7))
     yield case(
         "ReversibleEmbedding",
@@ -215,11 +221,13 @@ def cases_with_weights():
         lambda: L.STFTSpectrogram(frame_length=8, frame_step=4, fft_length=8, mode="magnitude", trainable=True),
         Floats((2, 16, 1)),
     )
-    yield case("SimpleRNN", lambda: L.SimpleRNN(2), sequence, slow=True)
     yield case("SimpleRNNCell", lambda: L.SimpleRNNCell(3), vector, vector)
-    yield case("SpectralNormalization", lambda: L.SpectralNormalization(L.Dense(3)), vector)
+    yield case("SpectralNormalization", lambda: L.SpectralNormalization(L.Dense(3, name="inner")), vector)
     yield case(
-        "SpectralNormalization", lambda: L.SpectralNormalization(L.Conv2D(2, 2)), Floats((2, 4, 4, 2)), label="images"
+        "SpectralNormalization",
+        lambda: L.SpectralNormalization(L.Conv2D(2, 2, name="inner")),
+        Floats((2, 4, 4, 2)),
+        label="images",
     )
     yield case(
         "StackedRNNCells",
@@ -229,7 +237,7 @@ def cases_with_weights():
     )
     yield case("TimeDistributed", lambda: L.TimeDistributed(L.Dense(2)), sequence)
     yield case("TimeDistributed", lambda: L.TimeDistributed(L.Conv2D(2, 2)), sequence_of_images, label="images")
-    if BACKEND == "jax":
+    if BACKEND != "torch":
         yield case("JaxLayer", lambda: L.JaxLayer(call_jax, init_jax), vector)
 
 
@@ -287,22 +295,44 @@ def cases_without_weights():
         yield case(name, {"images": Floats((2, 8, 8, 3), 0.0, 255.0), "labels": Floats((2, 3), 0.0, 1.0)})
 
 
-NOT_MADE = {
-    "Layer": "abstract: it has no weights until somebody writes a layer",
-    "Wrapper": "abstract: it has no call",
-    "InputLayer": "it is never called",
-    "TFSMLayer": "it holds the variables of a SavedModel, which is TensorFlow's own object",
-    "FlaxLayer": "it needs Flax, which is not among the development dependencies; it is a JaxLayer otherwise",
-    "TorchModuleWrapper": "the wrapped module reads its own torch parameters, not the layer's variables",
-    "Discretization": "its bin boundaries are numbers, not a variable",
-    "HashedCrossing": "it has no weights, and needs TensorFlow",
-    "Hashing": "it has no weights, and needs TensorFlow",
-    "IntegerLookup": "its vocabulary is a table, not a variable",
-    "StringLookup": "its vocabulary is a table, not a variable",
-    "TextVectorization": "its vocabulary is a table, not a variable",
+def wrapped_module():
+    import torch
+
+    return L.TorchModuleWrapper(torch.nn.Linear(3, 2))
+
+
+def saved_model():
+    model = keras.Sequential([keras.Input((3,)), L.Dense(2)])
+    with tempfile.TemporaryDirectory() as folder:
+        model.export(folder, verbose=False)
+        return L.TFSMLayer(folder)
+
+
+NOT_TIED = {
+    "Layer": ("it has no weights until somebody writes a layer", lambda: L.Layer(), "kernel"),
+    "Wrapper": ("it has no weights, only its layer has", lambda: L.Wrapper(L.Dense(2)), "kernel"),
+    "InputLayer": ("it is never called", lambda: L.InputLayer((3,)), "kernel"),
+    "Discretization": ("its boundaries are numbers", lambda: L.Discretization([0.0, 1.0]), "bin_boundaries"),
+    "Hashing": ("it has no weights", lambda: L.Hashing(3), "kernel"),
+    "HashedCrossing": ("it has no weights", lambda: L.HashedCrossing(3), "kernel"),
+    "IntegerLookup": ("its vocabulary is a table", lambda: L.IntegerLookup(vocabulary=[1, 2]), "lookup_table"),
+    "StringLookup": ("its vocabulary is a table", lambda: L.StringLookup(vocabulary=["a"]), "lookup_table"),
+    "TextVectorization": ("its vocabulary is a table", lambda: L.TextVectorization(vocabulary=["a"]), "lookup_table"),
 }
-if BACKEND != "jax":
-    NOT_MADE["JaxLayer"] = "it needs the JAX backend to train"
+"""Classes without a weight to tie: why, how to make one, and a name that a user may try."""
+
+NOT_MADE = {"FlaxLayer": "it needs Flax; it is a JaxLayer otherwise"}
+"""Classes of which no instance can be made on this backend."""
+
+if BACKEND == "torch":
+    NOT_TIED["TorchModuleWrapper"] = ("the module reads its own parameters", wrapped_module, "variable")
+    NOT_MADE["JaxLayer"] = "it needs JAX or TensorFlow"
+else:
+    NOT_MADE["TorchModuleWrapper"] = "it needs PyTorch"
+if BACKEND == "tensorflow":
+    NOT_TIED["TFSMLayer"] = ("its variables are those of a SavedModel", saved_model, "kernel")
+else:
+    NOT_MADE["TFSMLayer"] = "it needs TensorFlow"
 
 WITH_WEIGHTS = [case for case in cases_with_weights() if hasattr(L, case.class_name)]
 WITHOUT_WEIGHTS = [case for case in cases_without_weights() if hasattr(L, case.class_name)]

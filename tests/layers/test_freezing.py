@@ -92,7 +92,7 @@ def test_a_base_frozen_in_one_use_and_live_in_another_trains():
 
 
 def test_own_flag_wins_over_live_uses():
-    codec, encode, decode, _ = autoencoder()
+    codec, encode, _, _ = autoencoder()
     codec.trainable = False
     assert not codec.variable.trainable
     encode.trainable = False
@@ -159,7 +159,7 @@ def warned(call):
 
 
 def test_freezing_one_use_after_compile_warns_once(rng):
-    codec, _, decode, model = autoencoder()
+    _, _, decode, model = autoencoder()
     model.compile("sgd", "mse")
     x = rng.normal(size=(8, 5)).astype("float32")
     fit = lambda: model.fit(x, x, verbose=0)  # noqa: E731

@@ -1,5 +1,7 @@
 """What broke a prototype of Tether, one test each, so that it does not break again."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -113,6 +115,18 @@ def test_quantize_is_refused_and_changes_nothing():
     with pytest.raises(tether.TetherError, match="materialize"):
         layer.quantize("int8")
     assert layer.quantization_mode is None and isinstance(layer.kernel, View)
+
+
+def test_quantize_of_a_model_with_a_tied_layer_is_refused():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, tether.tie(keras.layers.Dense(4), kernel=tether.Weight(name="w"))(inputs))
+    plain = tether.materialize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras warns that an input layer cannot be quantised
+        with pytest.raises(tether.TetherError, match="materialize"):
+            model.quantize("int8")
+        plain.quantize("int8")
+    assert plain.layers[-1].quantization_mode == "int8"
 
 
 def test_a_quantized_layer_cannot_be_tied():

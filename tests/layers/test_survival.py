@@ -127,7 +127,9 @@ def test_clone_is_tied_within_itself_and_not_to_the_original(x):
 
 def test_recursive_clone_of_nested_models_is_tied():
     table = tether.Weight(name="table")
-    inner = keras.Sequential([keras.Input((4,)), tether.tie(keras.layers.Dense(4, name="a"), kernel=table)], name="inner")
+    inner = keras.Sequential(
+        [keras.Input((4,)), tether.tie(keras.layers.Dense(4, name="a"), kernel=table)], name="inner"
+    )
     inputs = keras.Input((4,))
     model = keras.Model(inputs, tether.tie(keras.layers.Dense(4, name="b"), kernel=table.T)(inner(inputs)))
     for recursive in (False, True):

@@ -97,7 +97,7 @@ def test_a_train_step_of_the_users_own(rng, x):
         def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
             return keras.ops.mean(keras.ops.square(y - y_pred)) * 2.0
 
-    tied, hand, codec = pair(rng)
+    tied, hand, _ = pair(rng)
     model = Custom(tied.inputs, tied.outputs)
     model.compile(keras.optimizers.SGD(0.1), "mse")
     model.fit(x, x, batch_size=16, shuffle=False, verbose=0)
@@ -116,7 +116,7 @@ def test_stateless_call(rng, x):
 
 
 def test_gradients_are_the_sum_over_uses(rng, x):
-    tied, hand, codec = pair(rng)
+    tied, hand, _ = pair(rng)
     loss_a, a = gradients(lambda: keras.ops.sum(tied(x) ** 2), tied.trainable_variables)
     loss_b, b = gradients(lambda: keras.ops.sum(hand(x) ** 2), hand.trainable_variables)
     assert loss_a == pytest.approx(loss_b, rel=1e-5)

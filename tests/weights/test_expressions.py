@@ -241,6 +241,18 @@ def twins():
     return make_weights()
 
 
+@pytest.fixture(scope="module")
+def bare():
+    """Weights that know their shapes and dtypes and hold nothing yet."""
+    return SimpleNamespace(**{name: tether.Weight(v.shape, dtype="float32", name=name) for name, v in VALUES.items()})
+
+
+@pytest.fixture(scope="module")
+def blank():
+    """Weights that know nothing yet."""
+    return SimpleNamespace(**{name: tether.Weight(name=name) for name in VALUES})
+
+
 @pytest.mark.parametrize("case", CASES, ids=identifiers(CASES))
 class TestEveryOperator:
     def test_value_shape_and_dtype_are_those_of_numpy(self, case, weights):
@@ -267,20 +279,18 @@ class TestEveryOperator:
         assert {first: "found"}[second] == "found"
         assert first != case[1](twins)
 
-    def test_shape_and_dtype_need_no_value(self, case):
-        bare = {name: tether.Weight(v.shape, dtype="float32", name=name) for name, v in VALUES.items()}
-        expression = case[1](SimpleNamespace(**bare))
+    def test_shape_and_dtype_need_no_value(self, case, bare):
+        expression = case[1](bare)
         expected = oracle_of(case)
         assert (expression.shape, expression.dtype) == (expected.shape, str(expected.dtype))
-        assert not any(weight.is_built for weight in bare.values())
+        assert not any(weight.is_built for weight in vars(bare).values())
 
-    def test_shape_and_dtype_are_none_as_long_as_a_leaf_has_none(self, case, weights):
-        names = {weight.name for weight in case[1](weights).weights_used()}
-        expression = case[1](SimpleNamespace(**{name: tether.Weight(name=name) for name in VALUES}))
+    def test_shape_and_dtype_are_none_as_long_as_a_leaf_has_none(self, case, weights, blank):
+        expression = case[1](blank)
         assert (expression.shape, expression.ndim, expression.dtype) == (None, None, None)
-        for name in names:
-            partly = SimpleNamespace(**{**vars(weights), name: tether.Weight(name=name)})
-            assert (case[1](partly).shape, case[1](partly).dtype) == (None, None)
+        for weight in case[1](weights).weights_used():
+            partly = case[1](SimpleNamespace(**{**vars(weights), weight.name: vars(blank)[weight.name]}))
+            assert (partly.shape, partly.dtype) == (None, None)
 
     def test_survives_json_pickle_and_copy(self, case, weights, twins):
         expression = case[1](weights)

@@ -226,9 +226,11 @@ def test_integers_are_stored_if_they_do_not_train():
     assert keras.backend.standardize_dtype(numpys_default.value.dtype) == numpys_default.dtype
 
 
-def test_integers_that_are_to_train_are_refused_and_the_error_says_how_to_store_them():
-    with pytest.raises(tether.TetherError, match="trainable=False"):
-        Weight(np.array([1, 2, 3], dtype="int32"))
+def test_integers_are_stored_and_never_train():
+    weight = Weight(np.array([1, 2, 3], dtype="int32"))
+    assert not weight.trainable and not weight.variable.trainable
+    weight.trainable = True
+    assert not weight.variable.trainable
 
 
 # --------------------------------------------------------------------------- what it holds
@@ -663,3 +665,19 @@ def test_a_list_of_weights_is_tracked():
     layer(INPUTS)
     assert layer.weights == [part.variable for part in parts]
     assert_close(layer(INPUTS), 5 * INPUTS)
+
+
+def test_assigning_another_weights_value_copies_it(rng):
+    a = tether.Weight(rng.normal(size=(4, 4)).astype("float32"), name="a")
+    b = tether.Weight((4, 4), "zeros", name="b")
+    b.assign(a.value)
+    models = []
+    for weight in (a, b):
+        inputs = keras.Input((4,))
+        models.append(keras.Model(inputs, tether.tie(keras.layers.Dense(4), kernel=weight)(inputs)))
+    both = keras.Model(models[0].inputs, keras.layers.Add()([model(models[0].inputs[0]) for model in models]))
+    both.compile("sgd", "mse")
+    x = np.ones((4, 4), "float32")
+    both.fit(x, x, verbose=0)
+    a.assign(np.zeros((4, 4)))
+    assert np.abs(b.numpy()).max() > 0

@@ -15,7 +15,7 @@ from tether.weights.expression import known_shape
 
 
 @keras.saving.register_keras_serializable(package="tether", name="Lambda")
-class Lambda(keras.layers.Layer):  # type: ignore[misc]
+class Lambda(keras.layers.Layer):
     """A layer that calls `function(inputs, **weights)`.
 
     What a `keras.layers.Lambda` captures by closure is never tracked, trained or saved. Here it is named.

@@ -77,10 +77,18 @@ def locate(root: Any, path: Path) -> Place:
         layer = child
 
 
+_FOREIGN = (keras.layers.TorchModuleWrapper, keras.layers.JaxLayer, keras.layers.FlaxLayer, keras.layers.TFSMLayer)
+
+
 def _refuse_in_place(layer: Any, rest: Path) -> None:
+    if isinstance(layer, _FOREIGN):
+        raise Unsupported(
+            f"Layer {layer.name!r} ({type(layer).__name__}) computes with parameters of its own framework, so a "
+            "tie would have no effect. Write it as a Keras layer."
+        )
     if isinstance(layer, keras.layers.SpectralNormalization) and rest[-1] in ("kernel", "embeddings"):
         raise Unsupported(
-            f"The SpectralNormalization {layer.name!r} overwrites the {rest[-1]} of its layer at every training step, for "
+            f"The SpectralNormalization {layer.name!r} overwrites the {rest[-1]} of its layer at every step, for "
             "everybody who shares it. Tie the layer without the wrapper."
         )
 
@@ -96,7 +104,7 @@ def own_variables(layer: Any) -> list[Any]:
 
 
 def holders(layer: Any, variable: Any) -> list[Path]:
-    """The attributes of the layer, and places in its containers, that hold a variable or sub-layer, public ones first."""
+    """The attributes, and places in containers, that hold a variable or sub-layer, public ones first."""
     found = [path for path, value in _attributes(layer) if value is variable]
     return sorted(found, key=lambda path: (path[0].startswith("_"), len(path), path))
 
@@ -134,8 +142,8 @@ def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
         return None
     if len(matches) > 1:
         raise UnknownName(
-            f"The name {'/'.join(rest)!r} is ambiguous in layer {layer.name!r}: it is {' and '.join(matches.values())}. "
-            "Use a name that only one of them has."
+            f"The name {'/'.join(rest)!r} is ambiguous in layer {layer.name!r}: it is {' and '.join(matches.values())}."
+            " Use a name that only one of them has."
         )
     variable = by_id[next(iter(matches))]
     return variable, canonical_name(layer, variable)

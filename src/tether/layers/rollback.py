@@ -6,8 +6,6 @@ from typing import Any
 
 from tether.weights.weight import Weight
 
-_CONTAINERS = (list, dict, set)
-
 
 class _Snapshot:
     """An object's class, attributes, and the contents of the containers that they hold."""
@@ -42,19 +40,30 @@ class _Snapshot:
 
     def restore(self) -> None:
         self.target.__class__ = self.cls
-        attributes = vars(self.target)
+        attributes = self.target.__dict__
         attributes.clear()
         attributes.update(self.attributes)
         for container, content in self.contents:
-            kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
-            kind.clear(container)
-            (kind.extend if kind is list else kind.update)(container, content)
+            _refill(container, content)
         if hasattr(self, "tracker"):
-            vars(self.attributes["_tracker"]).update(self.tracker)
+            self.attributes["_tracker"].__dict__.update(self.tracker)
         for variable, trainable, regularizer, constraint in self.flags:
             if variable.trainable != trainable:
                 variable.trainable = trainable
             variable.regularizer, variable.constraint = regularizer, constraint
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Puts a container's contents back without going through its own, tracking methods."""
+    if isinstance(container, list):
+        list.clear(container)
+        list.extend(container, content)
+    elif isinstance(container, dict):
+        dict.clear(container)
+        dict.update(container, content)
+    else:
+        set.clear(container)
+        set.update(container, content)
 
 
 class Rollback:
@@ -84,7 +93,6 @@ class Rollback:
         for snapshot in self.snapshots:
             snapshot.restore()
         for state, attributes in self.states:
-            vars(state).update(attributes)
+            state.__dict__.update(attributes)
         for container, content in self.state_contents:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            _refill(container, content)

@@ -46,7 +46,8 @@ class State:
     recorded: list[Tie] = field(default_factory=list)
     """The ties recorded on this layer, for it and for layers below it."""
     held: list[Any] = field(default_factory=list)
-    saw_untracked_clash: bool = False
+    orders: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
+    """Variables in the base's order, by the ids of what Keras listed: asked for at every step."""
 
 
 def state_of(layer: Any) -> State | None:
@@ -65,17 +66,22 @@ def ordered_variables(layer: Any, state: State) -> dict[str, list[Any]]:
 
 def in_base_order(layer: Any, state: State, found: list[Any]) -> list[Any]:
     """Variables that Keras listed, those of the layer itself first and in the order that its base has."""
-    lists = ordered_variables(layer, state)
-    known = {id(variable): variable for variable in found}
-    ordered: dict[int, Any] = {}
-    for store in keras_seam.STORES:
-        for variable in lists[store]:
-            for stored in stored_variables(variable):
-                if id(stored) in known:
-                    ordered.setdefault(id(stored), stored)
-    for variable in found:
-        ordered.setdefault(id(variable), variable)
-    return list(ordered.values())
+    if not state.slots:
+        return found
+    key = tuple(map(id, found))
+    if key not in state.orders:
+        lists = ordered_variables(layer, state)
+        known = set(key)
+        ordered: dict[int, Any] = {}
+        for store in keras_seam.STORES:
+            for variable in lists[store]:
+                for stored in stored_variables(variable):
+                    if id(stored) in known:
+                        ordered.setdefault(id(stored), stored)
+        for variable in found:
+            ordered.setdefault(id(variable), variable)
+        state.orders = {key: list(ordered.values()), **dict(list(state.orders.items())[:1])}
+    return list(state.orders[key])
 
 
 def hang_weights(layer: Any) -> None:
@@ -83,6 +89,7 @@ def hang_weights(layer: Any) -> None:
     state = state_of(layer)
     wanted: list[Weight] = []
     if state is not None:
+        state.orders = {}
         for slot in sorted(state.slots, key=lambda slot: (keras_seam.STORES.index(slot.store), slot.index)):
             wanted.extend(weight for weight in slot.view.expression.weights_used() if weight not in wanted)
     present = list(vars(layer).get(WEIGHTS) or [])

@@ -164,8 +164,8 @@ def lost_tie_message(slot: Any, root: Any) -> str:
     """Says which tie would be lost, and where to put it."""
     name = getattr(root, "name", "the model")
     return (
-        f"Saving {name!r} would lose a tie: {slot.view.path} = {slot.view.expression.notation()} is recorded on a layer "
-        f"whose config is not part of the config of {name!r}. Tie from the outermost object that is saved, as in "
+        f"Saving {name!r} would lose a tie: {slot.view.path} = {slot.view.expression.notation()} is recorded on a "
+        f"layer whose config is not part of the config of {name!r}. Tie from the outermost object that is saved, as in "
         f"`tether.tie(model, {{'path/to/{slot.view.name}': ...}})`, or tie inside the constructor of the layer that "
         "makes it, or give that layer a `get_config` that holds the tied layer's."
     )

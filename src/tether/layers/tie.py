@@ -189,13 +189,13 @@ def _check(layer: Any, wanted: dict[str, Expression], places: dict[str, paths.Pl
 def _refuse_unsupported(layer: Any) -> None:
     if layer.quantization_mode is not None:
         raise Unsupported(
-            f"Layer {layer.name!r} is quantised ({layer.quantization_mode}); its weights are packed integers and cannot "
-            "be tied. Tie first, or quantise a plain copy: `tether.materialize(model).quantize(...)`."
+            f"Layer {layer.name!r} is quantised ({layer.quantization_mode}); its weights are packed integers and "
+            "cannot be tied. Tie first, or quantise a plain copy: `tether.materialize(model).quantize(...)`."
         )
     if hasattr(layer, "finalize_state"):
         raise Unsupported(
-            f"Layer {layer.name!r} ({type(layer).__name__}) computes with constants that it derives from its weights when "
-            "it is adapted, so a tie would have no effect. Use the layer itself in both places."
+            f"Layer {layer.name!r} ({type(layer).__name__}) computes with constants that it derives from its weights "
+            "when it is adapted, so a tie would have no effect. Use the layer itself in both places."
         )
     if getattr(layer, "lora_enabled", False):
         raise Unsupported(
@@ -286,10 +286,9 @@ def _start_missing(layer: Any, name: str, expression: Expression, variable: Any)
     """Gives weights without a variable the present values, so that the tie changes no output."""
     shape = tuple(int(n) for n in variable.shape)
     dtype = keras_seam.stored_dtype(variable)
-    if isinstance(expression, Weight) and not expression.is_built and not isinstance(variable, View):
-        if expression.dtype in (None, dtype):
-            expression.adopt(variable)
-            return
+    if not isinstance(variable, View) and isinstance(expression, Weight) and expression.can_adopt(dtype):
+        expression.adopt(variable)
+        return
     missing = [weight for weight in expression.weights_used() if not weight.is_built]
     if not missing:
         return
@@ -405,7 +404,7 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     return view
 
 
-class _Through(keras.initializers.Initializer):  # type: ignore[misc]
+class _Through(keras.initializers.Initializer):
     """Starts a weight so that the expression starts as the layer's own initializer would start its variable."""
 
     def __init__(self, expression: Expression, weight: Weight, shape: tuple[int, ...], initializer: Any) -> None:
@@ -438,9 +437,9 @@ def _invertible_or_none(through: _Through | None) -> _Through | None:
 
 def _warn_of_initializer(layer: Any, name: str, expression: Expression, initializer: Any) -> None:
     """A later tie whose layer was explicitly given another initializer than the one that was used."""
-    used = expression.first_initializer if isinstance(expression, Weight) and expression.is_built else None
-    if used is None:
+    if not isinstance(expression, Weight) or not expression.is_built or expression.first_initializer is None:
         return
+    used = expression.first_initializer
     mine, theirs = _described_initializer(initializer), _described_initializer(used)
     if mine is None or theirs is None or mine == theirs or _is_the_class_default(layer, mine):
         return
@@ -464,9 +463,10 @@ def _is_the_class_default(layer: Any, described: tuple[str, str]) -> bool:
     for cls in type(layer).__mro__:
         init = cls.__dict__.get("__init__")
         for parameter in inspect.signature(init).parameters.values() if init is not None else ():
-            if parameter.name.endswith("initializer") and isinstance(parameter.default, str):
-                if _described_initializer(keras.initializers.get(parameter.default)) == described:
-                    return True
+            if not parameter.name.endswith("initializer") or not isinstance(parameter.default, str):
+                continue
+            if _described_initializer(keras.initializers.get(parameter.default)) == described:
+                return True
     return False
 
 

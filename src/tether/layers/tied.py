@@ -43,7 +43,7 @@ def tied_class(base: type) -> type:
 
 def base_class(cls: type) -> type:
     """The class that a tied class was made from; any other class is its own."""
-    return cls._tether_base if issubclass(cls, Tied) else cls  # type: ignore[attr-defined, no-any-return]
+    return cls._tether_base if issubclass(cls, Tied) else cls
 
 
 class Tied:
@@ -54,6 +54,7 @@ class Tied:
     # ------------------------------------------------------------------ variables
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """Hands out a view where a tie waits for a variable of this name, and makes a variable elsewhere."""
         from tether.layers.tie import hand_out
 
         for position, value in zip(("shape", "initializer", "dtype"), args, strict=False):
@@ -64,7 +65,7 @@ class Tied:
         if state is None or tie is None:
             return super().add_weight(**kwargs)  # type: ignore[misc]
         view = hand_out(self, state, tie, **kwargs)
-        del state.pending[(name,)]
+        state.pending = {path: waiting for path, waiting in state.pending.items() if waiting is not tie}
         return view
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -86,12 +87,14 @@ class Tied:
 
     @property
     def weights(self) -> list[Any]:
+        """The stored weight variables, each once, in the order of the untied layer."""
         found = super().weights  # type: ignore[misc]
         state = state_of(self)
         return found if state is None else in_base_order(self, state, found)
 
     @property
     def variables(self) -> list[Any]:
+        """All stored state, each variable once, in the order of the untied layer."""
         found = super().variables  # type: ignore[misc]
         state = state_of(self)
         return found if state is None else in_base_order(self, state, found)
@@ -100,6 +103,7 @@ class Tied:
 
     @property
     def trainable(self) -> bool:
+        """The layer's flag. Setting it decides for this layer's uses of its weights, not for the weights."""
         return keras_seam.own_trainable_flag(self)
 
     @trainable.setter
@@ -120,7 +124,7 @@ class Tied:
         losses = super()._get_own_losses()  # type: ignore[misc]
         state = state_of(self)
         if state is None:
-            return losses  # type: ignore[no-any-return]
+            return losses
         scope = keras_seam.losses_scope()
         counted = set() if scope is None else scope.setdefault("pairs", set())
         for slot in state.slots:
@@ -131,11 +135,12 @@ class Tied:
             if pair not in counted:
                 counted.add(pair)
                 losses.append(use.regularizer(slot.view.value))
-        return losses  # type: ignore[no-any-return]
+        return losses
 
     # ------------------------------------------------------------------ files
 
     def save_own_variables(self, store: Any) -> None:
+        """Writes as the base does, without what is stored in weights."""
         state = state_of(self)
         if state is None:
             super().save_own_variables(store)  # type: ignore[misc]
@@ -143,6 +148,7 @@ class Tied:
             storage.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
 
     def load_own_variables(self, store: Any) -> None:
+        """Reads what this layer wrote, or what it wrote before it was tied."""
         state = state_of(self)
         if state is None:
             super().load_own_variables(store)  # type: ignore[misc]
@@ -151,6 +157,7 @@ class Tied:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
+        """A tied layer from its config, with weights of its own or those of the sharing scope."""
         return revive(cls._tether_base, config)
 
     def __reduce__(self) -> Any:
@@ -170,6 +177,7 @@ class Tied:
     # ------------------------------------------------------------------ what would untie it
 
     def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: it would train or freeze what others share."""
         state = state_of(self)
         names = ", ".join(slot.view.name for slot in state.slots) if state is not None else ""
         raise Unsupported(
@@ -297,7 +305,7 @@ def revive(base: type, config: dict[str, Any]) -> Any:
     return layer
 
 
-class TiedReader(keras_seam.KerasSaveable):  # type: ignore[misc]
+class TiedReader(keras_seam.KerasSaveable):
     """What a file's name for a tied layer stands for: finds the base that the config names."""
 
     @classmethod
@@ -307,7 +315,7 @@ class TiedReader(keras_seam.KerasSaveable):  # type: ignore[misc]
         Raises:
             InvalidConfig: It names no layer class, or ties that cannot be read.
         """
-        record = config.get(KEY) if isinstance(config, dict) else None
+        record = config.get(KEY)
         if not isinstance(record, dict) or record.get("version") != VERSION:
             raise InvalidConfig(
                 f"A tied layer's config has the key {KEY!r} of version {VERSION}. {received(tether=record)}"
@@ -315,7 +323,12 @@ class TiedReader(keras_seam.KerasSaveable):  # type: ignore[misc]
         reference = record.get("base")
         if not isinstance(reference, dict) or set(reference) != {"module", "class_name", "registered_name"}:
             raise InvalidConfig(f"A tied layer's config names its class. {received(base=reference)}")
-        base = keras_seam.find_class(reference)
+        if not all(isinstance(part, (str, type(None))) for part in reference.values()):
+            raise InvalidConfig(f"A class is named by strings. {received(base=reference)}")
+        try:
+            base = keras_seam.find_class(reference)
+        except Exception as error:
+            raise InvalidConfig(f"The class of a tied layer cannot be found: {error}") from error
         if not isinstance(base, type) or not issubclass(base, keras.layers.Layer) or issubclass(base, (Tied, Weight)):
             raise InvalidConfig(f"A tied layer's class is a Keras layer. {received(base=reference)}")
         return revive(base, config)
@@ -325,8 +338,16 @@ keras_seam.register_reader(TiedReader)
 
 
 def weights_below(layer: Any) -> list[Weight]:
-    """The stored weights in a layer and the layers below it."""
-    return [found for found in keras_seam.contained_layers(layer) if isinstance(found, Weight)]
+    """The weights in a layer and the layers below it, those of ties that still wait included."""
+    found: dict[int, Weight] = {}
+    for below in keras_seam.contained_layers(layer):
+        state = state_of(below)
+        waiting = [] if state is None else [*state.pending.values(), *state.recorded]
+        for weight in (w for tie in waiting for w in tie.expression.weights_used()):
+            found.setdefault(id(weight), weight)
+        if isinstance(below, Weight):
+            found.setdefault(id(below), below)
+    return list(found.values())
 
 
 def _unpickle(data: bytes, weights: dict[str, Weight]) -> Any:

@@ -84,8 +84,8 @@ def materialize(layer: Any) -> Any:
     left = [below.name for below in keras_seam.contained_layers(copy) if isinstance(below, Weight)]
     if left:
         raise Unsupported(
-            f"The weights {', '.join(left)} are attributes of layers of your own, which read them as expressions; those "
-            "layers cannot be made plain."
+            f"The weights {', '.join(left)} are attributes of layers of your own, which read them as expressions; "
+            "those layers cannot be made plain."
         )
     return copy
 

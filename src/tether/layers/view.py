@@ -13,7 +13,7 @@ from tether.weights.expression import Expression, Tensor
 from tether.weights.weight import Use, Weight
 
 
-class View(keras_seam.Variable):  # type: ignore[misc]
+class View(keras_seam.Variable):
     """A variable of a tied layer: its value is an expression over stored weights.
 
     It is never tracked: what is stored, counted, trained and saved are the expression's weights.
@@ -78,17 +78,21 @@ class View(keras_seam.Variable):  # type: ignore[misc]
         return value
 
     def assign_add(self, value: Any) -> Any:
+        """Adds to what is stored, through the expression."""
         return self.assign(keras.ops.add(self.value, value))
 
     def assign_sub(self, value: Any) -> Any:
+        """Subtracts from what is stored, through the expression."""
         return self.assign(keras.ops.subtract(self.value, value))
 
     def numpy(self) -> Any:
+        """The present value as a NumPy array."""
         return keras.ops.convert_to_numpy(self.value)
 
     @property
     def trainable(self) -> bool:
         """Whether a gradient flows through this use."""
+        keras_seam.refuse_spectral_normalization(self)
         return self.use.live
 
     @trainable.setter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import keras
 
 from tether.errors import ShapeMismatch, TetherError, UnboundArgument, received
-from tether.weights.expression import Expression, Shape, Tensor, Term
+from tether.weights.checks import as_dtype, as_int
+from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Tensor, Term
 
 _bound = threading.local()
 
@@ -42,9 +44,12 @@ class Argument(Expression):
     def __init__(self, name: Any, shape: Shape = (), dtype: str | None = None) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise TetherError(f"An argument's name is an identifier. {received(name=name)}")
+        sizes = tuple(as_int(size, "a size") for size in shape)
+        if any(size < 0 for size in sizes) or len(sizes) > MAX_AXES or math.prod(sizes) > MAX_ELEMENTS:
+            raise TetherError(f"An argument's shape has sizes of 0 or more, within reason. {received(shape=shape)}")
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "_shape", tuple(int(size) for size in shape))
-        object.__setattr__(self, "_dtype", keras.backend.standardize_dtype(dtype))
+        object.__setattr__(self, "_shape", sizes)
+        object.__setattr__(self, "_dtype", as_dtype(keras.config.floatx() if dtype is None else dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")

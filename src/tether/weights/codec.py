@@ -17,8 +17,9 @@ import numpy as np
 
 from tether.errors import InvalidConfig, TetherError, received
 from tether.weights.argument import Argument
-from tether.weights.constant import MAX_ELEMENTS, Constant, is_numeric
-from tether.weights.expression import MAX_STEPS, Expression, Node, program
+from tether.weights.checks import NUMERIC
+from tether.weights.constant import MAX_ELEMENTS, Constant, numpy_dtype
+from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, program
 from tether.weights.operators import OPERATORS
 from tether.weights.weight import Weight
 
@@ -111,8 +112,10 @@ def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[
         if not isinstance(content, dict) or set(content) != {"name", "shape", "dtype"}:
             raise InvalidConfig(f"An argument has name, shape and dtype. {received(argument=content)}")
         shape = content["shape"]
-        if not isinstance(shape, (list, tuple)) or not all(type(n) is int and 0 <= n < 1 << 32 for n in shape):
+        if not isinstance(shape, (list, tuple)) or not all(type(n) is int for n in shape):
             raise InvalidConfig(f"An argument's shape is a list of integers. {received(shape=shape)}")
+        if not isinstance(content["dtype"], str):
+            raise InvalidConfig(f"An argument's dtype is a string. {received(dtype=content['dtype'])}")
         return Argument(content["name"], tuple(shape), content["dtype"])
     raise InvalidConfig(f"An expression has no leaf of this kind. {received(kind=kind)}")
 
@@ -137,21 +140,17 @@ def _decode_array(content: Any) -> np.ndarray[Any, Any]:
     if not isinstance(content, dict) or set(content) != {"dtype", "shape", "data"}:
         raise InvalidConfig(f"An array has dtype, shape and data. {received(array=type(content).__name__)}")
     shape, data = content["shape"], content["data"]
-    if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
+    if (
+        not isinstance(shape, (list, tuple))
+        or len(shape) > MAX_AXES
+        or not all(type(n) is int and 0 <= n <= MAX_ELEMENTS for n in shape)
+    ):
         raise InvalidConfig(f"An array's shape is a list of integers. {received(shape=shape)}")
     if math.prod(shape) > MAX_ELEMENTS or not isinstance(data, str) or len(data) > MAX_ELEMENTS * 24:
         raise InvalidConfig(f"An array has at most {MAX_ELEMENTS:,} elements. {received(shape=shape)}")
-    try:
-        dtype = np.dtype(content["dtype"])
-    except TypeError:
-        import ml_dtypes
-
-        named = getattr(ml_dtypes, str(content["dtype"]), None)
-        if named is None:
-            raise InvalidConfig(f"An array's dtype is not known. {received(dtype=content['dtype'])}") from None
-        dtype = np.dtype(named)
-    if not is_numeric(dtype):
-        raise InvalidConfig(f"An array holds numbers. {received(dtype=content['dtype'])}")
+    if not isinstance(content["dtype"], str) or content["dtype"] not in NUMERIC:
+        raise InvalidConfig(f"An array holds numbers of a dtype that Keras knows. {received(dtype=content['dtype'])}")
+    dtype = numpy_dtype(content["dtype"])
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -5,23 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 
 from tether.errors import TetherError, received
+from tether.weights.checks import NUMERIC
 from tether.weights.expression import Expression, Shape, Tensor, Term
 
 MAX_ELEMENTS = 1 << 20
 """A constant is written into the config of every layer that uses it; a larger one is a weight."""
 
-NUMERIC = {
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-    "float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2",
-}  # fmt: skip
 
-
-def is_numeric(dtype: np.dtype[Any]) -> bool:
-    """Whether it is a dtype of real numbers that Keras knows, in this machine's byte order."""
-    return str(dtype) in NUMERIC
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of a name in `NUMERIC`."""
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 class Constant(Expression):
@@ -86,7 +83,7 @@ class Constant(Expression):
             array = array.astype(np.int32)
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("="))
-        if not is_numeric(array.dtype):
+        if str(array.dtype) not in NUMERIC:
             raise TetherError(f"A constant holds numbers. {received(dtype=str(array.dtype))}")
         if array.size > MAX_ELEMENTS:
             raise TetherError(

@@ -35,9 +35,10 @@ def evaluate(expression: Expression) -> Tensor:
     fingerprint = _fingerprint(expression)
     for cache in caches:
         entry = cache.get(key)
-        if entry is not None and _same(entry[0], fingerprint):
-            if entry[1] is _HELD or (cache is caches[0] and entry[1] == keras_seam.trace_token()):
-                return entry[2]
+        if entry is None or not _same(entry[0], fingerprint):
+            continue
+        if entry[1] is _HELD or (cache is caches[0] and entry[1] == keras_seam.trace_token()):
+            return entry[2]
     value = _compute(expression)
     caches[0][key] = (fingerprint, keras_seam.trace_token(), value)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 import warnings
 import weakref
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownShape, ValueConflict, received
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownShape, Unsupported, ValueConflict, received
+from tether.weights.checks import as_dtype
 from tether.weights.expression import Expression, Shape, Tensor
 from tether.weights.identity import claim_path, current_scope, fresh_uid
 
@@ -56,7 +58,8 @@ class Weight(Expression, keras.layers.Layer):
         initializer: A Keras initializer, its name, or an array or tensor to copy. Left out, it is the
             one of the first layer that the weight is tied to.
         dtype: The stored dtype. Left out, that of the array or of the first tie.
-        trainable: Whether it may train at all. It does train as long as some use of it does.
+        trainable: Whether it may train at all. It does train as long as some use of it does; integers
+            never do.
         regularizer: A Keras regularizer of the stored value, counted once however many uses there are.
         constraint: A Keras constraint, applied to the stored value after each step.
         name: Its name, also its variable's path (made unique by a number if another weight has it).
@@ -156,7 +159,7 @@ class Weight(Expression, keras.layers.Layer):
                 f"The weight {self.name!r} has shape {self.shape}. {received(shape=tuple(value.shape))}"
             )
         self.generation += 1
-        self.variable.assign(value)
+        self.variable.assign(keras_seam.own_copy(value))
 
     # ------------------------------------------------------------------ how it comes to be
 
@@ -164,6 +167,10 @@ class Weight(Expression, keras.layers.Layer):
         """Makes the variable from what the first tie says, unless it was made or the arguments say otherwise."""
         if self._variable is None:
             self._create(self.initializer or initializer, self._given_shape or shape, self._given_dtype or dtype)
+
+    def can_adopt(self, dtype: str) -> bool:
+        """Whether it has no variable yet and nothing speaks against one of this dtype."""
+        return self._variable is None and self.dtype in (None, dtype)
 
     def adopt(self, variable: Any) -> None:
         """Takes over a variable that exists: the very object, so that optimizers that know it stay valid."""
@@ -175,7 +182,8 @@ class Weight(Expression, keras.layers.Layer):
     def _create(self, initializer: Any, shape: Shape, dtype: str | None) -> None:
         dtype = dtype or keras.config.floatx()
         initializer = initializer or ("glorot_uniform" if keras_seam.is_float(dtype) else "zeros")
-        path = claim_path(self._wanted_path or self.name, self)
+        # PyTorch allows no dots in the names of parameters.
+        path = claim_path(self._wanted_path or self.name.strip(".").replace(".", "/") or "weight", self)
         self._given_dtype = keras.backend.standardize_dtype(dtype)
         with keras_seam.outside_name_scopes():
             variable = keras.Variable(
@@ -309,8 +317,8 @@ class Weight(Expression, keras.layers.Layer):
         origin, path = config.pop("origin"), config.pop("path")
         try:
             weight = cls(**config)
-        except (MemoryError, OverflowError) as error:
-            raise InvalidConfig(f"A weight of shape {config['shape']} does not fit into memory.") from error
+        except Exception as error:  # a stranger's config may make Keras fail in any way
+            raise InvalidConfig(f"A weight cannot be made from its config: {error}") from error
         weight.origin = origin
         if weight.is_built:
             keras_seam.set_path(weight.variable, claim_path(path or weight.name, weight))
@@ -367,6 +375,13 @@ class Weight(Expression, keras.layers.Layer):
             return
         self.assign(array)
         loaded[id(self)] = source
+
+    def _check_quantize_args(self, *args: Any, **kwargs: Any) -> None:
+        raise Unsupported(
+            f"The weight {self.name!r} is shared by expressions, and quantising it would untie them. Quantise a plain "
+            "copy: `plain = tether.materialize(model); plain.quantize(...)`. (`model.quantize` goes from layer to "
+            "layer: those before this one may have been quantised already.)"
+        )
 
     def __repr__(self) -> str:
         shape = "shape not known yet" if self.shape is None else f"shape={self.shape}"
@@ -430,6 +445,8 @@ def _start(shape: Any, initializer: Any, dtype: Any) -> tuple[Shape | None, Any,
             )
         if start.dtype == np.float64 and dtype is None:
             start = start.astype(keras.config.floatx())
+        if start.dtype == np.int64 and dtype is None and np.array_equal(start.astype("int32"), start):
+            start = start.astype("int32")
         return None, None, start
     return None if shape is None else _check_shape(shape), initializer, None
 
@@ -468,10 +485,7 @@ def check_config(config: Any) -> dict[str, Any]:
         except TetherError as error:
             raise InvalidConfig(str(error)) from None
     if config["dtype"] is not None:
-        try:
-            config["dtype"] = keras.backend.standardize_dtype(config["dtype"])
-        except (ValueError, TypeError) as error:
-            raise InvalidConfig(str(error)) from None
+        config["dtype"] = as_dtype(config["dtype"])
     for key in ("name", "uid", "origin"):
         if not isinstance(config[key], str) or not config[key] or len(config[key]) > 1000:
             raise InvalidConfig(f"A weight's {key} is a string. {received(**{key: config[key]})}")
@@ -479,15 +493,17 @@ def check_config(config: Any) -> dict[str, Any]:
         raise InvalidConfig(f"A weight's name has no '/'. {received(name=config['name'], path=config['path'])}")
     if not isinstance(config["trainable"], bool):
         raise InvalidConfig(f"A weight's trainable is a bool. {received(trainable=config['trainable'])}")
-    for key, module in (
-        ("initializer", keras.initializers),
-        ("regularizer", keras.regularizers),
-        ("constraint", keras.constraints),
+    for key, module, kind in (
+        ("initializer", keras.initializers, keras.initializers.Initializer),
+        ("regularizer", keras.regularizers, keras.regularizers.Regularizer),
+        ("constraint", keras.constraints, keras.constraints.Constraint),
     ):
         try:
             config[key] = None if config[key] is None else module.get(config[key])
         except Exception as error:
             raise InvalidConfig(f"A weight's {key} cannot be read: {error}") from error
+        if not isinstance(config[key], (kind, types.FunctionType, type(None))):
+            raise InvalidConfig(f"A weight's {key} is a Keras {key}. {received(type=type(config[key]).__name__)}")
     return config
 
 

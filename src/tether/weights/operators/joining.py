@@ -9,11 +9,11 @@ import keras
 import numpy as np
 
 from tether.errors import InvalidConfig, ShapeMismatch, received
+from tether.weights.checks import as_int
 from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.operators.registry import register
-from tether.weights.operators.structure import as_int
 
 
 class _Joined(Node):

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import keras
 import numpy as np
 
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.weights.checks import as_dtype, as_int, as_ints
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term
 from tether.weights.operators.registry import register
-
-
-def as_int(value: Any, what: str) -> int:
-    """An integer that is no bool, from a file or a caller."""
-    if isinstance(value, bool):
-        raise InvalidConfig(f"{what} must be an integer. {received(value=value)}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise InvalidConfig(f"{what} must be an integer. {received(value=value)}") from None
-
-
-def ints(values: Any, what: str) -> tuple[int, ...]:
-    """A tuple of integers, from a list of a file or a tuple of a caller."""
-    if not isinstance(values, (list, tuple)):
-        raise InvalidConfig(f"{what} must be a list of integers. {received(value=values)}")
-    return tuple(as_int(value, what) for value in values)
 
 
 @register
@@ -41,7 +24,7 @@ class Transpose(Node):
     def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Axes are integers, or left out."""
         axes = given.get("axes")
-        return {"axes": None if axes is None else ints(axes, "axes")}
+        return {"axes": None if axes is None else as_ints(axes, "axes")}
 
     def _axes(self, rank: int) -> tuple[int, ...]:
         axes = self.parameters["axes"]
@@ -88,7 +71,7 @@ class Reshape(Node):
     @classmethod
     def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Sizes of 0 or more, one of which may be -1."""
-        sizes = ints(given.get("shape"), "shape")
+        sizes = as_ints(given.get("shape"), "shape")
         if any(size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise InvalidConfig(f"A shape has sizes of 0 or more, and at most one -1. {received(shape=sizes)}")
         return {"shape": sizes}
@@ -218,10 +201,7 @@ class Cast(Node):
     @classmethod
     def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
         """A dtype that Keras knows."""
-        try:
-            return {"dtype": keras.backend.standardize_dtype(given.get("dtype"))}
-        except (ValueError, TypeError) as error:
-            raise InvalidConfig(f"{error}") from None
+        return {"dtype": as_dtype(given.get("dtype"))}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         """That of the operand."""
@@ -257,7 +237,7 @@ class Take(Node):
     @classmethod
     def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Integers: the entries' numbers, and the axis."""
-        return {"indices": ints(given.get("indices"), "indices"), "axis": as_int(given.get("axis", 0), "axis")}
+        return {"indices": as_ints(given.get("indices"), "indices"), "axis": as_int(given.get("axis", 0), "axis")}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         """As many entries along the axis as there are numbers."""

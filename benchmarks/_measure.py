@@ -1,0 +1,96 @@
+"""How the benchmarks measure: two sides in turn in one process, medians of ratios, a table and a JSON file."""
+
+import gc
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+
+import keras
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def device():
+    """A short name of what computes, for the file's name."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        found = jax.devices()[0]
+        return "cpu" if found.platform == "cpu" else found.device_kind.replace(" ", "-")
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    return "cpu" if not gpus else tf.config.experimental.get_device_details(gpus[0])["device_name"].replace(" ", "-")
+
+
+def environment():
+    return {
+        "backend": keras.backend.backend(),
+        "keras": keras.__version__,
+        "device": device(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def seconds(call, repeat=1):
+    """The time of one call, the garbage collector out of the way."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return (time.perf_counter() - start) / repeat
+    finally:
+        gc.enable()
+
+
+def compare(ours, theirs, *, rounds=15, budget=3.0):
+    """Median seconds of both, and the median of the ratios ours / theirs, measured in turn: A B B A A B ..."""
+    for warm in (ours, theirs, ours, theirs):
+        warm()
+    once = max(seconds(ours), seconds(theirs), 1e-6)
+    repeat = max(1, min(200, int(budget / (2 * rounds) / once)))
+    mine, other, ratios = [], [], []
+    for number in range(rounds):
+        pair = [(mine, ours), (other, theirs)]
+        for found, call in pair if number % 2 else pair[::-1]:
+            found.append(seconds(call, repeat))
+        ratios.append(mine[-1] / other[-1])
+    return {
+        "ours_ms": 1e3 * statistics.median(mine),
+        "theirs_ms": 1e3 * statistics.median(other),
+        "ratio": statistics.median(ratios),
+        "ratio_low": sorted(ratios)[len(ratios) // 4],
+        "ratio_high": sorted(ratios)[-1 - len(ratios) // 4],
+        "repeat": repeat,
+        "rounds": rounds,
+    }
+
+
+def write(name, rows):
+    """Writes the rows with what they were measured on, and prints them as a table."""
+    RESULTS.mkdir(exist_ok=True)
+    about = environment()
+    path = RESULTS / f"{name}-{about['backend']}-{about['device']}.json"
+    path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    columns = list(rows[0])
+    widths = [max(len(str(c)), *(len(_text(row.get(c))) for row in rows)) for c in columns]
+    print("  ".join(str(c).ljust(w) for c, w in zip(columns, widths, strict=True)))
+    for row in rows:
+        print("  ".join(_text(row.get(c)).ljust(w) for c, w in zip(columns, widths, strict=True)))
+    print(f"written: benchmarks/results/{path.name}")
+
+
+def _text(value):
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,473 @@
+"""Each assumption about private Keras, on the oldest and the newest supported version."""
+
+import copy
+import io
+
+import keras
+import numpy as np
+import pytest
+
+from tether import keras_seam
+
+
+def dense():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 2))
+    return layer
+
+
+def model_of(layer):
+    return keras.Sequential([keras.Input((2,)), layer])
+
+
+class Spy(keras.layers.Dense):
+    """Calls a function wherever Keras gives it a chance to."""
+
+    probe = staticmethod(lambda: None)
+    seen: list = []  # noqa: RUF012
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.note("init")
+
+    def note(self, where):
+        Spy.seen.append((where, Spy.probe()))
+
+    @classmethod
+    def from_config(cls, config):
+        layer = super().from_config(config)
+        layer.note("from_config")
+        return layer
+
+    def get_config(self):
+        self.note("get_config")
+        return super().get_config()
+
+    def save_own_variables(self, store):
+        self.note("save")
+        super().save_own_variables(store)
+
+    def load_own_variables(self, store):
+        self.note("load")
+        super().load_own_variables(store)
+
+    def _get_own_losses(self):
+        self.note("losses")
+        return super()._get_own_losses()
+
+    @property
+    def metrics(self):
+        self.note("metrics")
+        return []
+
+
+@pytest.fixture
+def spied():
+    Spy.seen = []
+    yield
+    Spy.probe = staticmethod(lambda: None)
+
+
+def heard(where):
+    return [found for place, found in Spy.seen if place == where]
+
+
+def test_a_clone_is_one_scope_and_two_clones_are_two(spied):
+    model = model_of(Spy(3))
+    Spy.probe = staticmethod(keras_seam.copying_scope)
+    assert keras_seam.copying_scope() is None
+    keras.models.clone_model(model)
+    keras.models.clone_model(model)
+    first, second = heard("from_config")
+    assert first is not None and second is not None and first is not second
+
+
+def test_all_layers_of_a_load_are_in_one_scope_that_ends_with_it(spied, tmp_path):
+    model = keras.Sequential([keras.Input((2,)), Spy(3), Spy(3)])
+    model.save(tmp_path / "m.keras")
+    Spy.seen = []
+    Spy.probe = staticmethod(lambda: (keras_seam.copying_scope(), keras_seam.loading_scope()))
+    keras.saving.load_model(tmp_path / "m.keras", custom_objects={"Spy": Spy})
+    (a, _), (b, _) = heard("from_config")
+    (_, c), (_, d) = heard("load")
+    assert a is b is not None and c is d is not None
+    assert keras_seam.copying_scope() is None and keras_seam.loading_scope() is None
+
+
+def test_loading_weights_is_a_loading_scope(spied, tmp_path):
+    model = model_of(Spy(3))
+    model.save_weights(tmp_path / "m.weights.h5")
+    Spy.probe = staticmethod(keras_seam.loading_scope)
+    Spy.seen = []
+    model.load_weights(tmp_path / "m.weights.h5")
+    assert heard("load")[0] is not None
+
+
+def test_writing_an_archive_is_a_saving_scope_that_knows_its_root(spied, tmp_path):
+    model = model_of(Spy(3))
+    Spy.seen = []
+    Spy.probe = staticmethod(keras_seam.saving_scope)
+    model.save(tmp_path / "m.keras")
+    assert heard("get_config")[0] is heard("save")[0]
+    assert heard("save")[0]["root"] is model
+    Spy.seen = []
+    model.save_weights(tmp_path / "m.weights.h5")
+    assert heard("save") == [None]
+
+
+def test_reading_losses_is_a_scope(spied):
+    model = model_of(Spy(3))
+    Spy.seen = []
+    Spy.probe = staticmethod(keras_seam.losses_scope)
+    assert model.losses == []
+    first = heard("losses")[0]
+    assert model.losses == []
+    assert first is not None and heard("losses")[1] is not first
+
+
+def test_fit_reads_the_metrics_of_all_layers_while_its_function_is_compiled(spied):
+    model = model_of(Spy(3))
+    model.compile("sgd", "mse")
+    Spy.seen = []
+    Spy.probe = staticmethod(keras_seam.compiled_training)
+    x, y = np.ones((4, 2), "float32"), np.ones((4, 3), "float32")
+    model.fit(x, y, verbose=0)
+    first = next(found for found in heard("metrics") if found is not None)
+    Spy.seen = []
+    model.fit(x, y, verbose=0)
+    assert next(found for found in heard("metrics") if found is not None) is first
+    Spy.seen = []
+    model.compile("sgd", "mse")
+    model.fit(x, y, verbose=0)
+    assert next(found for found in heard("metrics") if found is not None) is not first
+
+
+def test_keras_recursive_trainable_setter_is_told_from_a_user():
+    class Child(keras.layers.Layer):
+        by = None
+
+        @property
+        def trainable(self):
+            return True
+
+        @trainable.setter
+        def trainable(self, value):
+            self.by = keras_seam.set_by_a_container()
+
+    class Parent(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.child = Child()
+
+    parent = Parent()
+    parent.trainable = False
+    assert parent.child.by is True
+    parent.child.trainable = False
+    assert parent.child.by is False
+
+
+def test_the_maker_is_the_outermost_keras_constructor():
+    found = []
+
+    class Inner(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            found.append(keras_seam.maker(self))
+
+    class Outer(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+    outer = Outer()
+    Inner()
+    assert found[0] is outer and found[1] is None
+
+
+def test_bidirectional_copies_its_argument_inside_its_constructor(spied):
+    class SpyLSTM(keras.layers.LSTM):
+        def get_config(self):
+            Spy.seen.append(("config", keras_seam.inside_bidirectional_init()))
+            return super().get_config()
+
+    with keras.saving.custom_object_scope({"SpyLSTM": SpyLSTM}):
+        both = keras.layers.Bidirectional(SpyLSTM(2))
+        assert True in heard("config")
+        Spy.seen = []
+        both.get_config()
+        assert heard("config") and True not in heard("config")
+
+
+def test_variables_made_outside_name_scopes_have_bare_paths():
+    with keras.name_scope("outer"):
+        with keras_seam.outside_name_scopes():
+            inside = keras.Variable(np.ones(2), name="bare")
+        again = keras.Variable(np.ones(2), name="scoped")
+    assert inside.path == "bare" and again.path == "outer/scoped"
+    keras_seam.set_path(inside, "other/bare")
+    assert inside.path == "other/bare"
+
+
+def test_the_path_of_a_new_weight_is_that_of_the_open_scopes():
+    layer = keras.layers.Dense(3, name="d")
+    with keras_seam.name_scope(layer):
+        assert keras_seam.current_path() == "d"
+
+
+def test_automatic_variable_names_are_known():
+    assert keras_seam.is_automatic_variable_name(keras.Variable(np.ones(2)).name)
+    assert not keras_seam.is_automatic_variable_name("kernel")
+
+
+def test_raw_values_follow_stateless_scopes_and_ignore_autocast():
+    variable = keras.Variable(np.ones(2, "float32"))
+    other = keras.ops.zeros(2)
+    with keras_seam.AutocastScope("float16"):
+        assert keras.backend.standardize_dtype(keras_seam.raw_value(variable).dtype) == "float32"
+        assert keras_seam.stored_dtype(variable) == "float32"
+    with keras.StatelessScope(state_mapping=[(variable, other)]):
+        assert np.array_equal(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)), np.zeros(2))
+
+
+def test_a_layer_lists_its_own_variables_by_store():
+    norm = keras.layers.BatchNormalization()
+    norm.build((None, 2))
+    lists = keras_seam.variable_lists(norm)
+    assert [v.name for v in lists["trainable_variables"]] == ["gamma", "beta"]
+    assert [v.name for v in lists["non_trainable_variables"]] == ["moving_mean", "moving_variance"]
+    with keras_seam.listed_variables(norm, {store: [] for store in lists}):
+        assert norm.weights == []
+    assert len(norm.weights) == 4
+
+
+def test_variables_are_untracked_and_put_back_at_their_place():
+    layer = dense()
+    kernel, bias = layer.weights
+    keras_seam.untrack(layer, kernel)
+    assert [v is bias for v in layer.weights] == [True]
+    keras_seam.insert_tracked(layer, "trainable_variables", 0, kernel)
+    assert layer.weights[0] is kernel and layer.weights[1] is bias
+    assert layer._tracker.locked
+
+
+def test_a_shielded_tracker_passes_over_a_class_also_in_containers():
+    class Special(keras_seam.Variable):
+        pass
+
+    layer = keras.layers.Layer()
+    keras_seam.shield_tracker(layer, Special)
+    layer.items = [Special(np.ones(2)), keras.Variable(np.ones(3))]
+    assert [tuple(v.shape) for v in layer.weights] == [(3,)]
+    keras_seam.unshield_tracker(layer)
+    layer.more = [Special(np.ones(4))]
+    assert [tuple(v.shape) for v in layer.weights] == [(3,), (4,)]
+
+
+def test_prepared_views_have_what_a_variable_has():
+    class Bare(keras_seam.Variable):
+        def __init__(self):
+            keras_seam.prepare_view(self, name="n", path="p/n", shape=(2,), dtype="float32", autocast=True)
+
+        @property
+        def value(self):
+            return keras.ops.ones(2)
+
+        @property
+        def trainable(self):
+            return False
+
+        @trainable.setter
+        def trainable(self, value):
+            pass
+
+    made, real = Bare(), keras.Variable(np.ones(2, "float32"))
+    missing = {name for name in vars(real) if not name.startswith("__")} - set(vars(made)) - {"_trainable"}
+    missing = {name for name in missing if name.startswith("_") and not name.startswith("_self_")}
+    assert missing <= {"_keras_api_export_path"}, missing
+    assert made.name == "n" and made.path == "p/n" and tuple(made.shape) == (2,) and made.ndim == 1
+    assert np.array_equal(keras.ops.convert_to_numpy(keras.ops.add(made, real)), np.full(2, 2.0))
+    assert keras_seam.autocasts(made)
+
+
+def test_containers_whose_config_is_that_of_their_layers():
+    inputs = keras.Input((2,))
+    functional = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+
+    class Own(keras.Model):
+        def __init__(self, width):
+            i = keras.Input((2,))
+            super().__init__(i, keras.layers.Dense(width)(i))
+
+        def get_config(self):
+            return {"width": 2}
+
+    assert keras_seam.holds_its_layers_configs(functional)
+    assert keras_seam.holds_its_layers_configs(model_of(keras.layers.Dense(2)))
+    assert not keras_seam.holds_its_layers_configs(Own(2))
+    assert not keras_seam.holds_its_layers_configs(keras.layers.Dense(2))
+
+
+def test_attributes_are_the_same_on_every_backend():
+    class Holder(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first = keras.layers.Dense(2)
+            self.second = [keras.layers.Dense(2)]
+
+    names = {name for name, _ in keras_seam.attributes(Holder())}
+    assert {"first", "second"} <= names
+    assert not names & {"_layers", "_modules", "_trainable_variables", "_self_unconditional_dependency_names"}
+
+
+def test_classes_are_named_and_found_by_keras_own_rules():
+    reference = keras_seam.class_reference(keras.layers.Dense)
+    assert reference == {"module": "keras.layers", "class_name": "Dense", "registered_name": None}
+    assert keras_seam.find_class(reference) is keras.layers.Dense
+    with pytest.raises(Exception, match=r"[Cc]ould not (be )?locate"):
+        keras_seam.find_class({"module": "os", "class_name": "system", "registered_name": "system"})
+
+
+def test_tied_classes_are_written_under_one_name():
+    class Other(keras.layers.Dense):
+        pass
+
+    keras_seam.register_tied(Other)
+    assert keras.saving.serialize_keras_object(Other(2))["registered_name"] == keras_seam.TIED_NAME
+
+
+def test_the_default_mark_of_get_config_is_kept():
+    class Auto(keras.layers.Layer):
+        def __init__(self, width):
+            super().__init__()
+            self.width = width
+
+    assert keras_seam.is_default(Auto.get_config)
+
+    def get_config(self):
+        return Auto.get_config(self)
+
+    Kept = type("Kept", (Auto,), {"get_config": keras_seam.mark_like(get_config, Auto.get_config)})
+    assert Kept(5).get_config()["width"] == 5
+
+
+def test_save_and_load_in_memory():
+    model = model_of(keras.layers.Dense(3))
+    buffer = io.BytesIO()
+    keras_seam.save_to(model, buffer)
+    buffer.seek(0)
+    loaded = keras_seam.load_from(buffer, compile=False)
+    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_save_visits_what_walk_saveables_lists():
+    inner = dense()
+
+    class Holder(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.things = {"a": [inner]}
+
+    found = keras_seam.walk_saveables(Holder())
+    assert any(item is inner for item in found)
+
+
+def test_the_owner_of_a_call_lives_as_long_as_the_call():
+    owners = []
+
+    class Probe(keras.layers.Layer):
+        def call(self, x):
+            owners.append(keras_seam.call_owners())
+            return x
+
+    class Twice(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Probe(), Probe()
+
+        def call(self, x):
+            return self.b(self.a(x))
+
+    layer = Twice()
+    layer(np.ones((1, 2), "float32"))
+    layer(np.ones((1, 2), "float32"))
+    eager = [o for o in owners if len(o) == 1]
+    assert len(eager) >= 4
+    *_, a, b, c, d = (o[-1] for o in eager)
+    assert a is b and c is d and a is not c
+    assert keras_seam.call_owners() == []
+    owners.clear()
+    with keras.StatelessScope() as scope:
+        layer(np.ones((1, 2), "float32"))
+    assert owners[0][0] is scope
+
+
+def test_trace_tokens_differ_inside_a_trace():
+    outside = keras_seam.trace_token()
+    assert keras_seam.trace_token() == outside
+    backend, seen = keras.backend.backend(), []
+    if backend == "jax":
+        import jax
+
+        jax.jit(lambda x: (seen.append(keras_seam.trace_token()), x)[1])(1.0)
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.function(lambda x: (seen.append(keras_seam.trace_token()), x)[1])(tf.constant(1.0))
+    else:
+        import torch
+
+        with torch.no_grad():
+            seen.append(keras_seam.trace_token())
+    assert seen[0] != outside
+
+
+def test_rnn_asks_its_cell_for_masks_before_its_loop_and_takes_them_back_after():
+    order = []
+
+    class Cell(keras.layers.GRUCell):
+        def get_dropout_mask(self, step_input):
+            order.append("before")
+            return super().get_dropout_mask(step_input)
+
+        def call(self, *args, **kwargs):
+            order.append("step")
+            return super().call(*args, **kwargs)
+
+        def reset_dropout_mask(self):
+            order.append("after")
+            return super().reset_dropout_mask()
+
+    keras.layers.RNN(Cell(2))(np.ones((1, 3, 2), "float32"))
+    last = order[len(order) - 1 - order[::-1].index("before") :]
+    assert last[0] == "before" and last[-1] == "after" and "step" in last
+
+
+def test_quantize_asks_before_it_changes_anything():
+    class Guarded(keras.layers.Dense):
+        def _check_quantize_args(self, *args, **kwargs):
+            raise RuntimeError("asked")
+
+    assert keras_seam.refuse_quantization_hook() == "_check_quantize_args"
+    layer = Guarded(2)
+    layer.build((None, 2))
+    with pytest.raises(RuntimeError, match="asked"):
+        layer.quantize("int8")
+
+
+def test_build_ends_by_locking_the_state():
+    ended = []
+
+    class Locked(keras.layers.Dense):
+        def _lock_state(self):
+            ended.append(self.built)
+            super()._lock_state()
+
+    Locked(2).build((None, 2))
+    assert ended == [True]
+
+
+def test_deepcopy_of_a_model_goes_through_its_file(spied):
+    model = model_of(keras.layers.Dense(3))
+    other = copy.deepcopy(model)
+    assert other is not model and np.array_equal(other.get_weights()[0], model.get_weights()[0])
