@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class TetherError(ValueError):
     """The base of every error that Tether raises on purpose.
@@ -46,6 +48,11 @@ class ValueConflict(TetherError):
     """A file holds two different values for one stored weight."""
 
 
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 4, 200, 200
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 20
+
+
 def received(**values: object) -> str:
-    """Formats the closing sentence of an error: `Received: name=value, ...`."""
-    return "Received: " + ", ".join(f"{name}={value!r}" for name, value in values.items())
+    """Formats the closing sentence of an error: `Received: name=value, ...`, values shortened."""
+    return "Received: " + ", ".join(f"{name}={_short.repr(value)}" for name, value in values.items()) + "."

@@ -446,6 +446,34 @@ def refresh_torch_parameters(layer: Any) -> None:
         layer._track_variables()
 
 
+def drop_torch_orphans(variables: list[Any]) -> None:
+    """Takes variables that no layer has any more out of the parameter lists that PyTorch modules made of them.
+
+    Each module of Keras lists the parameters of all layers below it when it is built, and a layer does
+    not know the modules around it.
+    """
+    if _backend.backend() != "torch" or not variables:
+        return
+    import gc
+
+    import torch
+
+    orphans = {id(variable._value) for variable in variables}
+    lists = [
+        owner
+        for owner in gc.get_referrers(*(variable._value for variable in variables))
+        if isinstance(owner, dict) and any(id(value) in orphans for value in owner.values())
+    ]
+    for owner in gc.get_referrers(*lists) if lists else ():
+        module = owner if isinstance(owner, torch.nn.ParameterDict) else None
+        attributes = owner if isinstance(owner, dict) else vars(owner) if module is not None else {}
+        parameters, keys = attributes.get("_parameters"), attributes.get("_keys")
+        if isinstance(parameters, dict) and isinstance(keys, dict):
+            for name in [name for name, value in parameters.items() if id(value) in orphans]:
+                del parameters[name]
+                keys.pop(name, None)
+
+
 def regularizer_losses_of(layer: Any) -> list[Any]:
     return list(_Layer._get_own_losses(layer))
 

@@ -334,3 +334,16 @@ def test_torch_sees_each_parameter_once(rng):
         names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
         assert w.variable.path in names
     assert len(model.variables) == 3
+
+
+def test_torch_forgets_the_parameter_that_a_tie_replaced(rng):
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(4, name="a")(inputs)
+    inner = keras.Model(inputs, keras.layers.Dense(4, name="b")(hidden))
+    outer = keras.Sequential([keras.Input((4,)), inner])
+    tether.tie(inner.get_layer("b"), kernel=tether.weight_of(inner.get_layer("a"), "kernel").T)
+    assert [len(m.variables) for m in (inner, outer)] == [3, 3]
+    if keras.backend.backend() == "torch":
+        for model in (inner, outer):
+            assert len(list(model.parameters())) == 3
+            assert not any("b/kernel" in name for name in model.state_dict())

@@ -149,6 +149,7 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
         if isinstance(place.variable, View):
             involved.update({id(w): w for w in place.variable.expression.weights_used()})
     _check(layer, wanted, places)
+    replaced = []
     with Rollback([*affected.values(), *involved.values()]):
         for path, place in places.items():
             become_tied(place.layer)
@@ -159,6 +160,9 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
                 _state(place.layer).pending[place.leaf] = asked
             else:
                 replace(place.layer, place.variable, place.leaf_name, asked)
+                replaced.append(place.variable)
+    adopted = {id(weight.variable) for weight in involved.values() if weight.is_built}
+    keras_seam.drop_torch_orphans([v for v in replaced if not isinstance(v, View) and id(v) not in adopted])
 
 
 def _refuse_twice(layer: Any, places: dict[str, paths.Place]) -> None:

@@ -475,7 +475,7 @@ def check_config(config: Any) -> dict[str, Any]:
     """A copy of a weight's config, known to be well formed."""
     keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
     if not isinstance(config, dict) or set(config) != keys:
-        raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=_short(config))}")
+        raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=config)}")
     config = dict(config)
     if config["shape"] is not None:
         if not isinstance(config["shape"], (list, tuple)):
@@ -505,8 +505,3 @@ def check_config(config: Any) -> dict[str, Any]:
         if not isinstance(config[key], (kind, types.FunctionType, type(None))):
             raise InvalidConfig(f"A weight's {key} is a Keras {key}. {received(type=type(config[key]).__name__)}")
     return config
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else text[:200] + "..."
