@@ -589,7 +589,7 @@ def register_tied(cls: type) -> None:
     _registration.GLOBAL_CUSTOM_NAMES[cls] = TIED_NAME
 
 
-def register_reader(reader: type) -> None:
+def register_reader(reader: Any) -> None:
     """Makes Keras hand every config of a tied layer to `reader.from_config`."""
     _registration.GLOBAL_CUSTOM_OBJECTS[TIED_NAME] = reader
 

@@ -127,28 +127,29 @@ def cases_with_weights():
     yield case("BatchNormalization", lambda: L.BatchNormalization(momentum=0.5), vector)
     yield case("BatchNormalization", lambda: L.BatchNormalization(center=False), Floats((2, 4, 4, 2)), label="images")
     for label, options in (("unrolled", {"unroll": True}), ("", {})):
-        loop = {"label": label, "quick": "all" if label else "none"}
-        some = {**loop, "quick": "all" if label else "one"}
-        yield case("GRU", lambda options=options: L.GRU(2, **options), sequence, **some)
-        yield case("LSTM", lambda options=options: L.LSTM(2, return_sequences=True, **options), sequence, **some)
-        yield case("SimpleRNN", lambda options=options: L.SimpleRNN(2, **options), sequence, **some)
-        yield case("RNN", lambda options=options: L.RNN(L.SimpleRNNCell(2), **options), sequence, **loop)
+        all_ways = {"label": label, "quick": "all" if label else "none"}
+        one_way = {"label": label, "quick": "one" if label else "none"}
+        loop = {"label": label, "quick": "all" if label else "one"}
+        yield case("GRU", lambda options=options: L.GRU(2, **options), sequence, **loop)
+        yield case("LSTM", lambda options=options: L.LSTM(2, return_sequences=True, **options), sequence, **loop)
+        yield case("SimpleRNN", lambda options=options: L.SimpleRNN(2, **options), sequence, **all_ways)
+        yield case("RNN", lambda options=options: L.RNN(L.SimpleRNNCell(2), **options), sequence, **all_ways)
         yield case(
             "Bidirectional",
             lambda options=options: L.Bidirectional(L.LSTM(2, return_sequences=True, **options), merge_mode="sum"),
             sequence,
-            **loop,
+            **all_ways,
         )
         for rank in (1, 2, 3):
             yield case(
                 f"ConvLSTM{rank}D",
                 lambda rank=rank, options=options: getattr(L, f"ConvLSTM{rank}D")(2, 2, **options),
                 Floats((2, 2, *(3,) * rank, 2)),
-                **(some if rank < 2 and not label else {**loop, "quick": "all" if label and rank == 1 else "one"}),
+                **(all_ways if rank == 1 else one_way),
             )
-    yield case("GRU", lambda: L.GRU(2, reset_after=False, unroll=True), sequence, label="reset-before")
-    yield case("LSTM", lambda: L.LSTM(3, use_bias=False, unroll=True), sequence, label="no-bias")
-    yield case("RNN", lambda: L.RNN([L.GRUCell(2), L.LSTMCell(2)], unroll=True), sequence, label="cells")
+    yield case("GRU", lambda: L.GRU(2, reset_after=False, unroll=True), sequence, label="reset-before", quick="one")
+    yield case("LSTM", lambda: L.LSTM(3, use_bias=False, unroll=True), sequence, label="no-bias", quick="one")
+    yield case("RNN", lambda: L.RNN([L.GRUCell(2), L.LSTMCell(2)], unroll=True), sequence, label="cells", quick="one")
     yield case(
         "Bidirectional",
         lambda: L.Bidirectional(
@@ -156,6 +157,7 @@ def cases_with_weights():
         ),
         sequence,
         label="two-kinds",
+        quick="one",
     )
     for rank in (1, 2, 3):
         space, pixels = (5,) * rank, (3,) * rank

@@ -88,6 +88,7 @@ class Composite:
     transposed: tuple[str, ...] = ()
     waits: bool = False
     """It is not built when it is made, so it can be tied before."""
+    slow: bool = False
 
     def __str__(self):
         return self.make.__name__
@@ -97,29 +98,43 @@ BLOCK = "transformer_layer_{}/{}"
 COMPOSITES = [
     Composite(nested, X, ("outer_first/kernel", "inner/inner_first/kernel"), ("outer_last/kernel",)),
     Composite(sequential, X, ("block/a/kernel", "c/kernel"), ("block/b/kernel",)),
-    Composite(sequential, X, ("steps/forward_layer/cell/recurrent_kernel",), ("steps/backward_layer/recurrent_kernel",)),
-    Composite(Subclassed, X, ("encode/kernel", "blocks/0/kernel", "heads/mean/kernel"), ("blocks/1/kernel",), waits=True),
+    Composite(
+        sequential, X, ("steps/forward_layer/cell/recurrent_kernel",), ("steps/backward_layer/recurrent_kernel",)
+    ),
+    Composite(
+        Subclassed, X, ("encode/kernel", "blocks/0/kernel", "heads/mean/kernel"), ("blocks/1/kernel",), waits=True
+    ),
     Composite(bert, BERT, tuple(BLOCK.format(i, "self_attention_layer/query/kernel") for i in range(2))),
-    Composite(bert, BERT, tuple(BLOCK.format(i, "feedforward_output_dense/kernel") for i in range(2))),
+    Composite(bert, BERT, tuple(BLOCK.format(i, "feedforward_output_dense/kernel") for i in range(2)), slow=True),
     Composite(
         bert,
         BERT,
         ("transformer_layer_0/feedforward_intermediate_dense/kernel",),
         ("transformer_layer_1/feedforward_output_dense/kernel",),
+        slow=True,
     ),
-    Composite(gpt, GPT, tuple(BLOCK.format(i, "self_attention/value/kernel") for i in range(2))),
+    Composite(gpt, GPT, tuple(BLOCK.format(i, "self_attention/value/kernel") for i in range(2)), slow=True),
     Composite(
         gpt,
         GPT,
         tuple(BLOCK.format(i, "feedforward_intermediate_dense/kernel") for i in range(2)),
         tuple(BLOCK.format(i, "feedforward_output_dense/kernel") for i in range(2)),
     ),
-    Composite(classifier, BERT, tuple("backbone/" + BLOCK.format(i, "self_attention_layer/key/kernel") for i in range(2))),
-]  # fmt: skip
+    Composite(
+        classifier, BERT, tuple("backbone/" + BLOCK.format(i, "self_attention_layer/key/kernel") for i in range(2))
+    ),
+]
 
 
-def with_ids(composites):
-    return [pytest.param(c, id=f"{c}-{c.same[0].replace('/', '.')}") for c in composites]
+def named(composite, *more):
+    marks = [pytest.mark.slow] if composite.slow else []
+    return pytest.param(
+        composite, *more, marks=marks, id="-".join((str(composite), composite.same[0].replace("/", "."), *more))
+    )
+
+
+EACH = [named(composite) for composite in COMPOSITES]
+BUILT_OR_NOT = [named(c, when) for c in COMPOSITES for when in (("before", "after") if c.waits else ("after",))]
 
 
 def weight_at(model, path):
@@ -161,13 +176,12 @@ def train_one_step(model, inputs):
     model.train_on_batch(inputs, targets)
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-@pytest.mark.parametrize("composite", with_ids(COMPOSITES))
-def test_tied_by_path_it_trains_saves_loads_and_clones(composite, before, tmp_path):
+@pytest.mark.parametrize(("composite", "when"), BUILT_OR_NOT)
+def test_tied_by_path_it_trains_saves_loads_and_clones(composite, when, tmp_path):
     plain = composite.make()
     plain(composite.inputs)
     model = composite.make()
-    if not (before and composite.waits):
+    if when == "after":
         model(composite.inputs)
     weight = tether.Weight(name="one")
     ties = dict.fromkeys(composite.same, weight) | dict.fromkeys(composite.transposed, weight.T)
@@ -201,7 +215,7 @@ def test_tied_by_path_it_trains_saves_loads_and_clones(composite, before, tmp_pa
     assert assert_tied(loaded, composite) is not assert_tied(clone, composite)
 
 
-@pytest.mark.parametrize("composite", with_ids(COMPOSITES))
+@pytest.mark.parametrize("composite", EACH)
 def test_untied_it_is_plain_again(composite):
     model = composite.make()
     model(composite.inputs)

@@ -474,6 +474,18 @@ def test_b2_weights_alone_load_into_a_model_of_the_same_ties(rng, tmp_path):
     assert np.array_equal(numpy(other(one.x)), numpy(model(one.x)))
 
 
+def test_b2_the_legacy_format_reloads_tied(rng, tmp_path):
+    codec = Codec(rng)
+    model = codec.model()
+    loaded = reload(model, tmp_path, "model.h5")
+    assert len(loaded.weights) == 3 and loaded.count_params() == 23
+    assert np.array_equal(numpy(loaded(codec.x)), numpy(model(codec.x)))
+    W = rng.normal(size=(5, 3)).astype("float32")
+    loaded.get_layer("encode").kernel.assign(W)
+    assert np.array_equal(numpy(loaded.get_layer("decode").kernel), W.T)
+    assert np.array_equal(codec.codec.numpy(), codec.W)
+
+
 READER = """
 import json, sys
 import keras, numpy as np

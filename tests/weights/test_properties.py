@@ -326,7 +326,7 @@ def finite_differences(loss, values, step=1e-5):
 
 
 @given(st.data(), SEEDS)
-@bounded(30)
+@bounded(20 if BACKEND == "jax" else 40)  # JAX compiles for every new shape
 def test_gradients_are_those_of_finite_differences(data, seed):
     with most_precise() as (dtype, tolerance):
         expression, oracle = data.draw(expressions(weights, steps=5))
@@ -515,10 +515,10 @@ def mutated(draw, value, replacements=JSON):
 
 @contextlib.contextmanager
 def soon(seconds=5.0):
-    """The block ends in time, whatever it was given."""
-    start = time.perf_counter()
+    """The block takes little processor time, whatever it was given."""
+    start = time.process_time()
     yield
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
 
 
 def is_tethers(error):

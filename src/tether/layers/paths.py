@@ -33,6 +33,9 @@ class Place:
     variable: Any = None
     """The variable or view, if it exists."""
     leaf_name: str = ""
+    lent: tuple[Any, Path] | None = None
+    """A layer of a graph that the path goes through, and the rest of the path from there: a clone of the
+    graph copies its layers one by one, and asks only them for their configs."""
 
 
 def split(path: Any) -> Path:
@@ -53,22 +56,29 @@ def locate(root: Any, path: Path) -> Place:
         UnknownName: It leads nowhere, or to two places.
     """
     layer, recorder, recorded, rest = root, root, cast("Path", ()), path
+    graph: tuple[Any, Path] | None = None
     while True:
         _refuse_in_place(layer, rest)
         found = find_variable(layer, rest)
         if found is not None:
             variable, canonical = found
-            return Place(layer, rest, recorder, recorded + canonical, variable, "/".join(canonical))
+            graph = None if graph is None or graph[0] is layer else (graph[0], graph[1] + canonical)
+            return Place(layer, rest, recorder, recorded + canonical, variable, "/".join(canonical), graph)
         step = find_child(layer, rest)
         if step is None:
             if layer.built:
                 raise UnknownName(_nothing_there(root, path, layer, rest))
-            return Place(layer, rest, recorder, recorded + rest, None, rest[-1])
+            graph = None if graph is None or graph[0] is layer else (graph[0], graph[1] + rest)
+            return Place(layer, rest, recorder, recorded + rest, None, rest[-1], graph)
         child, canonical, rest = step
         if keras_seam.holds_its_layers_configs(layer):
-            recorder, recorded = child, ()
+            recorder, recorded, graph = child, (), None
         else:
             recorded = recorded + canonical
+            if isinstance(layer, (keras_seam.Functional, keras_seam.Sequential)):
+                graph = (child, ())
+            elif graph is not None:
+                graph = (graph[0], graph[1] + canonical)
         if not rest:
             raise UnknownName(
                 f"The path {'/'.join(path)!r} of layer {root.name!r} names a layer, not a weight. "
@@ -77,7 +87,7 @@ def locate(root: Any, path: Path) -> Place:
         layer = child
 
 
-_FOREIGN = (keras.layers.TorchModuleWrapper, keras.layers.JaxLayer, keras.layers.FlaxLayer, keras.layers.TFSMLayer)
+_FOREIGN = (keras.layers.TorchModuleWrapper, keras.layers.TFSMLayer)
 
 
 def _refuse_in_place(layer: Any, rest: Path) -> None:
@@ -134,10 +144,10 @@ def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
     if len(rest) == 1:
         for variable in variables:
             if variable.name == rest[0]:
-                matches[id(variable)] = f"the variable named {rest[0]!r} ({variable.path})"
+                matches[id(variable)] = f"the variable {variable.path}{_at(layer, variable)}"
     for path, value in _attributes(layer):
         if id(value) in by_id and path in (rest, ("_" + rest[0], *rest[1:])):
-            matches.setdefault(id(value), f"the attribute {'.'.join(path)!r} (variable {value.path})")
+            matches.setdefault(id(value), f"the attribute {'.'.join(path)} (variable {value.path})")
     if not matches:
         return None
     if len(matches) > 1:
@@ -147,6 +157,11 @@ def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
         )
     variable = by_id[next(iter(matches))]
     return variable, canonical_name(layer, variable)
+
+
+def _at(layer: Any, variable: Any) -> str:
+    paths = holders(layer, variable)
+    return f" at {'/'.join(paths[0])!r}" if paths else ""
 
 
 def canonical_name(layer: Any, variable: Any) -> Path:

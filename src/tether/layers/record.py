@@ -26,6 +26,7 @@ def ties_to_write(layer: Any, state: State) -> dict[str, Expression]:
     ties = {"/".join(tie.path): tie.expression for tie in state.recorded}
     elsewhere: list[tuple[str, Tie]] = [("/".join(path), tie) for path, tie in state.pending.items()]
     elsewhere += [(slot.view.use.name, slot.tie) for slot in state.slots]
+    elsewhere += [("/".join(path), tie) for tie, path in state.lent]
     for path, tie in elsewhere:
         recorder = tie.recorder()
         if recorder is not layer and (recorder is None or not is_serializing(recorder)):

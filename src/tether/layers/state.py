@@ -35,6 +35,8 @@ class Slot:
     store: str
     index: int
     tie: Tie
+    named: bool = False
+    """Whether `add_weight` handed the view out by name."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class State:
     slots: list[Slot] = field(default_factory=list)
     recorded: list[Tie] = field(default_factory=list)
     """The ties recorded on this layer, for it and for layers below it."""
+    lent: list[tuple[Tie, tuple[str, ...]]] = field(default_factory=list)
+    """Ties recorded on a graph around this layer, by their paths from here: for a clone of the graph."""
     held: list[Any] = field(default_factory=list)
     orders: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
     """Variables in the base's order, by the ids of what Keras listed: asked for at every step."""

@@ -144,6 +144,7 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
     _refuse_twice(layer, places)
     affected = {id(place.layer): place.layer for place in places.values()}
     affected.update({id(place.recorder): place.recorder for place in places.values()})
+    affected.update({id(place.lent[0]): place.lent[0] for place in places.values() if place.lent is not None})
     involved = {id(w): w for expression in wanted.values() for w in expression.weights_used()}
     for place in places.values():
         if isinstance(place.variable, View):
@@ -156,6 +157,10 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
             become_tied(place.recorder)
             asked = Tie(weakref.ref(place.recorder), place.recorded_path, wanted[path], made_by_code)
             _record(place.recorder, asked)
+            if place.lent is not None:
+                become_tied(place.lent[0])
+                lent = _state(place.lent[0]).lent
+                lent[:] = [(tie, path) for tie, path in lent if path != place.lent[1]] + [(asked, place.lent[1])]
             if place.variable is None:
                 _state(place.layer).pending[place.leaf] = asked
             else:
@@ -402,7 +407,7 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
         trainable=trainable,
     )
     _pass_constraint(layer, name, constraint, expression)
-    state.slots.append(Slot(view, store, index, asked))
+    state.slots.append(Slot(view, store, index, asked, named=True))
     _register(layer, view)
     hang_weights(layer)
     return view

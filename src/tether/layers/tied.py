@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, Unsupported, received
+from tether.errors import InvalidConfig, UnknownName, Unsupported, received
 from tether.layers import storage
 from tether.layers.record import VERSION, encode_ties, read_record
 from tether.layers.state import (
@@ -62,6 +62,11 @@ class Tied:
         state = state_of(self)
         name = kwargs.get("name")
         tie = None if state is None or name is None else state.pending.get((name,))
+        if state is not None and any(slot.tie.path[-1:] == (name,) and slot.named for slot in state.slots):
+            raise UnknownName(
+                f"Layer {self.name!r} makes two variables named {name!r}, so the tie of {name!r} is ambiguous. Use the "  # type: ignore[attr-defined]
+                "path of the attribute that holds the variable."
+            )
         if state is None or tie is None:
             return super().add_weight(**kwargs)  # type: ignore[misc]
         view = hand_out(self, state, tie, **kwargs)
@@ -305,11 +310,20 @@ def revive(base: type, config: dict[str, Any]) -> Any:
     return layer
 
 
-class TiedReader(keras_seam.KerasSaveable):
-    """What a file's name for a tied layer stands for: finds the base that the config names."""
+class TiedReader:
+    """What a file's name for a tied layer stands for: finds the base that the config names.
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Any:
+    It is the tied subclass of whichever class the config names. Who asks whether it is a subclass of a
+    layer class, as KerasHub does before it reads a preset, is told that it is.
+    """
+
+    __name__ = __qualname__ = "Tied"
+
+    @property
+    def __bases__(self) -> tuple[type, ...]:
+        return tuple(_subclasses(keras.layers.Layer))
+
+    def from_config(self, config: dict[str, Any]) -> Any:
         """The tied layer of a config that a stranger may have written.
 
         Raises:
@@ -334,7 +348,14 @@ class TiedReader(keras_seam.KerasSaveable):
         return revive(base, config)
 
 
-keras_seam.register_reader(TiedReader)
+def _subclasses(cls: type) -> dict[type, None]:
+    found: dict[type, None] = {cls: None}
+    for child in cls.__subclasses__():
+        found.update(_subclasses(child))
+    return found
+
+
+keras_seam.register_reader(TiedReader())
 
 
 def weights_below(layer: Any) -> list[Weight]:

@@ -11,7 +11,7 @@ from tether import keras_seam
 from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.layers import paths
 from tether.layers.lambda_layer import Lambda
-from tether.layers.state import STATE, Slot, State, hang_weights, state_of
+from tether.layers.state import STATE, Slot, State, Tie, hang_weights, state_of
 from tether.layers.tie import _drop_use, _forget, _refuse_layer
 from tether.layers.tied import base_class
 from tether.layers.view import View
@@ -46,8 +46,17 @@ def untie(layer: Any, *names: str) -> Any:
                     _forget(asked)
                 state.pending.clear()
     for below in keras_seam.contained_layers(layer):
+        state = state_of(below)
+        if state is not None:
+            state.lent = [(tie, path) for tie, path in state.lent if _is_recorded(tie)]
         _become_plain(below)
     return layer
+
+
+def _is_recorded(asked: Tie) -> bool:
+    recorder = asked.recorder()
+    state = None if recorder is None else state_of(recorder)
+    return state is not None and any(tie is asked for tie in state.recorded)
 
 
 def materialize(layer: Any) -> Any:
@@ -153,7 +162,7 @@ def _put_back(layer: Any, path: tuple[str, ...], variable: Any) -> None:
 def _become_plain(layer: Any) -> None:
     """Returns a layer without ties to its base class."""
     state = state_of(layer)
-    if state is None or state.slots or state.pending or state.recorded:
+    if state is None or state.slots or state.pending or state.recorded or state.lent:
         return
     object.__delattr__(layer, STATE)
     layer.__class__ = base_class(type(layer))
