@@ -209,8 +209,8 @@ def test_two_weights_of_one_name_are_told_apart_by_place(when):
     with pytest.raises(tether.TetherError, match="ambiguous") as caught:
         tether.tie(layer, shift=tether.Weight())
         layer(X)
-    assert "nested.shifts.0" in str(caught.value)
-    assert "nested.shifts.1" in str(caught.value)
+    assert "nested/shifts/0" in str(caught.value)
+    assert "nested/shifts/1" in str(caught.value)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -49,6 +49,8 @@ class State:
     """The ties recorded on this layer, for it and for layers below it."""
     lent: list[tuple[Tie, tuple[str, ...]]] = field(default_factory=list)
     """Ties recorded on a graph around this layer, by their paths from here: for a clone of the graph."""
+    clashes: list[str] = field(default_factory=list)
+    """Names that the layer gave to a second variable after a view had been handed out for the first."""
     held: list[Any] = field(default_factory=list)
     orders: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
     """Variables in the base's order, by the ids of what Keras listed: asked for at every step."""

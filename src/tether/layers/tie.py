@@ -506,6 +506,8 @@ def settle(layer: Any) -> None:
     state = state_of(layer)
     if state is None:
         return
+    for name in state.clashes:
+        paths.find_variable(layer, (name,))  # raises, now that both variables have their places
     for path, asked in list(state.pending.items()):
         found = paths.find_variable(layer, path)
         child = None if found is not None else paths.find_child(layer, path)

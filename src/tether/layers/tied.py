@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, UnknownName, Unsupported, received
+from tether.errors import InvalidConfig, Unsupported, received
 from tether.layers import storage
 from tether.layers.record import VERSION, encode_ties, read_record
 from tether.layers.state import (
@@ -63,10 +63,7 @@ class Tied:
         name = kwargs.get("name")
         tie = None if state is None or name is None else state.pending.get((name,))
         if state is not None and any(slot.tie.path[-1:] == (name,) and slot.named for slot in state.slots):
-            raise UnknownName(
-                f"Layer {self.name!r} makes two variables named {name!r}, so the tie of {name!r} is ambiguous. Use the "  # type: ignore[attr-defined]
-                "path of the attribute that holds the variable."
-            )
+            state.clashes.append(str(name))
         if state is None or tie is None:
             return super().add_weight(**kwargs)  # type: ignore[misc]
         view = hand_out(self, state, tie, **kwargs)
@@ -350,8 +347,11 @@ class TiedReader:
 
 def _subclasses(cls: type) -> dict[type, None]:
     found: dict[type, None] = {cls: None}
-    for child in cls.__subclasses__():
-        found.update(_subclasses(child))
+    waiting: list[type] = [cls]
+    while waiting:
+        children = [child for child in type.__subclasses__(waiting.pop()) if child not in found]
+        found.update(dict.fromkeys(children))
+        waiting.extend(children)
     return found
 
 
