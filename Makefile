@@ -78,7 +78,7 @@ demo: $(DEMO_STAMP) ## train tied and untied autoencoders on real digits (KERAS_
 
 bench: $(VENV)/.test-stamp ## run benchmarks/*.py on each backend (BENCH=benchmarks/overhead.py BACKEND=jax for one)
 	@for f in $(or $(BENCH),$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))); do for b in $(CHOSEN); do \
-		echo "== $$f, $$b"; KERAS_BACKEND=$$b $(QUIET) $(PY) $$f || exit 1; \
+		echo "== $$f, $$b"; KERAS_BACKEND=$$b $(QUIET) PYTHONPATH=. $(PY) $$f || exit 1; \
 	done; done
 
 # ---- check ------------------------------------------------------------------

@@ -349,7 +349,8 @@ def _subclasses(cls: type) -> dict[type, None]:
     found: dict[type, None] = {cls: None}
     waiting: list[type] = [cls]
     while waiting:
-        children = [child for child in type.__subclasses__(waiting.pop()) if child not in found]
+        below: list[type] = type.__subclasses__(waiting.pop())
+        children = [child for child in below if child not in found]
         found.update(dict.fromkeys(children))
         waiting.extend(children)
     return found
