@@ -17,7 +17,6 @@ from typing import Any
 
 import keras
 from keras.src import backend as _backend
-from keras.src import tree as _tree
 from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.common import stateless_scope as _stateless
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
@@ -224,11 +223,6 @@ def set_path(variable: Any, path: str) -> None:
     variable._path = path
 
 
-def automatic_name(kind: str) -> str:
-    """A name that Keras has not given to an object of this session yet."""
-    return str(_naming.auto_name(kind))
-
-
 def is_automatic_variable_name(name: str) -> bool:
     """Whether Keras made the variable's name up (`variable`, `jax_variable_3`)."""
     stem = name.rstrip("0123456789").rstrip("_")
@@ -246,10 +240,6 @@ def raw_value(variable: Any) -> Any:
         if value is not None:
             return value
     return variable._value
-
-
-def is_initialized(variable: Any) -> bool:
-    return variable._value is not None
 
 
 def stored_dtype(variable: Any) -> str:
@@ -340,23 +330,6 @@ def listed_variables(layer: Any, lists: dict[str, list[Any]]) -> Iterator[None]:
             object.__setattr__(layer, f"_{store}", variables)
 
 
-def replace_tracked(layer: Any, old: Any, new: Any) -> None:
-    """Puts another variable in the place of a tracked one, at the same position."""
-    for store in STORES:
-        if layer._tracker.is_in_store(store, old):
-            variables = layer._tracker.config[store][1]
-            index = next(i for i, v in enumerate(variables) if v is old)
-            untrack(layer, old)
-            with unlocked(layer):
-                track(layer, new)
-                for other in STORES:
-                    if layer._tracker.is_in_store(other, new):
-                        layer._tracker.untrack(new)
-                variables.insert(index, new)
-                layer._tracker.stored_ids[store].add(id(new))
-            return
-
-
 def insert_tracked(layer: Any, store: str, index: int, variable: Any) -> None:
     """Tracks a variable at a position of one of the layer's lists."""
     with unlocked(layer):
@@ -419,10 +392,6 @@ def set_own_trainable_flag(layer: Any, value: bool) -> None:
     layer._trainable = value
 
 
-def tracks_layer(layer: Any, sublayer: Any) -> bool:
-    return bool(layer._tracker.is_in_store("layers", sublayer))
-
-
 def untrack_layer(layer: Any, sublayer: Any) -> None:
     layer._tracker.untrack(sublayer)
 
@@ -474,21 +443,6 @@ def drop_torch_orphans(variables: list[Any]) -> None:
                 keys.pop(name, None)
 
 
-def regularizer_losses_of(layer: Any) -> list[Any]:
-    return list(_Layer._get_own_losses(layer))
-
-
-def in_symbolic_scope() -> bool:
-    from keras.src.backend.common.symbolic_scope import in_symbolic_scope as inside
-
-    return bool(inside())
-
-
-def refuse_quantization_hook() -> str:
-    """The method that a layer's `quantize` wrapper calls before it changes anything."""
-    return "_check_quantize_args"
-
-
 def is_default(method: Any) -> bool:
     return bool(_python_utils.is_default(method))
 
@@ -510,17 +464,9 @@ def holds_its_layers_configs(model: Any) -> bool:
     return False
 
 
-def layers_by_name(model: Any) -> dict[str, Any]:
-    return {layer.name: layer for layer in model.layers}
-
-
 def contained_layers(layer: Any) -> list[Any]:
     """Every layer below `layer`, itself first, each once."""
     return list(layer._flatten_layers())
-
-
-def flatten_containers(value: Any) -> list[Any]:
-    return list(_tree.flatten(value))
 
 
 # --------------------------------------------------------------------------- one call
@@ -630,25 +576,6 @@ def save_to(model: Any, fileobj: Any) -> None:
 
 def load_from(fileobj: Any, *, compile: bool) -> Any:
     return _saving_lib._load_model_from_fileobj(fileobj, custom_objects=None, compile=compile, safe_mode=False)
-
-
-def walk_saveables(root: Any) -> list[Any]:
-    """Every object that a save of `root` would visit, in Keras's order."""
-    seen: dict[int, Any] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, KerasSaveable):
-            if id(value) not in seen:
-                seen[id(value)] = value
-                for _, child in _saving_lib._walk_saveable(value):
-                    visit(child)
-        elif isinstance(value, (list, tuple, dict)):
-            for child in value.values() if isinstance(value, dict) else value:
-                if isinstance(child, (KerasSaveable, list, tuple, dict)):
-                    visit(child)
-
-    visit(root)
-    return list(seen.values())
 
 
 keras_version: str = keras.__version__

@@ -130,7 +130,7 @@ def cases_with_weights():
         all_ways = {"label": label, "quick": "all" if label else "none"}
         one_way = {"label": label, "quick": "one" if label else "none"}
         loop = {"label": label, "quick": "all" if label else "one"}
-        yield case("GRU", lambda options=options: L.GRU(2, **options), sequence, **loop)
+        yield case("GRU", lambda options=options: L.GRU(2, **options), sequence, **all_ways)
         yield case("LSTM", lambda options=options: L.LSTM(2, return_sequences=True, **options), sequence, **loop)
         yield case("SimpleRNN", lambda options=options: L.SimpleRNN(2, **options), sequence, **all_ways)
         yield case("RNN", lambda options=options: L.RNN(L.SimpleRNNCell(2), **options), sequence, **all_ways)
@@ -145,7 +145,7 @@ def cases_with_weights():
                 f"ConvLSTM{rank}D",
                 lambda rank=rank, options=options: getattr(L, f"ConvLSTM{rank}D")(2, 2, **options),
                 Floats((2, 2, *(3,) * rank, 2)),
-                **(all_ways if rank == 1 else one_way),
+                **one_way,
             )
     yield case("GRU", lambda: L.GRU(2, reset_after=False, unroll=True), sequence, label="reset-before", quick="one")
     yield case("LSTM", lambda: L.LSTM(3, use_bias=False, unroll=True), sequence, label="no-bias", quick="one")

@@ -121,7 +121,10 @@ COMPOSITES = [
         tuple(BLOCK.format(i, "feedforward_output_dense/kernel") for i in range(2)),
     ),
     Composite(
-        classifier, BERT, tuple("backbone/" + BLOCK.format(i, "self_attention_layer/key/kernel") for i in range(2))
+        classifier,
+        BERT,
+        tuple("backbone/" + BLOCK.format(i, "self_attention_layer/key/kernel") for i in range(2)),
+        slow=True,
     ),
 ]
 

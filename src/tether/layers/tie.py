@@ -7,8 +7,6 @@ changed before everything is known to fit, and a failure half way is rolled back
 
 from __future__ import annotations
 
-import inspect
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +14,15 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.errors import ShapeMismatch, TetherError, UnknownName, UnknownShape, Unsupported, received
+from tether.errors import TetherError, UnknownName, UnknownShape, Unsupported, received
 from tether.layers import paths
 from tether.layers.rollback import Rollback
+from tether.layers.starting import misfit, start_from_layer, start_from_values, warn_of_initializer
 from tether.layers.state import STATE, Slot, State, Tie, hang_weights, new_use, state_of
 from tether.layers.tied import tied_class
 from tether.layers.view import View
 from tether.weights.expression import Expression, as_expression, known_shape
-from tether.weights.inversion import invert, solve_shape
+from tether.weights.inversion import solve_shape
 from tether.weights.weight import Weight
 
 
@@ -189,7 +188,7 @@ def _check(layer: Any, wanted: dict[str, Expression], places: dict[str, paths.Pl
             if expression.shape is None and solve_shape(expression, shape) is None:
                 known_shape(expression)
             if expression.shape is not None and expression.shape != shape:
-                raise _misfit(place.layer, place.leaf_name, shape, expression)
+                raise misfit(place.layer, place.leaf_name, shape, expression)
             constraint = getattr(place.variable, "constraint", None)
             if constraint is not None and not isinstance(place.variable, View):
                 _check_constraint(place.layer, place.leaf_name, constraint, expression)
@@ -243,7 +242,7 @@ def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
     expression = asked.expression
     if isinstance(variable, View):
         slot = next(slot for slot in state.slots if slot.view is variable)
-        _start_missing(layer, name, expression, variable)
+        start_from_values(layer, name, expression, variable)
         use = new_use(layer, name, expression, variable.use.regularizer)
         _drop_use(variable.use)
         _forget(slot.tie)
@@ -253,7 +252,7 @@ def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
     else:
         store, index = _position(layer, state, variable)
         regularizer, constraint = variable.regularizer, variable.constraint
-        _start_missing(layer, name, expression, variable)
+        start_from_values(layer, name, expression, variable)
         use = new_use(layer, name, expression, regularizer)
         view = _make_view(layer, use, variable, trainable=store == "trainable_variables")
         keras_seam.untrack(layer, variable)
@@ -289,37 +288,6 @@ def _position(layer: Any, state: State, variable: Any) -> tuple[str, int]:
             if other is variable:
                 return store, index
     raise UnknownName(f"Layer {layer.name!r} does not track {variable.path!r}.")
-
-
-def _start_missing(layer: Any, name: str, expression: Expression, variable: Any) -> None:
-    """Gives weights without a variable the present values, so that the tie changes no output."""
-    shape = tuple(int(n) for n in variable.shape)
-    dtype = keras_seam.stored_dtype(variable)
-    if not isinstance(variable, View) and isinstance(expression, Weight) and expression.can_adopt(dtype):
-        expression.adopt(variable)
-        return
-    missing = [weight for weight in expression.weights_used() if not weight.is_built]
-    if not missing:
-        return
-    solved = solve_shape(expression, shape)
-    try:
-        parts = invert(expression, variable.value) if len(expression.weights_used()) == 1 else {}
-    except (TetherError, TypeError):
-        parts = {}
-    for weight in missing:
-        start = parts.get(weight)
-        if start is not None:
-            from tether.weights.weight import _Copy
-
-            array = keras.ops.convert_to_numpy(start)
-            weight.give_start(array.shape, dtype, _Copy(array))
-            weight.assign(array)
-        elif solved is not None and solved[0] is weight:
-            weight.give_start(solved[1], dtype, None)
-        else:
-            weight.give_start(known_shape(weight), dtype, None)
-    if known_shape(expression) != shape:
-        raise _misfit(layer, name, shape, expression)
 
 
 def _put(layer: Any, path: tuple[str, ...], view: View) -> None:
@@ -386,12 +354,12 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     if expression.shape is None and solve_shape(expression, shape) is None:
         known_shape(expression)
     if expression.shape is not None and expression.shape != shape:
-        raise _misfit(layer, name, shape, expression)
+        raise misfit(layer, name, shape, expression)
     if constraint is not None:
         _check_constraint(layer, name, constraint, expression)
     if wished:
-        _warn_of_initializer(layer, name, expression, initializer)
-    _start_from_layer(expression, shape, dtype, initializer)
+        warn_of_initializer(layer, name, expression, initializer)
+    start_from_layer(expression, shape, dtype, initializer)
     store = keras_seam.STORES[0] if trainable else keras_seam.STORES[1]
     index = len(keras_seam.variable_lists(layer)[store]) + sum(slot.store == store for slot in state.slots)
     with keras_seam.name_scope(layer):
@@ -411,72 +379,6 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     _register(layer, view)
     hang_weights(layer)
     return view
-
-
-class _Through(keras.initializers.Initializer):
-    """Starts a weight so that the expression starts as the layer's own initializer would start its variable."""
-
-    def __init__(self, expression: Expression, weight: Weight, shape: tuple[int, ...], initializer: Any) -> None:
-        self.expression, self.weight, self.shape, self.initializer = expression, weight, shape, initializer
-
-    def __call__(self, shape: Any, dtype: Any = None) -> Any:
-        value = self.initializer(self.shape, dtype=dtype)
-        return keras.ops.cast(invert(self.expression, value)[self.weight], dtype)
-
-
-def _start_from_layer(expression: Expression, shape: tuple[int, ...], dtype: str, initializer: Any) -> None:
-    missing = [weight for weight in expression.weights_used() if not weight.is_built]
-    solved = solve_shape(expression, shape)
-    for weight in missing:
-        if weight is expression:
-            weight.give_start(shape, dtype, initializer)
-        elif solved is not None and solved[0] is weight:
-            weight.give_start(solved[1], dtype, _Through(expression, weight, shape, initializer))
-        else:
-            through = None if len(expression.weights_used()) > 1 else _Through(expression, weight, shape, initializer)
-            weight.give_start(known_shape(weight), dtype, _invertible_or_none(through))
-        weight.first_initializer = initializer
-
-
-def _invertible_or_none(through: _Through | None) -> _Through | None:
-    from tether.weights.inversion import is_invertible
-
-    return through if through is not None and is_invertible(through.expression) else None
-
-
-def _warn_of_initializer(layer: Any, name: str, expression: Expression, initializer: Any) -> None:
-    """A later tie whose layer was explicitly given another initializer than the one that was used."""
-    if not isinstance(expression, Weight) or not expression.is_built or expression.first_initializer is None:
-        return
-    used = expression.first_initializer
-    mine, theirs = _described_initializer(initializer), _described_initializer(used)
-    if mine is None or theirs is None or mine == theirs or _is_the_class_default(layer, mine):
-        return
-    warnings.warn(
-        f"The weight {expression.name!r} was started with {theirs[0]} by its first tie; the {mine[0]} of "
-        f"{layer.name}/{name} is not used. Set one: `tether.Weight(..., initializer=...)`.",
-        stacklevel=2,
-    )
-
-
-def _described_initializer(initializer: Any) -> tuple[str, str] | None:
-    """Class and arguments of a Keras initializer, without its seed; a function or any other object tells nothing."""
-    if not isinstance(initializer, keras.initializers.Initializer):
-        return None
-    config = {key: value for key, value in initializer.get_config().items() if key != "seed"}
-    return type(initializer).__name__, repr(sorted(config.items()))
-
-
-def _is_the_class_default(layer: Any, described: tuple[str, str]) -> bool:
-    """Whether the layer's class, not its user, chose the initializer."""
-    for cls in type(layer).__mro__:
-        init = cls.__dict__.get("__init__")
-        for parameter in inspect.signature(init).parameters.values() if init is not None else ():
-            if not parameter.name.endswith("initializer") or not isinstance(parameter.default, str):
-                continue
-            if _described_initializer(keras.initializers.get(parameter.default)) == described:
-                return True
-    return False
 
 
 def forward(layer: Any, state: State) -> None:
@@ -539,17 +441,6 @@ def _check_late(layer: Any, name: str, asked: Tie, variable: Any) -> None:
 
 
 # --------------------------------------------------------------------------- shapes and constraints
-
-
-def _misfit(layer: Any, name: str, shape: tuple[int, ...], expression: Expression) -> TetherError:
-    given = expression.shape
-    hint = ""
-    if given is not None and tuple(reversed(given)) == shape:
-        hint = f" Did you mean `{name}={expression.T.notation()}`?"
-    return ShapeMismatch(
-        f"The weight {name!r} of layer {layer.name!r} ({type(layer).__name__}) has shape {shape}, but "
-        f"{expression.notation()} has shape {given}.{hint}"
-    )
 
 
 def _check_constraint(layer: Any, name: str, constraint: Any, expression: Expression) -> None:

@@ -1,0 +1,106 @@
+"""Reading what a weight is made of: from a caller's arguments, and from a config that a stranger may have written."""
+
+from __future__ import annotations
+
+import math
+import types
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.weights.checks import as_dtype
+from tether.weights.expression import MAX_ELEMENTS, Expression, Shape
+
+
+def read_start(shape: Any, initializer: Any, dtype: Any) -> tuple[Shape | None, Any, Any]:
+    """Tells a shape from an array: returns shape, initializer, start value."""
+    for given in (shape, initializer):
+        if isinstance(given, keras.Variable):
+            raise TetherError(
+                f"A Weight cannot be made from a keras.Variable, since two things could be meant. To share the "
+                f"variable that a layer has: `tether.weight_of(layer, {given.name!r})`. To start at a copy of its "
+                "present value: `tether.Weight(variable.numpy())`."
+            )
+        if isinstance(given, Expression):
+            raise TetherError(
+                "A Weight owns storage; an expression does not. Use the expression itself, or copy its value: "
+                "`tether.Weight(expression.numpy())`."
+            )
+    start = None
+    if _is_array(shape):
+        if initializer is not None:
+            raise TetherError("Give an array or an initializer, not both.")
+        start, shape = shape, None
+    elif _is_array(initializer):
+        start, initializer = initializer, None
+    if start is not None:
+        start = np.array(keras.ops.convert_to_numpy(start) if keras.ops.is_tensor(start) else start)
+        if shape is not None and tuple(shape) != start.shape:
+            raise ShapeMismatch(
+                f"The array has another shape than the weight. {received(shape=shape, array=start.shape)}"
+            )
+        if start.dtype == np.float64 and dtype is None:
+            start = start.astype(keras.config.floatx())
+        if start.dtype == np.int64 and dtype is None and np.array_equal(start.astype("int32"), start):
+            start = start.astype("int32")
+        return None, None, start
+    return None if shape is None else check_shape(shape), initializer, None
+
+
+def _is_array(value: Any) -> bool:
+    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+        return True
+    return isinstance(value, list) and any(isinstance(item, (list, float, np.ndarray)) for item in value)
+
+
+def check_shape(shape: Any) -> Shape:
+    """A tuple of sizes, from an int, a tuple or a list."""
+    if isinstance(shape, int) and not isinstance(shape, bool):
+        shape = (shape,)
+    if not isinstance(shape, (tuple, list)) or not all(
+        isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in shape
+    ):
+        raise TetherError(f"A shape is a tuple of integers. {received(shape=shape)}")
+    if any(n < 0 for n in shape) or math.prod(int(n) for n in shape) > MAX_ELEMENTS or len(shape) > 32:
+        raise TetherError(
+            f"A shape has sizes of 0 or more, and at most {MAX_ELEMENTS:,} elements. {received(shape=shape)}"
+        )
+    return tuple(int(n) for n in shape)
+
+
+def check_config(config: Any) -> dict[str, Any]:
+    """A copy of a weight's config, known to be well formed."""
+    keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
+    if not isinstance(config, dict) or set(config) != keys:
+        raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=config)}")
+    config = dict(config)
+    if config["shape"] is not None:
+        if not isinstance(config["shape"], (list, tuple)):
+            raise InvalidConfig(f"A weight's shape is a list of integers. {received(shape=config['shape'])}")
+        try:
+            config["shape"] = check_shape(config["shape"])
+        except TetherError as error:
+            raise InvalidConfig(str(error)) from None
+    if config["dtype"] is not None:
+        config["dtype"] = as_dtype(config["dtype"])
+    for key in ("name", "uid", "origin"):
+        if not isinstance(config[key], str) or not config[key] or len(config[key]) > 1000:
+            raise InvalidConfig(f"A weight's {key} is a string. {received(**{key: config[key]})}")
+    if "/" in config["name"] or not isinstance(config["path"], (str, type(None))):
+        raise InvalidConfig(f"A weight's name has no '/'. {received(name=config['name'], path=config['path'])}")
+    if not isinstance(config["trainable"], bool):
+        raise InvalidConfig(f"A weight's trainable is a bool. {received(trainable=config['trainable'])}")
+    for key, module, kind in (
+        ("initializer", keras.initializers, keras.initializers.Initializer),
+        ("regularizer", keras.regularizers, keras.regularizers.Regularizer),
+        ("constraint", keras.constraints, keras.constraints.Constraint),
+    ):
+        try:
+            config[key] = None if config[key] is None else module.get(config[key])
+        except Exception as error:
+            raise InvalidConfig(f"A weight's {key} cannot be read: {error}") from error
+        if not isinstance(config[key], (kind, types.FunctionType, type(None))):
+            raise InvalidConfig(f"A weight's {key} is a Keras {key}. {received(type=type(config[key]).__name__)}")
+    return config
