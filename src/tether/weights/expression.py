@@ -180,9 +180,6 @@ class Expression:
             "weights, or `.numpy()` for a copy."
         )
 
-    def __jax_array__(self) -> Any:
-        return self.__array__()
-
     def __bool__(self) -> bool:
         return True
 
