@@ -39,8 +39,8 @@ class Floats:
     def sample(self, rng):
         return rng.uniform(self.low, self.high, self.shape).astype("float32")
 
-    def symbolic(self):
-        return keras.Input(self.shape[1:], dtype="float32")
+    def symbolic(self, fixed_batch):
+        return keras.Input(self.shape[1:], batch_size=self.shape[0] if fixed_batch else None, dtype="float32")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Integers:
     def sample(self, rng):
         return rng.integers(0, self.below, self.shape).astype("int32")
 
-    def symbolic(self):
-        return keras.Input(self.shape[1:], dtype="int32")
+    def symbolic(self, fixed_batch):
+        return keras.Input(self.shape[1:], batch_size=self.shape[0] if fixed_batch else None, dtype="int32")
 
 
 def images(high=255.0):
@@ -77,7 +77,10 @@ class Case:
     label: str = ""
     quick: str = "all"
     """In how many of the four ways it is tested without `--run-slow`: in "all", in "one", or in "none".
-    A loop that the backend compiles anew at every call is slow; its class has an unrolled case too."""
+    A second case of a class is tested in one. A loop that the backend compiles anew at every call is slow: its
+    class has an unrolled case too."""
+    fixed_batch: bool = False
+    """Once built for a batch of one size, it takes no other."""
 
     def __str__(self):
         return f"{self.class_name}-{self.label}" if self.label else self.class_name
@@ -87,7 +90,7 @@ class Case:
         return keras.tree.map_structure(lambda spec: spec.sample(rng), self.inputs)
 
     def symbolic(self):
-        return keras.tree.map_structure(lambda spec: spec.symbolic(), self.inputs)
+        return keras.tree.map_structure(lambda spec: spec.symbolic(self.fixed_batch), self.inputs)
 
     def built(self):
         layer = self.make()
@@ -113,6 +116,7 @@ def cases_with_weights():
     """The layers that have weights, several of a class where its arguments change what it stores."""
 
     def case(class_name, make, *inputs, **options):
+        options.setdefault("quick", "one" if "label" in options else "all")
         return Case(class_name, make, inputs, **options)
 
     vector, sequence, sequence_of_images = Floats((4, 3)), Floats((2, 3, 3)), Floats((2, 3, 5, 5, 2))
@@ -147,9 +151,9 @@ def cases_with_weights():
                 Floats((2, 2, *(3,) * rank, 2)),
                 **one_way,
             )
-    yield case("GRU", lambda: L.GRU(2, reset_after=False, unroll=True), sequence, label="reset-before", quick="one")
-    yield case("LSTM", lambda: L.LSTM(3, use_bias=False, unroll=True), sequence, label="no-bias", quick="one")
-    yield case("RNN", lambda: L.RNN([L.GRUCell(2), L.LSTMCell(2)], unroll=True), sequence, label="cells", quick="one")
+    yield case("GRU", lambda: L.GRU(2, reset_after=False, unroll=True), sequence, label="reset-before")
+    yield case("LSTM", lambda: L.LSTM(3, use_bias=False, unroll=True), sequence, label="no-bias")
+    yield case("RNN", lambda: L.RNN([L.GRUCell(2), L.LSTMCell(2)], unroll=True), sequence, label="cells")
     yield case(
         "Bidirectional",
         lambda: L.Bidirectional(
@@ -157,7 +161,6 @@ def cases_with_weights():
         ),
         sequence,
         label="two-kinds",
-        quick="one",
     )
     for rank in (1, 2, 3):
         space, pixels = (5,) * rank, (3,) * rank
@@ -240,7 +243,7 @@ def cases_with_weights():
     yield case("TimeDistributed", lambda: L.TimeDistributed(L.Dense(2)), sequence)
     yield case("TimeDistributed", lambda: L.TimeDistributed(L.Conv2D(2, 2)), sequence_of_images, label="images")
     if BACKEND != "torch":
-        yield case("JaxLayer", lambda: L.JaxLayer(call_jax, init_jax), vector)
+        yield case("JaxLayer", lambda: L.JaxLayer(call_jax, init_jax), vector, fixed_batch=BACKEND == "tensorflow")
 
 
 def cases_without_weights():
