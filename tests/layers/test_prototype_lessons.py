@@ -347,3 +347,15 @@ def test_torch_forgets_the_parameter_that_a_tie_replaced(rng):
         for model in (inner, outer):
             assert len(list(model.parameters())) == 3
             assert not any("b/kernel" in name for name in model.state_dict())
+
+
+def test_torch_lists_the_new_weight_of_a_layer_in_a_model(rng):
+    inputs = keras.Input((4,))
+    layer = keras.layers.Dense(4)
+    model = keras.Model(inputs, layer(inputs))
+    old, new = layer.kernel, tether.Weight(rng.normal(size=(4, 4)).astype("float32"), name="new")
+    tether.tie(layer, kernel=2.0 * new)
+    assert [v.path for v in model.variables] == [new.variable.path, layer.bias.path]
+    if keras.backend.backend() == "torch":
+        found = {id(parameter) for parameter in model.parameters()}
+        assert found == {id(new.variable.value), id(layer.bias.value)} and id(old.value) not in found

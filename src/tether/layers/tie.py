@@ -164,9 +164,11 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
                 _state(place.layer).pending[place.leaf] = asked
             else:
                 replace(place.layer, place.variable, place.leaf_name, asked)
-                replaced.append(place.variable)
+                replaced.append((place.variable, [w.variable for w in wanted[path].weights_used() if w.is_built]))
     adopted = {id(weight.variable) for weight in involved.values() if weight.is_built}
-    keras_seam.drop_torch_orphans([v for v in replaced if not isinstance(v, View) and id(v) not in adopted])
+    keras_seam.replace_torch_parameters(
+        [(old, new) for old, new in replaced if not isinstance(old, View) and id(old) not in adopted]
+    )
 
 
 def _refuse_twice(layer: Any, places: dict[str, paths.Place]) -> None:
