@@ -83,8 +83,12 @@ def write(name, rows):
     RESULTS.mkdir(exist_ok=True)
     about = environment()
     path = RESULTS / f"{name}-{about['backend']}-{about['device']}.json"
+    if path.exists():  # a part measured again takes the place of its old rows
+        again = {row["case"] for row in rows}
+        before = json.loads(path.read_text())["rows"]
+        rows = [row for row in before if row["case"] not in again] + rows
     path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
-    columns = list(rows[0])
+    columns = list(max(rows, key=len))
     widths = [max(len(str(c)), *(len(_text(row.get(c))) for row in rows)) for c in columns]
     print("  ".join(str(c).ljust(w) for c, w in zip(columns, widths, strict=True)))
     for row in rows:
