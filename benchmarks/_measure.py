@@ -55,7 +55,7 @@ def seconds(call, repeat=1):
         gc.enable()
 
 
-def compare(ours, theirs, *, rounds=15, budget=3.0):
+def compare(ours, theirs, *, rounds=15, budget=2.0):
     """Median seconds of both, and the median of the ratios ours / theirs, measured in turn: A B B A A B ..."""
     for warm in (ours, theirs, ours, theirs):
         warm()
