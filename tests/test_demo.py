@@ -8,8 +8,7 @@ import pytest
 from rich.console import Console
 
 import tether
-
-demo = pytest.importorskip("tether.demo")
+from tether import demo
 
 TINY = demo.Setting(digits=60, epochs=2)
 
