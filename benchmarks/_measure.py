@@ -43,8 +43,7 @@ def environment():
 
 
 def seconds(call, repeat=1):
-    """The time of one call, the garbage collector out of the way."""
-    gc.collect()
+    """The time of one call, the garbage collector out of the way (it is run between pairs, not in them)."""
     gc.disable()
     try:
         start = time.perf_counter()
@@ -55,27 +54,40 @@ def seconds(call, repeat=1):
         gc.enable()
 
 
-def compare(ours, theirs, *, rounds=15, budget=2.0):
-    """Median seconds of both, and the median of the ratios ours / theirs, measured in turn: A B B A A B ..."""
+def compare(ours, theirs, *, rounds=41, budget=4.0):
+    """Median seconds of both, and the median of the ratios ours / theirs, measured in turn: A B B A A B ...
+
+    Budget: seconds for both sides together. Many short rounds, since what disturbs comes and goes. `noise` is
+    the same median where both sides are theirs: what this machine says of no difference at all.
+    """
     for warm in (ours, theirs, ours, theirs):
         warm()
     once = max(seconds(ours), seconds(theirs), 1e-6)
     repeat = max(1, min(200, int(budget / (2 * rounds) / once)))
-    mine, other, ratios = [], [], []
-    for number in range(rounds):
-        pair = [(mine, ours), (other, theirs)]
-        for found, call in pair if number % 2 else pair[::-1]:
-            found.append(seconds(call, repeat))
-        ratios.append(mine[-1] / other[-1])
+    rounds = min(rounds, max(9, int(budget / (2 * repeat * once))))
+    mine, other, ratios = _alternate(ours, theirs, repeat, rounds)
+    _, _, noise = _alternate(theirs, theirs, repeat, rounds)
     return {
         "ours_ms": 1e3 * statistics.median(mine),
         "theirs_ms": 1e3 * statistics.median(other),
         "ratio": statistics.median(ratios),
         "ratio_low": sorted(ratios)[len(ratios) // 4],
         "ratio_high": sorted(ratios)[-1 - len(ratios) // 4],
+        "noise": statistics.median(noise),
         "repeat": repeat,
         "rounds": rounds,
     }
+
+
+def _alternate(ours, theirs, repeat, rounds):
+    mine, other, ratios = [], [], []
+    for number in range(rounds):
+        gc.collect(1)
+        pair = [(mine, ours), (other, theirs)]
+        for found, call in pair if number % 2 else pair[::-1]:
+            found.append(seconds(call, repeat))
+        ratios.append(mine[-1] / other[-1])
+    return mine, other, ratios
 
 
 def write(name, rows):

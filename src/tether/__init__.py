@@ -4,9 +4,10 @@ What a layer computes with is an expression over stored weights. Sharing is two 
 expressions name the same stored weight. Combining is an expression that names several.
 """
 
-from tether import inspection, ops, weights
+from tether import forms, inspection, ops, weights
 from tether.errors import TetherError
-from tether.layers import Lambda, materialize, tie, untie, weight_of
+from tether.forms.low_rank import low_rank
+from tether.layers import Lambda, materialize, route, tie, untie, weight_of
 from tether.weights import Expression, Weight, sharing
 
 __all__ = [
@@ -14,9 +15,12 @@ __all__ = [
     "Lambda",
     "TetherError",
     "Weight",
+    "forms",
     "inspection",
+    "low_rank",
     "materialize",
     "ops",
+    "route",
     "sharing",
     "tie",
     "untie",

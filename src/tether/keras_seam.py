@@ -167,11 +167,13 @@ def compiled_training() -> Any:
 
     It is the one thing that every backend does at the start of each epoch with every layer of a model.
     """
-    for frame in itertools.islice(_frames(), 8):
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):  # a plain loop: every weight asks at every step
+        if frame is None:
+            return None
         if frame.f_code is _RESET_METRICS:
-            model = _first_local(frame)
-            function = getattr(model, "train_function", None)
-            return function
+            return getattr(_first_local(frame), "train_function", None)
+        frame = frame.f_back
     return None
 
 
@@ -315,6 +317,15 @@ STORES = ("trainable_variables", "non_trainable_variables")
 def variable_lists(layer: Any) -> dict[str, list[Any]]:
     """The layer's own variables, by the tracker's store: the order in which Keras lists and saves them."""
     return {store: getattr(layer, f"_{store}") for store in STORES}
+
+
+def counts(layer: Any) -> tuple[int, int, int]:
+    """How many variables of each store a layer has, and how many parts that add to them: asked for at every step."""
+    return (
+        len(layer._trainable_variables),
+        len(layer._non_trainable_variables),
+        len(layer._layers) + len(layer._seed_generators),
+    )
 
 
 @contextlib.contextmanager
@@ -493,6 +504,26 @@ def call_owners() -> list[Any]:
     if context is not None:
         owners.append(context)
     return owners
+
+
+def is_training_call() -> bool:
+    """Whether the outermost call in progress was told to train."""
+    context = _global_state.get_global_attribute("current_call_ctx")
+    return bool(context is not None and context.get_value("training"))
+
+
+def refresh_call_signature(layer: Any) -> None:
+    """Makes Keras read a layer's `call` again, after its class has changed: it read the signature when it was made."""
+    signature = inspect.signature(layer.call)
+    names = [parameter.name for parameter in signature.parameters.values()]
+    for attribute, value in {
+        "_call_signature": signature,
+        "call_signature_parameters": names,
+        "_call_has_training_arg": "training" in names,
+        "_call_has_mask_arg": "mask" in names,
+        "_call_has_context_arg": {name: name in names for name in layer._call_context_args},
+    }.items():
+        set_untracked(layer, attribute, value)
 
 
 def trace_token() -> Any:

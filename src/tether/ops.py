@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tether.weights.expression import Expression, as_expression
-from tether.weights.operators import arithmetic, function, gradient, joining, structure
+from tether.weights.operators import arithmetic, choosing, function, gradient, joining, structure
 
 __all__ = [
-    "add", "apply", "cast", "concatenate", "divide", "einsum", "matmul", "multiply", "negative", "reshape",
+    "add", "apply", "cast", "choose", "concatenate", "divide", "einsum", "matmul", "multiply", "negative", "reshape",
     "scale_gradient", "stack", "stop_gradient", "subtract", "take", "transpose", "where",
 ]  # fmt: skip
 
@@ -82,6 +82,14 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Expression:
 def stack(xs: Sequence[Any], axis: int = 0) -> Expression:
     """Values of one shape joined along a new axis."""
     return joining.stack(xs, axis)
+
+
+def choose(index: Any, options: Sequence[Any]) -> Expression:
+    """One of several values of one shape, by a whole number: usually an argument with a default.
+
+    The options that are not chosen get a gradient of zero.
+    """
+    return choosing.choose(index, options)
 
 
 def where(condition: Any, x1: Any, x2: Any) -> Expression:

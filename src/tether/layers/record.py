@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, received
 from tether.layers.state import State, Tie, is_serializing
+from tether.weights.argument import Argument
 from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
@@ -46,16 +48,25 @@ def encode_ties(layer: Any, state: State) -> dict[str, Any]:
         "base": keras_seam.class_reference(type(layer)._tether_base),
         "ties": {path: encode(expression) for path, expression in ties.items()},
         "weights": {uid: weight.get_config() for uid, weight in weights.items()},
+        **({"takes": [encode(argument)[0] for argument in state.takes]} if state.takes else {}),
     }
 
 
-def read_record(record: Any) -> tuple[dict[str, Any], dict[str, Expression]]:
-    """The class reference and the ties of an entry, its weights made or found in the sharing scope.
+@dataclass(frozen=True)
+class Record:
+    """What an entry says: expressions by path, and the arguments that the layer's call takes for layers below."""
+
+    ties: dict[str, Expression]
+    takes: list[Argument]
+
+
+def read_record(record: Any) -> Record:
+    """The ties of an entry, its weights made or found in the sharing scope.
 
     Raises:
         InvalidConfig: It is not what `encode_ties` writes.
     """
-    if not isinstance(record, dict) or set(record) != {"version", "base", "ties", "weights"}:
+    if not isinstance(record, dict) or set(record) - {"takes"} != {"version", "base", "ties", "weights"}:
         raise InvalidConfig(
             f"A record of ties has version, base, ties and weights. {received(record=type(record).__name__)}"
         )
@@ -71,4 +82,10 @@ def read_record(record: Any) -> tuple[dict[str, Any], dict[str, Expression]]:
         if not isinstance(config, dict) or config.get("uid") != uid:
             raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
         weights[uid] = Weight.from_config(config)
-    return record["base"], {path: decode(steps, weights) for path, steps in ties.items()}
+    takes = record.get("takes", [])
+    if not isinstance(takes, (list, tuple)):
+        raise InvalidConfig(f"The arguments of a record are a list. {received(takes=takes)}")
+    arguments = [decode([leaf], {}) for leaf in takes]
+    if not all(isinstance(argument, Argument) for argument in arguments):
+        raise InvalidConfig(f"The arguments of a record are arguments. {received(takes=takes)}")
+    return Record({path: decode(steps, weights) for path, steps in ties.items()}, arguments)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.errors import ShapeMismatch, TetherError
+from tether.errors import NotInvertible, ShapeMismatch, TetherError
 from tether.layers.view import View
 from tether.weights.expression import Expression, known_shape
 from tether.weights.inversion import invert, is_invertible, solve_shape
@@ -69,7 +69,10 @@ class _Through(keras.initializers.Initializer):
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:
         value = self.initializer(self.shape, dtype=dtype)
-        return keras.ops.cast(invert(self.expression, value)[self.weight], dtype)
+        try:
+            return keras.ops.cast(invert(self.expression, value)[self.weight], dtype)
+        except NotInvertible:
+            return self.initializer(shape, dtype=dtype)
 
 
 def start_from_layer(expression: Expression, shape: tuple[int, ...], dtype: str, initializer: Any) -> None:

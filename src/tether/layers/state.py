@@ -9,6 +9,7 @@ from typing import Any
 
 from tether import keras_seam
 from tether.layers.view import View, stored_variables
+from tether.weights.argument import Argument
 from tether.weights.expression import Expression
 from tether.weights.weight import Use, Weight
 
@@ -49,11 +50,15 @@ class State:
     """The ties recorded on this layer, for it and for layers below it."""
     lent: list[tuple[Tie, tuple[str, ...]]] = field(default_factory=list)
     """Ties recorded on a graph around this layer, by their paths from here: for a clone of the graph."""
+    takes: list[Argument] = field(default_factory=list)
+    """Arguments of ties that were asked for here and are recorded on layers below: this layer's call takes them."""
     clashes: list[str] = field(default_factory=list)
     """Names that the layer gave to a second variable after a view had been handed out for the first."""
     held: list[Any] = field(default_factory=list)
     orders: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
     """Variables in the base's order, by the ids of what Keras listed: asked for at every step."""
+    order: tuple[Any, list[Any]] | None = None
+    """The same for a layer without other sub-layers than its weights, by what it has."""
 
 
 def state_of(layer: Any) -> State | None:
@@ -90,12 +95,30 @@ def in_base_order(layer: Any, state: State, found: list[Any]) -> list[Any]:
     return list(state.orders[key])
 
 
+def known_order(layer: Any, state: State) -> list[Any] | None:
+    """All variables in the base's order, as they were last found, if they are sure to be the same.
+
+    That is so as long as the layer has no sub-layers but the weights of its views, and no more variables.
+    """
+    counts = keras_seam.counts(layer)
+    if state.order is not None and state.order[0] == counts:
+        return state.order[1].copy()
+    hung = vars(layer).get(WEIGHTS) or ()
+    if not state.slots or counts[-1] != len(hung) or not all(weight.is_built for weight in hung):
+        return None
+    found = [variable for variables in keras_seam.variable_lists(layer).values() for variable in variables]
+    found += [weight.variable for weight in hung]
+    ordered = in_base_order(layer, state, list({id(variable): variable for variable in found}.values()))
+    state.order = (counts, ordered)
+    return ordered.copy()
+
+
 def hang_weights(layer: Any) -> None:
     """Makes exactly the weights that the layer's views use its sub-layers."""
     state = state_of(layer)
     wanted: list[Weight] = []
     if state is not None:
-        state.orders = {}
+        state.orders, state.order = {}, None
         for slot in sorted(state.slots, key=lambda slot: (keras_seam.STORES.index(slot.store), slot.index)):
             wanted.extend(weight for weight in slot.view.expression.weights_used() if weight not in wanted)
     present = list(vars(layer).get(WEIGHTS) or [])

@@ -19,8 +19,9 @@ from tether.layers import paths
 from tether.layers.rollback import Rollback
 from tether.layers.starting import misfit, start_from_layer, start_from_values, warn_of_initializer
 from tether.layers.state import STATE, Slot, State, Tie, hang_weights, new_use, state_of
-from tether.layers.tied import tied_class
+from tether.layers.tied import arguments_in, take_arguments, tied_class
 from tether.layers.view import View
+from tether.weights.argument import Argument
 from tether.weights.expression import Expression, as_expression, known_shape
 from tether.weights.inversion import solve_shape
 from tether.weights.weight import Weight
@@ -59,9 +60,14 @@ def tie(layer: Any, weights: Mapping[str, Any] | None = None, /, **by_name: Any)
     return layer
 
 
-def restore(layer: Any, ties: Mapping[str, Expression]) -> None:
+def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument]) -> None:
     """Makes the ties that a config records."""
-    _tie_all(layer, dict(ties), made_by_code=False)
+    if ties:
+        _tie_all(layer, dict(ties), made_by_code=False)
+    if takes:
+        become_tied(layer)
+        _state(layer).takes = list(takes)
+        take_arguments(layer)
 
 
 def weight_of(layer: Any, name: str) -> Any:
@@ -141,7 +147,7 @@ def _wanted(function: str, layer: Any, weights: Any, by_name: dict[str, Any]) ->
 def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -> None:
     places = {path: paths.locate(layer, paths.split(path)) for path in wanted}
     _refuse_twice(layer, places)
-    affected = {id(place.layer): place.layer for place in places.values()}
+    affected = {id(layer): layer, **{id(place.layer): place.layer for place in places.values()}}
     affected.update({id(place.recorder): place.recorder for place in places.values()})
     affected.update({id(place.lent[0]): place.lent[0] for place in places.values() if place.lent is not None})
     involved = {id(w): w for expression in wanted.values() for w in expression.weights_used()}
@@ -165,6 +171,12 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
             else:
                 replace(place.layer, place.variable, place.leaf_name, asked)
                 replaced.append((place.variable, [w.variable for w in wanted[path].weights_used() if w.is_built]))
+            if place.recorder is not layer and arguments_in(wanted[path]):
+                become_tied(layer)
+                _state(layer).takes.extend(a for a in arguments_in(wanted[path]) if a not in _state(layer).takes)
+        for taker in (layer, *(place.recorder for place in places.values())):
+            if state_of(taker) is not None:
+                take_arguments(taker)
     adopted = {id(weight.variable) for weight in involved.values() if weight.is_built}
     keras_seam.replace_torch_parameters(
         [(old, new) for old, new in replaced if not isinstance(old, View) and id(old) not in adopted]

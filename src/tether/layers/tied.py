@@ -8,6 +8,7 @@ ties into its config under the one key `"tether"`.
 
 from __future__ import annotations
 
+import inspect
 import io
 from typing import Any
 
@@ -22,23 +23,61 @@ from tether.layers.state import (
     WEIGHTS,
     State,
     in_base_order,
+    known_order,
     serializing,
     state_of,
 )
 from tether.layers.view import View
+from tether.weights.argument import Argument, bind
 from tether.weights.evaluation import hold, release
+from tether.weights.expression import Expression, leaves
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
 KEY = "tether"
-_classes: dict[type, type] = {}
+_classes: dict[tuple[Any, ...], type] = {}
 
 
-def tied_class(base: type) -> type:
-    """The tied subclass of a layer class."""
-    if base not in _classes:
-        _classes[base] = _make(base)
-    return _classes[base]
+def tied_class(base: type, arguments: tuple[str, ...] = ()) -> type:
+    """The tied subclass of a layer class; its `call` takes these arguments of expressions as keywords."""
+    key = (base, *arguments)
+    if key not in _classes:
+        _classes[key] = _make(base, arguments)
+    return _classes[key]
+
+
+def take_arguments(layer: Any) -> None:
+    """Lets the call of a tied layer take the arguments in the ties recorded on it, and no others.
+
+    Raises:
+        Unsupported: The layer's call has a parameter of that name already.
+    """
+    state = state_of(layer)
+    names = () if state is None else tuple(arguments_by_name(state))
+    base: Any = base_class(type(layer))
+    if names != getattr(type(layer), "_tether_arguments", ()):
+        taken = set(inspect.signature(base.call).parameters) & set(names)
+        if taken:
+            raise Unsupported(
+                f"The call of {base.__name__} has a parameter {sorted(taken)[0]!r} of its own. Give the argument "
+                "another name."
+            )
+        layer.__class__ = tied_class(base, names)
+        keras_seam.refresh_call_signature(layer)
+
+
+def arguments_by_name(state: State) -> dict[str, list[Argument]]:
+    """The arguments in the ties recorded on a layer, and in those that were asked for there."""
+    found: dict[str, list[Argument]] = {}
+    for leaf in [*(leaf for tie in state.recorded for leaf in arguments_in(tie.expression)), *state.takes]:
+        if leaf not in found.setdefault(leaf.name, []):
+            found[leaf.name].append(leaf)
+    return found
+
+
+def arguments_in(expression: Expression) -> list[Argument]:
+    """The arguments of an expression, each once."""
+    return [leaf for leaf in leaves(expression) if isinstance(leaf, Argument)]
 
 
 def base_class(cls: type) -> type:
@@ -50,6 +89,7 @@ class Tied:
     """What a tied layer does otherwise than its base. Mixed in front of the base by `tied_class`."""
 
     _tether_base: type
+    _tether_arguments: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------ variables
 
@@ -90,16 +130,18 @@ class Tied:
     @property
     def weights(self) -> list[Any]:
         """The stored weight variables, each once, in the order of the untied layer."""
-        found = super().weights  # type: ignore[misc]
         state = state_of(self)
-        return found if state is None else in_base_order(self, state, found)
+        if state is None:
+            return super().weights  # type: ignore[misc]
+        return known_order(self, state) or in_base_order(self, state, super().weights)  # type: ignore[misc]
 
     @property
     def variables(self) -> list[Any]:
         """All stored state, each variable once, in the order of the untied layer."""
-        found = super().variables  # type: ignore[misc]
         state = state_of(self)
-        return found if state is None else in_base_order(self, state, found)
+        if state is None:
+            return super().variables  # type: ignore[misc]
+        return known_order(self, state) or in_base_order(self, state, super().variables)  # type: ignore[misc]
 
     # ------------------------------------------------------------------ what trains
 
@@ -194,7 +236,7 @@ class Tied:
         )
 
 
-def _make(base: type) -> type:
+def _make(base: type, arguments: tuple[str, ...]) -> type:
     if base is Weight or issubclass(base, Tied):
         raise Unsupported(f"{base.__name__} cannot be tied.")
     namespace: dict[str, Any] = {
@@ -202,6 +244,7 @@ def _make(base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_tether_base": base,
+        "_tether_arguments": arguments,
     }
 
     def get_config(self: Any) -> dict[str, Any]:
@@ -224,6 +267,8 @@ def _make(base: type) -> type:
         namespace.update(_loop_hooks(base))
     elif hasattr(base, "get_initial_state") and hasattr(base, "state_size"):
         namespace["get_initial_state"] = _holding(base.get_initial_state)
+    if arguments:
+        namespace.update(_taking(base, arguments))
     if not hasattr(base, "enable_lora"):
         namespace["enable_lora"] = _absent("enable_lora")
     if not hasattr(base, "_trackable_children"):
@@ -231,6 +276,33 @@ def _make(base: type) -> type:
     cls = type(base.__name__, (Tied, base), namespace)
     keras_seam.register_tied(cls)
     return cls
+
+
+def _taking(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """A `call` with the base's parameters and the arguments of expressions as keywords."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name, None) for name in names}
+        state = state_of(self)
+        values = {
+            argument: given[name]
+            for name, found in (arguments_by_name(state) if state is not None else {}).items()
+            for argument in found
+            if given.get(name) is not None
+        }
+        with bind(values):
+            return base.call(self, *args, **kwargs)
+
+    def compute_output_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.compute_output_spec(self, *args, **{k: v for k, v in kwargs.items() if k not in names})
+
+    signature = inspect.signature(base.call)
+    parameters = list(signature.parameters.values())
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    end = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    call.__signature__ = signature.replace(parameters=parameters[:end] + extra + parameters[end:])  # type: ignore[attr-defined]
+    call.__doc__ = base.call.__doc__
+    return {"call": call, "compute_output_spec": compute_output_spec}
 
 
 class _absent:
@@ -301,9 +373,8 @@ def revive(base: type, config: dict[str, Any]) -> Any:
     record = config.pop(KEY, None)
     layer = base.from_config(config)  # type: ignore[attr-defined]
     if record is not None:
-        _, ties = read_record(record)
-        if ties:
-            restore(layer, ties)
+        read = read_record(record)
+        restore(layer, read.ties, read.takes)
     return layer
 
 

@@ -13,7 +13,7 @@ from tether.layers import paths
 from tether.layers.lambda_layer import Lambda
 from tether.layers.state import STATE, Slot, State, Tie, hang_weights, state_of
 from tether.layers.tie import _drop_use, _forget, _refuse_layer
-from tether.layers.tied import base_class
+from tether.layers.tied import arguments_in, base_class, take_arguments
 from tether.layers.view import View
 from tether.weights.weight import Weight
 
@@ -162,7 +162,15 @@ def _put_back(layer: Any, path: tuple[str, ...], variable: Any) -> None:
 def _become_plain(layer: Any) -> None:
     """Returns a layer without ties to its base class."""
     state = state_of(layer)
-    if state is None or state.slots or state.pending or state.recorded or state.lent:
+    if state is None:
+        return
+    if state.takes:
+        below = [state_of(other) for other in keras_seam.contained_layers(layer) if other is not layer]
+        ties = [tie for other in below if other is not None for tie in other.recorded]
+        needed = {argument for tie in ties for argument in arguments_in(tie.expression)}
+        state.takes = [argument for argument in state.takes if argument in needed]
+    take_arguments(layer)
+    if state.slots or state.pending or state.recorded or state.lent or state.takes:
         return
     object.__delattr__(layer, STATE)
     layer.__class__ = base_class(type(layer))

@@ -9,10 +9,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, UnboundArgument, received
 from tether.weights.checks import as_dtype, as_int
 from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Tensor, Term
+
+Key = tuple[str, Shape, str]
+
+MAX_CHOICES = 10_000
 
 _bound = threading.local()
 
@@ -20,36 +25,77 @@ _bound = threading.local()
 class Argument(Expression):
     """A value that an expression is given at call time.
 
-    Two arguments of one name, shape and dtype are the same argument, also in two files.
+    A layer that is tied to an expression with an argument takes it as a keyword of its call:
+    `layer(x, strength=0.5)`. Two arguments of one name, shape and dtype are bound together.
 
     Args:
-        name: What it is called in notation and in files.
+        name: What it is called in notation, in files and in the layer's call.
         shape: The shape of the tensor that will be bound, `()` for a number.
         dtype: Its dtype; the floating-point default of Keras if left out.
+        default: A number that it is as long as nothing is bound. Left out, it must be bound.
+        choices: Names for the numbers 0, 1, 2, ...: the argument is then an index, which may also be given by name.
 
     Example:
     ```python
-    strength = tether.weights.Argument("strength")
+    strength = tether.weights.Argument("strength", default=1.0)
     layer = tether.tie(keras.layers.Dense(4), kernel=base + strength * delta)
-    with tether.weights.bind({strength: 0.5}):
-        y = layer(x)
+    y = layer(x, strength=0.5)
     ```
     """
 
-    __slots__ = ("__weakref__", "_dtype", "_shape", "name")
+    __slots__ = ("__weakref__", "_dtype", "_shape", "choices", "default", "name")
     name: str
+    default: int | float | None
+    choices: tuple[str, ...] | None
     _shape: Shape
     _dtype: str
 
-    def __init__(self, name: Any, shape: Shape = (), dtype: str | None = None) -> None:
+    def __init__(
+        self, name: Any, shape: Shape = (), dtype: str | None = None, *, default: Any = None, choices: Any = None
+    ) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise TetherError(f"An argument's name is an identifier. {received(name=name)}")
         sizes = tuple(as_int(size, "a size") for size in shape)
         if any(size < 0 for size in sizes) or len(sizes) > MAX_AXES or math.prod(sizes) > MAX_ELEMENTS:
             raise TetherError(f"An argument's shape has sizes of 0 or more, within reason. {received(shape=shape)}")
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "_shape", sizes)
-        object.__setattr__(self, "_dtype", as_dtype(keras.config.floatx() if dtype is None else dtype))
+        set_slot = object.__setattr__
+        set_slot(self, "name", name)
+        set_slot(self, "_shape", sizes)
+        set_slot(self, "_dtype", as_dtype(keras.config.floatx() if dtype is None else dtype))
+        set_slot(self, "choices", None if choices is None else self._checked_choices(choices))
+        set_slot(self, "default", None)
+        if default is not None:
+            if sizes:
+                raise TetherError(f"Only an argument of shape () can have a default. {received(shape=shape)}")
+            set_slot(self, "default", self.number(default))
+
+    def _checked_choices(self, choices: Any) -> tuple[str, ...]:
+        if self._shape or not self._dtype.startswith(("int", "uint")):
+            raise TetherError(f"An argument with choices is one integer. {received(shape=self._shape)}")
+        if not isinstance(choices, (list, tuple)) or not choices or len(choices) > MAX_CHOICES:
+            raise TetherError(f"Choices are a list of 1 to {MAX_CHOICES} names. {received(choices=choices)}")
+        if not all(isinstance(choice, str) and choice for choice in choices) or len(set(choices)) != len(choices):
+            raise TetherError(f"Choices are names, each another one. {received(choices=choices)}")
+        return tuple(choices)
+
+    def number(self, value: Any) -> int | float:
+        """A Python number for the argument: an index for the name of a choice, 0 or 1 for a bool.
+
+        Raises:
+            TetherError: It is not a number, or not one of the choices.
+        """
+        if isinstance(value, str) and self.choices is not None and value in self.choices:
+            return self.choices.index(value)
+        if isinstance(value, (bool, np.bool_)):
+            value = int(value)
+        whole = self._dtype.startswith(("int", "uint"))
+        right = isinstance(value, (int, np.integer) if whole else (int, float, np.integer, np.floating))
+        if right and (self.choices is None or 0 <= value < len(self.choices)):
+            return int(value) if whole else float(value)
+        if self.choices is not None:
+            listed = ", ".join(f"{place} ({name})" for place, name in enumerate(self.choices))
+            raise TetherError(f"The argument {self.name!r} is one of: {listed}. {received(**{self.name: value})}")
+        raise TetherError(f"The argument {self.name!r} is a number of dtype {self._dtype}. {received(value=value)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
@@ -64,39 +110,52 @@ class Argument(Expression):
         """The dtype of what will be bound."""
         return self._dtype
 
-    def tensor(self) -> Tensor:
-        """What is bound now.
+    @property
+    def key(self) -> Key:
+        """What it is bound by: name, shape and dtype."""
+        return (self.name, self._shape, self._dtype)
+
+    def bound(self) -> Any:
+        """What is bound now, or the default: a tensor, or an integer that is known while the backend compiles.
 
         Raises:
-            UnboundArgument: Nothing is.
+            UnboundArgument: Nothing is bound, and there is no default.
         """
-        bindings: dict[Argument, Tensor] = getattr(_bound, "values", {})
-        if self not in bindings:
+        found = bindings().get(self.key, self.default)
+        if found is None:
             raise UnboundArgument(
-                f"The argument {self.name!r} has no value here. Bind it around the call: "
-                f"`with tether.weights.bind({{argument: value}}): ...`."
+                f"The argument {self.name!r} has no value here. Give it in the call of the layer that is tied to it, "
+                f"`layer(x, {self.name}=value)`, or bind it around the call: "
+                "`with tether.weights.bind({argument: value}): ...`."
             )
-        return bindings[self]
+        return found
+
+    def tensor(self) -> Tensor:
+        """What is bound now, or the default, as a tensor."""
+        return keras.ops.convert_to_tensor(self.bound(), dtype=self._dtype)
 
     def format(self) -> Term:
         """Its name."""
         return Term(self.name)
 
+    def _identity(self) -> tuple[Any, ...]:
+        return (*self.key, self.default, self.choices)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Argument) and (self.name, self._shape, self._dtype) == (
-            other.name,
-            other._shape,
-            other._dtype,
-        )
+        return isinstance(other, Argument) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return hash((self.name, self._shape, self._dtype))
+        return hash(self._identity())
 
     def __repr__(self) -> str:
         return self.name
 
     def __reduce__(self) -> Any:
-        return (Argument, (self.name, self._shape, self._dtype))
+        return (_rebuild, self._identity())
+
+
+def _rebuild(name: str, shape: Shape, dtype: str, default: Any, choices: Any) -> Argument:
+    return Argument(name, shape, dtype, default=default, choices=choices)
 
 
 @contextlib.contextmanager
@@ -104,30 +163,42 @@ def bind(values: Mapping[Argument, Any]) -> Iterator[None]:
     """Binds arguments for the calls inside the block, on this thread; inner bindings win.
 
     Args:
-        values: A tensor, an array or a number for each argument, of the argument's shape.
+        values: A tensor, an array or a number for each argument, of the argument's shape; for one with
+            choices also the name of one.
 
     Raises:
         ShapeMismatch: A value has another shape.
-        TetherError: A key is no argument.
+        TetherError: A key is no argument, or a value is none of the choices.
     """
-    before: dict[Argument, Tensor] = getattr(_bound, "values", {})
-    tensors = {}
+    before = bindings()
+    given = {}
     for argument, value in values.items():
         if not isinstance(argument, Argument):
             raise TetherError(f"Only an Argument can be bound. {received(argument=argument)}")
-        tensor = keras.ops.convert_to_tensor(value, dtype=argument.dtype)
-        if tuple(tensor.shape) != argument.shape:
-            raise ShapeMismatch(
-                f"The argument {argument.name!r} has shape {argument.shape}. {received(shape=tuple(tensor.shape))}"
-            )
-        tensors[argument] = tensor
-    _bound.values = {**before, **tensors}
+        given[argument.key] = _checked(argument, value)
+    _bound.values = {**before, **given}
     try:
         yield
     finally:
         _bound.values = before
 
 
-def bindings() -> dict[Argument, Tensor]:
-    """All arguments bound on this thread."""
+def _checked(argument: Argument, value: Any) -> Any:
+    """A number that is known now stays one if it is an index; everything else becomes a tensor."""
+    if isinstance(value, (str, bool, int, float, np.generic)) and not argument.shape:
+        value = argument.number(value)
+        if isinstance(value, int):
+            return value
+    tensor = keras.ops.convert_to_tensor(value)
+    if keras.backend.standardize_dtype(tensor.dtype) != argument.dtype:
+        tensor = keras.ops.cast(tensor, argument.dtype)
+    if tuple(tensor.shape) != argument.shape:
+        raise ShapeMismatch(
+            f"The argument {argument.name!r} has shape {argument.shape}. {received(shape=tuple(tensor.shape))}"
+        )
+    return tensor
+
+
+def bindings() -> dict[Key, Any]:
+    """What is bound on this thread, by the arguments' keys."""
     return getattr(_bound, "values", {})

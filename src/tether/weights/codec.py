@@ -35,7 +35,7 @@ def encode(root: Expression) -> list[dict[str, Any]]:
         elif isinstance(current, Weight):
             steps.append({"weight": current.uid})
         elif isinstance(current, Argument):
-            steps.append({"argument": {"name": current.name, "shape": list(current.shape), "dtype": current.dtype}})
+            steps.append({"argument": _encode_argument(current)})
         elif isinstance(current, Constant):
             steps.append(_encode_constant(current))
     return steps
@@ -43,6 +43,15 @@ def encode(root: Expression) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _encode_argument(argument: Argument) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": argument.name, "shape": list(argument.shape), "dtype": argument.dtype}
+    if argument.default is not None:
+        found["default"] = argument.default
+    if argument.choices is not None:
+        found["choices"] = list(argument.choices)
+    return found
 
 
 def _encode_constant(constant: Constant) -> dict[str, Any]:
@@ -109,15 +118,22 @@ def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[
     if kind == "array":
         return Constant(array=_decode_array(content))
     if kind == "argument":
-        if not isinstance(content, dict) or set(content) != {"name", "shape", "dtype"}:
-            raise InvalidConfig(f"An argument has name, shape and dtype. {received(argument=content)}")
-        shape = content["shape"]
-        if not isinstance(shape, (list, tuple)) or not all(type(n) is int for n in shape):
-            raise InvalidConfig(f"An argument's shape is a list of integers. {received(shape=shape)}")
-        if not isinstance(content["dtype"], str):
-            raise InvalidConfig(f"An argument's dtype is a string. {received(dtype=content['dtype'])}")
-        return Argument(content["name"], tuple(shape), content["dtype"])
+        return _decode_argument(content)
     raise InvalidConfig(f"An expression has no leaf of this kind. {received(kind=kind)}")
+
+
+def _decode_argument(content: Any) -> Argument:
+    needed, known = {"name", "shape", "dtype"}, {"name", "shape", "dtype", "default", "choices"}
+    if not isinstance(content, dict) or not needed <= set(content) <= known:
+        raise InvalidConfig(f"An argument has name, shape and dtype. {received(argument=content)}")
+    shape, default = content["shape"], content.get("default")
+    if not isinstance(shape, (list, tuple)) or not all(type(n) is int for n in shape):
+        raise InvalidConfig(f"An argument's shape is a list of integers. {received(shape=shape)}")
+    if not isinstance(content["dtype"], str):
+        raise InvalidConfig(f"An argument's dtype is a string. {received(dtype=content['dtype'])}")
+    if type(default) not in (int, float, type(None)):
+        raise InvalidConfig(f"An argument's default is a number. {received(default=default)}")
+    return Argument(content["name"], tuple(shape), content["dtype"], default=default, choices=content.get("choices"))
 
 
 def _decode_node(step: dict[str, Any], done: list[Expression]) -> Expression:

@@ -8,6 +8,7 @@ trace. Before a time loop the values that the loop needs are *held*: computed ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,10 +16,11 @@ import keras
 from tether import keras_seam
 from tether.weights.argument import Argument, bindings
 from tether.weights.constant import Constant
-from tether.weights.expression import Expression, Node, Tensor, is_view, program
+from tether.weights.expression import Expression, Node, StatefulNode, Tensor, is_view, program
 from tether.weights.weight import Weight
 
 _CACHE = "_tether_values"
+_ADVANCED = "_tether_advanced"
 _HELD = object()
 
 
@@ -40,6 +42,8 @@ def evaluate(expression: Expression) -> Tensor:
         if entry[1] is _HELD or (cache is caches[0] and entry[1] == keras_seam.trace_token()):
             return entry[2]
     value = _compute(expression)
+    if any(isinstance(step.expression, StatefulNode) for step in program(expression)):
+        fingerprint = _fingerprint(expression)
     caches[0][key] = (fingerprint, keras_seam.trace_token(), value)
     return value
 
@@ -72,12 +76,17 @@ def autocast_dtype() -> str | None:
 def _call_caches() -> list[dict[Any, Any]]:
     caches = []
     for owner in keras_seam.call_owners():
-        cache: dict[Any, Any] | None = getattr(owner, _CACHE, None)
-        if cache is None:
-            cache = {}
-            setattr(owner, _CACHE, cache)
-        caches.append(cache)
+        caches.append(_of_this_call(owner, _CACHE, dict))
     return caches
+
+
+def _of_this_call(owner: Any, name: str, make: Callable[[], Any]) -> Any:
+    """What is remembered under a name for as long as a call runs."""
+    found = getattr(owner, name, None)
+    if found is None:
+        found = make()
+        setattr(owner, name, found)
+    return found
 
 
 def _fingerprint(expression: Expression) -> tuple[Any, ...]:
@@ -89,7 +98,7 @@ def _fingerprint(expression: Expression) -> tuple[Any, ...]:
             tensor = keras_seam.raw_value(leaf.variable)
             found.append((tensor, 0 if tensor is None else keras_seam.mutations(tensor), leaf.generation))
         elif isinstance(leaf, Argument):
-            found.append((bindings().get(leaf), 0, 0))
+            found.append((bindings().get(leaf.key, leaf.default), 0, 0))
     return tuple(found)
 
 
@@ -104,14 +113,40 @@ def _compute(expression: Expression) -> Tensor:
     for step in program(expression):
         current = step.expression
         if isinstance(current, Node):
-            values.append(current.compute(*(values[place] for place in step.operands)))
+            values.append(_apply(current, [values[place] for place in step.operands]))
         elif isinstance(current, Weight):
             values.append(keras.ops.convert_to_tensor(current.value))
         elif isinstance(current, Constant):
             values.append(current.tensor())
         elif isinstance(current, Argument):
-            values.append(cast_to_scope(current.tensor()))
-    return values[-1]
+            found = current.bound()
+            values.append(found if isinstance(found, int) else cast_to_scope(current.tensor()))
+    return keras.ops.convert_to_tensor(values[-1])
+
+
+def _apply(node: Node, values: list[Tensor]) -> Tensor:
+    """Computes one node. An index that is a plain number stays one for a node that chooses by it."""
+    for place, operand in enumerate(node.operands):
+        if isinstance(operand, Argument) and isinstance(values[place], int) and place not in node.indices:
+            values[place] = cast_to_scope(operand.tensor())
+    if isinstance(node, StatefulNode) and _advances_now(node):
+        for weight, value in node.advance(*values).items():
+            weight.variable.assign(value)
+            for place, operand in enumerate(node.operands):
+                if operand is weight:
+                    values[place] = keras.ops.convert_to_tensor(weight.value)
+    return node.compute(*values)
+
+
+def _advances_now(node: StatefulNode) -> bool:
+    """Whether a training call is running in which this node has not been advanced yet."""
+    if not keras_seam.is_training_call():
+        return False
+    done = _of_this_call(keras_seam.call_owners()[-1], _ADVANCED, set)
+    if node in done:
+        return False
+    done.add(node)
+    return True
 
 
 def cast_to_scope(value: Tensor) -> Tensor:

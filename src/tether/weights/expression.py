@@ -235,6 +235,8 @@ class Node(Expression):
     """How many operands it takes; `None` for one or more."""
     accepts: ClassVar[tuple[str, ...]] = ()
     """The names of its parameters."""
+    indices: ClassVar[tuple[int, ...]] = ()
+    """Places of operands by which it chooses: a number that is known while the backend compiles stays one."""
     elementwise_cost: ClassVar[bool] = True
     """Whether computing it does arithmetic; a mere view of memory is not worth remembering."""
 
@@ -383,6 +385,19 @@ class Node(Expression):
             for step in program(self)
         ]
         return (_rebuild, (steps,))
+
+
+class StatefulNode(Node):
+    """An operator with state, which is some of its operands: weights that do not train.
+
+    The state is advanced once for each outer call that trains, before the value is computed.
+    """
+
+    __slots__ = ()
+
+    def advance(self, *values: Tensor) -> dict[Weight, Tensor]:
+        """The new state: a value for each weight that holds some, from the tensors of the operands."""
+        raise TypeError(f"{type(self).__name__} does not say how its state goes on.")
 
 
 def _rebuild(steps: list[Any]) -> Expression:

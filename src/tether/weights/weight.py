@@ -209,6 +209,13 @@ class Weight(Expression, keras.layers.Layer):
             self._given_shape = shape
         return variable
 
+    @property
+    def variables(self) -> list[Any]:
+        """The one variable, if it has been made. Keras asks at every step."""
+        return [] if self._variable is None else [self._variable]
+
+    weights = variables
+
     # ------------------------------------------------------------------ what trains
 
     @property

@@ -1,0 +1,213 @@
+"""What a form is: a recipe that makes an expression, and weights of its own, from a base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import TetherError, UnknownShape, received
+from tether.weights.constant import Constant
+from tether.weights.expression import Expression, Shape, as_expression
+from tether.weights.weight import Weight
+
+__all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]
+
+
+class Form:
+    """A way to make a weight from a base: called with the base, it returns an expression over it.
+
+    A subclass defines `__call__`. Every call makes new weights, so one form object serves many layers.
+    """
+
+    def __call__(self, base: Expression) -> Expression:
+        """The expression of the child's weight; the base's shape must be known."""
+        raise TypeError(f"{type(self).__name__} does not say what it makes of a base.")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TetherError(f"{self!r} is a form, not a value: add it to a weight or call it with one.")
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
+        return f"{type(self).__name__}({settings})"
+
+
+class AddedForm(Form):
+    """A form that is added to its base: `base + form`. A subclass defines `delta`."""
+
+    __array_ufunc__ = None
+
+    def delta(self, base: Expression) -> Expression:
+        """What is added to the base, of the base's shape."""
+        raise TypeError(f"{type(self).__name__} does not say what it adds.")
+
+    def __call__(self, base: Expression) -> Expression:
+        """`base + delta(base)`."""
+        base = as_expression(base)
+        return base + self.delta(base)
+
+    def __add__(self, base: Any) -> Any:
+        return self(base) if isinstance(base, Expression) else NotImplemented
+
+    __radd__ = __add__
+
+    def __rsub__(self, base: Any) -> Any:
+        return base - self.delta(base) if isinstance(base, Expression) else NotImplemented
+
+    def __mul__(self, number: Any) -> Any:
+        return _Multiple(self, number) if isinstance(number, (int, float, Expression)) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> AddedForm:
+        return _Multiple(self, -1.0)
+
+
+class _Multiple(AddedForm):
+    """A number (or expression) times what a form adds."""
+
+    def __init__(self, form: AddedForm, factor: Any) -> None:
+        self.form, self.factor = form, factor
+
+    def delta(self, base: Expression) -> Expression:
+        return self.factor * self.form.delta(base)
+
+
+class ScalingForm(Form):
+    """A form that its base is multiplied with: `base * form`. A subclass defines `factor`."""
+
+    __array_ufunc__ = None
+
+    def factor(self, base: Expression) -> Expression:
+        """What the base is multiplied with; it broadcasts to the base's shape."""
+        raise TypeError(f"{type(self).__name__} does not say what it multiplies with.")
+
+    def __call__(self, base: Expression) -> Expression:
+        """`base * factor(base)`."""
+        base = as_expression(base)
+        return base * self.factor(base)
+
+    def __mul__(self, base: Any) -> Any:
+        return self(base) if isinstance(base, Expression) else NotImplemented
+
+    __rmul__ = __mul__
+
+
+class LayerForm:
+    """A form that changes more than one weight's value: the child has other units than its parent.
+
+    `tether.inherit(parent, form)` asks it for the child's layer, and for the child's weights from the parent's.
+    """
+
+    def layer(self, parent: Any) -> Any:
+        """The child: a new Keras layer, not built.
+
+        Raises:
+            Unsupported: The parent's outputs would not be what the form promises.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what layer the child is.")
+
+    def weights(self, parent: Mapping[str, Expression]) -> dict[str, Expression]:
+        """The child's weights by name, from the parent's by name."""
+        raise TypeError(f"{type(self).__name__} does not say what the child's weights are.")
+
+
+# --------------------------------------------------------------------------- what forms are made with
+
+
+def shape_of(form: Any, base: Expression) -> Shape:
+    """The base's shape, or an error that says how to give it one.
+
+    Raises:
+        UnknownShape: The base has none yet.
+    """
+    if base.shape is None:
+        names = ", ".join(weight.name for weight in base.weights_used() if weight.shape is None)
+        raise UnknownShape(
+            f"{type(form).__name__} takes its shape from {base.notation()}, but {names} has none yet. Build the layer "
+            f"that has it first, or give the shape: `tether.Weight((784, 64), name={names.split(', ')[0]!r})`."
+        )
+    return base.shape
+
+
+def rows_and_columns(shape: Shape, split: Any = None) -> tuple[Shape, Shape]:
+    """How a kernel of any number of axes is a matrix from inputs (rows) to outputs (columns).
+
+    Args:
+        shape: The kernel's shape: at least two axes.
+        split: How many leading axes are inputs. Left out: all but the last (a convolution's window and channels
+            are inputs), but of three axes, as the projections of attention have them, the split that makes the
+            sum of rows and columns the smallest.
+
+    Raises:
+        TetherError: The shape has fewer than two axes, or the split leaves one side empty.
+    """
+    if len(shape) < 2:
+        raise TetherError(f"A matrix form needs a weight of two or more axes. {received(shape=shape)}")
+    if split is None:
+        split = len(shape) - 1
+        if len(shape) == 3:
+            split = min((2, 1), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
+    if isinstance(split, bool) or not isinstance(split, int) or not 0 < split < len(shape):
+        raise TetherError(f"A split leaves rows and columns: 1 to {len(shape) - 1}. {received(split=split)}")
+    return shape[:split], shape[split:]
+
+
+def as_matrix(base: Expression, rows: Shape, columns: Shape) -> Expression:
+    """An expression of shape `rows + columns` as a matrix."""
+    if len(rows) == len(columns) == 1:
+        return base
+    return base.reshape(math.prod(rows), math.prod(columns))
+
+
+def from_matrix(matrix: Expression, rows: Shape, columns: Shape) -> Expression:
+    """A matrix as an expression of shape `rows + columns`."""
+    return matrix if len(rows) == len(columns) == 1 else matrix.reshape(*rows, *columns)
+
+
+def part(base: Expression, suffix: str, start: Any, shape: Shape | None = None, *, trainable: bool = True) -> Weight:
+    """A weight of a form's own, named after the base: `dense.kernel.lora_a`.
+
+    Args:
+        base: What names it and gives the dtype.
+        suffix: The rest of its name.
+        start: An initializer or its name (with `shape`), or an array of its start values.
+        shape: Its shape, with an initializer.
+        trainable: Whether it may train.
+    """
+    first = next(iter(base.weights_used()), None)
+    name = suffix if first is None else f"{first.name}.{suffix}"
+    dtype = base.dtype if base.dtype is not None and keras_seam.is_float(base.dtype) else keras.config.floatx()
+    if shape is None:
+        return Weight(np.asarray(start), dtype=dtype, trainable=trainable, name=name)
+    return Weight(shape, start, dtype=dtype, trainable=trainable, name=name)
+
+
+def start_value(base: Expression) -> np.ndarray[Any, Any]:
+    """The base's present value in float64, for start values that depend on it."""
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(base.value, "float32")), dtype="float64")
+
+
+def as_rank(rank: Any) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        TetherError: It is not.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise TetherError(f"A rank is a whole number of 1 or more. {received(rank=rank)}")
+    return int(rank)
+
+
+def constant(value: Any) -> Constant:
+    """A number or small array as an expression."""
+    return Constant.of(value)
+
+
+def kaiming(seed: int | None = None) -> Any:
+    """Uniform in ±1/√fan-in: how PyTorch starts a linear layer, and PEFT the first factor of an adapter."""
+    return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed=seed)
