@@ -7,7 +7,7 @@ expressions name the same stored weight. Combining is an expression that names s
 from tether import forms, inspection, ops, weights
 from tether.errors import TetherError
 from tether.forms.low_rank import low_rank
-from tether.layers import Lambda, materialize, route, tie, untie, weight_of
+from tether.layers import Lambda, inherit, materialize, route, tie, untie, weight_of
 from tether.weights import Expression, Weight, sharing
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "TetherError",
     "Weight",
     "forms",
+    "inherit",
     "inspection",
     "low_rank",
     "materialize",

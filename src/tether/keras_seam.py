@@ -481,6 +481,11 @@ def holds_its_layers_configs(model: Any) -> bool:
     return False
 
 
+def unique_name(prefix: str) -> str:
+    """A layer name that Keras has not given yet: the prefix, or the prefix and a number."""
+    return str(_naming.uniquify(prefix))
+
+
 def contained_layers(layer: Any) -> list[Any]:
     """Every layer below `layer`, itself first, each once."""
     return list(layer._flatten_layers())

@@ -10,9 +10,10 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import TetherError, UnknownShape, received
+from tether.errors import NotInvertible, TetherError, UnknownShape, received
 from tether.weights.constant import Constant
-from tether.weights.expression import Expression, Shape, as_expression
+from tether.weights.expression import Expression, Node, Shape, Tensor, as_expression
+from tether.weights.operators.arithmetic import result_type
 from tether.weights.weight import Weight
 
 __all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]
@@ -21,7 +22,8 @@ __all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]
 class Form:
     """A way to make a weight from a base: called with the base, it returns an expression over it.
 
-    A subclass defines `__call__`. Every call makes new weights, so one form object serves many layers.
+    A subclass defines `__call__`. Every call makes new weights, so one form object serves many layers. The one
+    exception is `vera`, which is about sharing: its object makes one pair of frozen bases for all its calls.
     """
 
     def __call__(self, base: Expression) -> Expression:
@@ -47,7 +49,7 @@ class AddedForm(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """`base + delta(base)`."""
-        base = as_expression(base)
+        base = base_of(self, base)
         return base + self.delta(base)
 
     def __add__(self, base: Any) -> Any:
@@ -88,7 +90,7 @@ class ScalingForm(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """`base * factor(base)`."""
-        base = as_expression(base)
+        base = base_of(self, base)
         return base * self.factor(base)
 
     def __mul__(self, base: Any) -> Any:
@@ -116,7 +118,69 @@ class LayerForm:
         raise TypeError(f"{type(self).__name__} does not say what the child's weights are.")
 
 
+class Float32Node(Node):
+    """A node that loses accuracy in 16 bits: it computes in float32 at least, and casts the result back.
+
+    A subclass defines `compute_wide`, of tensors that have at least 32 bits.
+    """
+
+    __slots__ = ()
+
+    def infer_dtype(self, *dtypes: str) -> str | None:
+        """Keras's promotion of all, at least to a float."""
+        return result_type(*dtypes, "float")
+
+    def compute(self, *values: Tensor) -> Tensor:
+        """What `compute_wide` gives, in the dtype that the operands asked for."""
+        tensors = [keras.ops.convert_to_tensor(value) for value in values]
+        dtype = result_type(*(keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors), "float")
+        return keras.ops.cast(self.compute_wide(*map(widened, tensors)), dtype)
+
+    def compute_wide(self, *values: Tensor) -> Tensor:
+        """The value, from tensors of at least 32 bits."""
+        raise TypeError(f"{type(self).__name__} does not compute.")
+
+    def start(self, value: Any, place: int = 0) -> Tensor:
+        """An array as a value for an operand, in that operand's dtype: what `inverse` returns."""
+        dtype = self.operands[place].dtype
+        kept = dtype if dtype is not None and keras_seam.is_float(dtype) else keras.config.floatx()
+        return keras.ops.convert_to_tensor(np.asarray(value, dtype="float32" if kept != "float64" else kept), kept)
+
+    def out_of_range(self, expected: str, **values: object) -> NotInvertible:
+        """The error for a value that this expression cannot have."""
+        return NotInvertible(
+            f"{self.notation()} takes only {expected}, so this value cannot be assigned to it. {received(**values)}"
+        )
+
+
+def widened(value: Tensor) -> Tensor:
+    """A tensor in its own dtype if that is float32 or float64, else in float32."""
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    return value if dtype in ("float32", "float64") else keras.ops.cast(value, "float32")
+
+
+def as_array(value: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor as a float64 array, for inverses: what they check and decompose has to be exact."""
+    return np.asarray(keras.ops.convert_to_numpy(widened(value)), dtype="float64")
+
+
 # --------------------------------------------------------------------------- what forms are made with
+
+
+def base_of(form: Any, base: Any) -> Expression:
+    """What a form was called with, as an expression.
+
+    Raises:
+        TetherError: It is no expression, and no number or array either.
+    """
+    try:
+        return as_expression(base)
+    except TypeError:
+        raise TetherError(
+            f"{type(form).__name__} is called with a weight or an expression, as in "
+            f"`tether.forms.{type(form).__module__.rpartition('.')[2]}(...)(tether.weight_of(layer, 'kernel'))`. "
+            f"{received(base=type(base).__name__)}"
+        ) from None
 
 
 def shape_of(form: Any, base: Expression) -> Shape:
@@ -192,15 +256,28 @@ def start_value(base: Expression) -> np.ndarray[Any, Any]:
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(base.value, "float32")), dtype="float64")
 
 
-def as_rank(rank: Any) -> int:
-    """A whole number of at least 1.
+def as_rank(rank: Any, name: str = "rank") -> int:
+    """A whole number of at least 1; `name` is the parameter's, for the error.
 
     Raises:
         TetherError: It is not.
     """
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
-        raise TetherError(f"A rank is a whole number of 1 or more. {received(rank=rank)}")
+        raise TetherError(f"`{name}` is a whole number of 1 or more. {received(**{name: rank})}")
     return int(rank)
+
+
+def as_alpha(alpha: Any) -> float | None:
+    """A finite number, or `None` where the scale is to be 1.
+
+    Raises:
+        TetherError: It is neither.
+    """
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)) or not math.isfinite(alpha):
+        raise TetherError(f"`alpha` is a finite number, or None for a scale of 1. {received(alpha=alpha)}")
+    return float(alpha)
 
 
 def constant(value: Any) -> Constant:
@@ -208,6 +285,9 @@ def constant(value: Any) -> Constant:
     return Constant.of(value)
 
 
-def kaiming(seed: int | None = None) -> Any:
-    """Uniform in ±1/√fan-in: how PyTorch starts a linear layer, and PEFT the first factor of an adapter."""
-    return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed=seed)
+def kaiming(seed: int | None = None, nth: int = 0) -> Any:
+    """Uniform in ±1/√fan-in: how PyTorch starts a linear layer, and PEFT the first factor of an adapter.
+
+    `nth` tells apart the initializers of one form, which must not all draw the same numbers from one seed.
+    """
+    return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed=None if seed is None else seed + nth)

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, received
-from tether.forms.form import AddedForm, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of, start_value
+from tether.forms.form import (
+    AddedForm,
+    as_alpha,
+    as_rank,
+    from_matrix,
+    kaiming,
+    part,
+    rows_and_columns,
+    shape_of,
+    start_value,
+)
 from tether.weights.expression import Expression, Shape
 
 __all__ = ["low_rank"]
@@ -24,7 +34,7 @@ class LowRank(AddedForm):
     """See `low_rank`."""
 
     def __init__(self, rank: int, alpha: float | None, rank_stabilized: bool, start: Any, split: int | None, seed: Any):
-        self.rank, self.alpha, self.rank_stabilized = as_rank(rank), alpha, bool(rank_stabilized)
+        self.rank, self.alpha, self.rank_stabilized = as_rank(rank), as_alpha(alpha), bool(rank_stabilized)
         self.start, self.split, self.seed = start, split, seed
         if isinstance(start, str) and start not in ("zeros", "pissa"):
             raise TetherError(f"A low-rank part starts at 'zeros', 'pissa', or near an array. {received(start=start)}")
@@ -34,7 +44,7 @@ class LowRank(AddedForm):
         """The factor before the product."""
         if self.alpha is None:
             return 1.0
-        return float(self.alpha) / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def delta(self, base: Expression) -> Expression:
         """`s · A B`, in the base's shape."""

@@ -67,7 +67,7 @@ def locate(root: Any, path: Path) -> Place:
         step = find_child(layer, rest)
         if step is None:
             if layer.built:
-                raise UnknownName(_nothing_there(root, path, layer, rest))
+                raise UnknownName(nothing_there(root, path, layer, rest))
             graph = None if graph is None or graph[0] is layer else (graph[0], graph[1] + rest)
             return Place(layer, rest, recorder, recorded + rest, None, rest[-1], graph)
         child, canonical, rest = step
@@ -243,7 +243,22 @@ def weight_paths(layer: Any, prefix: Path = (), depth: int = 0) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _nothing_there(root: Any, path: Path, layer: Any, rest: Path) -> str:
+def walk(layer: Any) -> Iterator[tuple[Path, Path, Any, Any]]:
+    """Every weight below a built layer, at every place: canonical path, path by layer names, its layer, itself."""
+    yield from _walk(layer, (), (), (layer,))
+
+
+def _walk(layer: Any, path: Path, names: Path, around: tuple[Any, ...]) -> Iterator[tuple[Path, Path, Any, Any]]:
+    for variable in own_variables(layer):
+        leaf = canonical_name(layer, variable)
+        yield path + leaf, names + leaf, layer, variable
+    for child in _children(layer):
+        if not any(child is other for other in around):
+            step = canonical_child(layer, child)
+            yield from _walk(child, path + step, (*names, child.name), (*around, child))
+
+
+def nothing_there(root: Any, path: Path, layer: Any, rest: Path) -> str:
     names = weight_paths(root)
     wanted = "/".join(path)
     close = difflib.get_close_matches(wanted, names, n=3)

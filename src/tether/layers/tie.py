@@ -431,7 +431,7 @@ def settle(layer: Any) -> None:
             del state.pending[path]
             _forget(asked)
             layer.built = True
-            raise UnknownName(paths._nothing_there(layer, path, layer, path))
+            raise UnknownName(paths.nothing_there(layer, path, layer, path))
         del state.pending[path]
         if found is not None:
             variable, canonical = found

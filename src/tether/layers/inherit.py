@@ -1,0 +1,453 @@
+"""A child layer on its parent's weights: shared, combined with its own, or copied as a start."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import ShapeMismatch, TetherError, UnknownName, received
+from tether.forms.form import LayerForm
+from tether.layers import paths
+from tether.layers.filling import Report, check_rule, describe
+from tether.layers.filling import fill as filled
+from tether.layers.rollback import Rollback
+from tether.layers.tie import _refuse_layer, tie, weight_of
+from tether.layers.tied import weights_below
+from tether.layers.view import View
+from tether.weights.expression import Expression, as_expression, live_weights
+from tether.weights.identity import sharing
+from tether.weights.weight import Weight
+
+
+def inherit(
+    parent: Any,
+    changes: Any = None,
+    /,
+    *,
+    into: Any = None,
+    share: bool | Sequence[str] = True,
+    match: Mapping[str, str] | None = None,
+    fill: Any = None,
+    **by_name: Any,
+) -> Any:
+    """A new layer (or model) on a parent's weights.
+
+    The parent keeps its values, outputs, weight order and variables, and the child does not own it. What of the
+    parent is frozen at this moment stays frozen in the child, also where the child combines it with parts of its
+    own that learn.
+
+    Args:
+        parent: A built Keras layer or model.
+        changes: What the child computes with instead, by the weight's path or a pattern of paths
+            (`{"*/query/kernel": tether.low_rank(8)}`); or a form that changes the layer itself
+            (`tether.forms.compose(10)`). A change is a function from the parent's expression to the child's (a
+            form is one), or an expression, a number or an array.
+        into: The child: a layer of another class, or a class that is made from the parent's config. Weights are
+            matched by name; the others are the child's own. Left out, the child is of the parent's class.
+        share: Whether weights are shared: all, none, or those with one of these names or patterns. The others are
+            true copies, as start values.
+        match: The parent's name for a name of the child's, where they differ.
+        fill: What a copy of another size has where the parent has nothing: `"zeros"`, `"initializer"`, `"mean"`
+            (of the parent's values along the axis that grew), or a function `(value, start) -> array`.
+        **by_name: Changes by the weight's name: `kernel=lambda w: w + tether.low_rank(8)`.
+
+    Returns:
+        The child, built. `child.inheritance` reports what came from where.
+
+    Raises:
+        TetherError: The parent is not built, or an argument contradicts another.
+        UnknownName: A name or pattern fits no weight.
+        ShapeMismatch: A shared weight has another shape than the child's, or a copied one and there is no `fill`.
+        Unsupported: The form, the layer or one of its weights does not allow it; the error names the way that works.
+
+    Example:
+    ```python
+    parent.trainable = False
+    child = tether.inherit(parent, kernel=lambda w: w + tether.low_rank(8))
+    ```
+    """
+    _refuse_layer("inherit", parent)
+    if not parent.built:
+        raise TetherError(
+            f"`inherit` needs a parent that is built, and {parent.name!r} is not. Call it on data, or build it: "
+            f"`{parent.name}.build(input_shape)`."
+        )
+    asked = _asked(changes, by_name)
+    below = [*keras_seam.contained_layers(parent), *weights_below(parent)]
+    with Rollback(list({id(layer): layer for layer in below}.values())):
+        if isinstance(changes, LayerForm):
+            return _by_form(parent, changes, asked, into=into, share=share, match=match, fill=fill)
+        return _Heir(parent, asked, into=into, share=share, match=match or {}, fill=fill).make()
+
+
+def _asked(changes: Any, by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes by name or pattern."""
+    if changes is None or isinstance(changes, LayerForm):
+        return dict(by_name)
+    if not isinstance(changes, Mapping):
+        raise TetherError(
+            "The changes are given by name or pattern, as in `inherit(parent, kernel=tether.low_rank(8))` or "
+            f"`inherit(parent, {{'*/kernel': tether.low_rank(8)}})`. {received(changes=changes)}"
+        )
+    twice = set(changes) & set(by_name)
+    if twice:
+        raise TetherError(f"The weight {sorted(twice)[0]!r} is given twice.")
+    return {**changes, **by_name}
+
+
+def changed(change: Any, base: Expression, path: str) -> Expression:
+    """What a change makes of a base.
+
+    Raises:
+        TetherError: It is no change, or does not return an expression.
+    """
+    made = change if isinstance(change, Expression) or not callable(change) else change(base)
+    try:
+        return as_expression(made)
+    except TypeError:
+        raise TetherError(
+            f"The change of {path!r} is a function from the parent's expression to the child's, a form such as "
+            f"`tether.low_rank(8)`, an expression, a number or an array. {received(change=change, result=made)}"
+        ) from None
+
+
+# --------------------------------------------------------------------------- names
+
+
+@dataclass(frozen=True)
+class Named:
+    """One weight below a layer: its canonical path, and the path by the names that people gave to layers."""
+
+    path: str
+    name: str
+    layer: Any
+    variable: Any
+
+    def fits(self, pattern: str) -> bool:
+        """Whether a name or pattern of paths means it."""
+        return any(fnmatch.fnmatchcase(known, pattern) for known in (self.path, self.name))
+
+
+def named_weights(root: Any) -> list[Named]:
+    """The weights below a built layer, each once."""
+    found: dict[int, Named] = {}
+    for path, name, layer, variable in paths.walk(root):
+        found.setdefault(id(variable), Named("/".join(path), "/".join(name), layer, variable))
+    return list(found.values())
+
+
+def select(root: Any, weights: list[Named], pattern: str) -> list[Named]:
+    """The weights that a name or pattern means.
+
+    Raises:
+        UnknownName: None.
+    """
+    found = [weight for weight in weights if weight.fits(pattern)]
+    if not found and not any(sign in pattern for sign in "*?["):
+        place = paths.locate(root, paths.split(pattern))
+        found = [weight for weight in weights if weight.variable is place.variable]
+    if not found:
+        listed = ", ".join(dict.fromkeys(weight.name for weight in weights[:12]))
+        raise UnknownName(f"No weight of {root.name!r} fits the pattern {pattern!r}. It has: {listed or 'none'}.")
+    return found
+
+
+# --------------------------------------------------------------------------- the child
+
+
+class _Heir:
+    """The making of one child."""
+
+    def __init__(
+        self, parent: Any, asked: dict[str, Any], *, into: Any, share: Any, match: Mapping[str, str], fill: Any
+    ) -> None:
+        check_rule(fill)
+        self.parent, self.fill = parent, fill
+        self.theirs = named_weights(parent)
+        self.frozen = {weight.path for weight in self.theirs if _is_frozen(weight)}
+        self.child = copy_of(parent) if into is None else _instance(into, parent)
+        if not self.child.built:
+            build_like(self.child, parent)
+        self.mine = named_weights(self.child)
+        self.sources = self._matched(match)
+        self.changes = self._changes(asked)
+        self.shared = self._shared(share)
+
+    def _matched(self, match: Mapping[str, str]) -> dict[str, Named]:
+        """The parent's weight for each of the child's, by the child's path."""
+        by_path = {weight.path: weight for weight in self.theirs}
+        by_path.update({weight.name: weight for weight in self.theirs if weight.name not in by_path})
+        found = {}
+        for weight in self.mine:
+            source = by_path.get(weight.path) or by_path.get(weight.name)
+            if source is not None:
+                found[weight.path] = source
+        for name, source_name in match.items():
+            (weight,), (source,) = (
+                self._one(self.child, self.mine, name),
+                self._one(self.parent, self.theirs, source_name),
+            )
+            found[weight.path] = source
+        return found
+
+    @staticmethod
+    def _one(root: Any, weights: list[Named], name: str) -> list[Named]:
+        found = select(root, weights, name)
+        if len(found) > 1:
+            raise UnknownName(
+                f"`match` names one weight by one. {name!r} fits {', '.join(weight.name for weight in found)}."
+            )
+        return found
+
+    def _changes(self, asked: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for pattern, change in asked.items():
+            for weight in select(self.child, self.mine, pattern):
+                if weight.path in found:
+                    raise TetherError(f"Two changes are given for {weight.name!r}; one of them is {pattern!r}.")
+                found[weight.path] = change
+        return found
+
+    def _shared(self, share: Any) -> set[str]:
+        if isinstance(share, bool):
+            return set(self.sources) if share else set()
+        if isinstance(share, str) or not isinstance(share, Sequence):
+            raise TetherError(f"`share` is True, False or a list of names. {received(share=share)}")
+        wanted = {weight.path for pattern in share for weight in select(self.child, self.mine, pattern)}
+        alone = sorted(wanted - set(self.sources))
+        if alone:
+            raise UnknownName(
+                f"{self.parent.name!r} has no weight to share as {alone[0]!r}. Name it: `match={{{alone[0]!r}: ...}}`."
+            )
+        return wanted
+
+    def make(self) -> Any:
+        """Copies, then ties; everything is computed before anything of the child is tied."""
+        copies: list[tuple[Named, np.ndarray[Any, Any]]] = []
+        ties: dict[str, Expression] = {}
+        report = Report()
+        for weight in self.mine:
+            source, change = self.sources.get(weight.path), self.changes.get(weight.path)
+            how = "own" if source is None else "shared"
+            if source is None:
+                if change is not None:
+                    ties[weight.path] = self._alone(change, weight)
+            elif weight.path in self.shared:
+                ties[weight.path] = self._of_parent(weight, source, change)
+            else:
+                value, how = self._copied(weight, source)
+                if change is None:
+                    copies.append((weight, value))
+                else:
+                    ties[weight.path] = self._of_copy(weight, value, change)
+            if change is not None:
+                text = f"combined: {ties[weight.path].notation()}"
+                how = f"{how}; {text}" if how.startswith("copied") else text
+            name, shape = (None, None) if source is None else (source.name, _shape(source))
+            report.add(weight.name, _shape(weight), name, shape, how)
+        self._assign(copies)
+        if ties:
+            self._tie(ties)
+        self._set_flags(ties)
+        taken = {source.name for source in self.sources.values()}
+        report.unused.extend(weight.name for weight in self.theirs if weight.name not in taken)
+        keras_seam.set_untracked(self.child, "inheritance", report)
+        return self.child
+
+    def _tie(self, ties: dict[str, Expression]) -> None:
+        try:
+            tie(self.child, ties)
+        except ShapeMismatch as error:
+            raise ShapeMismatch(
+                f"{error} To start a child of another size at the parent's values, copy: "
+                "`inherit(parent, ..., share=False, fill='initializer')`."
+            ) from error
+
+    def _alone(self, change: Any, weight: Named) -> Expression:
+        """A change of a weight that the parent does not have: it starts from the child's own."""
+        if callable(change) and not isinstance(change, Expression):
+            own = weight_of(self.child, weight.path)
+            return changed(change, own, weight.name)
+        return changed(change, as_expression(0), weight.name)
+
+    def _of_parent(self, weight: Named, source: Named, change: Any) -> Expression:
+        base = weight_of(self.parent, source.path)
+        if self._is_the_same():  # its own flags say what trains, as the parent's do
+            return base
+        still = base.stop_gradient() if source.path in self.frozen else base
+        return still if change is None else changed(change, still, weight.name)
+
+    def _is_the_same(self) -> bool:
+        """Whether the child has nothing of its own, so that what trains of it may be switched as of the parent."""
+        return not self.changes and all(weight.path in self.shared for weight in self.mine)
+
+    def _copied(self, weight: Named, source: Named) -> tuple[np.ndarray[Any, Any], str]:
+        value, start = _numpy(source.variable), _numpy(weight.variable)
+        try:
+            return filled(value, start, self.fill), describe(value.shape, start.shape, self.fill)
+        except ShapeMismatch as error:
+            raise ShapeMismatch(f"{weight.name!r}: {error}") from error
+
+    def _of_copy(self, weight: Named, value: np.ndarray[Any, Any], change: Any) -> Expression:
+        own = Weight(value, dtype=keras_seam.stored_dtype(weight.variable), name=_label(self.child, weight))
+        own.first_initializer = None
+        expression = changed(change, own, weight.name)
+        if expression is not own:
+            try:
+                expression.assign(value)  # a form with an inverse starts at the parent's value
+            except (TetherError, TypeError):
+                own.assign(value)
+        return expression
+
+    def _assign(self, copies: list[tuple[Named, np.ndarray[Any, Any]]]) -> None:
+        originals = {weight.origin: weight for weight in weights_below(self.parent)}
+        done: set[int] = set()
+        for weight, value in copies:
+            if not isinstance(weight.variable, View):
+                weight.variable.assign(value)
+                continue
+            for stored in weight.variable.expression.weights_used():
+                original = originals.get(stored.origin)
+                if original is not None and original.is_built and id(stored) not in done:
+                    stored.assign(_numpy(original.variable))
+                    done.add(id(stored))
+            if not all(id(stored) in done for stored in weight.variable.expression.weights_used()):
+                weight.variable.assign(value)
+
+    def _set_flags(self, ties: dict[str, Expression]) -> None:
+        """Frozen parts of the parent are frozen in the child, except layers in which something of its own learns."""
+        frozen = {path for path, source in self.sources.items() if source.path in self.frozen}
+        if not frozen or self._is_the_same():
+            return
+        learns = {
+            id(weight.layer)
+            for weight in self.mine
+            if weight.path not in frozen
+            or (weight.path not in self.shared and weight.path not in self.changes)
+            or (weight.path in self.changes and live_weights(ties[weight.path]))
+        }
+        holders = {id(weight.layer): weight.layer for weight in self.mine}
+        for layer in keras_seam.contained_layers(self.child):
+            if isinstance(layer, Weight):
+                continue
+            if id(layer) in holders:
+                flag = id(layer) in learns
+                keras_seam.set_own_trainable_flag(layer, flag)
+                for variable in paths.own_variables(layer):
+                    if not isinstance(variable, View) or variable.slot_trainable:
+                        _set_variable_flag(layer, variable, flag)
+            elif any(id(below) in learns for below in keras_seam.contained_layers(layer)):
+                keras_seam.set_own_trainable_flag(layer, True)
+
+
+def _set_variable_flag(layer: Any, variable: Any, flag: bool) -> None:
+    if isinstance(variable, View):
+        variable.follow(flag)
+    elif any(variable is own for own in keras_seam.variable_lists(layer)["trainable_variables"]):
+        variable.trainable = flag
+
+
+def _is_frozen(source: Named) -> bool:
+    """Whether a weight of the parent could train and does not."""
+    variable = source.variable
+    if isinstance(variable, View):
+        return variable.slot_trainable and not variable.use.live
+    own = keras_seam.variable_lists(source.layer)["trainable_variables"]
+    return any(variable is other for other in own) and not (variable.trainable and source.layer.trainable)
+
+
+def _shape(weight: Named) -> tuple[int, ...]:
+    return tuple(int(n) for n in weight.variable.shape)
+
+
+def _numpy(variable: Any) -> np.ndarray[Any, Any]:
+    return np.array(keras.ops.convert_to_numpy(variable.value))
+
+
+def _label(child: Any, weight: Named) -> str:
+    return f"{child.name}.{weight.name}".replace("/", ".")
+
+
+# --------------------------------------------------------------------------- making and building the child
+
+
+def copy_of(parent: Any) -> Any:
+    """A new layer of the parent's class and config under a name of its own, with fresh weights."""
+    config = dict(parent.get_config())
+    config["name"] = keras_seam.unique_name(f"{parent.name}_child")
+    try:
+        with sharing():
+            return type(parent).from_config(config)
+    except Exception as error:
+        raise TetherError(
+            f"A child of {parent.name!r} is made from the parent's config, and that failed: {error} Give "
+            f"{type(parent).__name__} a `get_config` that holds all its arguments, or give the child: "
+            "`inherit(parent, into=child)`."
+        ) from error
+
+
+def _instance(into: Any, parent: Any) -> Any:
+    cls: Any = into if inspect.isclass(into) else None
+    if cls is not None and issubclass(cls, keras.layers.Layer):
+        config = {key: value for key, value in parent.get_config().items() if key not in ("name", "tether")}
+        try:
+            return cls.from_config(config)
+        except Exception as error:
+            raise TetherError(
+                f"A {cls.__name__} cannot be made from the config of {parent.name!r}: {error} Give the child itself: "
+                f"`inherit(parent, into={cls.__name__}(...))`."
+            ) from error
+    if not isinstance(into, keras.layers.Layer) or isinstance(into, Weight) or into is parent:
+        raise TetherError(f"`into` is another layer, or a layer class. {received(into=into)}")
+    return into
+
+
+def build_like(child: Any, parent: Any) -> None:
+    """Builds a layer for the inputs that another was built for.
+
+    Raises:
+        TetherError: It cannot be built so.
+    """
+    config = parent.get_build_config()
+    try:
+        if not config:
+            raise ValueError("the parent does not know its input shape")
+        child.build_from_config(config)
+        child.built = True
+    except TetherError:
+        raise
+    except Exception as error:
+        raise TetherError(
+            f"The child {child.name!r} could not be built for the inputs of {parent.name!r} ({error}). Build it first, "
+            "by a call on data or `child.build(input_shape)`, then `inherit(parent, into=child)`."
+        ) from error
+
+
+def _by_form(parent: Any, form: LayerForm, asked: dict[str, Any], **others: Any) -> Any:
+    """A child that a layer form makes."""
+    if others["into"] is not None or others["match"] or others["fill"] is not None or others["share"] is not True:
+        raise TetherError(f"{form!r} makes the child and says what it shares; leave out into, share, match and fill.")
+    if asked:
+        raise TetherError(f"{form!r} says what the child's weights are; leave out {', '.join(asked)}.")
+    child = form.layer(parent)
+    theirs = named_weights(parent)
+    frozen = {weight.path for weight in theirs if _is_frozen(weight)}
+    given = {weight.path: weight_of(parent, weight.path) for weight in theirs}
+    given = {path: base.stop_gradient() if path in frozen else base for path, base in given.items()}
+    ties = form.weights(given)
+    tie(child, ties)
+    build_like(child, parent)
+    report = Report()
+    for weight in named_weights(child):
+        expression = ties.get(weight.path)
+        how = "own" if expression is None else f"combined: {expression.notation()}"
+        report.add(weight.name, _shape(weight), None, None, how)
+    keras_seam.set_untracked(child, "inheritance", report)
+    return child
