@@ -7,7 +7,7 @@ expressions name the same stored weight. Combining is an expression that names s
 from tether import forms, inspection, ops, weights
 from tether.errors import TetherError
 from tether.forms.low_rank import low_rank
-from tether.layers import Lambda, inherit, materialize, route, tie, untie, weight_of
+from tether.layers import Lambda, call, inherit, materialize, route, tie, untie, weight_of
 from tether.weights import Expression, Weight, sharing
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Lambda",
     "TetherError",
     "Weight",
+    "call",
     "forms",
     "inherit",
     "inspection",

@@ -531,6 +531,11 @@ def refresh_call_signature(layer: Any) -> None:
         set_untracked(layer, attribute, value)
 
 
+def call_parameters(layer: Any) -> list[str]:
+    """The names of what a layer's call takes, as Keras knows them."""
+    return list(layer.call_signature_parameters)
+
+
 def trace_token() -> Any:
     """Something equal as long as values may be passed on without crossing a trace of the backend."""
     return _trace_token()

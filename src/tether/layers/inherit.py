@@ -18,7 +18,7 @@ from tether.layers import paths
 from tether.layers.filling import Report, check_rule, describe
 from tether.layers.filling import fill as filled
 from tether.layers.rollback import Rollback
-from tether.layers.tie import _refuse_layer, tie, weight_of
+from tether.layers.tie import refuse_layer, tie, weight_of
 from tether.layers.tied import weights_below
 from tether.layers.view import View
 from tether.weights.expression import Expression, as_expression, live_weights
@@ -73,7 +73,7 @@ def inherit(
     child = tether.inherit(parent, kernel=lambda w: w + tether.low_rank(8))
     ```
     """
-    _refuse_layer("inherit", parent)
+    refuse_layer("inherit", parent)
     if not parent.built:
         raise TetherError(
             f"`inherit` needs a parent that is built, and {parent.name!r} is not. Call it on data, or build it: "

@@ -136,6 +136,22 @@ def _inside(path: Path, value: Any, depth: int) -> Iterator[tuple[Path, Any]]:
                 yield from _inside((*path, key), item, depth + 1)
 
 
+def put_silently(layer: Any, path: Path, value: Any) -> None:
+    """Puts a value where an attribute or container of the layer holds another, past all trackers."""
+    if len(path) == 1:
+        vars(layer)[path[0]] = value
+        return
+    container = vars(layer)[path[0]]
+    for key in path[1:-1]:
+        container = _item(container, key)
+    if isinstance(container, tuple):
+        raise Unsupported(f"Layer {layer.name!r} keeps the weight in the tuple {path[0]!r}, which cannot be changed.")
+    if isinstance(container, list):
+        list.__setitem__(container, int(path[-1]), value)
+    else:
+        dict.__setitem__(container, path[-1], value)
+
+
 def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
     """The layer's own variable of that name or attribute, and its canonical path."""
     variables = own_variables(layer)
@@ -259,6 +275,7 @@ def _walk(layer: Any, path: Path, names: Path, around: tuple[Any, ...]) -> Itera
 
 
 def nothing_there(root: Any, path: Path, layer: Any, rest: Path) -> str:
+    """Says that a path from `root` names no weight: what is left of it at `layer`, and what there is."""
     names = weight_paths(root)
     wanted = "/".join(path)
     close = difflib.get_close_matches(wanted, names, n=3)

@@ -92,7 +92,7 @@ def weight_of(layer: Any, name: str) -> Any:
     tether.tie(model.get_layer("head"), kernel=table.T)
     ```
     """
-    _refuse_layer("weight_of", layer)
+    refuse_layer("weight_of", layer)
     place = paths.locate(layer, paths.split(name))
     if isinstance(place.variable, View):
         return place.variable.expression
@@ -108,7 +108,7 @@ def weight_of(layer: Any, name: str) -> Any:
 # --------------------------------------------------------------------------- what is asked for
 
 
-def _refuse_layer(function: str, layer: Any) -> None:
+def refuse_layer(function: str, layer: Any) -> None:
     if not isinstance(layer, keras.layers.Layer) or isinstance(layer, Weight):
         raise TetherError(f"`{function}` takes a Keras layer or model. {received(layer=layer)}")
     if keras_seam.is_nnx_enabled():
@@ -119,7 +119,7 @@ def _refuse_layer(function: str, layer: Any) -> None:
 
 
 def _wanted(function: str, layer: Any, weights: Any, by_name: dict[str, Any]) -> dict[str, Expression]:
-    _refuse_layer(function, layer)
+    refuse_layer(function, layer)
     if weights is not None and not isinstance(weights, Mapping):
         raise TetherError(
             f"`{function}` takes expressions by name: `{function}(layer, kernel=w)` or "
@@ -195,7 +195,7 @@ def _refuse_twice(layer: Any, places: dict[str, paths.Place]) -> None:
 def _check(layer: Any, wanted: dict[str, Expression], places: dict[str, paths.Place]) -> None:
     """Everything that can be known before anything is changed."""
     for path, place in places.items():
-        _refuse_unsupported(place.layer)
+        refuse_unsupported(place.layer)
         expression = wanted[path]
         if place.variable is not None:
             shape = tuple(int(n) for n in place.variable.shape)
@@ -208,7 +208,7 @@ def _check(layer: Any, wanted: dict[str, Expression], places: dict[str, paths.Pl
                 _check_constraint(place.layer, place.leaf_name, constraint, expression)
 
 
-def _refuse_unsupported(layer: Any) -> None:
+def refuse_unsupported(layer: Any) -> None:
     if layer.quantization_mode is not None:
         raise Unsupported(
             f"Layer {layer.name!r} is quantised ({layer.quantization_mode}); its weights are packed integers and "
@@ -353,7 +353,7 @@ def _forget(asked: Tie) -> None:
 def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     """The view that `add_weight` returns in the place of a new variable."""
     name = kwargs["name"]
-    _refuse_unsupported(layer)
+    refuse_unsupported(layer)
     shape = tuple(int(n) for n in (kwargs.get("shape") or ()))
     dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or layer.variable_dtype)
     initializer = kwargs.get("initializer")

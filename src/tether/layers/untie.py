@@ -12,7 +12,7 @@ from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.layers import paths
 from tether.layers.lambda_layer import Lambda
 from tether.layers.state import STATE, Slot, State, Tie, hang_weights, state_of
-from tether.layers.tie import _drop_use, _forget, _refuse_layer
+from tether.layers.tie import _drop_use, _forget, refuse_layer
 from tether.layers.tied import arguments_in, base_class, take_arguments
 from tether.layers.view import View
 from tether.weights.weight import Weight
@@ -32,7 +32,7 @@ def untie(layer: Any, *names: str) -> Any:
     Raises:
         UnknownName: A name is not tied.
     """
-    _refuse_layer("untie", layer)
+    refuse_layer("untie", layer)
     if names:
         for name in names:
             _untie_one(layer, name)
@@ -72,7 +72,7 @@ def materialize(layer: Any) -> Any:
         Unsupported: It holds something that is Tether's own (a `tether.Lambda`, a `Weight` as an
             attribute of a user's layer), which has no plain counterpart.
     """
-    _refuse_layer("materialize", layer)
+    refuse_layer("materialize", layer)
     for below in keras_seam.contained_layers(layer):
         if isinstance(below, Lambda):
             raise Unsupported(

@@ -1,0 +1,200 @@
+"""Calling a layer with weights that were computed: a hypernetwork in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
+from tether.layers import paths
+from tether.layers.state import state_of
+from tether.layers.tie import refuse_layer, refuse_unsupported, tie
+from tether.layers.view import View
+from tether.weights.argument import Argument, bind
+from tether.weights.expression import Tensor
+from tether.weights.weight import Use
+
+
+def call(
+    layer: Any,
+    inputs: Any,
+    weights: Mapping[str, Any] | None = None,
+    /,
+    *,
+    training: bool | None = None,
+    **by_name: Any,
+) -> Any:
+    """Calls a layer with tensors in the place of some of its weights; gradients flow into the tensors.
+
+    A layer that is not built never gets variables for these weights: they are arguments of its call from then on
+    (`layer(x, kernel=tensor)`), and it stores nothing for them. A layer that is built keeps its own, which this
+    call does not read. Not to be called for one layer from two threads at once.
+
+    Args:
+        layer: A Keras layer or model.
+        inputs: The layer's inputs; a tuple is passed as several arguments. Symbolic inputs or weights make a
+            part of a functional model.
+        weights: Tensors by the weight's path, for names that are not identifiers or that this function has.
+        training: Passed on, if it is not `None`.
+        **by_name: Tensors by the weight's name, each of the weight's shape: one value for the whole batch.
+
+    Returns:
+        The layer's outputs.
+
+    Raises:
+        ShapeMismatch: A tensor has another shape than the weight.
+        UnknownName: A name names no weight, or two.
+        TetherError: No weight is given, or one twice.
+
+    Example:
+    ```python
+    kernel = keras.ops.reshape(hyper(task), (8, 4))
+    y = tether.call(keras.layers.Dense(4), x, kernel=kernel)
+    ```
+    """
+    refuse_layer("call", layer)
+    given = {**(weights or {}), **by_name}
+    twice = set(weights or {}) & set(by_name)
+    if twice or not given:
+        raise TetherError(
+            f"The weight {sorted(twice)[0]!r} is given twice."
+            if twice
+            else "`call` needs weights: `call(layer, x, kernel=t)`."
+        )
+    if any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten([inputs, list(given.values())])):
+        part = WithWeights(layer, list(given))
+        return part(list(inputs) if isinstance(inputs, tuple) else inputs, list(given.values()), training=training)
+    tensors = {path: keras.ops.convert_to_tensor(value) for path, value in given.items()}
+    if not layer.built:
+        _by_argument(layer, {path: tuple(tensor.shape) for path, tensor in tensors.items()})
+    return _call(layer, inputs if isinstance(inputs, tuple) else (inputs,), tensors, training)
+
+
+def _call(layer: Any, inputs: tuple[Any, ...], tensors: Mapping[str, Tensor], training: bool | None) -> Any:
+    keywords = {} if training is None else {"training": training}
+    with contextlib.ExitStack() as stack:
+        for path, tensor in tensors.items():
+            stack.enter_context(_given(layer, path, tensor))
+        return layer(*inputs, **keywords)
+
+
+def _by_argument(layer: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Makes weights of a layer that is not built arguments of its call, unless they are already."""
+    state = state_of(layer)
+    waiting = {} if state is None else state.pending
+    missing = {path: shape for path, shape in shapes.items() if paths.split(path) not in waiting}
+    if missing:
+        tie(
+            layer,
+            {path: Argument(path.replace("/", "_"), shape, layer.variable_dtype) for path, shape in missing.items()},
+        )
+
+
+@contextlib.contextmanager
+def _given(layer: Any, path: str, tensor: Tensor) -> Iterator[None]:
+    """Lets a weight be a tensor for as long as the block runs."""
+    place = paths.locate(layer, paths.split(path))
+    state = state_of(place.layer)
+    expression: Any = None
+    lent: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if isinstance(place.variable, View):
+        expression = place.variable.expression
+    elif place.variable is None and state is not None and place.leaf in state.pending:
+        expression = state.pending[place.leaf].expression
+    if not isinstance(expression, Argument):
+        if place.variable is None:
+            raise Unsupported(
+                f"{place.layer.name!r} is not built, so it cannot be told what its {path!r} is. Build {layer.name!r} "
+                "first, by a call on data or `layer.build(input_shape)`."
+            )
+        refuse_unsupported(place.layer)
+        shape = tuple(int(size) for size in place.variable.shape)
+        expression = Argument(place.leaf_name.replace("/", "_"), shape, keras_seam.stored_dtype(place.variable))
+        lent = _lend(place, expression)
+    if tuple(tensor.shape) != expression.shape:
+        raise ShapeMismatch(
+            f"The weight {path!r} of layer {layer.name!r} has shape {expression.shape}. "
+            f"{received(shape=tuple(tensor.shape))}"
+        )
+    with lent, bind({expression: tensor}):
+        yield
+
+
+@contextlib.contextmanager
+def _lend(place: paths.Place, argument: Argument) -> Iterator[None]:
+    """Puts a view of an argument wherever the layer holds a variable, and takes it out again."""
+    variable = place.variable
+    use = Use(name=place.leaf_name, expression=argument, layer=weakref.ref(place.layer))
+    view = View(
+        use,
+        name=variable.name,
+        path=variable.path,
+        shape=argument.shape,
+        dtype=argument.dtype,
+        autocast=keras_seam.autocasts(variable),
+        trainable=True,
+    )
+    held = paths.holders(place.layer, variable)
+    for path in held:
+        paths.put_silently(place.layer, path, view)
+    try:
+        yield
+    finally:
+        for path in held:
+            paths.put_silently(place.layer, path, variable)
+
+
+@keras.saving.register_keras_serializable(package="tether", name="WithWeights")
+class WithWeights(keras.layers.Layer):
+    """A layer with some of its weights as inputs: what `tether.call` is in a functional model.
+
+    Args:
+        layer: The layer; one that is built keeps weights of its own, which are not read.
+        paths: The weights that are inputs, in the order of the second argument of the call.
+        keeps: Whether the layer has weights of its own at these paths. Left out: if it is built.
+        **kwargs: As for any layer.
+    """
+
+    def __init__(self, layer: Any, paths: list[str], keeps: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layer = layer
+        self.weight_paths = list(paths)
+        self.keeps = bool(layer.built) if keeps is None else bool(keeps)
+
+    def build(self, inputs_shape: Any, weights_shape: Any) -> None:
+        """Builds the layer: for weights as arguments, if it has none of its own."""
+        if not self.layer.built:
+            if not self.keeps:
+                _by_argument(self.layer, dict(zip(self.weight_paths, map(tuple, weights_shape), strict=True)))
+            several = isinstance(inputs_shape, list)
+            self.layer.build(*inputs_shape) if several else self.layer.build(inputs_shape)
+
+    def call(self, inputs: Any, weights: Any, training: bool | None = None) -> Any:
+        """The layer's outputs with these weights."""
+        arguments = tuple(inputs) if isinstance(inputs, list) else (inputs,)
+        tensors = dict(zip(self.weight_paths, weights, strict=True))
+        takes = "training" in keras_seam.call_parameters(self.layer)
+        return _call(self.layer, arguments, tensors, training if takes else None)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer and the paths."""
+        return {
+            **super().get_config(),
+            "layer": keras.saving.serialize_keras_object(self.layer),
+            "paths": list(self.weight_paths),
+            "keeps": self.keeps,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> WithWeights:
+        """Reads what `get_config` wrote."""
+        config = dict(config)
+        layer, names = config.pop("layer", None), config.pop("paths", None)
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise InvalidConfig(f"The paths of WithWeights are strings. {received(paths=names)}")
+        return cls(keras.saving.deserialize_keras_object(layer), list(names), **config)
