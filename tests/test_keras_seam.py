@@ -458,3 +458,163 @@ def test_deepcopy_of_a_model_goes_through_its_file(spied):
     model = model_of(keras.layers.Dense(3))
     other = copy.deepcopy(model)
     assert other is not model and np.array_equal(other.get_weights()[0], model.get_weights()[0])
+
+
+def test_the_class_whose_method_is_at_work_on_a_layer_is_known():
+    found = []
+
+    class Child(keras.layers.Dense):
+        def build(self, input_shape):
+            super().build(input_shape)
+            inner = keras.layers.Dense(2)
+            inner.build(input_shape)
+            self.gain = self.add_weight(name="gain", shape=())
+
+        def add_weight(self, *args, **kwargs):
+            found.append((kwargs["name"], list(keras_seam.running_methods(self))))
+            return super().add_weight(*args, **kwargs)
+
+    Child(3).build((None, 4))
+    assert found == [
+        ("kernel", [Child, keras.layers.Dense, Child]),
+        ("bias", [Child, keras.layers.Dense, Child]),
+        ("gain", [Child, Child]),
+    ]
+    assert list(keras_seam.running_methods(Child(3))) == []
+
+
+def test_lora_locks_a_layer_inside_its_own_build_and_it_can_be_unlocked():
+    class Child(keras.layers.Dense):
+        def build(self, input_shape):
+            assert not keras_seam.is_locked(self)
+            super().build(input_shape)
+            assert keras_seam.is_locked(self)
+            keras_seam.unlock(self)
+            self.gain = self.add_weight(name="gain", shape=())
+
+    layer = Child(3, lora_rank=2)
+    layer.build((None, 4))
+    assert layer.weights[-1] is layer.gain and keras_seam.is_locked(layer)
+
+
+def test_a_layer_lists_its_variables_before_its_constructor_runs():
+    class Child(keras.layers.Dense):
+        def __init__(self):
+            assert keras_seam.variable_lists(self) == {"trainable_variables": [], "non_trainable_variables": []}
+            super().__init__(3)
+
+    Child()
+
+
+def test_variables_assigned_in_a_stateless_scope_are_known_and_not_changed():
+    layer = dense()
+    before = [np.array(value) for value in layer.get_weights()]
+    with keras.StatelessScope() as scope:
+        layer.load_own_variables({"0": np.ones((2, 3), "float32"), "1": np.ones(3, "float32")})
+        assert all(np.array_equal(scope.get_current_value(v), np.ones(v.shape)) for v in layer.weights)
+    assert all(np.array_equal(a, b) for a, b in zip(before, layer.get_weights(), strict=True))
+
+
+def test_layer_names_that_keras_made_up_are_told_from_given_ones():
+    class MyBlock2D(keras.layers.Layer):
+        pass
+
+    model = keras.Sequential([keras.Input((2,)), dense()])
+    made = [dense(), dense(), MyBlock2D(), MyBlock2D(), keras.layers.Conv2D(1, 1), keras.layers.LSTM(1), model]
+    x = keras.Input((2,))
+    made += [keras.Model(x, dense()(x)) for _ in range(2)]
+    assert all(keras_seam.is_automatic_layer_name(layer) for layer in made), [layer.name for layer in made]
+    given = [
+        keras.layers.Dense(1, name=name) for name in ("head", "dense_head", "dense_1_child", "dense_", "my_dense_1")
+    ]
+    assert not any(keras_seam.is_automatic_layer_name(layer) for layer in given)
+
+
+# --------------------------------------------------------------------------- calls, compilation, names
+
+
+def test_a_training_call_is_told_from_another():
+    seen = []
+
+    class Looks(keras.layers.Layer):
+        def call(self, x):
+            seen.append(keras_seam.is_training_call())
+            return x
+
+    inner = Looks()
+    outer = keras.Sequential([keras.Input((2,)), inner])
+    seen.clear()
+    x = np.ones((1, 2), "float32")
+    outer(x, training=True)
+    outer(x, training=False)
+    outer(x)
+    inner(x)
+    assert seen == [True, False, False, False]
+    assert not keras_seam.is_training_call()
+
+
+def test_the_signature_of_a_call_can_be_read_again():
+    layer = keras.layers.Dense(2)
+
+    class Wider(keras.layers.Dense):
+        def call(self, inputs, training=None, *, mask=None, extra=None):
+            return super().call(inputs) * (1 if extra is None else extra)
+
+    layer.__class__ = Wider
+    assert "extra" not in keras_seam.call_parameters(layer)
+    keras_seam.refresh_call_signature(layer)
+    assert keras_seam.call_parameters(layer) == ["inputs", "training", "mask", "extra"]
+    x = np.ones((1, 2), "float32")
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(layer(x, extra=2.0)), 2 * keras.ops.convert_to_numpy(layer(x)), rtol=1e-6
+    )
+
+
+def test_what_adds_to_the_variables_of_a_layer_is_counted():
+    dense, dropout = keras.layers.Dense(2), keras.layers.Dropout(0.5)
+    dense.build((None, 3))
+    assert keras_seam.counts(dense) == (2, 0, 0)
+    assert keras_seam.counts(dropout)[2] == 1
+    assert keras_seam.counts(keras.Sequential([keras.Input((3,)), dense]))[2] >= 1
+
+
+def test_a_name_is_given_once():
+    assert len({keras_seam.unique_name("heir") for _ in range(3)}) == 3
+
+
+def test_a_model_asks_for_compile_after_its_compilation_is_forgotten():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    x, y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
+    keras_seam.forget_compilation(model)
+    keras_seam.forget_compilation(model.layers[0])
+    model.compile("sgd", "mse")
+    model.fit(x, y, verbose=0)
+    keras_seam.forget_compilation(model)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    model.compile("sgd", "mse")
+    model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_variable_that_the_optimizer_was_built_without_is_found(scaled):
+    seen, stranger = [], keras.Variable(np.ones(1, "float32"))
+
+    class Asks(keras.layers.Dense):
+        @property
+        def metrics(self):
+            if self.built:
+                seen.append([keras_seam.is_unknown_to_the_optimizer(v) for v in (self.kernel, stranger)])
+            return []
+
+    layer = Asks(1)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    optimizer = keras.optimizers.SGD(0.1)
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse")
+    x, y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
+    model.optimizer.build([layer.kernel, layer.bias])
+    seen.clear()
+    model.fit(x, y, verbose=0)
+    assert [False, True] in seen
+    assert keras_seam.is_unknown_to_the_optimizer(stranger) is False  # no fit is about to begin

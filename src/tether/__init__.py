@@ -4,10 +4,10 @@ What a layer computes with is an expression over stored weights. Sharing is two 
 expressions name the same stored weight. Combining is an expression that names several.
 """
 
-from tether import forms, inspection, ops, weights
+from tether import adapters, files, forms, inspection, ops, transfer, weights
 from tether.errors import TetherError
 from tether.forms.low_rank import low_rank
-from tether.layers import Lambda, call, inherit, materialize, route, tie, untie, weight_of
+from tether.layers import Lambda, call, extend, inherit, materialize, route, tie, untie, weight_of
 from tether.weights import Expression, Weight, sharing
 
 __all__ = [
@@ -15,7 +15,10 @@ __all__ = [
     "Lambda",
     "TetherError",
     "Weight",
+    "adapters",
     "call",
+    "extend",
+    "files",
     "forms",
     "inherit",
     "inspection",
@@ -25,6 +28,7 @@ __all__ = [
     "route",
     "sharing",
     "tie",
+    "transfer",
     "untie",
     "weight_of",
     "weights",

@@ -177,6 +177,18 @@ def compiled_training() -> Any:
     return None
 
 
+def is_unknown_to_the_optimizer(variable: Any) -> bool:
+    """Whether a `fit` is about to begin whose optimizer was built without a variable that trains."""
+    for frame in itertools.islice(_frames(), 8):
+        if frame.f_code is _RESET_METRICS:
+            optimizer = getattr(_first_local(frame), "optimizer", None)
+            optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
+            if optimizer is None or not optimizer.built:
+                return False
+            return optimizer._var_key(variable) not in optimizer._trainable_variables_indices
+    return False
+
+
 def refuse_spectral_normalization(view: Any) -> None:
     """Raises while Keras's SpectralNormalization takes a view: it assigns to it at every training step."""
     for frame in itertools.islice(_frames(), 8):
@@ -196,6 +208,18 @@ def maker(exclude: Any) -> Any:
             if isinstance(owner, KerasSaveable) and owner is not exclude:
                 found = owner
     return found
+
+
+def running_methods(layer: Any) -> Iterator[type]:
+    """The classes whose methods are at work on a layer, innermost first."""
+    for frame in _frames(1):
+        code = frame.f_code
+        if code.co_argcount and _first_local(frame) is layer:
+            for cls in type(layer).__mro__:
+                function = vars(cls).get(code.co_name)
+                if inspect.isfunction(function) and _code(function) is code:
+                    yield cls
+                    break
 
 
 # --------------------------------------------------------------------------- names and scopes
@@ -309,6 +333,16 @@ def unlocked(layer: Any) -> Iterator[None]:
     finally:
         if locked:
             tracker.lock()
+
+
+def unlock(layer: Any) -> None:
+    """Allows a layer in its `build` to take new variables, whatever its parent's build has locked."""
+    layer._tracker.unlock()
+
+
+def is_locked(layer: Any) -> bool:
+    """Whether Keras refuses new variables, because the layer is built."""
+    return bool(layer._tracker.locked)
 
 
 STORES = ("trainable_variables", "non_trainable_variables")
@@ -481,6 +515,12 @@ def holds_its_layers_configs(model: Any) -> bool:
     return False
 
 
+def is_automatic_layer_name(layer: Any) -> bool:
+    """Whether Keras made the layer's name up from its class (`dense`, `dense_3`)."""
+    stem = _naming.to_snake_case(type(layer).__name__)
+    return layer.name == stem or (layer.name.startswith(f"{stem}_") and layer.name[len(stem) + 1 :].isdigit())
+
+
 def unique_name(prefix: str) -> str:
     """A layer name that Keras has not given yet: the prefix, or the prefix and a number."""
     return str(_naming.uniquify(prefix))
@@ -529,6 +569,18 @@ def refresh_call_signature(layer: Any) -> None:
         "_call_has_context_arg": {name: name in names for name in layer._call_context_args},
     }.items():
         set_untracked(layer, attribute, value)
+
+
+def forget_compilation(model: Any) -> None:
+    """Makes Keras ask for `compile` before a model trains on: its optimizer knows other weights than the model has.
+
+    What was traced for predicting is forgotten too.
+    """
+    if isinstance(model, _Trainer):
+        for attribute in ("train_function", "test_function", "predict_function"):
+            setattr(model, attribute, None)
+        if model.compiled:
+            model.compiled = False
 
 
 def call_parameters(layer: Any) -> list[str]:

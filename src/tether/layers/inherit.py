@@ -108,7 +108,7 @@ def changed(change: Any, base: Expression, path: str) -> Expression:
     Raises:
         TetherError: It is no change, or does not return an expression.
     """
-    made = change if isinstance(change, Expression) or not callable(change) else change(base)
+    made = change(base) if callable(change) and not isinstance(change, Expression) else change
     try:
         return as_expression(made)
     except TypeError:
@@ -129,6 +129,10 @@ class Named:
     name: str
     layer: Any
     variable: Any
+    can_train: bool
+    """Whether the layer made it to be trained: a kernel, not a moving mean."""
+    frozen: bool
+    """Whether it could train and did not, when it was looked at."""
 
     def fits(self, pattern: str) -> bool:
         """Whether a name or pattern of paths means it."""
@@ -139,7 +143,9 @@ def named_weights(root: Any) -> list[Named]:
     """The weights below a built layer, each once."""
     found: dict[int, Named] = {}
     for path, name, layer, variable in paths.walk(root):
-        found.setdefault(id(variable), Named("/".join(path), "/".join(name), layer, variable))
+        if id(variable) not in found:
+            can_train, frozen = _training_state(layer, variable)
+            found[id(variable)] = Named("/".join(path), "/".join(name), layer, variable, can_train, frozen)
     return list(found.values())
 
 
@@ -171,7 +177,7 @@ class _Heir:
         check_rule(fill)
         self.parent, self.fill = parent, fill
         self.theirs = named_weights(parent)
-        self.frozen = {weight.path for weight in self.theirs if _is_frozen(weight)}
+        self.frozen = frozen_weights(self.theirs)
         self.child = copy_of(parent) if into is None else _instance(into, parent)
         if not self.child.built:
             build_like(self.child, parent)
@@ -210,6 +216,8 @@ class _Heir:
         found: dict[str, Any] = {}
         for pattern, change in asked.items():
             for weight in select(self.child, self.mine, pattern):
+                if change is None:
+                    changed(change, as_expression(0), weight.name)  # raises: it is no change
                 if weight.path in found:
                     raise TetherError(f"Two changes are given for {weight.name!r}; one of them is {pattern!r}.")
                 found[weight.path] = change
@@ -327,24 +335,48 @@ class _Heir:
         if not frozen or self._is_the_same():
             return
         learns = {
-            id(weight.layer)
+            weight.path
             for weight in self.mine
-            if weight.path not in frozen
-            or (weight.path not in self.shared and weight.path not in self.changes)
-            or (weight.path in self.changes and live_weights(ties[weight.path]))
+            if weight.can_train
+            and (
+                weight.path not in frozen
+                or (weight.path not in self.shared and weight.path not in self.changes)
+                or (weight.path in self.changes and live_weights(ties[weight.path]))
+            )
         }
-        holders = {id(weight.layer): weight.layer for weight in self.mine}
-        for layer in keras_seam.contained_layers(self.child):
-            if isinstance(layer, Weight):
-                continue
-            if id(layer) in holders:
-                flag = id(layer) in learns
-                keras_seam.set_own_trainable_flag(layer, flag)
-                for variable in paths.own_variables(layer):
-                    if not isinstance(variable, View) or variable.slot_trainable:
-                        _set_variable_flag(layer, variable, flag)
-            elif any(id(below) in learns for below in keras_seam.contained_layers(layer)):
-                keras_seam.set_own_trainable_flag(layer, True)
+        train_only(self.child, self.mine, learns, frozen)
+
+
+def frozen_weights(weights: list[Named]) -> set[str]:
+    """The paths of the weights that could train and do not."""
+    return {weight.path for weight in weights if weight.frozen}
+
+
+def train_only(root: Any, weights: list[Named], learns: set[str], frozen: set[str]) -> None:
+    """Sets the flags of layers so that weights learn in layers that were frozen; the rest of these is cut off.
+
+    Args:
+        root: The layer or model that the weights are below.
+        weights: All its weights, as they were before ties.
+        learns: The paths of those that learn.
+        frozen: The paths of those that were frozen.
+    """
+    layers = {id(weight.layer): weight.layer for weight in weights}
+    learning = {
+        id(weight.layer)
+        for weight in weights
+        if weight.path in learns or (weight.can_train and weight.path not in frozen)
+    }
+    for layer in keras_seam.contained_layers(root):
+        if isinstance(layer, Weight):
+            continue
+        if id(layer) in layers:
+            flag = id(layer) in learning
+            keras_seam.set_own_trainable_flag(layer, flag)
+            for variable in paths.own_variables(layer):
+                _set_variable_flag(layer, variable, flag)
+        elif any(id(below) in learning for below in keras_seam.contained_layers(layer)):
+            keras_seam.set_own_trainable_flag(layer, True)
 
 
 def _set_variable_flag(layer: Any, variable: Any, flag: bool) -> None:
@@ -354,13 +386,13 @@ def _set_variable_flag(layer: Any, variable: Any, flag: bool) -> None:
         variable.trainable = flag
 
 
-def _is_frozen(source: Named) -> bool:
-    """Whether a weight of the parent could train and does not."""
-    variable = source.variable
+def _training_state(layer: Any, variable: Any) -> tuple[bool, bool]:
+    """Whether a weight could train, and whether it could and does not."""
     if isinstance(variable, View):
-        return variable.slot_trainable and not variable.use.live
-    own = keras_seam.variable_lists(source.layer)["trainable_variables"]
-    return any(variable is other for other in own) and not (variable.trainable and source.layer.trainable)
+        return variable.slot_trainable, variable.slot_trainable and not variable.use.live
+    own = keras_seam.variable_lists(layer)["trainable_variables"]
+    can_train = any(variable is other for other in own)
+    return can_train, can_train and not (variable.trainable and layer.trainable)
 
 
 def _shape(weight: Named) -> tuple[int, ...]:
@@ -438,7 +470,7 @@ def _by_form(parent: Any, form: LayerForm, asked: dict[str, Any], **others: Any)
         raise TetherError(f"{form!r} says what the child's weights are; leave out {', '.join(asked)}.")
     child = form.layer(parent)
     theirs = named_weights(parent)
-    frozen = {weight.path for weight in theirs if _is_frozen(weight)}
+    frozen = frozen_weights(theirs)
     given = {weight.path: weight_of(parent, weight.path) for weight in theirs}
     given = {path: base.stop_gradient() if path in frozen else base for path, base in given.items()}
     ties = form.weights(given)

@@ -268,7 +268,8 @@ def _walk(layer: Any, path: Path, names: Path, around: tuple[Any, ...]) -> Itera
     for variable in own_variables(layer):
         leaf = canonical_name(layer, variable)
         yield path + leaf, names + leaf, layer, variable
-    for child in _children(layer):
+    graph = isinstance(layer, (keras_seam.Functional, keras_seam.Sequential))
+    for child in [c for c in layer.layers if not isinstance(c, Weight)] if graph else _children(layer):
         if not any(child is other for other in around):
             step = canonical_child(layer, child)
             yield from _walk(child, path + step, (*names, child.name), (*around, child))

@@ -5,6 +5,9 @@
  "ties": {"kernel": [{"weight": "4f1c..."}, {"op": "transpose", "of": [0], "axes": null}]},
  "weights": {"4f1c...": {"name": "codec", "shape": [784, 64], ...}}}
 ```
+
+Two keys are there only if there is something to say: `"takes"`, the arguments of the layer's call, and
+`"penalties"`, soft ties as `{"a": [...], "b": [...], "strength": [...], "owned": ["4f1c..."]}`.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, received
+from tether.errors import InvalidConfig, TetherError, received
+from tether.layers.penalty import Penalty, check
 from tether.layers.state import State, Tie, is_serializing
 from tether.weights.argument import Argument
 from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression
+from tether.weights.identity import current_scope
 from tether.weights.weight import Weight
 
 VERSION = 1
@@ -36,20 +41,59 @@ def ties_to_write(layer: Any, state: State) -> dict[str, Expression]:
     return ties
 
 
+def penalties_to_write(layer: Any, state: State) -> list[Penalty]:
+    """The penalties that this layer's config has to hold: its own, and those that no config around it will hold."""
+    found = []
+    for penalty in state.penalties:
+        recorder = penalty.recorder()
+        if not penalty.is_void and (recorder is layer or recorder is None or not is_serializing(recorder)):
+            found.append(penalty)
+    return found
+
+
 def encode_ties(layer: Any, state: State) -> dict[str, Any]:
     """The `"tether"` entry of a layer's config."""
     ties = ties_to_write(layer, state)
+    penalties = penalties_to_write(layer, state)
     weights = {weight.uid: weight for expression in ties.values() for weight in expression.weights_used()}
-    scope = keras_seam.saving_scope()
-    if scope is not None:
-        scope.setdefault("covered", set()).add(id(layer))
+    weights.update({weight.uid: weight for penalty in penalties for weight in penalty.weights})
+    scope = keras_seam.saving_scope() or {}
+    scope.setdefault("covered", set()).add(id(layer))
+    written = set(scope.get("written", ()))
+    configs = {uid: weight.get_config() for uid, weight in weights.items()}
+    scope["written"] = written  # a record names a weight; whether a layer will make it again, its own config says
     return {
         "version": VERSION,
         "base": keras_seam.class_reference(type(layer)._tether_base),
         "ties": {path: encode(expression) for path, expression in ties.items()},
-        "weights": {uid: weight.get_config() for uid, weight in weights.items()},
+        "weights": configs,
         **({"takes": [encode(argument)[0] for argument in state.takes]} if state.takes else {}),
+        **({"penalties": [_encode_penalty(penalty) for penalty in penalties]} if penalties else {}),
     }
+
+
+_PENALTY = ("a", "b", "strength")
+
+
+def _encode_penalty(penalty: Penalty) -> dict[str, Any]:
+    return {
+        **{part: encode(getattr(penalty, part)) for part in _PENALTY},
+        "owned": [weight.uid for weight in penalty.owned],
+    }
+
+
+def _decode_penalty(entry: Any, weights: dict[str, Weight]) -> tuple[Any, Any, Any, tuple[Weight, ...]]:
+    if not isinstance(entry, dict) or set(entry) != {*_PENALTY, "owned"}:
+        raise InvalidConfig(f"A penalty has a, b, strength and owned. {received(penalty=entry)}")
+    owned = entry["owned"]
+    if not isinstance(owned, (list, tuple)) or not all(isinstance(uid, str) and uid in weights for uid in owned):
+        raise InvalidConfig(f"A penalty names its own weights, which the record has. {received(owned=owned)}")
+    a, b, strength = (decode(entry[part], weights) for part in _PENALTY)
+    try:
+        check(a, b, strength)
+    except TetherError as error:
+        raise InvalidConfig(f"A penalty cannot be read: {error}") from error
+    return a, b, strength, tuple(dict.fromkeys(weights[uid] for uid in owned))
 
 
 @dataclass(frozen=True)
@@ -58,6 +102,8 @@ class Record:
 
     ties: dict[str, Expression]
     takes: list[Argument]
+    penalties: list[tuple[Expression, Expression, Expression, tuple[Weight, ...]]]
+    """Both sides, the strength, and the weights of the penalty's own."""
 
 
 def read_record(record: Any) -> Record:
@@ -66,7 +112,7 @@ def read_record(record: Any) -> Record:
     Raises:
         InvalidConfig: It is not what `encode_ties` writes.
     """
-    if not isinstance(record, dict) or set(record) - {"takes"} != {"version", "base", "ties", "weights"}:
+    if not isinstance(record, dict) or set(record) - {"takes", "penalties"} != {"version", "base", "ties", "weights"}:
         raise InvalidConfig(
             f"A record of ties has version, base, ties and weights. {received(record=type(record).__name__)}"
         )
@@ -81,11 +127,24 @@ def read_record(record: Any) -> Record:
     for uid, config in configs.items():
         if not isinstance(config, dict) or config.get("uid") != uid:
             raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
+        known = (current_scope() or {}).get(uid)
+        only_named = known is None or known.only_named
         weights[uid] = Weight.from_config(config)
+        weights[uid].only_named = only_named
     takes = record.get("takes", [])
     if not isinstance(takes, (list, tuple)):
         raise InvalidConfig(f"The arguments of a record are a list. {received(takes=takes)}")
     arguments = [decode([leaf], {}) for leaf in takes]
     if not all(isinstance(argument, Argument) for argument in arguments):
         raise InvalidConfig(f"The arguments of a record are arguments. {received(takes=takes)}")
-    return Record({path: decode(steps, weights) for path, steps in ties.items()}, arguments)  # type: ignore[arg-type]
+    penalties = record.get("penalties", [])
+    if not isinstance(penalties, (list, tuple)):
+        raise InvalidConfig(f"The penalties of a record are a list. {received(penalties=penalties)}")
+    expressions = {path: decode(steps, weights) for path, steps in ties.items()}
+    for weight in (weight for expression in expressions.values() for weight in expression.weights_used()):
+        weight.only_named = False
+    return Record(
+        expressions,
+        arguments,  # type: ignore[arg-type]
+        [_decode_penalty(entry, weights) for entry in penalties],
+    )

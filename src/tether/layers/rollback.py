@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tether import keras_seam
 from tether.weights.weight import Weight
 
 
@@ -21,13 +22,16 @@ class _Snapshot:
             self.tracker = dict(vars(tracker))
             self._keep_contents(tracker.stored_ids.values())
             self._keep_contents([tracker.stored_ids, tracker.config])
-        self.flags: list[tuple[Any, bool, Any, Any]] = []
+        self.flags: list[tuple[Any, bool, Any, Any, str]] = []
         for variables in (self.attributes.get("_trainable_variables"), self.attributes.get("_non_trainable_variables")):
             for variable in variables or ():
-                self.flags.append((variable, variable.trainable, variable.regularizer, variable.constraint))
+                self._keep_flags(variable)
         held = self.attributes.get("_variable")
         if isinstance(target, Weight) and held is not None:
-            self.flags.append((held, held.trainable, held.regularizer, held.constraint))
+            self._keep_flags(held)
+
+    def _keep_flags(self, variable: Any) -> None:
+        self.flags.append((variable, variable.trainable, variable.regularizer, variable.constraint, variable.path))
 
     def _keep_contents(self, values: Any) -> None:
         for value in values:
@@ -47,7 +51,9 @@ class _Snapshot:
             _refill(container, content)
         if hasattr(self, "tracker"):
             self.attributes["_tracker"].__dict__.update(self.tracker)
-        for variable, trainable, regularizer, constraint in self.flags:
+        for variable, trainable, regularizer, constraint, path in self.flags:
+            if variable.path != path:
+                keras_seam.set_path(variable, path)
             if variable.trainable != trainable:
                 variable.trainable = trainable
             variable.regularizer, variable.constraint = regularizer, constraint
@@ -55,6 +61,7 @@ class _Snapshot:
 
 def _refill(container: Any, content: Any) -> None:
     """Puts a container's contents back without going through its own, tracking methods."""
+    container = getattr(container, "__wrapped__", container)  # TensorFlow wraps the dicts of a model
     if isinstance(container, list):
         list.clear(container)
         list.extend(container, content)

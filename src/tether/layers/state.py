@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tether import keras_seam
 from tether.layers.view import View, stored_variables
 from tether.weights.argument import Argument
 from tether.weights.expression import Expression
 from tether.weights.weight import Use, Weight
+
+if TYPE_CHECKING:
+    from tether.layers.penalty import Penalty
 
 STATE = "_tether"
 WEIGHTS = "_tether_weights"
@@ -52,6 +55,8 @@ class State:
     """Ties recorded on a graph around this layer, by their paths from here: for a clone of the graph."""
     takes: list[Argument] = field(default_factory=list)
     """Arguments of ties that were asked for here and are recorded on layers below: this layer's call takes them."""
+    penalties: list[Penalty] = field(default_factory=list)
+    """Penalties recorded here, and those of a graph around this layer: for a clone of the graph."""
     clashes: list[str] = field(default_factory=list)
     """Names that the layer gave to a second variable after a view had been handed out for the first."""
     held: list[Any] = field(default_factory=list)
@@ -121,6 +126,9 @@ def hang_weights(layer: Any) -> None:
         state.orders, state.order = {}, None
         for slot in sorted(state.slots, key=lambda slot: (keras_seam.STORES.index(slot.store), slot.index)):
             wanted.extend(weight for weight in slot.view.expression.weights_used() if weight not in wanted)
+        for penalty in state.penalties:
+            if penalty.recorder() is layer:
+                wanted.extend(weight for weight in penalty.owned if weight not in wanted)
     present = list(vars(layer).get(WEIGHTS) or [])
     with keras_seam.unlocked(layer):
         for weight in present:

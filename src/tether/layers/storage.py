@@ -158,6 +158,31 @@ def refuse_to_lose(layer: Any, state: State) -> None:
         if not slot.tie.made_by_code and (recorder is None or id(recorder) not in covered):
             root = scope.get("root")
             raise LostTie(lost_tie_message(slot, root))
+    saved, name = scope["root"], layer.name
+    for penalty in state.penalties:
+        if penalty.recorder() is not layer or penalty.made_by_code or penalty.is_void:
+            continue
+        if penalty.counts:
+            refuse_to_forget(penalty, saved, scope.get("written", set()))
+        if id(layer) not in covered:
+            raise LostTie(
+                f"Saving {getattr(saved, 'name', 'the model')!r} would lose a soft tie: "
+                f"{penalty.notation()} is recorded on {name!r}, whose config is not part of what is saved. "
+                "Make the soft tie from the outermost object that is saved, or inside the constructor that makes "
+                "the layer."
+            )
+
+
+def refuse_to_forget(penalty: Any, root: Any, written: set[int]) -> None:
+    """Raises if a weight of a penalty will be another one when the file is read."""
+    for weight in penalty.weights:
+        if weight not in penalty.owned and not weight.uses and id(weight) not in written:
+            raise LostTie(
+                f"Saving {getattr(root, 'name', 'the model')!r} would lose a soft tie: {penalty.notation()} names "
+                f"{weight.name!r}, which the constructor of a layer of your own makes anew. Write the weight into that "
+                "layer's `get_config` with `keras.saving.serialize_keras_object`, or make the soft tie in the same "
+                "constructor."
+            )
 
 
 def lost_tie_message(slot: Any, root: Any) -> str:

@@ -60,14 +60,19 @@ def tie(layer: Any, weights: Mapping[str, Any] | None = None, /, **by_name: Any)
     return layer
 
 
-def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument]) -> None:
-    """Makes the ties that a config records."""
+def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Any]) -> None:
+    """Makes the ties and penalties that a config records."""
     if ties:
         _tie_all(layer, dict(ties), made_by_code=False)
     if takes:
         become_tied(layer)
         _state(layer).takes = list(takes)
         take_arguments(layer)
+    state = state_of(layer)
+    if penalties or (state is not None and state.penalties):
+        from tether.layers import penalizing
+
+        penalizing.replace(layer, penalties)
 
 
 def weight_of(layer: Any, name: str) -> Any:

@@ -163,6 +163,9 @@ class Tied:
                 layer.trainable = value
         for slot in state.slots if state is not None else ():
             slot.view.follow(value)
+        for penalty in state.penalties if state is not None else ():
+            if penalty.recorder() is self:
+                penalty.follow(value)
 
     def _get_own_losses(self) -> list[Any]:
         losses = super()._get_own_losses()  # type: ignore[misc]
@@ -179,6 +182,9 @@ class Tied:
             if pair not in counted:
                 counted.add(pair)
                 losses.append(use.regularizer(slot.view.value))
+        for penalty in state.penalties:
+            if penalty.recorder() is self and penalty.counts:
+                losses.append(penalty.value())
         return losses
 
     # ------------------------------------------------------------------ files
@@ -374,7 +380,7 @@ def revive(base: type, config: dict[str, Any]) -> Any:
     layer = base.from_config(config)  # type: ignore[attr-defined]
     if record is not None:
         read = read_record(record)
-        restore(layer, read.ties, read.takes)
+        restore(layer, read.ties, read.takes, read.penalties)
     return layer
 
 
@@ -437,6 +443,8 @@ def weights_below(layer: Any) -> list[Weight]:
         state = state_of(below)
         waiting = [] if state is None else [*state.pending.values(), *state.recorded]
         for weight in (w for tie in waiting for w in tie.expression.weights_used()):
+            found.setdefault(id(weight), weight)
+        for weight in (w for penalty in (state.penalties if state is not None else ()) for w in penalty.weights):
             found.setdefault(id(weight), weight)
         if isinstance(below, Weight):
             found.setdefault(id(below), below)

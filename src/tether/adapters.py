@@ -1,0 +1,436 @@
+"""Adapters as people manage them: named, several on one model, on or off, each in a small file of its own.
+
+An adapter adds a part to some of a model's weights: `base + strength · part`. The base is never written to,
+whatever is switched, merged or removed. What an adapter is can be read from the model's expressions alone,
+so a saved model keeps its adapters, and a file of one adapter holds nothing else.
+
+```python
+tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+model.compile(...); model.fit(...)
+tether.adapters.save(model, "french", "french.safetensors")      # kilobytes
+tether.adapters.set_strengths(model, {"french": 0.3, "german": 0.7})
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, received
+from tether.files.atomic import written_beside
+from tether.forms.form import AddedForm
+from tether.layers import paths
+from tether.layers.inherit import Named, changed, frozen_weights, named_weights, select, train_only
+from tether.layers.rollback import Rollback
+from tether.layers.tie import refuse_layer, tie, weight_of
+from tether.layers.tied import weights_below
+from tether.layers.untie import untie
+from tether.layers.view import View
+from tether.weights.codec import decode, encode
+from tether.weights.expression import Expression, live_weights
+from tether.weights.operators.adapted import Adapted
+from tether.weights.operators.gradient import StopGradient
+from tether.weights.weight import Weight
+
+__all__ = [
+    "activate", "add", "load", "merge", "names", "remove", "save", "set_strengths", "strengths", "unmerge",
+]  # fmt: skip
+
+VERSION = 1
+_FORMAT = "tether.adapter"
+_MERGED = "_tether_merged"
+_MAX_HEADER = 1 << 26
+
+
+# --------------------------------------------------------------------------- adding and removing
+
+
+def add(model: Any, name: str, changes: Mapping[str, Any], /, *, freeze: bool = True) -> Any:
+    """Adds a named adapter to weights of a model, in place. Its strength is 1.
+
+    What was frozen in the model stays frozen, and the adapter learns all the same. A compiled model has to be
+    compiled again before it trains on: the optimizer does not know the new weights.
+
+    Args:
+        model: A built Keras model or layer.
+        name: What the adapter is called: no name that another adapter of the model has.
+        changes: Forms by the weight's path or a pattern: `{"*/query/kernel": tether.low_rank(8)}`. A form that
+            is not a sum adds the difference that it makes.
+        freeze: Whether the weights that are adapted stop training.
+
+    Returns:
+        The model.
+
+    Raises:
+        TetherError: The name is taken, the model is merged, or a change is none.
+        UnknownName: A pattern fits no weight.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    ```
+    """
+    _check(model, "add")
+    _check_new_name(model, name)
+    _check_changes(changes)
+    found = named_weights(model)
+    chosen: dict[str, tuple[Named, Any]] = {}
+    for pattern, change in changes.items():
+        for weight in select(model, found, pattern):
+            if weight.path in chosen:
+                raise TetherError(f"Two changes are given for {weight.name!r}; one of them is {pattern!r}.")
+            chosen[weight.path] = (weight, change)
+    with Rollback(_touched(model)):
+        frozen = frozen_weights(found)
+        strength = Weight(np.ones((), "float32"), trainable=False, name=f"{name}.strength")
+        ties = {}
+        for weight, change in chosen.values():
+            expression = weight_of(model, weight.path)
+            base, parts = _taken_apart(expression)
+            still = base if isinstance(base, StopGradient) or not freeze else base.stop_gradient()
+            ties[weight.path] = _adapted(still, {**parts, name: (strength, _delta(change, still, weight.name))})
+        _retie(model, ties, found, frozen)
+    return model
+
+
+def remove(model: Any, name: str) -> Any:
+    """Takes an adapter off, in place. The bases stay frozen as they were under it.
+
+    Args:
+        model: The model.
+        name: The adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnknownName: The model has no adapter of this name.
+    """
+    _check(model, "remove")
+    _known(model, [name])
+    ties = {}
+    for path, adapted in _adapted_weights(model).items():
+        parts = {key: value for key, value in adapted.parts.items() if key != name}
+        if len(parts) < len(adapted.parts):
+            ties[path] = _adapted(adapted.base, parts)
+    with Rollback(_touched(model)):
+        tie(model, ties)
+    keras_seam.forget_compilation(model)
+    return model
+
+
+def _delta(change: Any, base: Expression, name: str) -> Expression:
+    if isinstance(change, AddedForm):
+        return change.delta(base)
+    return changed(change, base, name) - base
+
+
+def _taken_apart(expression: Expression) -> tuple[Expression, dict[str, tuple[Expression, Expression]]]:
+    return (expression.base, expression.parts) if isinstance(expression, Adapted) else (expression, {})
+
+
+def _adapted(base: Expression, parts: Mapping[str, tuple[Expression, Expression]]) -> Expression:
+    operands = [operand for pair in parts.values() for operand in pair]
+    return Adapted(base, *operands, names=tuple(parts)) if parts else base
+
+
+def _retie(model: Any, ties: Mapping[str, Expression], found: list[Named], frozen: set[str]) -> None:
+    """Ties, and lets what is in the ties learn in layers that were frozen, without what was frozen there."""
+    still = {path: weight_of(model, path).stop_gradient() for path in frozen if path not in ties}
+    if any(live_weights(expression) for expression in ties.values()):
+        tie(model, {**still, **ties})
+        train_only(model, found, {path for path, expression in ties.items() if live_weights(expression)}, frozen)
+    else:
+        tie(model, ties)
+    keras_seam.forget_compilation(model)
+
+
+# --------------------------------------------------------------------------- what there is
+
+
+def names(model: Any) -> list[str]:
+    """The names of a model's adapters, in the order in which they were added."""
+    return list(strengths(model))
+
+
+def strengths(model: Any) -> dict[str, float]:
+    """The present strength of each adapter."""
+    found: dict[str, float] = {}
+    for adapted in _adapted_weights(model).values():
+        for name, (strength, _) in adapted.parts.items():
+            found.setdefault(name, float(strength.numpy()))
+    return found
+
+
+def set_strengths(model: Any, wanted: Mapping[str, float], /) -> None:
+    """Sets how strongly adapters count: 1 is on, 0 is off, several make a weighted sum. Others stay as they are.
+
+    It is one assignment: nothing is compiled again.
+
+    Raises:
+        UnknownName: The model has no adapter of a name.
+        TetherError: A strength is not a finite number.
+    """
+    _known(model, wanted)
+    for name, value in wanted.items():
+        _check_strength(name, value)
+    for strength, name in _strength_weights(model):
+        if name in wanted:
+            strength.assign(np.asarray(wanted[name], strength.dtype))
+
+
+def activate(model: Any, *wanted: str) -> None:
+    """Turns adapters on (strength 1), and all others off; without names, all off.
+
+    Raises:
+        UnknownName: The model has no adapter of a name.
+    """
+    _known(model, wanted)
+    set_strengths(model, {name: float(name in wanted) for name in names(model)})
+
+
+def _strength_weights(model: Any) -> list[tuple[Weight, str]]:
+    found = {}
+    for adapted in _adapted_weights(model).values():
+        for name, (strength, _) in adapted.parts.items():
+            if isinstance(strength, Weight):
+                found[id(strength)] = (strength, name)
+    return list(found.values())
+
+
+def _adapted_weights(model: Any) -> dict[str, Adapted]:
+    """The expressions with adapters, by path."""
+    merged = getattr(model, _MERGED, None)
+    if merged:
+        return {path: expression for path, expression in merged.items() if isinstance(expression, Adapted)}
+    return {
+        weight.path: weight.variable.expression
+        for weight in named_weights(model)
+        if isinstance(weight.variable, View) and isinstance(weight.variable.expression, Adapted)
+    }
+
+
+def _known(model: Any, wanted: Iterable[str]) -> None:
+    unknown = [name for name in wanted if name not in names(model)]
+    if unknown:
+        raise UnknownName(f"{model.name!r} has no adapter {unknown[0]!r}. It has: {_listed(model)}.")
+
+
+def _listed(model: Any) -> str:
+    return ", ".join(names(model)) or "none"
+
+
+def _check(model: Any, function: str) -> None:
+    refuse_layer(f"adapters.{function}", model)
+    if not model.built:
+        raise TetherError(f"{model.name!r} is not built yet. Call it on data first, or `build` it.")
+    if getattr(model, _MERGED, None):
+        raise TetherError(f"The adapters of {model.name!r} are merged. Take them apart first: `unmerge(model)`.")
+
+
+def _check_new_name(model: Any, name: Any) -> None:
+    if not isinstance(name, str) or not name or name in names(model):
+        raise TetherError(f"An adapter has a name of its own; the model has: {_listed(model)}. {received(name=name)}")
+
+
+def _check_changes(changes: Any) -> None:
+    if not isinstance(changes, Mapping) or not changes:
+        raise TetherError(f"An adapter changes weights by name or pattern. {received(changes=changes)}")
+
+
+def _check_strength(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise TetherError(f"A strength is a finite number. {received(**{name: value})}")
+
+
+def _touched(model: Any) -> list[Any]:
+    found = [*keras_seam.contained_layers(model), *weights_below(model)]
+    return list({id(layer): layer for layer in found}.values())
+
+
+# --------------------------------------------------------------------------- merging
+
+
+def merge(model: Any) -> Any:
+    """Gives the weights with adapters plain variables of their present values, in place, until `unmerge`.
+
+    Nothing that is stored is written to, so merging and taking apart loses not a bit, however often. For a plain
+    copy of the whole model use `tether.materialize`.
+
+    Returns:
+        The model, which computes what it did, as fast as without adapters.
+    """
+    _check(model, "merge")
+    adapted = _adapted_weights(model)
+    if adapted:
+        with Rollback(_touched(model)):
+            untie(model, *adapted)
+            keras_seam.set_untracked(model, _MERGED, dict(adapted))
+        keras_seam.forget_compilation(model)
+    return model
+
+
+def unmerge(model: Any) -> Any:
+    """Makes the expressions again that `merge` replaced, in place.
+
+    Raises:
+        TetherError: The model is not merged.
+    """
+    merged = getattr(model, _MERGED, None)
+    if not merged:
+        raise TetherError(f"The adapters of {model.name!r} are not merged.")
+    with Rollback(_touched(model)):
+        tie(model, merged)
+        keras_seam.set_untracked(model, _MERGED, {})
+    keras_seam.forget_compilation(model)
+    return model
+
+
+# --------------------------------------------------------------------------- files
+
+
+def save(model: Any, name: str, path: str | os.PathLike[str]) -> None:
+    """Writes one adapter, and nothing of the base, to a safetensors file.
+
+    Args:
+        model: The model.
+        name: The adapter.
+        path: Where to, with the ending `.safetensors`. Written beside and renamed.
+
+    Raises:
+        UnknownName: The model has no adapter of this name.
+        TetherError: The path has another ending, or its folder does not exist.
+    """
+    from safetensors.numpy import save_file
+
+    target = pathlib.Path(path)
+    if target.suffix != ".safetensors" or not target.parent.is_dir():
+        raise TetherError(
+            "An adapter is saved in a file that ends in '.safetensors', in a folder that exists. "
+            f"{received(path=str(path))}"
+        )
+    _known(model, [name])
+    ties, bases, weights = {}, {}, {}
+    for place, adapted in _adapted_weights(model).items():
+        if name not in adapted.parts:
+            continue
+        _, part = adapted.parts[name]
+        of_base = {weight.uid for weight in adapted.base.weights_used()}
+        ties[place] = encode(part)
+        bases[place] = [weight.uid for weight in adapted.base.weights_used()]
+        weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})
+    header = {
+        "version": VERSION,
+        "name": name,
+        "strength": strengths(model)[name],
+        "ties": ties,
+        "bases": bases,
+        "weights": {uid: weight.get_config() for uid, weight in weights.items()},
+    }
+    tensors = {uid: _storable(weight) for uid, weight in weights.items()}
+    with written_beside(target) as beside:
+        save_file(tensors, beside, metadata={"format": _FORMAT, "adapter": json.dumps(header)})
+
+
+def _storable(weight: Weight) -> np.ndarray[Any, Any]:
+    """The value in a dtype that NumPy has: 16-bit floats are kept exactly as 32 bits."""
+    value = keras.ops.convert_to_numpy(keras_seam.raw_value(weight.variable))
+    return np.ascontiguousarray(value.astype("float32") if value.dtype.itemsize == 2 else value)
+
+
+def load(model: Any, path: str | os.PathLike[str], /, *, name: str | None = None, freeze: bool = True) -> Any:
+    """Adds the adapter of a file to a model, in place, at the strength that it was saved with.
+
+    Args:
+        model: A built model with weights of the same paths and shapes as the one that it was saved from.
+        path: The file.
+        name: What to call it here; the name in the file if left out.
+        freeze: As for `add`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidConfig: The file is damaged, or holds no adapter.
+        UnknownName: The model lacks a weight that the adapter changes.
+        ShapeMismatch: One of them has another shape.
+        TetherError: The name is taken.
+    """
+    _check(model, "load")
+    header, tensors = _read(path)
+    name = header["name"] if name is None else name
+    _check_new_name(model, name)
+    weights = _weights_of(header, tensors)
+    found = named_weights(model)
+    with Rollback(_touched(model)):
+        frozen = frozen_weights(found)
+        strength = Weight(np.array(header["strength"], "float32"), trainable=False, name=f"{name}.strength")
+        ties = {}
+        for place, steps in header["ties"].items():
+            if paths.locate(model, paths.split(place)).variable is None:
+                raise UnknownName(f"{model.name!r} has no weight {place!r}, which the adapter {name!r} changes.")
+            base, parts = _taken_apart(weight_of(model, place))
+            still = base if isinstance(base, StopGradient) or not freeze else base.stop_gradient()
+            uids, own = header["bases"].get(place, []), base.weights_used()
+            if not isinstance(uids, list) or len(uids) != len(own):
+                raise InvalidConfig(f"The adapter was made for another base of {place!r} than {base.notation()}.")
+            part = decode(steps, {**weights, **dict(zip(uids, own, strict=True))})
+            if part.shape != still.shape:
+                raise ShapeMismatch(f"The weight {place!r} has shape {still.shape}, the adapter's part {part.shape}.")
+            ties[place] = _adapted(still, {**parts, name: (strength, part)})
+        _retie(model, ties, found, frozen)
+    return model
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header and arrays of a file that a stranger may have written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            metadata = file.metadata() or {}
+            text = metadata.get("adapter", "")
+            if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
+                raise InvalidConfig(f"{path} holds no adapter of Tether's.")
+            header = json.loads(text)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise TetherError(f"There is no file {str(path)!r}.") from error
+    except (SafetensorError, json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{path} cannot be read as an adapter: {error}") from error
+    kinds = {"name": str, "strength": float, "ties": dict, "bases": dict, "weights": dict}
+    if (
+        not isinstance(header, dict)
+        or header.get("version") != VERSION
+        or not all(isinstance(header.get(key), kind) for key, kind in kinds.items())
+        or not header["ties"]
+        or not np.isfinite(header["strength"])
+    ):
+        raise InvalidConfig(f"{path} holds no adapter of version {VERSION}.")
+    return header, tensors
+
+
+def _weights_of(header: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Weight]:
+    from tether.weights.identity import sharing
+
+    if set(header["weights"]) != set(tensors):
+        raise InvalidConfig("The file's header names other weights than it holds.")
+    weights = {}
+    with sharing():
+        for uid, config in header["weights"].items():
+            if not isinstance(config, dict) or config.get("uid") != uid:
+                raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
+            weight = Weight.from_config(config)
+            if weight.shape != tuple(tensors[uid].shape):
+                raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
+            weight.assign(keras.ops.cast(tensors[uid], weight.dtype))
+            weights[uid] = weight
+    return weights

@@ -1,0 +1,67 @@
+"""DoRA: a low-rank sum, rescaled to trained lengths.
+
+    W' = m · (W + s · A B) / ‖W + s · A B‖,   one length m per output, started at ‖W‖;
+    the norm goes over the inputs and counts as a constant in the gradient
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), section 4.3 for the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tether.forms.form import Form, base_of, part, rows_and_columns, shape_of, start_value
+from tether.forms.low_rank import LowRank, low_rank
+from tether.forms.weight_norm import Magnitude, norms_of
+from tether.weights.expression import Expression
+
+__all__ = ["dora"]
+
+
+class Dora(Form):
+    """See `dora`."""
+
+    def __init__(self, direction: LowRank) -> None:
+        self.direction = direction
+
+    def __call__(self, base: Expression) -> Expression:
+        """`m · V / ‖V‖`, where V is the low-rank sum."""
+        base = base_of(self, base)
+        rows, _ = rows_and_columns(shape_of(self, base), self.direction.split)
+        direction = self.direction(base)
+        lengths = part(base, "magnitude", norms_of(start_value(direction), len(rows)))
+        return Magnitude(direction, lengths, rows=len(rows), detached=1)
+
+
+def dora(
+    rank: int,
+    *,
+    alpha: float | None = None,
+    rank_stabilized: bool = False,
+    start: Any = "zeros",
+    split: int | None = None,
+    seed: int | None = None,
+) -> Dora:
+    """A low-rank sum that is rescaled to a trained length per output (DoRA).
+
+    Its own weights are the two factors of `low_rank` and the lengths `m`, of the shape of the outputs, which
+    start at the norms of the sum: the result starts equal to the base, up to rounding.
+
+    Args:
+        rank: The inner size of the product.
+        alpha: The product's scale is `alpha / rank`; left out, it is 1.
+        rank_stabilized: Whether the scale is `alpha / √rank` instead.
+        start: Where the product starts; see `low_rank`.
+        split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
+        seed: Of the random start of the first factor.
+
+    Raises:
+        TetherError: A rank, alpha or start that makes no sense; at use, a base of fewer than two axes.
+
+    Example:
+    ```python
+    kernel = tether.weight_of(layer, "kernel")
+    tether.tie(layer, kernel=tether.forms.dora(8, alpha=16)(kernel.stop_gradient()))
+    ```
+    """
+    return Dora(low_rank(rank, alpha=alpha, rank_stabilized=rank_stabilized, start=start, split=split, seed=seed))

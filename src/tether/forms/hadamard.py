@@ -1,0 +1,58 @@
+"""LoHa: a sum of a base and an elementwise product of two low-rank matrices, whose rank can be their ranks' product.
+
+    W' = W + s · (A₁ B₁) ∘ (A₂ B₂),   Aᵢ: rows × r,  Bᵢ: r × columns,   s = alpha / r
+
+Hyeon-Woo et al. 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning"
+(arXiv:2108.06098).
+"""
+
+from __future__ import annotations
+
+import math
+
+from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of
+from tether.weights.expression import Expression
+
+__all__ = ["hadamard"]
+
+
+class Hadamard(AddedForm):
+    """See `hadamard`."""
+
+    def __init__(self, rank: int, alpha: float | None, split: int | None, seed: int | None) -> None:
+        self.rank, self.alpha, self.split, self.seed = as_rank(rank), as_alpha(alpha), split, seed
+
+    def delta(self, base: Expression) -> Expression:
+        """`s · (A₁ B₁) ∘ (A₂ B₂)`, in the base's shape."""
+        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        n, m = math.prod(rows), math.prod(columns)
+        a1 = part(base, "loha_a1", kaiming(self.seed, 0), (n, self.rank))
+        b1 = part(base, "loha_b1", kaiming(self.seed, 1), (self.rank, m))
+        a2 = part(base, "loha_a2", kaiming(self.seed, 2), (n, self.rank))
+        b2 = part(base, "loha_b2", "zeros", (self.rank, m))
+        product = (a1 @ b1) * (a2 @ b2)
+        if self.alpha is not None:
+            product = self.alpha / self.rank * product
+        return from_matrix(product, rows, columns)
+
+
+def hadamard(rank: int, *, alpha: float | None = None, split: int | None = None, seed: int | None = None) -> Hadamard:
+    """An elementwise product of two trained low-rank matrices, to be added to a weight (LoHa, FedPara).
+
+    It starts at zero, so the sum starts at the base.
+
+    Args:
+        rank: The inner size of both products; the sum can change by a matrix of rank `rank²`.
+        alpha: The scale is `alpha / rank`; left out, it is 1.
+        split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
+        seed: Of the random starts.
+
+    Raises:
+        TetherError: A rank or alpha that makes no sense; at use, a base of fewer than two axes.
+
+    Example:
+    ```python
+    child = tether.inherit(parent, kernel=lambda w: w.stop_gradient() + tether.forms.hadamard(4))
+    ```
+    """
+    return Hadamard(rank, alpha, split, seed)

@@ -1,0 +1,93 @@
+"""LoKr: a sum of a base and a Kronecker product of a small matrix and a matrix that may be low-rank.
+
+    W' = W + s · C ⊗ D,   C: rows₁ × columns₁,  D: rows₂ × columns₂ (or A B of rank r),
+    rows = rows₁ · rows₂,  columns = columns₁ · columns₂,   s = alpha / r
+
+Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation"
+(arXiv:2309.14859).
+"""
+
+from __future__ import annotations
+
+import math
+
+from tether import ops
+from tether.errors import TetherError, received
+from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of
+from tether.weights.expression import Expression
+
+__all__ = ["kronecker"]
+
+
+class Kronecker(AddedForm):
+    """See `kronecker`."""
+
+    def __init__(
+        self, rank: int | None, alpha: float | None, factor: int | None, split: int | None, seed: int | None
+    ) -> None:
+        self.rank = None if rank is None else as_rank(rank)
+        self.factor = None if factor is None else as_rank(factor, "factor")
+        self.alpha, self.split, self.seed = as_alpha(alpha), split, seed
+        if self.alpha is not None and self.rank is None:
+            raise TetherError(
+                f"The scale is alpha / rank, and no rank is given: multiply instead, as in `w + 0.5 * kronecker()`. "
+                f"{received(alpha=alpha)}"
+            )
+
+    def delta(self, base: Expression) -> Expression:
+        """`s · C ⊗ D`, in the base's shape."""
+        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        n, m = math.prod(rows), math.prod(columns)
+        (n1, n2), (m1, m2) = _divided(n, self.factor), _divided(m, self.factor)
+        small = part(base, "lokr_c", "zeros", (n1, m1))
+        large: Expression
+        if self.rank is None or 2 * self.rank >= max(n2, m2):
+            large = part(base, "lokr_d", kaiming(self.seed), (n2, m2))
+        else:
+            a = part(base, "lokr_a", kaiming(self.seed, 0), (n2, self.rank))
+            large = a @ part(base, "lokr_b", kaiming(self.seed, 1), (self.rank, m2))
+        product = ops.einsum("ab,cd->acbd", small, large).reshape(n, m)
+        if self.alpha is not None and self.rank is not None:
+            product = self.alpha / self.rank * product
+        return from_matrix(product, rows, columns)
+
+
+def _divided(size: int, factor: int | None) -> tuple[int, int]:
+    """A size as a product of a smaller and a larger number: as near to each other as they get, or with a factor."""
+    if factor is not None and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    most = min(math.isqrt(size), factor or size)
+    small = next(n for n in range(most, 0, -1) if size % n == 0)
+    return small, size // small
+
+
+def kronecker(
+    rank: int | None = None,
+    *,
+    alpha: float | None = None,
+    factor: int | None = None,
+    split: int | None = None,
+    seed: int | None = None,
+) -> Kronecker:
+    """A Kronecker product of two trained matrices, to be added to a weight (LoKr).
+
+    It starts at zero, so the sum starts at the base.
+
+    Args:
+        rank: The rank of the larger matrix, which is then a product; left out, or at least half its longer side,
+            it is one matrix.
+        alpha: The scale is `alpha / rank`; left out, it is 1.
+        factor: The size of the smaller matrix on the axes that it divides, and at most its size on others; left
+            out, both matrices are as near to each other's size as they get.
+        split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
+        seed: Of the random starts.
+
+    Raises:
+        TetherError: A number that makes no sense; at use, a base of fewer than two axes.
+
+    Example:
+    ```python
+    child = tether.inherit(parent, kernel=lambda w: w.stop_gradient() + tether.forms.kronecker(4, factor=8))
+    ```
+    """
+    return Kronecker(rank, alpha, factor, split, seed)

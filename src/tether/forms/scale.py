@@ -1,0 +1,71 @@
+"""IA3: a weight's outputs (or inputs), each multiplied by a trained number.
+
+    W' = W · s,   s started at one
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
+(arXiv:2205.05638).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tether.errors import ShapeMismatch, TetherError, received
+from tether.forms.form import ScalingForm, part, shape_of
+from tether.weights.checks import as_int, as_ints
+from tether.weights.expression import Expression
+
+__all__ = ["scale"]
+
+
+class Scale(ScalingForm):
+    """See `scale`."""
+
+    def __init__(self, axis: Any) -> None:
+        if axis is None:
+            self.axis: tuple[int, ...] = ()
+        else:
+            self.axis = as_ints(axis, "`axis`") if isinstance(axis, (list, tuple)) else (as_int(axis, "`axis`"),)
+
+    def factor(self, base: Expression) -> Expression:
+        """One number for each entry of the axes."""
+        shape = shape_of(self, base)
+        if any(not -len(shape) <= axis < len(shape) for axis in self.axis):
+            raise ShapeMismatch(
+                f"{base.notation()} has shape {shape}, so an axis is {-len(shape)} to {len(shape) - 1}. "
+                f"{received(axis=self.axis)}"
+            )
+        axes = sorted(axis % len(shape) for axis in self.axis)
+        if len(set(axes)) != len(axes):
+            raise TetherError(f"`axis` names each axis once. {received(axis=self.axis)}")
+        kept = shape[axes[0] :] if axes else ()
+        first = len(shape) - len(kept)
+        sizes = [size if first + place in axes else 1 for place, size in enumerate(kept)]
+        return part(base, "scale", np.ones(sizes))
+
+
+def scale(axis: int | tuple[int, ...] | None = -1) -> Scale:
+    """A trained factor for each entry of an axis, to multiply a weight with (IA3). It starts at one.
+
+    For the exact IA3 of a layer's outputs its bias takes the same vector, which is plain arithmetic:
+
+    ```python
+    s = tether.Weight((64,), "ones", name="ia3")
+    tether.tie(layer, kernel=kernel.stop_gradient() * s, bias=bias.stop_gradient() * s)
+    ```
+
+    Args:
+        axis: The axis or axes that have factors: -1 for a kernel's outputs, 0 for the inputs of a Dense kernel
+            (IA3 of a feed-forward layer), a tuple for one factor for each combination, None for a single number.
+
+    Raises:
+        TetherError: At use, an axis that the base does not have.
+
+    Example:
+    ```python
+    layer = tether.tie(keras.layers.Dense(64), kernel=base.stop_gradient() * tether.forms.scale())
+    ```
+    """
+    return Scale(axis)

@@ -1,0 +1,89 @@
+"""VeRA: a low-rank sum whose thin matrices are random, frozen and shared; only two vectors are trained.
+
+    W' = W + (A · d) @ (B · b),   A: rows × r and B: r × columns random, d: r started at 0.1, b: columns at zero
+
+Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation" (arXiv:2310.11454).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether.errors import ShapeMismatch, received
+from tether.forms.form import AddedForm, as_rank, from_matrix, part, rows_and_columns, shape_of
+from tether.weights.checks import as_ints
+from tether.weights.expression import Expression
+from tether.weights.weight import Weight
+
+__all__ = ["vera"]
+
+
+class Vera(AddedForm):
+    """See `vera`."""
+
+    def __init__(self, rank: int, size: Any, split: int | None, seed: int | None) -> None:
+        self.rank, self.split, self.seed = as_rank(rank), split, seed
+        self.size = None if size is None else as_ints(size, "`size`")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ShapeMismatch(f"`size` is (rows, columns) of the largest weight. {received(size=size)}")
+        self._bases: tuple[Weight, Weight] | None = None
+
+    def delta(self, base: Expression) -> Expression:
+        """`(A · d) @ (B · b)`, in the base's shape."""
+        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        n, m = math.prod(rows), math.prod(columns)
+        a, b = self._slices(base, n, m)
+        inner = part(base, "vera_d", np.full(self.rank, 0.1))
+        outer = part(base, "vera_b", np.zeros(m))
+        return from_matrix((a * inner) @ (b * outer), rows, columns)
+
+    def _slices(self, base: Expression, rows: int, columns: int) -> tuple[Expression, Expression]:
+        """The part of the shared bases that a weight of this size uses; the first weight makes them."""
+        n, m = self.size or (rows, columns)
+        if rows > n or columns > m:
+            raise ShapeMismatch(
+                f"This vera form shares frozen bases for {n} rows and {m} columns, and {base.notation()} is larger. "
+                f"Give the form the largest size before its first use: `tether.forms.vera({self.rank}, "
+                f"size=({max(n, rows)}, {max(m, columns)}))`. {received(rows=rows, columns=columns)}"
+            )
+        if self._bases is None:
+            self.size = (n, m)
+            start = [keras.initializers.HeUniform(None if self.seed is None else self.seed + k) for k in (0, 1)]
+            dtype = part(base, "dtype", np.zeros(())).dtype
+            self._bases = (
+                Weight((n, self.rank), start[0], dtype=dtype, trainable=False, name="vera_bases.a"),
+                Weight((self.rank, m), start[1], dtype=dtype, trainable=False, name="vera_bases.b"),
+            )
+        a, b = self._bases
+        return (a if rows == n else a[:rows]), (b if columns == m else b[:, :columns])
+
+
+def vera(rank: int, *, size: Any = None, split: int | None = None, seed: int | None = None) -> Vera:
+    """Two trained vectors between frozen random matrices that all weights share, added to a weight (VeRA).
+
+    Unlike other forms, one object is one family: the first weight that it is applied to makes the frozen bases A
+    and B, and all others use the same two (a smaller one their first rows and columns). The vectors d, of shape
+    `(rank,)`, and b, of shape `(columns,)`, are each weight's own. The sum starts equal to the base.
+
+    Args:
+        rank: The inner size of the product; it costs nothing but the bases, so it is usually large.
+        size: `(rows, columns)` of the largest weight that will share the bases; left out, that of the first.
+        split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
+        seed: Of the random bases.
+
+    Raises:
+        TetherError: A rank or size that makes no sense; at use, a base of fewer than two axes, or one that is
+            larger than the shared bases.
+
+    Example:
+    ```python
+    small = tether.forms.vera(64, size=(512, 512))
+    for layer in layers:
+        tether.tie(layer, kernel=tether.weight_of(layer, "kernel").stop_gradient() + small)
+    ```
+    """
+    return Vera(rank, size, split, seed)

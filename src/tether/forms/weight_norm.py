@@ -1,0 +1,101 @@
+"""Weight normalisation: a kernel's length and direction as two weights.
+
+    W' = g · V / ‖V‖,   one length per output: the norm goes over all axes but the last
+
+Salimans and Kingma 2016, "Weight Normalization: A Simple Reparameterization to Accelerate Training of Deep
+Neural Networks" (arXiv:1602.07868).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether.errors import ShapeMismatch, received
+from tether.forms.form import Float32Node, Form, as_array, base_of, part, rows_and_columns, shape_of, start_value
+from tether.weights.checks import as_int
+from tether.weights.expression import Expression, Shape, Tensor, Term
+from tether.weights.operators.registry import register
+
+__all__ = ["weight_norm"]
+
+TINY = 1e-30
+"""The least squared norm: an output whose weights are all zero has the direction zero, and a finite gradient."""
+
+
+@register
+class Magnitude(Float32Node):
+    """`g * v / ‖v‖`, the norm over the leading axes; if detached, the norm counts as a constant in the gradient."""
+
+    name, arity, accepts = "magnitude", 2, ("rows", "detached")
+    __slots__ = ()
+
+    @classmethod
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """How many leading axes the norm goes over, and 1 for a detached norm."""
+        return {"rows": as_int(given.get("rows"), "rows"), "detached": as_int(given.get("detached", 0), "detached")}
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the direction, if there is one length for each of its outputs."""
+        (v, g), rows = shapes, self.parameters["rows"]
+        if not 0 < rows < len(v) or g != v[rows:]:
+            raise ShapeMismatch(
+                f"A magnitude has one length for each output: norms over {rows} leading axes of {v} need lengths of "
+                f"shape {v[max(rows, 0) :]}. {received(shape=g)}"
+            )
+        return v
+
+    def compute_wide(self, *values: Tensor) -> Tensor:
+        """The directions, scaled."""
+        v, g = values
+        axes = tuple(range(self.parameters["rows"]))
+        norms = keras.ops.sqrt(keras.ops.maximum(keras.ops.sum(keras.ops.square(v), axis=axes), TINY))
+        if self.parameters["detached"]:
+            norms = keras.ops.stop_gradient(norms)
+        return keras.ops.multiply(v, keras.ops.divide(g, norms))
+
+    def format(self, *terms: Term) -> Term:
+        """`magnitude(g, v)`: the length, then what has the direction."""
+        return Term(f"magnitude({terms[1].text}, {terms[0].text})")
+
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The value itself has the direction, its norms are the lengths."""
+        array = as_array(value)
+        return [self.start(array, 0), self.start(norms_of(array, self.parameters["rows"]), 1)]
+
+
+def norms_of(array: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+    """Euclidean norms over the leading axes."""
+    return np.asarray(np.sqrt(np.sum(np.square(array), axis=tuple(range(rows)))))
+
+
+class WeightNorm(Form):
+    """See `weight_norm`."""
+
+    def __call__(self, base: Expression) -> Expression:
+        """`g · V / ‖V‖`, where V is the base."""
+        base = base_of(self, base)
+        shape = shape_of(self, base)
+        rows = len(rows_and_columns(shape, len(shape) - 1)[0])
+        return Magnitude(base, part(base, "g", norms_of(start_value(base), rows)), rows=rows, detached=0)
+
+
+def weight_norm() -> WeightNorm:
+    """A weight's length per output trained apart from its direction.
+
+    The base itself is what is stored as the direction V, of shape `(..., outputs)`; the lengths g, of shape
+    `(outputs,)`, are the form's own and start at the base's norms, so the result starts equal to the base. It can
+    be assigned, as can PyTorch's: V takes the value and g its norms.
+
+    Raises:
+        TetherError: At use, a base of fewer than two axes, or of no known shape.
+
+    Example:
+    ```python
+    kernel = tether.Weight((784, 64), name="kernel")
+    layer = tether.tie(keras.layers.Dense(64), kernel=tether.forms.weight_norm()(kernel))
+    ```
+    """
+    return WeightNorm()

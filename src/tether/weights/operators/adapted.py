@@ -1,0 +1,76 @@
+"""A base and named parts that are added to it, each with a strength that can be changed at any time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether.errors import InvalidConfig, received
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term
+from tether.weights.operators.arithmetic import SUM, result_type
+from tether.weights.operators.registry import register
+
+
+@register
+class Adapted(Node):
+    """`base + strength · part + ...`: the operands are the base, then a strength and a part for each name."""
+
+    name, arity, accepts = "adapted", None, ("names",)
+
+    @classmethod
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The parts' names: strings, each another one."""
+        names = given.get("names")
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+            raise InvalidConfig(f"The parts that are added have names. {received(names=names)}")
+        if len(set(names)) != len(names):
+            raise InvalidConfig(f"Each part has another name. {received(names=names)}")
+        return {"names": tuple(names)}
+
+    @property
+    def base(self) -> Expression:
+        """What the parts are added to."""
+        return self.operands[0]
+
+    @property
+    def parts(self) -> dict[str, tuple[Expression, Expression]]:
+        """Strength and part of each name."""
+        return dict(
+            zip(self.parameters["names"], zip(self.operands[1::2], self.operands[2::2], strict=True), strict=True)
+        )
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the base; strengths are numbers, and parts must not make it larger."""
+        if len(shapes) != 1 + 2 * len(self.parameters["names"]):
+            raise InvalidConfig(
+                f"Each named part has a strength. {received(names=self.parameters['names'], n=len(shapes))}"
+            )
+        if any(shape != () for shape in shapes[1::2]):
+            raise InvalidConfig(f"A strength has the shape (). {received(shapes=shapes[1::2])}")
+        if np.broadcast_shapes(shapes[0], *shapes[2::2]) != shapes[0]:
+            raise InvalidConfig(f"A part has the base's shape {shapes[0]}. {received(shapes=shapes[2::2])}")
+        return shapes[0]
+
+    def infer_dtype(self, *dtypes: str) -> str | None:
+        """Keras's promotion of the base and the parts."""
+        kept = (dtypes[0], *dtypes[2::2])
+        return kept[0] if len(set(kept)) == 1 else result_type(*kept)
+
+    def compute(self, *values: Tensor) -> Tensor:
+        """The sum."""
+        total = values[0]
+        for strength, part in zip(values[1::2], values[2::2], strict=True):
+            total = keras.ops.add(total, keras.ops.multiply(keras.ops.cast(strength, part.dtype), part))
+        return total
+
+    def format(self, *terms: Term) -> Term:
+        """`base + french.strength * (a @ b)`."""
+        pairs = zip(terms[1::2], terms[2::2], strict=True)
+        texts = [f"{strength.inside(100)} * {part.inside(100)}" for strength, part in pairs]
+        return Term(" + ".join([terms[0].inside(SUM), *texts]), SUM)
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        """The base has the shape of the sum."""
+        return shape if all(operand.shape is not None for operand in self.operands[1:]) else None

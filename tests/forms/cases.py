@@ -1,0 +1,283 @@
+"""Every form of a weight with the facts that hold for it, for the tests that all of them must pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+import tether
+from tether import forms
+
+ROWS, COLUMNS = 6, 4
+MASK = np.array([[1, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1], [0, 1, 0, 1]], dtype=bool)
+
+
+@dataclass
+class Case:
+    """A form, and what is true of it."""
+
+    make: Callable[[], Any]
+    value: Callable[..., Any]
+    """The value in NumPy: of the base and the form's own weights by the last part of their names."""
+    notation: str
+    trains: frozenset[str] = frozenset()
+    """Its own weights that train."""
+    holds: frozenset[str] = frozenset()
+    """Its own weights that do not."""
+    starts_equal: bool = True
+    reparametrizes: bool = False
+    """Whether the base is what trains, and is not frozen as a parent would be."""
+    shape: tuple[int, int] = (ROWS, COLUMNS)
+    good: Callable[..., Any] | None = None
+    """A value that can be assigned, from a generator; `None` where there is no inverse."""
+    bad: Callable[..., Any] | None = None
+    """A value of the right shape that cannot."""
+    any_axes: bool = True
+    """Whether weights of more axes can have it."""
+    own: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Values for own weights that are not any numbers."""
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def norms(w):
+    return np.sqrt((w**2).sum(axis=0))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def mirrored(x):
+    return np.triu(x) + np.triu(x, 1).T
+
+
+def reflections(x):
+    """The product of Householder reflections, one after another, as their definition has it."""
+    if x.shape[0] < x.shape[1]:
+        return reflections(x.T).T
+    n, k = x.shape
+    q = np.eye(n)
+    for i in range(k):
+        y = np.zeros(n)
+        y[i], y[i + 1 :] = 1, x[i + 1 :, i]
+        q = q @ (np.eye(n) - 2 * np.outer(y, y) / (y @ y))
+    return q[:, :k] * np.where(np.diagonal(x) < 0, -1, 1)
+
+
+def cayley(x, before):
+    """The Cayley map by its definition."""
+    if x.shape[0] < x.shape[1]:
+        return cayley(x.T, before).T
+    n, k = x.shape
+    lower = np.zeros((n, n))
+    lower[:, :k] = np.tril(x)
+    a = lower - lower.T
+    return before @ np.linalg.inv(np.eye(n) - a / 2) @ (np.eye(n) + a / 2)[:, :k]
+
+
+def orthogonal_value(rng, shape):
+    q = np.linalg.qr(rng.normal(size=(max(shape), min(shape))))[0]
+    return q.T if shape[0] < shape[1] else q
+
+
+def any_value(rng, shape):
+    return rng.normal(size=shape)
+
+
+LORA = frozenset({"lora_a", "lora_b"})
+
+CASES = {
+    "low_rank": Case(
+        lambda: forms.low_rank(2, alpha=4, seed=1),
+        lambda w, lora_a, lora_b: w + 2 * lora_a @ lora_b,
+        "w.stop_gradient() + 2.0 * (w.lora_a @ w.lora_b)",
+        LORA,
+    ),
+    "low_rank, pissa": Case(
+        lambda: forms.low_rank(2, start="pissa"),
+        lambda w, lora_a, lora_b, pissa_a, pissa_b: w + lora_a @ lora_b - pissa_a @ pissa_b,
+        "w.stop_gradient() + w.lora_a @ w.lora_b - w.pissa_a @ w.pissa_b",
+        LORA,
+        frozenset({"pissa_a", "pissa_b"}),
+    ),
+    "dora": Case(
+        lambda: forms.dora(2, seed=1),
+        lambda w, lora_a, lora_b, magnitude: magnitude * (w + lora_a @ lora_b) / norms(w + lora_a @ lora_b),
+        "magnitude(w.magnitude, w.stop_gradient() + w.lora_a @ w.lora_b)",
+        LORA | {"magnitude"},
+    ),
+    "vera": Case(
+        lambda: forms.vera(3, seed=1),
+        lambda w, vera_d, vera_b, a, b: w + (a * vera_d) @ (b * vera_b),
+        "w.stop_gradient() + (vera_bases.a * w.vera_d) @ (vera_bases.b * w.vera_b)",
+        frozenset({"vera_d", "vera_b"}),
+        frozenset({"a", "b"}),
+    ),
+    "vera, size": Case(
+        lambda: forms.vera(3, size=(9, 7), seed=1),
+        lambda w, vera_d, vera_b, a, b: w + (a[: len(w)] * vera_d) @ (b[:, : w.shape[1]] * vera_b),
+        "w.stop_gradient() + (vera_bases.a[:6] * w.vera_d) @ (vera_bases.b[:, :4] * w.vera_b)",
+        frozenset({"vera_d", "vera_b"}),
+        frozenset({"a", "b"}),
+        any_axes=False,
+    ),
+    "scale": Case(
+        lambda: forms.scale(), lambda w, scale: w * scale, "w.stop_gradient() * w.scale", frozenset({"scale"})
+    ),
+    "scale, inputs": Case(
+        lambda: forms.scale(axis=0), lambda w, scale: w * scale, "w.stop_gradient() * w.scale", frozenset({"scale"})
+    ),
+    "gate": Case(
+        lambda: forms.gate(start=0.75),
+        lambda w, gate, own: sigmoid(gate) * w + (1 - sigmoid(gate)) * own,
+        "w.stop_gradient() + sigmoid(-w.gate) * (w.own - w.stop_gradient())",
+        frozenset({"gate", "own"}),
+    ),
+    "gate, output": Case(
+        lambda: forms.gate(per="output"),
+        lambda w, gate, own: sigmoid(gate) * w + (1 - sigmoid(gate)) * own,
+        "w.stop_gradient() + sigmoid(-w.gate) * (w.own - w.stop_gradient())",
+        frozenset({"gate", "own"}),
+    ),
+    "masked": Case(
+        lambda: forms.masked(MASK),
+        lambda w: np.where(MASK, w, 0),
+        "where(array[6, 4], w, 0.0)",
+        starts_equal=False,
+        reparametrizes=True,
+        any_axes=False,
+    ),
+    "masked, parent": Case(
+        lambda: forms.masked(MASK, outside="parent"),
+        lambda w, own: np.where(MASK, own, w),
+        "where(array[6, 4], w.own, w.stop_gradient())",
+        frozenset({"own"}),
+        any_axes=False,
+    ),
+    "hadamard": Case(
+        lambda: forms.hadamard(2, alpha=4, seed=1),
+        lambda w, loha_a1, loha_b1, loha_a2, loha_b2: w + 2 * (loha_a1 @ loha_b1) * (loha_a2 @ loha_b2),
+        "w.stop_gradient() + 2.0 * w.loha_a1 @ w.loha_b1 * (w.loha_a2 @ w.loha_b2)",
+        frozenset({"loha_a1", "loha_b1", "loha_a2", "loha_b2"}),
+    ),
+    "kronecker": Case(
+        lambda: forms.kronecker(seed=1),
+        lambda w, lokr_c, lokr_d: w + np.kron(lokr_c, lokr_d),
+        "w.stop_gradient() + einsum('ab,cd->acbd', w.lokr_c, w.lokr_d).reshape(6, 4)",
+        frozenset({"lokr_c", "lokr_d"}),
+    ),
+    "kronecker, rank": Case(
+        lambda: forms.kronecker(1, alpha=2, seed=1),
+        lambda w, lokr_c, lokr_a, lokr_b: w + 2 * np.kron(lokr_c, lokr_a @ lokr_b),
+        "w.stop_gradient() + 2.0 * einsum('ab,cd->acbd', w.lokr_c, w.lokr_a @ w.lokr_b).reshape(6, 4)",
+        frozenset({"lokr_c", "lokr_a", "lokr_b"}),
+    ),
+    "weight_norm": Case(
+        forms.weight_norm,
+        lambda w, g: g * w / norms(w),
+        "magnitude(w.g, w)",
+        frozenset({"g"}),
+        reparametrizes=True,
+        good=any_value,
+    ),
+    "spectral_norm": Case(
+        lambda: forms.spectral_norm(seed=1),
+        lambda w, u, v: w / (v @ w @ u),
+        "spectral_norm(w)",
+        holds=frozenset({"u", "v"}),
+        starts_equal=False,
+        reparametrizes=True,
+        good=lambda rng, shape: (lambda w: w / np.linalg.norm(w, 2))(rng.normal(size=shape)),
+        bad=lambda rng, shape: 3 * np.ones(shape),
+    ),
+    "orthogonal": Case(
+        forms.orthogonal,
+        reflections,
+        "householder(w)",
+        starts_equal=False,
+        reparametrizes=True,
+        good=orthogonal_value,
+        bad=lambda rng, shape: np.ones(shape),
+    ),
+    "orthogonal, wide": Case(
+        forms.orthogonal,
+        reflections,
+        "householder(w)",
+        starts_equal=False,
+        reparametrizes=True,
+        shape=(4, 6),
+        good=orthogonal_value,
+        bad=lambda rng, shape: np.zeros(shape),
+    ),
+    "orthogonal, cayley": Case(
+        lambda: forms.orthogonal("cayley"),
+        cayley,
+        "cayley(w, w.before)",
+        holds=frozenset({"before"}),
+        starts_equal=False,
+        reparametrizes=True,
+        good=orthogonal_value,
+        bad=lambda rng, shape: np.ones(shape),
+        own={"before": lambda rng: orthogonal_value(rng, (6, 6))},
+    ),
+    "orthogonal, cayley, wide": Case(
+        lambda: forms.orthogonal("cayley"),
+        cayley,
+        "cayley(w, w.before)",
+        holds=frozenset({"before"}),
+        starts_equal=False,
+        reparametrizes=True,
+        shape=(4, 6),
+        good=orthogonal_value,
+        bad=lambda rng, shape: np.full(shape, np.nan),
+        own={"before": lambda rng: orthogonal_value(rng, (6, 6))},
+    ),
+    "symmetric": Case(
+        forms.symmetric,
+        mirrored,
+        "symmetric(w)",
+        starts_equal=False,
+        reparametrizes=True,
+        shape=(5, 5),
+        good=lambda rng, shape: mirrored(rng.normal(size=shape)),
+        bad=lambda rng, shape: np.arange(25.0).reshape(5, 5),
+        any_axes=False,
+    ),
+    "positive": Case(
+        forms.positive,
+        softplus,
+        "softplus(w)",
+        starts_equal=False,
+        reparametrizes=True,
+        good=lambda rng, shape: np.exp(3 * rng.normal(size=shape)),
+        bad=lambda rng, shape: np.zeros(shape),
+    ),
+}
+
+
+def base_weight(shape, seed=3):
+    return tether.Weight(np.random.default_rng(seed).normal(size=shape).astype("float32"), name="w")
+
+
+def expression_of(name, base=None):
+    """The case's expression: over a frozen base, unless the base is what the form trains."""
+    case = CASES[name]
+    base = base_weight(case.shape) if base is None else base
+    return base, case.make()(base if case.reparametrizes else base.stop_gradient())
+
+
+def own_weights(expression, base):
+    """What the form has brought, by the last part of the names."""
+    return {weight.name.rpartition(".")[2]: weight for weight in expression.weights_used() if weight is not base}
+
+
+def model_of(name, **dense):
+    """A model of one Dense layer whose kernel has the form."""
+    base, kernel = expression_of(name)
+    layer = tether.tie(keras.layers.Dense(kernel.shape[1], **dense), kernel=kernel)
+    return keras.Sequential([keras.Input((kernel.shape[0],)), layer]), base, kernel
