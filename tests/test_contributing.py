@@ -16,7 +16,7 @@ def walk():
     """The names that the blocks define. The operator is forgotten afterwards: it is not part of Tether."""
     known = set(OPERATORS)
     namespace = {"__name__": "walk_through"}
-    operator, function, test = python_blocks(NAME)
+    operator, function, test, *_ = python_blocks(NAME)
     run(NAME, operator[1], operator[0], namespace)
     structure.roll = namespace["roll"]
     public = dict(vars(tether.ops))
@@ -62,3 +62,16 @@ def test_a_layer_starts_and_computes_through_it(walk):
     np.testing.assert_allclose(y, np.roll(w.numpy(), 1, axis=1), rtol=1e-6)
     with pytest.raises(NotInvertible):
         (walk["public_roll"](w, 1) @ w.T).assign(np.ones((2, 2)))
+
+
+def test_the_form_that_it_walks_through_passes_its_own_test():
+    form, test = python_blocks(NAME)[3:]
+    namespace = {"__name__": "walk_through_a_form"}
+    for line, code in (form, test):
+        run(NAME, code, line, namespace)
+    namespace["test_singular_values"]()
+    assert namespace["__all__"] == ["singular_values"]
+    kernel = tether.Weight(np.random.default_rng(0).normal(size=(3, 2, 4)).astype("float32"), name="kernel")
+    np.testing.assert_allclose(namespace["singular_values"]()(kernel).numpy(), kernel.numpy(), atol=1e-6)
+    with pytest.raises(TetherError, match="two or more axes"):
+        kernel[0, 0] + namespace["singular_values"]()

@@ -7,7 +7,7 @@ import pytest
 from tests.documents import ROOT, python_blocks, run
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/semantics.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/semantics.md", "docs/inheriting.md"])
 def test_the_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(name)
@@ -17,7 +17,7 @@ def test_the_python_blocks_run(name, tmp_path, monkeypatch):
         run(name, code, line, namespace)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/design.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/inheriting.md", "docs/design.md"])
 def test_links_to_files_lead_somewhere(name):
     file = ROOT / name
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8"))

@@ -1167,3 +1167,17 @@ def test_a_materialized_copy_of_a_tied_layer_is_a_plain_extended_one(rng):
     x = rng.normal(size=(2, 4)).astype("float32")
     assert [type(layer) for layer in plain.layers] == [Scaled, Scaled] and len(plain.weights) == 6
     assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize(("base", "attribute"), [(keras.layers.Dense, "kernel"), (keras.layers.LayerNormalization, "scale")])
+def test_an_attribute_that_a_weight_must_not_take_is_refused_for_a_tied_one_too(base, attribute):
+    @tether.extend
+    class Child(base):
+        def build(self, input_shape):
+            super().build(input_shape)
+            setattr(self, attribute, self.add_weight(name="mine", shape=(2,)))
+
+    child = Child(3) if base is keras.layers.Dense else Child()
+    tether.tie(child, mine=tether.Weight(np.zeros(2, "float32"), name="shared"))
+    with pytest.raises(tether.TetherError, match=attribute):
+        child.build((None, 4))

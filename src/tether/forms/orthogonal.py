@@ -93,7 +93,7 @@ class Householder(_Orthogonal):
         half = keras.ops.add(keras.ops.triu(gram, 1), keras.ops.multiply(0.5 * square, gram))
         solved = keras.ops.solve_triangular(half, keras.ops.transpose(y[:k]), lower=False)
         q = keras.ops.subtract(eye, keras.ops.matmul(y, solved))
-        diagonal = keras.ops.stop_gradient(keras.ops.sum(keras.ops.multiply(square, x[:k]), axis=0))
+        diagonal = keras.ops.sum(keras.ops.multiply(square, x[:k]), axis=0)  # only its signs count: no gradient
         return keras.ops.multiply(q, keras.ops.where(diagonal < 0, -1.0, 1.0))
 
     def operand_shape(self, shape: Shape) -> Shape | None:
@@ -135,7 +135,7 @@ class Cayley(_Orthogonal):
         half = keras.ops.multiply(0.5, keras.ops.subtract(lower, keras.ops.transpose(lower)))
         eye = keras.ops.eye(n, dtype=x.dtype)
         q = keras.ops.solve(keras.ops.subtract(eye, half), keras.ops.add(eye, half)[:, :k])
-        return keras.ops.matmul(keras.ops.stop_gradient(rest[0]), q)
+        return keras.ops.matmul(rest[0], q)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """Zero, after a fixed matrix that begins with the value and is completed by a QR decomposition."""

@@ -84,9 +84,8 @@ class SpectralNorm(Float32Node, StatefulNode):
         return keras.ops.divide(vector, keras.ops.maximum(norm, self.parameters["epsilon"]))
 
     def compute_wide(self, *values: Tensor) -> Tensor:
-        """The matrix divided by `vᵀ W u`, in whose gradient the vectors are constants."""
+        """The matrix divided by `vᵀ W u`, in whose gradient the vectors, which do not train, are constants."""
         matrix, u, v = values
-        u, v = keras.ops.stop_gradient(u), keras.ops.stop_gradient(v)
         return keras.ops.divide(matrix, keras.ops.sum(keras.ops.multiply(v, keras.ops.matmul(matrix, u))))
 
     def format(self, *terms: Term) -> Term:

@@ -119,15 +119,20 @@ class Extended:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, keras.Variable):
-            author = _author(self)
-            _refuse_property(self, name, value)
-            _refuse_attribute(self, author, name, value)
+            author = self.check_attribute(name, value)
             super().__setattr__(name, value)
             _note(self, author, value)
             return
         if keras.ops.is_tensor(value):
             _refuse_property(self, name, value)
         super().__setattr__(name, value)
+
+    def check_attribute(self, name: str, value: Any) -> Any:
+        """Refuses an attribute that a weight must not take, a view of a tied one as any other; gives who sets it."""
+        author = _author(self)
+        _refuse_property(self, name, value)
+        _refuse_attribute(self, author, name, value)
+        return author
 
     def save_own_variables(self, store: Any) -> None:
         """Writes every own variable by name."""

@@ -112,6 +112,9 @@ class Tied:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, View):
+            check = getattr(self, "check_attribute", None)  # of an extended class
+            if check is not None:
+                check(name, value)
             keras_seam.set_untracked(self, name, value)
             return
         super().__setattr__(name, value)
