@@ -119,7 +119,7 @@ TASKS = (
     Task("inverted", lambda x: 1 - x),
     Task("transposed", lambda x: x.transpose(0, 2, 1)),
     Task("blurred", lambda x: ndimage.gaussian_filter(x, (0, 2, 2))),
-    Task("outlines", lambda x: np.abs(ndimage.sobel(x, axis=1)) / 4 + np.abs(ndimage.sobel(x, axis=2)) / 4),
+    Task("outlines", lambda x: np.hypot(*np.gradient(x, axis=(1, 2)))),
     Task("speckled", speckled),
     Task("half_hidden", half_hidden),
     Task("halves_exchanged", exchanged),

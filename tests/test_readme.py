@@ -17,7 +17,9 @@ def test_the_python_blocks_run(name, tmp_path, monkeypatch):
         run(name, code, line, namespace)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/inheriting.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/inheriting.md", "docs/design.md"]
+)
 def test_links_to_files_lead_somewhere(name):
     file = ROOT / name
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8"))

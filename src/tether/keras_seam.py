@@ -273,6 +273,15 @@ def stored_dtype(variable: Any) -> str:
     return str(keras.backend.standardize_dtype(variable._dtype))
 
 
+def plain_tensor(value: Any) -> Any:
+    """A tensor of a value that may be a backend's own variable: some functions of `keras.ops` do not take that."""
+    if _backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(value)
+    return _backend.convert_to_tensor(value)
+
+
 def own_copy(tensor: Any) -> Any:
     """A tensor whose memory nobody else holds: JAX donates buffers, and one given away twice is an error."""
     if _backend.backend() == "jax":

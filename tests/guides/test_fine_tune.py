@@ -2,7 +2,6 @@
 
 import io
 
-import keras
 import numpy as np
 import pytest
 from rich.console import Console
@@ -114,5 +113,4 @@ def test_the_full_run():
     result = fine_tune.main(console=printed())
     rows = {row.name: row for row in result.rows}
     assert all(row.accuracy > 0.88 and row.tenth > 0.7 and row.stored.difference < 1e-4 for row in rows.values())
-    assert rows[LOW].accuracy > rows[HEAD].accuracy
-    assert keras.backend.backend() in ("jax", "tensorflow", "torch")
+    assert rows[LOW].tenth > rows[HEAD].tenth

@@ -1169,7 +1169,9 @@ def test_a_materialized_copy_of_a_tied_layer_is_a_plain_extended_one(rng):
     assert_close(model(x), plain(x))
 
 
-@pytest.mark.parametrize(("base", "attribute"), [(keras.layers.Dense, "kernel"), (keras.layers.LayerNormalization, "scale")])
+@pytest.mark.parametrize(
+    ("base", "attribute"), [(keras.layers.Dense, "kernel"), (keras.layers.LayerNormalization, "scale")]
+)
 def test_an_attribute_that_a_weight_must_not_take_is_refused_for_a_tied_one_too(base, attribute):
     @tether.extend
     class Child(base):

@@ -14,9 +14,10 @@ from tests.support import as_zero, assert_close, gradients
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, UnboundArgument
 from tether.weights import Argument, Constant, Node, bind
 from tether.weights.codec import decode, encode
-from tether.weights.expression import MAX_STEPS, live_weights, program
+from tether.weights.expression import MAX_STEPS, as_expression, live_weights, program
 from tether.weights.inversion import is_invertible
 from tether.weights.operators import OPERATORS
+from tether.weights.operators.adapted import Adapted
 
 ops = tether.ops
 
@@ -209,6 +210,7 @@ CASES = [
     ("a / (b * a)", lambda x: x.a / (x.b * x.a)),
     ("a * (b / a)", lambda x: x.a * (x.b / x.a)),
     ("2.0 * (a @ m)", lambda x: 2.0 * (x.a @ x.m)),
+    ("2.0 * (a @ m * (a @ m))", lambda x: 2.0 * ((x.a @ x.m) * (x.a @ x.m))),
     ("a @ m * 2.0", lambda x: x.a @ x.m * 2.0),
     ("a @ m / 2.0", lambda x: x.a @ x.m / 2.0),
     ("2.0 / (a @ m)", lambda x: 2.0 / (x.a @ x.m)),
@@ -219,6 +221,11 @@ CASES = [
         "[a, b, 2.0 * a][choice]",
         lambda x: tether.ops.choose(Argument("choice", (), "int32", default=2), [x.a, x.b, 2.0 * x.a]),
         lambda x: 2 * x.a,
+    ),
+    (
+        "a + 0.5 * b + 2.0 * (a * b)",
+        lambda x: Adapted(x.a, as_expression(0.5), x.b, as_expression(2.0), x.a * x.b, names=("one", "two")),
+        lambda x: x.a + 0.5 * x.b + 2 * x.a * x.b,
     ),
     ("(2.0 * a).stop_gradient() + b", lambda x: (2.0 * x.a).stop_gradient() + x.b, lambda x: 2 * x.a + x.b),
 ]
@@ -965,3 +972,15 @@ def test_a_node_checks_how_it_is_made(weights):
     for wrong in ("12", None, [1.5, 8], [True, 12], [-2, 6], [-1, -1]):
         with pytest.raises(InvalidConfig):
             reshape(weights.a, shape=wrong)
+
+
+def test_a_function_gets_plain_tensors():
+    weight = tether.Weight(np.eye(3, dtype="float32"), name="square")
+    assert_close(tether.ops.apply(keras.ops.diagonal, weight).value, np.ones(3))
+    layer = tether.Lambda(diagonal_times, square=weight)
+    assert_close(layer(np.ones((2, 3), "float32")), np.ones((2, 3)))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def diagonal_times(x, square):
+    return x * keras.ops.diagonal(square)

@@ -21,8 +21,9 @@ from tether.errors import InvalidConfig
 from tether.layers.record import read_record
 from tether.weights import Argument, Expression, Node, Weight, bind
 from tether.weights.codec import decode, encode
-from tether.weights.expression import MAX_STEPS, leaves, program
+from tether.weights.expression import MAX_STEPS, as_expression, leaves, program
 from tether.weights.operators import OPERATORS
+from tether.weights.operators.adapted import Adapted
 
 ops = tether.ops
 BACKEND = keras.backend.backend()
@@ -194,6 +195,14 @@ def routed(pool):
     return ops.choose(argument, [x, y, x]), (fx, fy, fx)[place]
 
 
+def adapted(pool):
+    x, fx, shape = pool.choose()
+    y, fy, _ = pool.choose(lambda other: other == shape)
+    strength = pool.draw(st.sampled_from([0.5, -1.0, 2.0]))
+    expression = Adapted(x, as_expression(strength), y, names=("part",))
+    return expression, lambda now, base: fx(now, base) + strength * fy(now, base)
+
+
 def contracted(pool):
     x, fx, shape = pool.choose(lambda shape: len(shape) == 2)
     y, fy, _ = pool.choose(lambda other: len(other) == 2 and other[0] == shape[1])
@@ -240,6 +249,7 @@ STEPS = [
     joined(ops.stack, np.stack),
     chosen,
     routed,
+    adapted,
     contracted,
     applied,
     stopped,

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from tether import keras_seam
 from tether.errors import TetherError, received
 from tether.layers.state import state_of
 from tether.layers.tie import tie
@@ -77,7 +78,7 @@ class Lambda(keras.layers.Layer):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Calls the function with the weights' present tensors."""
-        values = {name: getattr(self, f"weight_{name}").value for name in self._names}
+        values = {name: keras_seam.plain_tensor(getattr(self, f"weight_{name}").value) for name in self._names}
         if self._passes_training:
             values["training"] = training
         return self.function(inputs, **values)

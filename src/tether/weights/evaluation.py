@@ -115,7 +115,7 @@ def _compute(expression: Expression) -> Tensor:
         if isinstance(current, Node):
             values.append(_apply(current, [values[place] for place in step.operands]))
         elif isinstance(current, Weight):
-            values.append(keras.ops.convert_to_tensor(current.value))
+            values.append(keras_seam.plain_tensor(current.value))
         elif isinstance(current, Constant):
             values.append(current.tensor())
         elif isinstance(current, Argument):
@@ -134,7 +134,7 @@ def _apply(node: Node, values: list[Tensor]) -> Tensor:
             weight.variable.assign(value)
             for place, operand in enumerate(node.operands):
                 if operand is weight:
-                    values[place] = keras.ops.convert_to_tensor(weight.value)
+                    values[place] = keras_seam.plain_tensor(weight.value)
     return node.compute(*values)
 
 

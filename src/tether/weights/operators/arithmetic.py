@@ -118,7 +118,7 @@ class Multiply(Binary):
         """`a * b`, with parentheses where people need them."""
         left, right = terms
         # `a * (b @ c)` keeps its parentheses: beside `@` people do not read from left to right.
-        keeps = isinstance(self.operands[1], (MatMul, Divide))
+        keeps = isinstance(self.operands[1], (MatMul, Divide)) or (right.binding == PRODUCT and " @ " in right.text)
         right_text = f"({right.text})" if keeps and right.binding < 100 else right.inside(self.binding)
         return Term(f"{left.inside(self.binding)} * {right_text}", self.binding)
 
