@@ -360,7 +360,7 @@ def test_gradients_are_those_of_finite_differences(data, seed):
                 tolerance = 1e-3  # some functions of `keras.ops`, tanh among them, cast float64 to float32
             _, found = gradients(
                 lambda: keras.ops.sum(
-                    expression.value * keras.ops.convert_to_tensor(directions)
+                    keras.ops.cast(expression.value, dtype) * keras.ops.convert_to_tensor(directions)
                     # Every weight is in the loss, so that PyTorch has something to differentiate.
                     + sum(0.0 * keras.ops.sum(weight.value) for weight in used.values())
                 ),
