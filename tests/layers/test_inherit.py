@@ -139,7 +139,11 @@ def test_a_change_is_a_function_a_form_an_expression_a_number_or_an_array(rng):
     assert_close(child(x), x @ kernel - bias)
 
 
-@pytest.mark.parametrize("change", [None, "kernel", object(), lambda w: None, lambda w: "x"], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [None, "kernel", object(), lambda w: None, lambda w: "x"],
+    ids=["None", "a string", "an object", "returns None", "returns a string"],
+)
 def test_what_is_no_change_is_refused_and_changes_nothing(rng, change):
     parent = dense_parent(rng)
     before = state(parent)
@@ -431,3 +435,36 @@ def test_concatenate_puts_own_units_beside_the_parents(rng, tmp_path):
     model = keras.Sequential([keras.Input((4,)), child])
     model.save(tmp_path / "child.keras")
     assert_close(keras.saving.load_model(tmp_path / "child.keras").predict(x, verbose=0), child(x))
+
+
+def test_a_child_has_a_name(rng):
+    parent = dense_parent(rng)
+    assert tether.inherit(parent).name.startswith("parent_child")
+    assert tether.inherit(parent, name="heir").name == "heir"
+    for more in ({"into": layers.Dense(3)}, {}):
+        with pytest.raises(TetherError, match="its own name"):
+            tether.inherit(parent, *([] if more else [tether.forms.compose(2)]), name="heir", **more)
+
+
+def test_names_of_a_familys_parts_are_kept_over_a_file(rng, tmp_path):
+    import json
+    import subprocess
+    import sys
+
+    parent = dense_parent(rng)
+    parent.trainable = False
+    inputs = keras.Input((4,))
+    children = [tether.inherit(parent, name=f"child_{n}", kernel=tether.low_rank(1)) for n in range(4)]
+    family = keras.Model(inputs, [layer(inputs) for layer in (parent, *children)])
+    family.save(tmp_path / "family.keras")
+    script = (
+        "import json, sys, keras, tether; m = keras.saving.load_model(sys.argv[1]);"
+        "print(json.dumps([[w.name, w.path] for w in m.weights]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "family.keras")], capture_output=True, text=True, check=True
+    )
+    read = json.loads(run.stdout.strip().splitlines()[-1])
+    made = [w.path for w in family.weights]
+    assert [path for _, path in read] == made
+    assert all(path.rpartition("/")[2] == name for name, path in read if "lora" in path)

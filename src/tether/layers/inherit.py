@@ -35,6 +35,7 @@ def inherit(
     share: bool | Sequence[str] = True,
     match: Mapping[str, str] | None = None,
     fill: Any = None,
+    name: str | None = None,
     **by_name: Any,
 ) -> Any:
     """A new layer (or model) on a parent's weights.
@@ -56,6 +57,7 @@ def inherit(
         match: The parent's name for a name of the child's, where they differ.
         fill: What a copy of another size has where the parent has nothing: `"zeros"`, `"initializer"`, `"mean"`
             (of the parent's values along the axis that grew), or a function `(value, start) -> array`.
+        name: The child's name; left out, the parent's and `_child`. A layer given as `into` has its own.
         **by_name: Changes by the weight's name: `kernel=lambda w: w + tether.low_rank(8)`.
 
     Returns:
@@ -80,11 +82,14 @@ def inherit(
             f"`{parent.name}.build(input_shape)`."
         )
     asked = _asked(changes, by_name)
+    if name is not None and (into is not None or isinstance(changes, LayerForm)):
+        raise TetherError(f"A child that is given, or made by a form, has its own name. {received(name=name)}")
     below = [*keras_seam.contained_layers(parent), *weights_below(parent)]
     with Rollback(list({id(layer): layer for layer in below}.values())):
         if isinstance(changes, LayerForm):
             return _by_form(parent, changes, asked, into=into, share=share, match=match, fill=fill)
-        return _Heir(parent, asked, into=into, share=share, match=match or {}, fill=fill).make()
+        child = copy_of(parent, name) if into is None else _instance(into, parent)
+        return _Heir(parent, child, asked, share=share, match=match or {}, fill=fill).make()
 
 
 def _asked(changes: Any, by_name: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,13 +177,12 @@ class _Heir:
     """The making of one child."""
 
     def __init__(
-        self, parent: Any, asked: dict[str, Any], *, into: Any, share: Any, match: Mapping[str, str], fill: Any
+        self, parent: Any, child: Any, asked: dict[str, Any], *, share: Any, match: Mapping[str, str], fill: Any
     ) -> None:
         check_rule(fill)
-        self.parent, self.fill = parent, fill
+        self.parent, self.child, self.fill = parent, child, fill
         self.theirs = named_weights(parent)
         self.frozen = frozen_weights(self.theirs)
-        self.child = copy_of(parent) if into is None else _instance(into, parent)
         if not self.child.built:
             build_like(self.child, parent)
         self.mine = named_weights(self.child)
@@ -410,10 +414,10 @@ def _label(child: Any, weight: Named) -> str:
 # --------------------------------------------------------------------------- making and building the child
 
 
-def copy_of(parent: Any) -> Any:
+def copy_of(parent: Any, name: str | None = None) -> Any:
     """A new layer of the parent's class and config under a name of its own, with fresh weights."""
     config = dict(parent.get_config())
-    config["name"] = keras_seam.unique_name(f"{parent.name}_child")
+    config["name"] = keras_seam.unique_name(f"{parent.name}_child") if name is None else name
     try:
         with sharing():
             return type(parent).from_config(config)

@@ -328,15 +328,16 @@ class Weight(Expression, keras.layers.Layer):
         if scope is not None and uid in scope:
             scope[uid].only_named = False
             return scope[uid]
-        origin, path = config.pop("origin"), config.pop("path")
+        origin, path, initializer = config.pop("origin"), config.pop("path"), config.pop("initializer")
         try:
-            weight = cls(**config)
+            weight = cls(**config)  # without an initializer it makes no variable, which would take a name
+            weight._wanted_path = path
+            weight.initializer = keras.initializers.get(initializer)
+            if weight.shape is not None and weight.initializer is not None:
+                weight._create(weight.initializer, weight.shape, weight._given_dtype)
         except Exception as error:  # a stranger's config may make Keras fail in any way
             raise InvalidConfig(f"A weight cannot be made from its config: {error}") from error
         weight.origin = origin
-        if weight.is_built:
-            keras_seam.set_path(weight.variable, claim_path(path or weight.name, weight))
-        weight._wanted_path = path
         if scope is not None:
             scope[uid] = weight
         return weight
