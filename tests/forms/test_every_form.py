@@ -239,7 +239,7 @@ def test_a_form_without_an_inverse_says_so(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("base", ["kernel", None, object()], ids=str)
+@pytest.mark.parametrize("base", ["kernel", None, object()], ids=["a string", "None", "an object"])
 def test_what_is_no_weight_is_refused(name, base):
     with pytest.raises(TetherError, match=r"is called with a weight.*Received: base="):
         CASES[name].make()(base)
