@@ -155,7 +155,7 @@ def first_counts_double(x):
 @pytest.mark.parametrize(
     "activation",
     ["softmax", "log_softmax", "glu", "sparsemax", first_counts_double, keras.layers.Softmax(), keras.layers.PReLU()],
-    ids=str,
+    ids=["softmax", "log_softmax", "glu", "sparsemax", "of ones own", "Softmax", "PReLU"],
 )
 def test_an_activation_that_mixes_outputs_cannot_be_concatenated(activation):
     parent = keras.layers.Dense(4, activation=activation)

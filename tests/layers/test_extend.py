@@ -1025,7 +1025,9 @@ def test_it_goes_with_registration_in_either_order(tmp_path):
     assert same(values(model), values(reload(model, tmp_path / "m.keras")))
 
 
-@pytest.mark.parametrize("wrong", [3, None, int, lambda: None, keras.Variable], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [3, None, int, lambda: None, keras.Variable], ids=["3", "None", "int", "a function", "a variable"]
+)
 def test_what_is_no_layer_class_is_refused(wrong):
     with pytest.raises(tether.TetherError, match="decorates a class that subclasses a Keras layer"):
         tether.extend(wrong)
