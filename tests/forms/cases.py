@@ -162,7 +162,7 @@ CASES = {
     "hadamard": Case(
         lambda: forms.hadamard(2, alpha=4, seed=1),
         lambda w, loha_a1, loha_b1, loha_a2, loha_b2: w + 2 * (loha_a1 @ loha_b1) * (loha_a2 @ loha_b2),
-        "w.stop_gradient() + 2.0 * w.loha_a1 @ w.loha_b1 * (w.loha_a2 @ w.loha_b2)",
+        "w.stop_gradient() + 2.0 * (w.loha_a1 @ w.loha_b1 * (w.loha_a2 @ w.loha_b2))",
         frozenset({"loha_a1", "loha_b1", "loha_a2", "loha_b2"}),
     ),
     "kronecker": Case(
