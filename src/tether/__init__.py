@@ -4,11 +4,20 @@ What a layer computes with is an expression over stored weights. Sharing is two 
 expressions name the same stored weight. Combining is an expression that names several.
 """
 
-from tether import adapters, files, forms, inspection, ops, transfer, weights
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tether import inspection, ops, weights
 from tether.errors import TetherError
-from tether.forms.low_rank import low_rank
-from tether.layers import Lambda, call, extend, inherit, materialize, route, tie, untie, weight_of
+from tether.layers import Lambda, call, materialize, route, tie, untie, weight_of
 from tether.weights import Expression, Weight, sharing
+from tether.weights.operators import registry
+
+if TYPE_CHECKING:
+    from tether import adapters, files, forms, transfer
+    from tether.forms.low_rank import low_rank
+    from tether.layers.extend import extend
+    from tether.layers.inherit import inherit
 
 __all__ = [
     "Expression",
@@ -33,3 +42,30 @@ __all__ = [
     "weight_of",
     "weights",
 ]
+
+_LATER = {
+    "adapters": "tether.adapters",
+    "extend": "tether.layers.extend",
+    "files": "tether.files",
+    "forms": "tether.forms",
+    "inherit": "tether.layers.inherit",
+    "low_rank": "tether.forms",
+    "transfer": "tether.transfer",
+}
+"""What not every program needs: imported when it is first asked for, or when a file names an operator in it."""
+
+registry.when_unknown(lambda: importlib.import_module("tether.forms"))
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for the first time."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'tether' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    found = getattr(module, name) if name in ("extend", "inherit", "low_rank") else module
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

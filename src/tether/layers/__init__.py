@@ -1,11 +1,9 @@
 """How Keras layers use expressions."""
 
 from tether.layers.call import call
-from tether.layers.extend import extend
-from tether.layers.inherit import inherit
 from tether.layers.lambda_layer import Lambda
 from tether.layers.route import route
 from tether.layers.tie import tie, weight_of
 from tether.layers.untie import materialize, untie
 
-__all__ = ["Lambda", "call", "extend", "inherit", "materialize", "route", "tie", "untie", "weight_of"]
+__all__ = ["Lambda", "call", "materialize", "route", "tie", "untie", "weight_of"]

@@ -155,6 +155,8 @@ def put_silently(layer: Any, path: Path, value: Any) -> None:
 def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
     """The layer's own variable of that name or attribute, and its canonical path."""
     variables = own_variables(layer)
+    if not variables:
+        return None
     by_id = {id(variable): variable for variable in variables}
     matches: dict[int, str] = {}
     if len(rest) == 1:

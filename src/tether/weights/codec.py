@@ -20,7 +20,7 @@ from tether.weights.argument import Argument
 from tether.weights.checks import NUMERIC
 from tether.weights.constant import MAX_ELEMENTS, Constant, numpy_dtype
 from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, program
-from tether.weights.operators import OPERATORS
+from tether.weights.operators.registry import operator
 from tether.weights.weight import Weight
 
 
@@ -139,7 +139,8 @@ def _decode_argument(content: Any) -> Argument:
 def _decode_node(step: dict[str, Any], done: list[Expression]) -> Expression:
     parameters = dict(step)
     name, places = parameters.pop("op"), parameters.pop("of", None)
-    if not isinstance(name, str) or name not in OPERATORS:
+    found = operator(name) if isinstance(name, str) else None
+    if found is None:
         raise InvalidConfig(f"No operator of expressions has this name. {received(op=name)}")
     if not isinstance(places, (list, tuple)) or not places:
         raise InvalidConfig(f"The operator {name!r} needs a list of places. {received(of=places)}")
@@ -149,7 +150,7 @@ def _decode_node(step: dict[str, Any], done: list[Expression]) -> Expression:
                 f"Step {len(done)} of an expression may name the steps before it; naming itself or a later one "
                 f"would be a cycle. {received(of=places)}"
             )
-    return OPERATORS[name](*(done[place] for place in places), **parameters)
+    return found(*(done[place] for place in places), **parameters)
 
 
 def _decode_array(content: Any) -> np.ndarray[Any, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from tether.weights.expression import Node
 
@@ -16,3 +17,18 @@ def register(cls: NodeClass) -> NodeClass:
     if OPERATORS.setdefault(cls.name, cls) is not cls:
         raise TypeError(f"Two operators are called {cls.name!r}: {OPERATORS[cls.name]} and {cls}.")
     return cls
+
+
+_sources: list[Callable[[], Any]] = []
+
+
+def when_unknown(load: Callable[[], Any]) -> None:
+    """Has more operators registered when a name is asked for that is not known yet: `load` imports them."""
+    _sources.append(load)
+
+
+def operator(name: str) -> type[Node] | None:
+    """The operator of a name, if there is one."""
+    while name not in OPERATORS and _sources:
+        _sources.pop(0)()
+    return OPERATORS.get(name)
