@@ -175,12 +175,11 @@ class Tied:
         state = state_of(self)
         if state is None:
             return losses
-        scope = keras_seam.losses_scope()
+        regularized = [slot for slot in state.slots if slot.view.use.regularizer is not None and slot.view.use.live]
+        scope = keras_seam.losses_scope() if regularized else None
         counted = set() if scope is None else scope.setdefault("pairs", set())
-        for slot in state.slots:
+        for slot in regularized:
             use = slot.view.use
-            if use.regularizer is None or not use.live:
-                continue
             pair = (use.expression, repr(keras.regularizers.serialize(use.regularizer)))
             if pair not in counted:
                 counted.add(pair)
