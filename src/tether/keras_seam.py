@@ -88,6 +88,18 @@ _RESET_METRICS = _code(_Trainer.reset_metrics)
 _BIDIRECTIONAL_INIT = _code(_Bidirectional.__init__)
 
 
+def _make_is_tracing() -> Callable[[], bool]:
+    if _backend.backend() != "torch":
+        return lambda: False
+    import torch
+
+    return torch.compiler.is_compiling
+
+
+_is_tracing = _make_is_tracing()
+"""Whether PyTorch's compiler is reading the code: there are no frames then. JAX and TensorFlow run it."""
+
+
 def _frames(depth: int = 2) -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(depth)
     while frame is not None:
@@ -162,31 +174,35 @@ def inside_bidirectional_init() -> bool:
     return any(frame.f_code is _BIDIRECTIONAL_INIT for frame in _frames())
 
 
-def compiled_training() -> Any:
-    """Which compiled training function is about to run, if a `fit` is what reads the metrics of all layers.
+def _fitting_trainer() -> Any:
+    """The model whose metrics are being reset, when that is why the metrics of a layer below it are read.
 
     It is the one thing that every backend does at the start of each epoch with every layer of a model.
     """
-    frame: FrameType | None = sys._getframe(1)
+    if _is_tracing():
+        return None
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(8):  # a plain loop: every weight asks at every step
         if frame is None:
             return None
         if frame.f_code is _RESET_METRICS:
-            return getattr(_first_local(frame), "train_function", None)
+            return _first_local(frame)
         frame = frame.f_back
     return None
 
 
+def compiled_training() -> Any:
+    """Which compiled training function is about to run, if a `fit` is what reads the metrics of all layers."""
+    return getattr(_fitting_trainer(), "train_function", None)
+
+
 def is_unknown_to_the_optimizer(variable: Any) -> bool:
     """Whether a `fit` is about to begin whose optimizer was built without a variable that trains."""
-    for frame in itertools.islice(_frames(), 8):
-        if frame.f_code is _RESET_METRICS:
-            optimizer = getattr(_first_local(frame), "optimizer", None)
-            optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
-            if optimizer is None or not optimizer.built:
-                return False
-            return optimizer._var_key(variable) not in optimizer._trainable_variables_indices
-    return False
+    optimizer = getattr(_fitting_trainer(), "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
+    if optimizer is None or not optimizer.built:
+        return False
+    return optimizer._var_key(variable) not in optimizer._trainable_variables_indices
 
 
 def refuse_spectral_normalization(view: Any) -> None:
