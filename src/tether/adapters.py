@@ -14,27 +14,27 @@ tether.adapters.set_strengths(model, {"french": 0.3, "german": 0.7})
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-import keras
 import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, received
-from tether.files.atomic import written_beside
+from tether.files import adapter as adapter_file
 from tether.forms.form import AddedForm
 from tether.layers import paths
-from tether.layers.inherit import Named, changed, frozen_weights, named_weights, select, train_only
+from tether.layers.inherit import changed
+from tether.layers.named import Named, frozen_weights, named_weights, select_all, train_only
+from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
-from tether.layers.tie import refuse_layer, tie, weight_of
-from tether.layers.tied import weights_below
+from tether.layers.tie import tie, weight_of
 from tether.layers.untie import untie
 from tether.layers.view import View
-from tether.weights.codec import decode, encode
+from tether.weights.codec import decode
 from tether.weights.expression import Expression, live_weights
 from tether.weights.operators.adapted import Adapted
 from tether.weights.operators.gradient import StopGradient
@@ -44,10 +44,7 @@ __all__ = [
     "activate", "add", "load", "merge", "names", "remove", "save", "set_strengths", "strengths", "unmerge",
 ]  # fmt: skip
 
-VERSION = 1
-_FORMAT = "tether.adapter"
 _MERGED = "_tether_merged"
-_MAX_HEADER = 1 << 26
 
 
 # --------------------------------------------------------------------------- adding and removing
@@ -81,24 +78,9 @@ def add(model: Any, name: str, changes: Mapping[str, Any], /, *, freeze: bool = 
     _check(model, "add")
     _check_new_name(model, name)
     _check_changes(changes)
-    found = named_weights(model)
-    chosen: dict[str, tuple[Named, Any]] = {}
-    for pattern, change in changes.items():
-        for weight in select(model, found, pattern):
-            if weight.path in chosen:
-                raise TetherError(f"Two changes are given for {weight.name!r}; one of them is {pattern!r}.")
-            chosen[weight.path] = (weight, change)
-    with Rollback(_touched(model)):
-        frozen = frozen_weights(found)
-        strength = Weight(np.ones((), "float32"), trainable=False, name=f"{name}.strength")
-        ties = {}
-        for weight, change in chosen.values():
-            expression = weight_of(model, weight.path)
-            base, parts = _taken_apart(expression)
-            still = base if isinstance(base, StopGradient) or not freeze else base.stop_gradient()
-            ties[weight.path] = _adapted(still, {**parts, name: (strength, _delta(change, still, weight.name))})
-        _retie(model, ties, found, frozen)
-    return model
+    chosen = select_all(model, named_weights(model), changes)
+    parts = {weight.path: partial(_delta, change, weight.name) for weight, change in chosen}
+    return _adapt(model, name, 1.0, parts, freeze=freeze)
 
 
 def remove(model: Any, name: str) -> Any:
@@ -121,13 +103,30 @@ def remove(model: Any, name: str) -> Any:
         parts = {key: value for key, value in adapted.parts.items() if key != name}
         if len(parts) < len(adapted.parts):
             ties[path] = _adapted(adapted.base, parts)
-    with Rollback(_touched(model)):
+    with Rollback.below(model):
         tie(model, ties)
     keras_seam.forget_compilation(model)
     return model
 
 
-def _delta(change: Any, base: Expression, name: str) -> Expression:
+def _adapt(
+    model: Any, name: str, strength: float, parts: Mapping[str, Callable[[Expression], Expression]], *, freeze: bool
+) -> Any:
+    """Adds to weights, by path, the part that a function makes of the weight, all under one strength."""
+    found = named_weights(model)
+    with Rollback.below(model):
+        frozen = frozen_weights(found)
+        factor = Weight(np.array(strength, "float32"), trainable=False, name=f"{name}.strength")
+        ties = {}
+        for path, part in parts.items():
+            base, others = _taken_apart(weight_of(model, path))
+            still = base if isinstance(base, StopGradient) or not freeze else base.stop_gradient()
+            ties[path] = _adapted(still, {**others, name: (factor, part(still))})
+        _retie(model, ties, found, frozen)
+    return model
+
+
+def _delta(change: Any, name: str, base: Expression) -> Expression:
     if isinstance(change, AddedForm):
         return change.delta(base)
     return changed(change, base, name) - base
@@ -251,11 +250,6 @@ def _check_strength(name: str, value: Any) -> None:
         raise TetherError(f"A strength is a finite number. {received(**{name: value})}")
 
 
-def _touched(model: Any) -> list[Any]:
-    found = [*keras_seam.contained_layers(model), *weights_below(model)]
-    return list({id(layer): layer for layer in found}.values())
-
-
 # --------------------------------------------------------------------------- merging
 
 
@@ -271,7 +265,7 @@ def merge(model: Any) -> Any:
     _check(model, "merge")
     adapted = _adapted_weights(model)
     if adapted:
-        with Rollback(_touched(model)):
+        with Rollback.below(model):
             untie(model, *adapted)
             keras_seam.set_untracked(model, _MERGED, dict(adapted))
         keras_seam.forget_compilation(model)
@@ -287,7 +281,7 @@ def unmerge(model: Any) -> Any:
     merged = getattr(model, _MERGED, None)
     if not merged:
         raise TetherError(f"The adapters of {model.name!r} are not merged.")
-    with Rollback(_touched(model)):
+    with Rollback.below(model):
         tie(model, merged)
         keras_seam.set_untracked(model, _MERGED, {})
     keras_seam.forget_compilation(model)
@@ -309,8 +303,6 @@ def save(model: Any, name: str, path: str | os.PathLike[str]) -> None:
         UnknownName: The model has no adapter of this name.
         TetherError: The path has another ending, or its folder does not exist.
     """
-    from safetensors.numpy import save_file
-
     target = pathlib.Path(path)
     if target.suffix != ".safetensors" or not target.parent.is_dir():
         raise TetherError(
@@ -318,32 +310,12 @@ def save(model: Any, name: str, path: str | os.PathLike[str]) -> None:
             f"{received(path=str(path))}"
         )
     _known(model, [name])
-    ties, bases, weights = {}, {}, {}
+    parts, bases = {}, {}
     for place, adapted in _adapted_weights(model).items():
-        if name not in adapted.parts:
-            continue
-        _, part = adapted.parts[name]
-        of_base = {weight.uid for weight in adapted.base.weights_used()}
-        ties[place] = encode(part)
-        bases[place] = [weight.uid for weight in adapted.base.weights_used()]
-        weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})
-    header = {
-        "version": VERSION,
-        "name": name,
-        "strength": strengths(model)[name],
-        "ties": ties,
-        "bases": bases,
-        "weights": {uid: weight.get_config() for uid, weight in weights.items()},
-    }
-    tensors = {uid: _storable(weight) for uid, weight in weights.items()}
-    with written_beside(target) as beside:
-        save_file(tensors, beside, metadata={"format": _FORMAT, "adapter": json.dumps(header)})
-
-
-def _storable(weight: Weight) -> np.ndarray[Any, Any]:
-    """The value in a dtype that NumPy has: 16-bit floats are kept exactly as 32 bits."""
-    value = keras.ops.convert_to_numpy(keras_seam.raw_value(weight.variable))
-    return np.ascontiguousarray(value.astype("float32") if value.dtype.itemsize == 2 else value)
+        if name in adapted.parts:
+            _, parts[place] = adapted.parts[name]
+            bases[place] = list(adapted.base.weights_used())
+    adapter_file.write(target, name, strengths(model)[name], parts, bases)
 
 
 def load(model: Any, path: str | os.PathLike[str], /, *, name: str | None = None, freeze: bool = True) -> Any:
@@ -365,72 +337,25 @@ def load(model: Any, path: str | os.PathLike[str], /, *, name: str | None = None
         TetherError: The name is taken.
     """
     _check(model, "load")
-    header, tensors = _read(path)
+    header, weights = adapter_file.read(path)
     name = header["name"] if name is None else name
     _check_new_name(model, name)
-    weights = _weights_of(header, tensors)
-    found = named_weights(model)
-    with Rollback(_touched(model)):
-        frozen = frozen_weights(found)
-        strength = Weight(np.array(header["strength"], "float32"), trainable=False, name=f"{name}.strength")
-        ties = {}
-        for place, steps in header["ties"].items():
-            if paths.locate(model, paths.split(place)).variable is None:
-                raise UnknownName(f"{model.name!r} has no weight {place!r}, which the adapter {name!r} changes.")
-            base, parts = _taken_apart(weight_of(model, place))
-            still = base if isinstance(base, StopGradient) or not freeze else base.stop_gradient()
-            uids, own = header["bases"].get(place, []), base.weights_used()
-            if not isinstance(uids, list) or len(uids) != len(own):
-                raise InvalidConfig(f"The adapter was made for another base of {place!r} than {base.notation()}.")
-            part = decode(steps, {**weights, **dict(zip(uids, own, strict=True))})
-            if part.shape != still.shape:
-                raise ShapeMismatch(f"The weight {place!r} has shape {still.shape}, the adapter's part {part.shape}.")
-            ties[place] = _adapted(still, {**parts, name: (strength, part)})
-        _retie(model, ties, found, frozen)
-    return model
+    for place in header["ties"]:
+        if paths.locate(model, paths.split(place)).variable is None:
+            raise UnknownName(f"{model.name!r} has no weight {place!r}, which the adapter {name!r} changes.")
+    parts = {place: partial(_read_part, model, place, header, weights) for place in header["ties"]}
+    return _adapt(model, name, header["strength"], parts, freeze=freeze)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and arrays of a file that a stranger may have written."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(os.fspath(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            text = metadata.get("adapter", "")
-            if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
-                raise InvalidConfig(f"{path} holds no adapter of Tether's.")
-            header = json.loads(text)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise TetherError(f"There is no file {str(path)!r}.") from error
-    except (SafetensorError, json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"{path} cannot be read as an adapter: {error}") from error
-    kinds = {"name": str, "strength": float, "ties": dict, "bases": dict, "weights": dict}
-    if (
-        not isinstance(header, dict)
-        or header.get("version") != VERSION
-        or not all(isinstance(header.get(key), kind) for key, kind in kinds.items())
-        or not header["ties"]
-        or not np.isfinite(header["strength"])
-    ):
-        raise InvalidConfig(f"{path} holds no adapter of version {VERSION}.")
-    return header, tensors
-
-
-def _weights_of(header: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Weight]:
-    from tether.weights.identity import sharing
-
-    if set(header["weights"]) != set(tensors):
-        raise InvalidConfig("The file's header names other weights than it holds.")
-    weights = {}
-    with sharing():
-        for uid, config in header["weights"].items():
-            if not isinstance(config, dict) or config.get("uid") != uid:
-                raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
-            weight = Weight.from_config(config)
-            if weight.shape != tuple(tensors[uid].shape):
-                raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
-            weight.assign(keras.ops.cast(tensors[uid], weight.dtype))
-            weights[uid] = weight
-    return weights
+def _read_part(
+    model: Any, place: str, header: Mapping[str, Any], weights: Mapping[str, Weight], base: Expression
+) -> Expression:
+    """The part that a file has for a weight, with this base in the place of the one that it was made for."""
+    uids, own = header["bases"].get(place, []), base.weights_used()
+    if not isinstance(uids, list) or len(uids) != len(own):
+        present, _ = _taken_apart(weight_of(model, place))
+        raise InvalidConfig(f"The adapter was made for another base of {place!r} than {present.notation()}.")
+    part = decode(header["ties"][place], {**weights, **dict(zip(uids, own, strict=True))})
+    if part.shape != base.shape:
+        raise ShapeMismatch(f"The weight {place!r} has shape {base.shape}, the adapter's part {part.shape}.")
+    return part

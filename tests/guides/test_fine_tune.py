@@ -85,7 +85,7 @@ def test_the_table_shows_what_was_measured(quick):
 
 
 def test_no_digit_is_both_learned_and_tested():
-    digits = fine_tune.read_digits(fine_tune.Size())
+    digits = fine_tune.split_digits(fine_tune.Size())
     sets = [{image.tobytes() for image in images} for images, _ in (digits.parent, digits.child, digits.test)]
     assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
     assert set(digits.parent[1]) == set(range(9))

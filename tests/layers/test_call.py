@@ -5,51 +5,36 @@ import numpy as np
 import pytest
 
 import tether
+from tests.kinds import for_each
 from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError, UnboundArgument, UnknownName
 
 layers = keras.layers
 ops = keras.ops
 
-KINDS = {
-    "dense": (lambda: layers.Dense(3), "kernel", (4,)),
-    "embedding": (lambda: layers.Embedding(7, 3), "embeddings", (4,)),
-    "conv2d": (lambda: layers.Conv2D(3, 2), "kernel", (5, 5, 2)),
-    "einsum_dense": (lambda: layers.EinsumDense("abc,cd->abd", output_shape=(None, 3)), "kernel", (5, 4)),
-    "layer_normalization": (lambda: layers.LayerNormalization(), "gamma", (4,)),
-    "lstm": (lambda: layers.LSTM(3), "cell/recurrent_kernel", (5, 4)),
-    "attention": (lambda: layers.MultiHeadAttention(2, 2), "query/kernel", (5, 4)),
-    "sequential": (lambda: keras.Sequential([layers.Dense(3, name="d")]), "d/kernel", (4,)),
-}
-every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))
+MADE_OF_ONE_LAYER = ("dense", "embedding", "conv2d", "einsum_dense", "layer_normalization", "lstm", "attention")
 
 
 def data(kind, rng):
-    make, path, shape = kind
-    twin = make()
-    x = rng.normal(size=(2, *shape)).astype("float32")
-    if isinstance(twin, layers.Embedding):
-        x = np.abs(x * 3).astype("int32") % 7
+    twin, x = kind.make(), kind.inputs(rng)
     given = (x, x) if isinstance(twin, layers.MultiHeadAttention) else x
     run(twin, given)
-    weight = tether.weight_of(twin, path)
-    value = rng.normal(size=weight.shape).astype("float32")
-    return twin, weight, given, value
+    weight = tether.weight_of(twin, kind.path)
+    return twin, weight, given, rng.normal(size=weight.shape).astype("float32")
 
 
 def run(layer, given):
     return layer(*given) if isinstance(given, tuple) else layer(given)
 
 
-@every_kind
+@for_each(*MADE_OF_ONE_LAYER, "block")
 def test_a_built_layer_keeps_weights_of_its_own(kind, rng):
-    make, path, _ = kind
     twin, weight, given, value = data(kind, rng)
-    layer = make()
+    layer = kind.make()
     run(layer, given)
     layer.set_weights(twin.get_weights())
     cls, before = type(layer), numpy(run(layer, given))
-    found = tether.call(layer, given, {path: value})
+    found = tether.call(layer, given, {kind.path: value})
     weight.assign(value)
     assert_close(found, run(twin, given))
     np.testing.assert_array_equal(numpy(run(layer, given)), before)
@@ -63,18 +48,17 @@ def test_a_model_without_a_graph_yet_stores_nothing_for_them_either(rng):
     assert [w.name for w in model.weights] == ["bias"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind[1] != "d/kernel"], ids=lambda kind: kind[1])
+@for_each(*MADE_OF_ONE_LAYER)
 def test_a_layer_that_is_not_built_stores_nothing_for_them(kind, rng):
-    make, path, _ = kind
     twin, weight, given, value = data(kind, rng)
-    layer = make()
-    first = tether.call(layer, given, {path: value})
+    layer = kind.make()
+    first = tether.call(layer, given, {kind.path: value})
     assert len(layer.weights) == len(twin.weights) - 1
     rest = [w for w in twin.weights if w is not weight.variable]
     for target, source in zip(layer.weights, rest, strict=True):
         target.assign(source)
     weight.assign(value)
-    assert_close(tether.call(layer, given, {path: value}), run(twin, given))
+    assert_close(tether.call(layer, given, {kind.path: value}), run(twin, given))
     assert first.shape == run(twin, given).shape
 
 

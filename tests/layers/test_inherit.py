@@ -5,38 +5,19 @@ import numpy as np
 import pytest
 
 import tether
+from tests import kinds
 from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported
 
 layers = keras.layers
 ops = keras.ops
 
-KINDS = {
-    "dense": (lambda: layers.Dense(3, activation="tanh"), (4,)),
-    "einsum_dense": (lambda: layers.EinsumDense("abc,cd->abd", output_shape=(None, 3), bias_axes="d"), (5, 4)),
-    "embedding": (lambda: layers.Embedding(7, 3), (4,)),
-    "conv1d": (lambda: layers.Conv1D(3, 2), (5, 4)),
-    "conv2d": (lambda: layers.Conv2D(3, 2), (5, 5, 2)),
-    "depthwise": (lambda: layers.DepthwiseConv2D(2), (5, 5, 2)),
-    "batch_normalization": (lambda: layers.BatchNormalization(), (4,)),
-    "layer_normalization": (lambda: layers.LayerNormalization(), (4,)),
-    "lstm": (lambda: layers.LSTM(3), (5, 4)),
-    "gru": (lambda: layers.GRU(3), (5, 4)),
-    "bidirectional": (lambda: layers.Bidirectional(layers.LSTM(2)), (5, 4)),
-    "time_distributed": (lambda: layers.TimeDistributed(layers.Dense(3)), (5, 4)),
-    "attention": (lambda: layers.MultiHeadAttention(2, 2), (5, 4)),
-    "block": (lambda: keras.Sequential([layers.Dense(4, activation="relu"), layers.Dense(3)]), (4,)),
-}
-every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))
+every_kind = kinds.for_each()
 
 
 def built(kind, rng):
     """A layer with values that no initializer makes, and an input."""
-    make, shape = kind
-    layer = make()
-    x = rng.normal(size=(2, *shape)).astype("float32")
-    if isinstance(layer, layers.Embedding):
-        x = np.abs(x * 3).astype("int32") % 7
+    layer, x = kind.make(), kind.inputs(rng)
     outputs(layer, x)
     for weight in layer.weights:
         weight.assign(rng.uniform(0.5, 1.5, weight.shape).astype("float32"))
@@ -44,7 +25,7 @@ def built(kind, rng):
 
 
 def outputs(layer, x):
-    return numpy(layer(x, x) if isinstance(layer, layers.MultiHeadAttention) else layer(x))
+    return numpy(kinds.apply(layer, x))
 
 
 def state(layer):
@@ -89,14 +70,9 @@ def test_without_sharing_all_is_a_true_copy(kind, rng):
 def test_a_child_and_its_parent_survive_a_file(kind, rng, tmp_path):
     parent, x = built(kind, rng)
     child = tether.inherit(parent)
-    inputs = keras.Input(x.shape[1:], dtype=str(x.dtype))
-    call = (
-        (lambda layer: layer(inputs, inputs))
-        if isinstance(parent, layers.MultiHeadAttention)
-        else (lambda layer: layer(inputs))
-    )
-    both = keras.Model(inputs, [call(parent), call(child)])
-    alone = keras.Model(inputs, call(child))
+    inputs = kind.symbol()
+    both = keras.Model(inputs, [kinds.apply(parent, inputs), kinds.apply(child, inputs)])
+    alone = keras.Model(inputs, kinds.apply(child, inputs))
     assert len(both.weights) == len(parent.weights)
     both.save(tmp_path / "both.keras")
     alone.save(tmp_path / "alone.keras")

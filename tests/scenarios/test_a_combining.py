@@ -5,36 +5,19 @@ import numpy as np
 import pytest
 
 import tether
+from tests.kinds import apply, for_each
 from tests.support import assert_close, numpy
 from tether.errors import ShapeMismatch
 
 layers = keras.layers
 ops = keras.ops
 
-KINDS = {
-    "dense": (lambda: layers.Dense(3), "kernel", (4,)),
-    "embedding": (lambda: layers.Embedding(7, 3), "embeddings", (4,)),
-    "conv2d": (lambda: layers.Conv2D(3, 2), "kernel", (5, 5, 2)),
-    "einsum_dense": (lambda: layers.EinsumDense("abc,cd->abd", output_shape=(None, 3)), "kernel", (5, 4)),
-    "lstm": (lambda: layers.LSTM(3), "cell/kernel", (5, 4)),
-    "attention": (lambda: layers.MultiHeadAttention(2, 2), "query/kernel", (5, 4)),
-}
-every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))
+every_kind = for_each("dense", "embedding", "conv2d", "einsum_dense", "lstm", "attention")
 
 
-def apply(layer, x):
-    return layer(x, x) if isinstance(layer, layers.MultiHeadAttention) else layer(x)
-
-
-def model_of(layer, shape):
-    inputs = keras.Input(shape, dtype="int32" if isinstance(layer, layers.Embedding) else "float32")
+def model_of(layer, kind):
+    inputs = kind.symbol()
     return keras.Model(inputs, apply(layer, inputs))
-
-
-def data_for(kind, rng):
-    make, _, shape = kind
-    x = rng.normal(size=(4, *shape)).astype("float32")
-    return np.abs(x * 3).astype("int32") % 7 if isinstance(make(), layers.Embedding) else x
 
 
 # --------------------------------------------------------------------------- A3
@@ -71,13 +54,12 @@ def test_a3_frozen_rows_and_free_rows(rng, tmp_path):
 @every_kind
 @pytest.mark.parametrize("reload", ["model", "weights"])
 def test_a4_parent_plus_a_delta_stores_both(kind, rng, tmp_path, reload):
-    make, path, shape = kind
-    parent, x = make(), data_for(kind, rng)
+    parent, x, path = kind.make(), kind.inputs(rng, 4), kind.path
     apply(parent, x)
     stored = tether.weight_of(parent, path)
     delta = tether.Weight(rng.normal(size=stored.shape).astype("float32"), name="delta")
     child = tether.inherit(parent, {path: lambda w: w + delta})
-    model = model_of(child, shape)
+    model = model_of(child, kind)
     y = model.predict(x, verbose=0)
     if reload == "model":
         model.save(tmp_path / "m.keras")
@@ -111,11 +93,10 @@ def test_a4_merging_is_a_separate_step(rng):
 
 @every_kind
 def test_a9_a_start_at_the_parents_values_is_a_copy(kind, rng):
-    make, _, shape = kind
-    parent, x = make(), data_for(kind, rng)
+    parent, x = kind.make(), kind.inputs(rng, 4)
     y = numpy(apply(parent, x)).copy()
     child = tether.inherit(parent, share=False)
-    model = model_of(child, shape)
+    model = model_of(child, kind)
     model.compile("adam", "mse")
     model.fit(x, np.zeros_like(y), epochs=2, verbose=0)
     np.testing.assert_array_equal(numpy(apply(parent, x)), y)
@@ -124,11 +105,10 @@ def test_a9_a_start_at_the_parents_values_is_a_copy(kind, rng):
 
 @every_kind
 def test_a9_a_tie_always_shares(kind, rng):
-    make, _path, shape = kind
-    parent, x = make(), data_for(kind, rng)
+    parent, x = kind.make(), kind.inputs(rng, 4)
     y = numpy(apply(parent, x)).copy()
     child = tether.inherit(parent)
-    model = model_of(child, shape)
+    model = model_of(child, kind)
     model.compile("adam", "mse")
     model.fit(x, np.zeros_like(y), epochs=2, verbose=0)
     assert_close(apply(parent, x), model.predict(x, verbose=0))

@@ -3,7 +3,6 @@
 import gc
 import io
 import json
-import operator
 import os
 import pickle
 import subprocess
@@ -16,40 +15,13 @@ import numpy as np
 import pytest
 
 import tether
+from tests.kinds import Kind, apply, for_each
 from tests.support import assert_close, gradients, numpy, paths, slot_count
 
 layers = keras.layers
 BACKEND = keras.backend.backend()
 
 # --------------------------------------------------------------------------- the models of these tests
-
-
-class Kind:
-    """A kind of layer, the path of the weight to share, and inputs for it."""
-
-    def __init__(self, make, path, shape, vocabulary=None):
-        self.make, self.path, self.shape, self.vocabulary = make, path, shape, vocabulary
-
-    def inputs(self, rng, batch=2):
-        if self.vocabulary is not None:
-            return rng.integers(0, self.vocabulary, (batch, *self.shape)).astype("int32")
-        return rng.normal(size=(batch, *self.shape)).astype("float32")
-
-    def symbol(self):
-        return keras.Input(self.shape, dtype="int32" if self.vocabulary is not None else "float32")
-
-    def read(self, layer):
-        return operator.attrgetter(self.path.replace("/", "."))(layer)
-
-    def pair(self):
-        """A model of two layers of this kind side by side: model, first, second."""
-        first, second = self.make(), self.make()
-        x = self.symbol()
-        return keras.Model(x, [apply(first, x), apply(second, x)]), first, second
-
-
-def apply(layer, x):
-    return layer(x, x) if isinstance(layer, layers.MultiHeadAttention) else layer(x)
 
 
 KINDS = {
@@ -62,7 +34,7 @@ KINDS = {
     "lstm_cell": Kind(lambda: layers.LSTM(2, unroll=True), "cell/recurrent_kernel", (2, 2)),
     "attention": Kind(lambda: layers.MultiHeadAttention(2, 2), "query_dense/kernel", (3, 4)),
 }
-every_kind = pytest.mark.parametrize("kind", list(KINDS.values()), ids=list(KINDS))
+every_kind = for_each(among=KINDS)
 
 
 def loss(outputs):

@@ -22,7 +22,7 @@ from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.layers import paths
 from tether.layers.storage import FromFile
-from tether.layers.view import View, stored_variables
+from tether.layers.view import View, shape_of, stored_variables
 
 PREFIX = "parent."
 Entries = dict[str, Any]
@@ -184,7 +184,7 @@ def _refuse_unknown(layer: Any, unknown: list[str]) -> None:
 
 def _refuse_shapes(layer: Any, named: Entries, entries: Entries) -> None:
     for key, variable in named.items():
-        shape = tuple(int(n) for n in variable.shape)
+        shape = shape_of(variable)
         if not isinstance(variable, View) and tuple(np.shape(entries[key])) != shape:
             raise ShapeMismatch(
                 f"The weight {key!r} of layer {layer.name!r} ({type(layer).__name__}) has shape {shape}; nothing was "

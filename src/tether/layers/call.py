@@ -12,9 +12,10 @@ import keras
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
 from tether.layers import paths
+from tether.layers.refusing import refuse_layer, refuse_unsupported
 from tether.layers.state import state_of
-from tether.layers.tie import refuse_layer, refuse_unsupported, tie
-from tether.layers.view import View
+from tether.layers.tie import tie
+from tether.layers.view import View, shape_of, view_like
 from tether.weights.argument import Argument, bind
 from tether.weights.expression import Tensor
 from tether.weights.weight import Use
@@ -113,8 +114,8 @@ def _given(layer: Any, path: str, tensor: Tensor) -> Iterator[None]:
                 "first, by a call on data or `layer.build(input_shape)`."
             )
         refuse_unsupported(place.layer)
-        shape = tuple(int(size) for size in place.variable.shape)
-        expression = Argument(place.leaf_name.replace("/", "_"), shape, keras_seam.stored_dtype(place.variable))
+        name, dtype = place.leaf_name.replace("/", "_"), keras_seam.stored_dtype(place.variable)
+        expression = Argument(name, shape_of(place.variable), dtype)
         lent = _lend(place, expression)
     if tuple(tensor.shape) != expression.shape:
         raise ShapeMismatch(
@@ -130,23 +131,15 @@ def _lend(place: paths.Place, argument: Argument) -> Iterator[None]:
     """Puts a view of an argument wherever the layer holds a variable, and takes it out again."""
     variable = place.variable
     use = Use(name=place.leaf_name, expression=argument, layer=weakref.ref(place.layer))
-    view = View(
-        use,
-        name=variable.name,
-        path=variable.path,
-        shape=argument.shape,
-        dtype=argument.dtype,
-        autocast=keras_seam.autocasts(variable),
-        trainable=True,
-    )
+    view = view_like(variable, use, trainable=True)
     held = paths.holders(place.layer, variable)
     for path in held:
-        paths.put_silently(place.layer, path, view)
+        paths.put_item(place.layer, path, view)
     try:
         yield
     finally:
         for path in held:
-            paths.put_silently(place.layer, path, variable)
+            paths.put_item(place.layer, path, variable)
 
 
 @keras.saving.register_keras_serializable(package="tether", name="WithWeights")

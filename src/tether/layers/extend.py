@@ -21,7 +21,7 @@ from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.layers import by_name, paths
 from tether.layers.rollback import Rollback
-from tether.layers.tied import Tied, weights_below
+from tether.layers.tied import Tied
 from tether.layers.view import View
 from tether.weights.weight import Weight
 
@@ -166,8 +166,7 @@ def _own_build(cls: type, mixin: type, build: Any) -> Any:
         if BUILDING in vars(self):
             checked(self, *args, **kwargs)
             return
-        affected = [*keras_seam.contained_layers(self), *weights_below(self)]
-        with Rollback(list({id(each): each for each in affected}.values())):
+        with Rollback.below(self):
             keras_seam.set_untracked(self, BUILDING, set())
             checked(self, *args, **kwargs)
             object.__delattr__(self, BUILDING)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -14,13 +12,14 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.form import LayerForm
-from tether.layers import paths
 from tether.layers.filling import Report, check_rule, describe
 from tether.layers.filling import fill as filled
+from tether.layers.named import Named, frozen_weights, named_weights, select, select_all, train_only
+from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
-from tether.layers.tie import refuse_layer, tie, weight_of
-from tether.layers.tied import weights_below
-from tether.layers.view import View
+from tether.layers.state import weights_below
+from tether.layers.tie import tie, weight_of
+from tether.layers.view import View, numpy_of
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
@@ -84,8 +83,7 @@ def inherit(
     asked = _asked(changes, by_name)
     if name is not None and (into is not None or isinstance(changes, LayerForm)):
         raise TetherError(f"A child that is given, or made by a form, has its own name. {received(name=name)}")
-    below = [*keras_seam.contained_layers(parent), *weights_below(parent)]
-    with Rollback(list({id(layer): layer for layer in below}.values())):
+    with Rollback.below(parent):
         if isinstance(changes, LayerForm):
             return _by_form(parent, changes, asked, into=into, share=share, match=match, fill=fill)
         child = copy_of(parent, name) if into is None else _instance(into, parent)
@@ -117,57 +115,14 @@ def changed(change: Any, base: Expression, path: str) -> Expression:
     try:
         return as_expression(made)
     except TypeError:
-        raise TetherError(
-            f"The change of {path!r} is a function from the parent's expression to the child's, a form such as "
-            f"`tether.low_rank(8)`, an expression, a number or an array. {received(change=change, result=made)}"
-        ) from None
+        raise _no_change(path, change, made) from None
 
 
-# --------------------------------------------------------------------------- names
-
-
-@dataclass(frozen=True)
-class Named:
-    """One weight below a layer: its canonical path, and the path by the names that people gave to layers."""
-
-    path: str
-    name: str
-    layer: Any
-    variable: Any
-    can_train: bool
-    """Whether the layer made it to be trained: a kernel, not a moving mean."""
-    frozen: bool
-    """Whether it could train and did not, when it was looked at."""
-
-    def fits(self, pattern: str) -> bool:
-        """Whether a name or pattern of paths means it."""
-        return any(fnmatch.fnmatchcase(known, pattern) for known in (self.path, self.name))
-
-
-def named_weights(root: Any) -> list[Named]:
-    """The weights below a built layer, each once."""
-    found: dict[int, Named] = {}
-    for path, name, layer, variable in paths.walk(root):
-        if id(variable) not in found:
-            can_train, frozen = _training_state(layer, variable)
-            found[id(variable)] = Named("/".join(path), "/".join(name), layer, variable, can_train, frozen)
-    return list(found.values())
-
-
-def select(root: Any, weights: list[Named], pattern: str) -> list[Named]:
-    """The weights that a name or pattern means.
-
-    Raises:
-        UnknownName: None.
-    """
-    found = [weight for weight in weights if weight.fits(pattern)]
-    if not found and not any(sign in pattern for sign in "*?["):
-        place = paths.locate(root, paths.split(pattern))
-        found = [weight for weight in weights if weight.variable is place.variable]
-    if not found:
-        listed = ", ".join(dict.fromkeys(weight.name for weight in weights[:12]))
-        raise UnknownName(f"No weight of {root.name!r} fits the pattern {pattern!r}. It has: {listed or 'none'}.")
-    return found
+def _no_change(path: str, change: Any, made: Any) -> TetherError:
+    return TetherError(
+        f"The change of {path!r} is a function from the parent's expression to the child's, a form such as "
+        f"`tether.low_rank(8)`, an expression, a number or an array. {received(change=change, result=made)}"
+    )
 
 
 # --------------------------------------------------------------------------- the child
@@ -217,15 +172,11 @@ class _Heir:
         return found
 
     def _changes(self, asked: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for pattern, change in asked.items():
-            for weight in select(self.child, self.mine, pattern):
-                if change is None:
-                    changed(change, as_expression(0), weight.name)  # raises: it is no change
-                if weight.path in found:
-                    raise TetherError(f"Two changes are given for {weight.name!r}; one of them is {pattern!r}.")
-                found[weight.path] = change
-        return found
+        found = select_all(self.child, self.mine, asked)
+        for weight, change in found:
+            if change is None:
+                raise _no_change(weight.name, change, None)
+        return {weight.path: change for weight, change in found}
 
     def _shared(self, share: Any) -> set[str]:
         if isinstance(share, bool):
@@ -262,8 +213,8 @@ class _Heir:
             if change is not None:
                 text = f"combined: {ties[weight.path].notation()}"
                 how = f"{how}; {text}" if how.startswith("copied") else text
-            name, shape = (None, None) if source is None else (source.name, _shape(source))
-            report.add(weight.name, _shape(weight), name, shape, how)
+            name, shape = (None, None) if source is None else (source.name, source.shape)
+            report.add(weight.name, weight.shape, name, shape, how)
         self._assign(copies)
         if ties:
             self._tie(ties)
@@ -301,7 +252,7 @@ class _Heir:
         return not self.changes and all(weight.path in self.shared for weight in self.mine)
 
     def _copied(self, weight: Named, source: Named) -> tuple[np.ndarray[Any, Any], str]:
-        value, start = _numpy(source.variable), _numpy(weight.variable)
+        value, start = numpy_of(source.variable), numpy_of(weight.variable)
         try:
             return filled(value, start, self.fill), describe(value.shape, start.shape, self.fill)
         except ShapeMismatch as error:
@@ -309,7 +260,6 @@ class _Heir:
 
     def _of_copy(self, weight: Named, value: np.ndarray[Any, Any], change: Any) -> Expression:
         own = Weight(value, dtype=keras_seam.stored_dtype(weight.variable), name=_label(self.child, weight))
-        own.first_initializer = None
         expression = changed(change, own, weight.name)
         if expression is not own:
             try:
@@ -328,7 +278,7 @@ class _Heir:
             for stored in weight.variable.expression.weights_used():
                 original = originals.get(stored.origin)
                 if original is not None and original.is_built and id(stored) not in done:
-                    stored.assign(_numpy(original.variable))
+                    stored.assign(numpy_of(original.variable))
                     done.add(id(stored))
             if not all(id(stored) in done for stored in weight.variable.expression.weights_used()):
                 weight.variable.assign(value)
@@ -349,62 +299,6 @@ class _Heir:
             )
         }
         train_only(self.child, self.mine, learns, frozen)
-
-
-def frozen_weights(weights: list[Named]) -> set[str]:
-    """The paths of the weights that could train and do not."""
-    return {weight.path for weight in weights if weight.frozen}
-
-
-def train_only(root: Any, weights: list[Named], learns: set[str], frozen: set[str]) -> None:
-    """Sets the flags of layers so that weights learn in layers that were frozen; the rest of these is cut off.
-
-    Args:
-        root: The layer or model that the weights are below.
-        weights: All its weights, as they were before ties.
-        learns: The paths of those that learn.
-        frozen: The paths of those that were frozen.
-    """
-    layers = {id(weight.layer): weight.layer for weight in weights}
-    learning = {
-        id(weight.layer)
-        for weight in weights
-        if weight.path in learns or (weight.can_train and weight.path not in frozen)
-    }
-    for layer in keras_seam.contained_layers(root):
-        if isinstance(layer, Weight):
-            continue
-        if id(layer) in layers:
-            flag = id(layer) in learning
-            keras_seam.set_own_trainable_flag(layer, flag)
-            for variable in paths.own_variables(layer):
-                _set_variable_flag(layer, variable, flag)
-        elif any(id(below) in learning for below in keras_seam.contained_layers(layer)):
-            keras_seam.set_own_trainable_flag(layer, True)
-
-
-def _set_variable_flag(layer: Any, variable: Any, flag: bool) -> None:
-    if isinstance(variable, View):
-        variable.follow(flag)
-    elif any(variable is own for own in keras_seam.variable_lists(layer)["trainable_variables"]):
-        variable.trainable = flag
-
-
-def _training_state(layer: Any, variable: Any) -> tuple[bool, bool]:
-    """Whether a weight could train, and whether it could and does not."""
-    if isinstance(variable, View):
-        return variable.slot_trainable, variable.slot_trainable and not variable.use.live
-    own = keras_seam.variable_lists(layer)["trainable_variables"]
-    can_train = any(variable is other for other in own)
-    return can_train, can_train and not (variable.trainable and layer.trainable)
-
-
-def _shape(weight: Named) -> tuple[int, ...]:
-    return tuple(int(n) for n in weight.variable.shape)
-
-
-def _numpy(variable: Any) -> np.ndarray[Any, Any]:
-    return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
 def _label(child: Any, weight: Named) -> str:
@@ -484,6 +378,6 @@ def _by_form(parent: Any, form: LayerForm, asked: dict[str, Any], **others: Any)
     for weight in named_weights(child):
         expression = ties.get(weight.path)
         how = "own" if expression is None else f"combined: {expression.notation()}"
-        report.add(weight.name, _shape(weight), None, None, how)
+        report.add(weight.name, weight.shape, None, None, how)
     keras_seam.set_untracked(child, "inheritance", report)
     return child

@@ -136,16 +136,19 @@ def _inside(path: Path, value: Any, depth: int) -> Iterator[tuple[Path, Any]]:
                 yield from _inside((*path, key), item, depth + 1)
 
 
-def put_silently(layer: Any, path: Path, value: Any) -> None:
-    """Puts a value where an attribute or container of the layer holds another, past all trackers."""
-    if len(path) == 1:
-        vars(layer)[path[0]] = value
-        return
-    container = vars(layer)[path[0]]
-    for key in path[1:-1]:
+def put_item(layer: Any, path: Path, value: Any, *, what: str = "weight", advice: str = "") -> None:
+    """Puts a value where an attribute of the layer, or a container in one, holds another, past all trackers.
+
+    Raises:
+        Unsupported: The container is a tuple. The error names what is kept in it, and ends in the advice.
+    """
+    container = vars(layer)
+    for key in path[:-1]:
         container = _item(container, key)
     if isinstance(container, tuple):
-        raise Unsupported(f"Layer {layer.name!r} keeps the weight in the tuple {path[0]!r}, which cannot be changed.")
+        raise Unsupported(
+            f"Layer {layer.name!r} keeps the {what} in the tuple {path[0]!r}, which cannot be changed.{advice}"
+        )
     if isinstance(container, list):
         list.__setitem__(container, int(path[-1]), value)
     else:

@@ -13,9 +13,8 @@ import keras
 
 from tether import keras_seam
 from tether.layers.penalty import Penalty
-from tether.layers.state import State, hang_weights, state_of
-from tether.layers.tie import become_tied
-from tether.layers.tied import weights_below
+from tether.layers.placing import become_tied
+from tether.layers.state import hang_weights, state_of, weights_below
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
@@ -44,14 +43,12 @@ def _may_record(layer: Any) -> bool:
 
 def attach(penalty: Penalty, recorder: Any, lent: Any = None) -> None:
     """Records a penalty on a layer; from now on it is one of its losses."""
-    become_tied(recorder)
-    _state(recorder).penalties.append(penalty)
+    become_tied(recorder).penalties.append(penalty)
     penalty.register()
     penalty.follow(keras_seam.own_trainable_flag(recorder))
     hang_weights(recorder)
     if lent is not None:
-        become_tied(lent)
-        _state(lent).penalties.append(penalty)
+        become_tied(lent).penalties.append(penalty)
 
 
 def detach(penalty: Penalty, holders: list[Any]) -> None:
@@ -80,9 +77,3 @@ def drop_void(layers: list[Any]) -> None:
         for penalty in list(state.penalties) if state is not None else []:
             if penalty.is_void:
                 detach(penalty, [layer])
-
-
-def _state(layer: Any) -> State:
-    state = state_of(layer)
-    assert state is not None
-    return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tether import keras_seam
+from tether.layers.state import STATE, weights_below
 from tether.weights.weight import Weight
 
 
@@ -79,12 +80,16 @@ class Rollback:
     def __init__(self, targets: list[Any]) -> None:
         self.targets = targets
 
+    @classmethod
+    def below(cls, layer: Any) -> Rollback:
+        """Restores a layer, the layers below it and the weights that they use or wait for."""
+        found = [*keras_seam.contained_layers(layer), *weights_below(layer)]
+        return cls(list({id(target): target for target in found}.values()))
+
     def __enter__(self) -> Rollback:
         self.snapshots = [_Snapshot(target) for target in self.targets]
         self.states = [
-            (s.attributes["_tether"], dict(vars(s.attributes["_tether"])))
-            for s in self.snapshots
-            if "_tether" in s.attributes
+            (s.attributes[STATE], dict(vars(s.attributes[STATE]))) for s in self.snapshots if STATE in s.attributes
         ]
         self.state_contents = [
             (value, list(value) if isinstance(value, list) else dict(value))

@@ -14,7 +14,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError
-from tether.layers.view import View
+from tether.layers.view import View, shape_of
 from tether.weights.expression import Expression, known_shape
 from tether.weights.inversion import invert, is_invertible, solve_shape
 from tether.weights.weight import Copy, Weight
@@ -34,7 +34,7 @@ def misfit(layer: Any, name: str, shape: tuple[int, ...], expression: Expression
 
 def start_from_values(layer: Any, name: str, expression: Expression, variable: Any) -> None:
     """Gives weights without a variable the present values, so that the tie changes no output."""
-    shape = tuple(int(n) for n in variable.shape)
+    shape = shape_of(variable)
     dtype = keras_seam.stored_dtype(variable)
     if not isinstance(variable, View) and isinstance(expression, Weight) and expression.can_adopt(dtype):
         expression.adopt(variable)

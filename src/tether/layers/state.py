@@ -147,6 +147,21 @@ def _held_elsewhere(layer: Any, weight: Weight) -> bool:
     return any(value is weight for name, value in vars(layer).items() if name != WEIGHTS)
 
 
+def weights_below(layer: Any) -> list[Weight]:
+    """The weights in a layer and the layers below it, those of ties that still wait included."""
+    found: dict[int, Weight] = {}
+    for below in keras_seam.contained_layers(layer):
+        state = state_of(below)
+        waiting = [] if state is None else [*state.pending.values(), *state.recorded]
+        for weight in (w for tie in waiting for w in tie.expression.weights_used()):
+            found.setdefault(id(weight), weight)
+        for weight in (w for penalty in (state.penalties if state is not None else ()) for w in penalty.weights):
+            found.setdefault(id(weight), weight)
+        if isinstance(below, Weight):
+            found.setdefault(id(below), below)
+    return list(found.values())
+
+
 _serializing = threading.local()
 
 

@@ -17,20 +17,11 @@ import keras
 from tether import keras_seam
 from tether.errors import InvalidConfig, Unsupported, received
 from tether.layers import storage
+from tether.layers.arguments import arguments_by_name, taking
+from tether.layers.looping import holding, loop_hooks
 from tether.layers.record import VERSION, encode_ties, read_record
-from tether.layers.state import (
-    STATE,
-    WEIGHTS,
-    State,
-    in_base_order,
-    known_order,
-    serializing,
-    state_of,
-)
+from tether.layers.state import WEIGHTS, in_base_order, known_order, serializing, state_of, weights_below
 from tether.layers.view import View
-from tether.weights.argument import Argument, bind
-from tether.weights.evaluation import hold, release
-from tether.weights.expression import Expression, leaves
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
@@ -66,20 +57,6 @@ def take_arguments(layer: Any) -> None:
         keras_seam.refresh_call_signature(layer)
 
 
-def arguments_by_name(state: State) -> dict[str, list[Argument]]:
-    """The arguments in the ties recorded on a layer, and in those that were asked for there."""
-    found: dict[str, list[Argument]] = {}
-    for leaf in [*(leaf for tie in state.recorded for leaf in arguments_in(tie.expression)), *state.takes]:
-        if leaf not in found.setdefault(leaf.name, []):
-            found[leaf.name].append(leaf)
-    return found
-
-
-def arguments_in(expression: Expression) -> list[Argument]:
-    """The arguments of an expression, each once."""
-    return [leaf for leaf in leaves(expression) if isinstance(leaf, Argument)]
-
-
 def base_class(cls: type) -> type:
     """The class that a tied class was made from; any other class is its own."""
     return cls._tether_base if issubclass(cls, Tied) else cls
@@ -95,7 +72,7 @@ class Tied:
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """Hands out a view where a tie waits for a variable of this name, and makes a variable elsewhere."""
-        from tether.layers.tie import hand_out
+        from tether.layers.placing import hand_out
 
         for position, value in zip(("shape", "initializer", "dtype"), args, strict=False):
             kwargs.setdefault(position, value)
@@ -120,12 +97,12 @@ class Tied:
         super().__setattr__(name, value)
         state = state_of(self)
         if state is not None and state.pending and isinstance(value, keras.layers.Layer):
-            from tether.layers.tie import forward
+            from tether.layers.placing import forward
 
             forward(self, state)
 
     def _lock_state(self) -> None:
-        from tether.layers.tie import settle
+        from tether.layers.placing import settle
 
         settle(self)
         super()._lock_state()  # type: ignore[misc]
@@ -244,7 +221,7 @@ class Tied:
         )
 
 
-def _make(base: type, arguments: tuple[str, ...]) -> type:
+def _make(base: Any, arguments: tuple[str, ...]) -> type:
     if base is Weight or issubclass(base, Tied):
         raise Unsupported(f"{base.__name__} cannot be tied.")
     namespace: dict[str, Any] = {
@@ -257,7 +234,7 @@ def _make(base: type, arguments: tuple[str, ...]) -> type:
 
     def get_config(self: Any) -> dict[str, Any]:
         with serializing(self):
-            config = dict(base.get_config(self))  # type: ignore[attr-defined]
+            config = dict(base.get_config(self))
         state = state_of(self)
         if state is not None:
             ties = encode_ties(self, state)
@@ -270,13 +247,13 @@ def _make(base: type, arguments: tuple[str, ...]) -> type:
             config[KEY] = ties
         return config
 
-    namespace["get_config"] = keras_seam.mark_like(get_config, base.get_config)  # type: ignore[attr-defined]
+    namespace["get_config"] = keras_seam.mark_like(get_config, base.get_config)
     if hasattr(base, "get_dropout_mask"):
-        namespace.update(_loop_hooks(base))
+        namespace.update(loop_hooks(base))
     elif hasattr(base, "get_initial_state") and hasattr(base, "state_size"):
-        namespace["get_initial_state"] = _holding(base.get_initial_state)
+        namespace["get_initial_state"] = holding(base.get_initial_state)
     if arguments:
-        namespace.update(_taking(base, arguments))
+        namespace.update(taking(base, arguments, base.call))
     if not hasattr(base, "enable_lora"):
         namespace["enable_lora"] = _absent("enable_lora")
     if not hasattr(base, "_trackable_children"):
@@ -284,33 +261,6 @@ def _make(base: type, arguments: tuple[str, ...]) -> type:
     cls = type(base.__name__, (Tied, base), namespace)
     keras_seam.register_tied(cls)
     return cls
-
-
-def _taking(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """A `call` with the base's parameters and the arguments of expressions as keywords."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {name: kwargs.pop(name, None) for name in names}
-        state = state_of(self)
-        values = {
-            argument: given[name]
-            for name, found in (arguments_by_name(state) if state is not None else {}).items()
-            for argument in found
-            if given.get(name) is not None
-        }
-        with bind(values):
-            return base.call(self, *args, **kwargs)
-
-    def compute_output_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.compute_output_spec(self, *args, **{k: v for k, v in kwargs.items() if k not in names})
-
-    signature = inspect.signature(base.call)
-    parameters = list(signature.parameters.values())
-    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-    end = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    call.__signature__ = signature.replace(parameters=parameters[:end] + extra + parameters[end:])  # type: ignore[attr-defined]
-    call.__doc__ = base.call.__doc__
-    return {"call": call, "compute_output_spec": compute_output_spec}
 
 
 class _absent:
@@ -321,53 +271,6 @@ class _absent:
 
     def __get__(self, instance: Any, owner: type) -> Any:
         raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
-
-
-def _hold(cell: Any) -> None:
-    """Computes the cell's composite weights now, outside the time loop that is about to run."""
-    state = state_of(cell)
-    if state is None or state.held:
-        return
-    scope = None
-    if cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype):
-        scope = keras_seam.AutocastScope(cell.compute_dtype)
-    expressions = [slot.view.expression for slot in state.slots]
-    if scope is None:
-        state.held = hold(expressions)
-    else:
-        with scope:
-            state.held = hold(expressions)
-
-
-def _loop_hooks(base: Any) -> dict[str, Any]:
-    """An RNN asks its cell for a dropout mask before its loop, and takes it back after."""
-
-    def get_dropout_mask(self: Any, step_input: Any) -> Any:
-        _hold(self)
-        return base.get_dropout_mask(self, step_input)
-
-    def reset_dropout_mask(self: Any) -> None:
-        state = state_of(self)
-        if state is not None:
-            release(state.held)
-            state.held = []
-        base.reset_dropout_mask(self)
-
-    return {"get_dropout_mask": get_dropout_mask, "reset_dropout_mask": reset_dropout_mask}
-
-
-def _holding(get_initial_state: Any) -> Any:
-    """A cell of the user's own has one call before the loop: the one for its first state."""
-
-    def held_state(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = state_of(self)
-        if state is not None:
-            state.held = []
-            _hold(self)
-            state.held = []
-        return get_initial_state(self, *args, **kwargs)
-
-    return held_state
 
 
 # --------------------------------------------------------------------------- coming back from a file
@@ -438,24 +341,9 @@ def _subclasses(cls: type) -> dict[type, None]:
 keras_seam.register_reader(TiedReader())
 
 
-def weights_below(layer: Any) -> list[Weight]:
-    """The weights in a layer and the layers below it, those of ties that still wait included."""
-    found: dict[int, Weight] = {}
-    for below in keras_seam.contained_layers(layer):
-        state = state_of(below)
-        waiting = [] if state is None else [*state.pending.values(), *state.recorded]
-        for weight in (w for tie in waiting for w in tie.expression.weights_used()):
-            found.setdefault(id(weight), weight)
-        for weight in (w for penalty in (state.penalties if state is not None else ()) for w in penalty.weights):
-            found.setdefault(id(weight), weight)
-        if isinstance(below, Weight):
-            found.setdefault(id(below), below)
-    return list(found.values())
-
-
 def _unpickle(data: bytes, weights: dict[str, Weight]) -> Any:
     with sharing(dict(weights)):
         return keras_seam.load_from(io.BytesIO(data), compile=True)
 
 
-__all__ = ["KEY", "STATE", "State", "Tied", "TiedReader", "base_class", "revive", "tied_class", "weights_below"]
+__all__ = ["KEY", "Tied", "TiedReader", "base_class", "revive", "tied_class"]

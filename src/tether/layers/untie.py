@@ -10,10 +10,12 @@ import keras
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.layers import paths, penalizing
+from tether.layers.arguments import arguments_in
 from tether.layers.lambda_layer import Lambda
+from tether.layers.placing import drop_use, forget
+from tether.layers.refusing import refuse_layer
 from tether.layers.state import STATE, Slot, State, Tie, hang_weights, state_of
-from tether.layers.tie import _drop_use, _forget, refuse_layer
-from tether.layers.tied import arguments_in, base_class, take_arguments
+from tether.layers.tied import base_class, take_arguments
 from tether.layers.view import View
 from tether.weights.weight import Weight
 
@@ -43,7 +45,7 @@ def untie(layer: Any, *names: str) -> Any:
                 for slot in list(state.slots):
                     _give_back(below, state, slot)
                 for asked in list(state.pending.values()):
-                    _forget(asked)
+                    forget(asked)
                 state.pending.clear()
     for below in keras_seam.contained_layers(layer):
         state = state_of(below)
@@ -105,7 +107,7 @@ def _untie_one(layer: Any, name: str) -> None:
     place = paths.locate(layer, paths.split(name))
     state = state_of(place.layer)
     if state is not None and place.variable is None and place.leaf in state.pending:
-        _forget(state.pending.pop(place.leaf))
+        forget(state.pending.pop(place.leaf))
         return
     if state is None or not isinstance(place.variable, View):
         raise UnknownName(f"The weight {name!r} of layer {layer.name!r} is not tied.")
@@ -120,8 +122,8 @@ def _give_back(layer: Any, state: State, slot: Slot) -> None:
         if weight is view.expression and weight.is_built:
             variable.constraint = weight.variable.constraint
     state.slots.remove(slot)
-    _drop_use(view.use)
-    _forget(slot.tie)
+    drop_use(view.use)
+    forget(slot.tie)
     index = slot.index - sum(1 for other in state.slots if other.store == slot.store and other.index < slot.index)
     keras_seam.insert_tracked(layer, slot.store, index, variable)
     for path in paths.holders(layer, view):
@@ -151,14 +153,8 @@ def _put_back(layer: Any, path: tuple[str, ...], variable: Any) -> None:
     if len(path) == 1:
         with keras_seam.unlocked(layer):
             setattr(layer, path[0], variable)
-        return
-    container = vars(layer)[path[0]]
-    for key in path[1:-1]:
-        container = container[int(key)] if isinstance(container, (list, tuple)) else container[key]
-    if isinstance(container, list):
-        list.__setitem__(container, int(path[-1]), variable)
     else:
-        dict.__setitem__(container, path[-1], variable)
+        paths.put_item(layer, path, variable)
 
 
 def _become_plain(layer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError
@@ -116,6 +117,29 @@ class View(keras_seam.Variable):
         raise TetherError(
             f"The view {self.path} cannot be copied by itself: copy or pickle the layer, or take its value."
         )
+
+
+def view_like(variable: Any, use: Use, *, trainable: bool) -> View:
+    """A view with the name, path, shape and dtype of a variable, or of another view."""
+    return View(
+        use,
+        name=variable.name,
+        path=variable.path,
+        shape=shape_of(variable),
+        dtype=keras_seam.stored_dtype(variable),
+        autocast=keras_seam.autocasts(variable),
+        trainable=trainable,
+    )
+
+
+def shape_of(variable: Any) -> tuple[int, ...]:
+    """The shape of a variable or view, in plain numbers."""
+    return tuple(int(n) for n in variable.shape)
+
+
+def numpy_of(variable: Any) -> np.ndarray[Any, Any]:
+    """A copy of the value of a variable or view."""
+    return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
 def stored_variables(variable: Any) -> list[Any]:

@@ -12,7 +12,8 @@ from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, UnknownName, ValueConflict
 from tether.layers.filling import Report, Rule, check_rule, describe
 from tether.layers.filling import fill as filled
-from tether.transfer.pairing import Held, built, held_weights, leaf_pairs, listed, numpy_of, pairs
+from tether.layers.view import numpy_of
+from tether.transfer.pairing import Held, built, held_weights, leaf_pairs, listed, pairs
 from tether.weights.inversion import invert
 from tether.weights.weight import Weight
 

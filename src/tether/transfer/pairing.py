@@ -19,8 +19,8 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, received
 from tether.layers import paths
-from tether.layers.tie import refuse_layer
-from tether.layers.view import View, stored_variables
+from tether.layers.refusing import refuse_layer
+from tether.layers.view import View, numpy_of, shape_of, stored_variables
 from tether.weights.expression import Expression, program
 from tether.weights.weight import Weight
 
@@ -41,7 +41,7 @@ class Held:
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
-        return tuple(int(n) for n in self.variable.shape)
+        return shape_of(self.variable)
 
     @property
     def stored(self) -> list[Any]:
@@ -51,11 +51,6 @@ class Held:
     def numpy(self) -> np.ndarray[Any, Any]:
         """A copy of its value, before autocast."""
         return numpy_of(self.variable)
-
-
-def numpy_of(variable: Any) -> np.ndarray[Any, Any]:
-    """A copy of a variable's value."""
-    return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
 def held_weights(root: Any) -> list[Held]:

@@ -10,10 +10,11 @@ from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.layers import paths, penalizing
 from tether.layers.penalty import Penalty, check
+from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
 from tether.layers.state import state_of
-from tether.layers.tie import refuse_layer, weight_of
-from tether.layers.tied import weights_below
+from tether.layers.tie import weight_of
+from tether.layers.view import shape_of
 from tether.weights.expression import Expression, Tensor, as_expression
 from tether.weights.weight import Weight
 
@@ -93,8 +94,7 @@ def soft_tie(model: Any, a: Any, b: Any, strength: Any) -> SoftTie:
     refuse_layer("soft_tie", model)
     scale = _expression(model, "strength", strength, paths_allowed=False)
     _check_places(model, a, b)
-    below = [*keras_seam.contained_layers(model), *weights_below(model)]
-    with Rollback(list({id(layer): layer for layer in below}.values())):
+    with Rollback.below(model):
         left = _expression(model, "a", a, paths_allowed=True)
         right = _expression(model, "b", b, paths_allowed=True)
         check(left, right, scale)
@@ -149,7 +149,7 @@ def _check_places(model: Any, a: Any, b: Any) -> None:
         return
     if one is other:
         raise TetherError(f"{a!r} and {b!r} are the same weight, so nothing is left to keep close.")
-    shape, other_shape = (tuple(int(n) for n in variable.shape) for variable in (one, other))
+    shape, other_shape = (shape_of(variable) for variable in (one, other))
     if shape != other_shape:
         hint = f" Transpose one: `b=tether.weight_of(model, {b!r}).T`." if shape == other_shape[::-1] else ""
         raise ShapeMismatch(f"{a!r} has shape {shape}, but {b!r} has shape {other_shape}.{hint}")

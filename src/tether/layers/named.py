@@ -1,0 +1,130 @@
+"""The weights below a layer by names and patterns of paths, and which of them train."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tether import keras_seam
+from tether.errors import TetherError, UnknownName
+from tether.layers import paths
+from tether.layers.view import View, shape_of
+from tether.weights.weight import Weight
+
+
+@dataclass(frozen=True)
+class Named:
+    """One weight below a layer: its canonical path, and the path by the names that people gave to layers."""
+
+    path: str
+    name: str
+    layer: Any
+    variable: Any
+    can_train: bool
+    """Whether the layer made it to be trained: a kernel, not a moving mean."""
+    frozen: bool
+    """Whether it could train and did not, when it was looked at."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return shape_of(self.variable)
+
+    def fits(self, pattern: str) -> bool:
+        """Whether a name or pattern of paths means it."""
+        return any(fnmatch.fnmatchcase(known, pattern) for known in (self.path, self.name))
+
+
+def named_weights(root: Any) -> list[Named]:
+    """The weights below a built layer, each once."""
+    found: dict[int, Named] = {}
+    for path, name, layer, variable in paths.walk(root):
+        if id(variable) not in found:
+            can_train, frozen = _training_state(layer, variable)
+            found[id(variable)] = Named("/".join(path), "/".join(name), layer, variable, can_train, frozen)
+    return list(found.values())
+
+
+def select(root: Any, weights: list[Named], pattern: str) -> list[Named]:
+    """The weights that a name or pattern means.
+
+    Raises:
+        UnknownName: None.
+    """
+    found = [weight for weight in weights if weight.fits(pattern)]
+    if not found and not any(sign in pattern for sign in "*?["):
+        place = paths.locate(root, paths.split(pattern))
+        found = [weight for weight in weights if weight.variable is place.variable]
+    if not found:
+        listed = ", ".join(dict.fromkeys(weight.name for weight in weights[:12]))
+        raise UnknownName(f"No weight of {root.name!r} fits the pattern {pattern!r}. It has: {listed or 'none'}.")
+    return found
+
+
+def select_all(root: Any, weights: list[Named], changes: Mapping[str, Any]) -> list[tuple[Named, Any]]:
+    """The weights that the names and patterns of changes mean, each with its change.
+
+    Raises:
+        UnknownName: A name or pattern means none.
+        TetherError: Two changes are given for one weight.
+    """
+    found: dict[str, tuple[Named, Any]] = {}
+    for pattern, change in changes.items():
+        for weight in select(root, weights, pattern):
+            if weight.path in found:
+                raise TetherError(f"Two changes are given for {weight.name!r}; one of them is {pattern!r}.")
+            found[weight.path] = (weight, change)
+    return list(found.values())
+
+
+# --------------------------------------------------------------------------- what trains
+
+
+def frozen_weights(weights: list[Named]) -> set[str]:
+    """The paths of the weights that could train and do not."""
+    return {weight.path for weight in weights if weight.frozen}
+
+
+def train_only(root: Any, weights: list[Named], learns: set[str], frozen: set[str]) -> None:
+    """Sets the flags of layers so that weights learn in layers that were frozen; the rest of these is cut off.
+
+    Args:
+        root: The layer or model that the weights are below.
+        weights: All its weights, as they were before ties.
+        learns: The paths of those that learn.
+        frozen: The paths of those that were frozen.
+    """
+    layers = {id(weight.layer): weight.layer for weight in weights}
+    learning = {
+        id(weight.layer)
+        for weight in weights
+        if weight.path in learns or (weight.can_train and weight.path not in frozen)
+    }
+    for layer in keras_seam.contained_layers(root):
+        if isinstance(layer, Weight):
+            continue
+        if id(layer) in layers:
+            flag = id(layer) in learning
+            keras_seam.set_own_trainable_flag(layer, flag)
+            for variable in paths.own_variables(layer):
+                _set_variable_flag(layer, variable, flag)
+        elif any(id(below) in learning for below in keras_seam.contained_layers(layer)):
+            keras_seam.set_own_trainable_flag(layer, True)
+
+
+def _set_variable_flag(layer: Any, variable: Any, flag: bool) -> None:
+    if isinstance(variable, View):
+        variable.follow(flag)
+    elif any(variable is own for own in keras_seam.variable_lists(layer)["trainable_variables"]):
+        variable.trainable = flag
+
+
+def _training_state(layer: Any, variable: Any) -> tuple[bool, bool]:
+    """Whether a weight could train, and whether it could and does not."""
+    if isinstance(variable, View):
+        return variable.slot_trainable, variable.slot_trainable and not variable.use.live
+    own = keras_seam.variable_lists(layer)["trainable_variables"]
+    can_train = any(variable is other for other in own)
+    return can_train, can_train and not (variable.trainable and layer.trainable)
