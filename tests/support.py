@@ -36,7 +36,8 @@ def gradients(loss_of, variables):
 
         values = [variable.value for variable in variables]
         wanted = [value for value in values if value.requires_grad]
-        found = dict(zip(map(id, wanted), torch.autograd.grad(loss, wanted, allow_unused=True), strict=True))
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted and loss.requires_grad else ()
+        found = dict(zip(map(id, wanted), grads, strict=bool(grads)))
         grads = [found.get(id(value)) for value in values]
     return float(numpy(loss)), [None if g is None else np.array(numpy(g)) for g in grads]
 

@@ -625,3 +625,83 @@ def test_a_variables_value_is_a_plain_tensor():
     tensor = keras_seam.plain_tensor(variable.value)
     assert keras.ops.is_tensor(tensor)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(keras.ops.diagonal(tensor)), [1, 1])
+
+
+def raw():
+    variable = keras.Variable(np.zeros(4, "float32"))
+    return variable, lambda: keras_seam.snapshot(keras_seam.raw_value(variable))
+
+
+def test_a_snapshot_is_the_same_until_somebody_writes():
+    variable, take = raw()
+    before = take()
+    assert keras_seam.is_same_snapshot(before, take())
+    for _ in range(3):
+        variable.assign(variable + 1)
+        assert not keras_seam.is_same_snapshot(before, take())
+        assert keras_seam.is_same_snapshot(take(), take())
+
+
+def test_a_snapshot_sees_what_an_optimizer_writes():
+    layer = dense()
+    model = model_of(layer)
+    model.compile("sgd", "mse")
+    before = keras_seam.snapshot(keras_seam.raw_value(layer.kernel))
+    model.fit(np.ones((4, 2)), np.ones((4, 3)), verbose=0)
+    assert not keras_seam.is_same_snapshot(before, keras_seam.snapshot(keras_seam.raw_value(layer.kernel)))
+
+
+def test_a_value_is_plain_only_where_no_gradient_is_recorded():
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        assert keras_seam.is_plain_eager()
+        with tf.GradientTape():
+            assert not keras_seam.is_plain_eager()
+        seen = []
+        tf.function(lambda: seen.append(keras_seam.is_plain_eager()))()
+        assert seen == [False]
+    elif backend == "torch":
+        import torch
+
+        assert not keras_seam.is_plain_eager()
+        with torch.no_grad():
+            assert keras_seam.is_plain_eager()
+    else:
+        import jax
+
+        seen = []
+        layer = dense()
+        layer.call = lambda x: seen.append(keras_seam.is_plain_eager()) or x
+        layer(np.ones((1, 2), "float32"))
+        layer.stateless_call([v.value for v in layer.trainable_variables], [], np.ones((1, 2), "float32"))
+        assert seen == [True, False]
+        jax.jit(lambda x: seen.append(keras_seam.is_traced(x)) or x)(1.0)
+        assert seen[-1] is True
+        assert not keras_seam.is_traced(jax.numpy.ones(2))
+
+
+def test_a_function_is_traced_without_values():
+    layer = dense()
+    found = keras_seam.trace(layer, keras.KerasTensor((5, 2)))
+    assert isinstance(found, keras.KerasTensor)
+    assert found.shape == (5, 3)
+
+
+def test_a_mask_goes_with_a_tensor():
+    x = keras.ops.ones((2, 3, 2))
+    keras_seam.set_mask(x, keras.ops.convert_to_tensor([[True, True, False], [True, False, False]]))
+    seen = []
+
+    class Asks(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.supports_masking = True
+
+        def call(self, x, mask=None):
+            seen.append(mask)
+            return x
+
+    Asks()(x)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(seen[0]), [[True, True, False], [True, False, False]])

@@ -34,6 +34,7 @@ __all__ = [
     "low_rank",
     "materialize",
     "ops",
+    "planning",
     "route",
     "sharing",
     "tie",
@@ -50,6 +51,7 @@ _LATER = {
     "forms": "tether.forms",
     "inherit": "tether.layers.inherit",
     "low_rank": "tether.forms",
+    "planning": "tether.planning",
     "transfer": "tether.transfer",
 }
 """What not every program needs: imported when it is first asked for, or when a file names an operator in it."""

@@ -16,6 +16,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import keras
+import numpy
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.common import stateless_scope as _stateless
@@ -582,6 +583,11 @@ def is_training_call() -> bool:
     return bool(context is not None and context.get_value("training"))
 
 
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Hands a mask on with a tensor, as a layer does that computes one in its `call`."""
+    _backend.set_keras_mask(tensor, mask)
+
+
 def refresh_call_signature(layer: Any) -> None:
     """Makes Keras read a layer's `call` again, after its class has changed: it read the signature when it was made."""
     signature = inspect.signature(layer.call)
@@ -646,6 +652,94 @@ def _make_mutations() -> Callable[[Any], int]:
 
 mutations = _make_mutations()
 """How often a tensor was changed in place (PyTorch counts; JAX cannot, TensorFlow does not tell)."""
+
+
+def _make_is_plain_eager() -> Callable[[], bool]:
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.eager import record
+
+        return lambda: tf.executing_eagerly() and not record.could_possibly_record()
+    if name == "torch":
+        import torch
+
+        return lambda: not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return lambda: _stateless.get_stateless_scope() is None
+
+
+is_plain_eager = _make_is_plain_eager()
+"""Whether a value computed now is a plain tensor, through which no gradient flows: one that may be kept.
+
+JAX's gradients see a variable's value only in a stateless scope.
+"""
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a tensor stands for one that a compiler will know later."""
+    if _backend.backend() == "jax":
+        import jax
+
+        return isinstance(value, jax.core.Tracer)
+    return False
+
+
+def _make_is_sparse() -> Callable[[Any], bool]:
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        return lambda value: isinstance(value, (tf.SparseTensor, tf.RaggedTensor))
+    if name == "jax":
+        from jax.experimental import sparse
+
+        return lambda value: isinstance(value, sparse.JAXSparse)
+    return lambda value: False
+
+
+is_sparse = _make_is_sparse()
+"""Whether a tensor is kept as the entries that it has, so that few operations take it."""
+
+
+def _make_snapshot() -> Callable[[Any], Any]:
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        whole = {1: tf.uint8, 2: tf.uint16}
+
+        def of_tensorflow(value: Any) -> Any:
+            # As long as somebody holds what was read, TensorFlow writes to other memory: the address tells.
+            read = value.read_value() if hasattr(value, "read_value") else value
+            # NumPy lends no memory of dtypes that it does not know itself, such as bfloat16.
+            known = numpy.dtype(read.dtype.as_numpy_dtype).isbuiltin == 1
+            return read, memoryview(read if known else tf.bitcast(read, whole[read.dtype.size]))
+
+        return of_tensorflow
+    if name == "torch":
+        return lambda value: (value, value._version)
+    return lambda value: (value, 0)
+
+
+snapshot = _make_snapshot()
+"""What a stored value is now, to be compared later; holds on to the memory of JAX's and TensorFlow's tensors."""
+
+
+def is_same_snapshot(a: Any, b: Any) -> bool:
+    """Whether nothing was written between two snapshots of one stored value."""
+    if isinstance(a[1], memoryview) and isinstance(b[1], memoryview):
+        return _address(a[1]) == _address(b[1])
+    return a[0] is b[0] and a[1] == b[1]
+
+
+def _address(view: memoryview) -> tuple[int, int]:
+    array = numpy.asarray(view)
+    return array.__array_interface__["data"][0], array.nbytes
+
+
+def trace(function: Callable[..., Any], *specs: Any) -> Any:
+    """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
+    return _backend.compute_output_spec(function, *specs)
 
 
 # --------------------------------------------------------------------------- classes in files

@@ -25,11 +25,10 @@ TINY = 1e-30
 """The least squared norm: an output whose weights are all zero has the direction zero, and a finite gradient."""
 
 
-@register
-class Magnitude(Float32Node):
-    """`g * v / ‖v‖`, the norm over the leading axes; if detached, the norm counts as a constant in the gradient."""
+class _OverNorms(Float32Node):
+    """A direction `v` and lengths `g`; norms go over the leading axes, and may count as constants in the gradient."""
 
-    name, arity, accepts = "magnitude", 2, ("rows", "detached")
+    arity, accepts = 2, ("rows", "detached")
     __slots__ = ()
 
     @classmethod
@@ -47,14 +46,45 @@ class Magnitude(Float32Node):
             )
         return v
 
-    def compute_wide(self, *values: Tensor) -> Tensor:
-        """The directions, scaled."""
-        v, g = values
+    def ratio(self, v: Tensor, g: Tensor) -> Tensor:
+        """What each output of the direction is multiplied with: `g / ‖v‖`."""
         axes = tuple(range(self.parameters["rows"]))
         norms = keras.ops.sqrt(keras.ops.maximum(keras.ops.sum(keras.ops.square(v), axis=axes), TINY))
         if self.parameters["detached"]:
             norms = keras.ops.stop_gradient(norms)
-        return keras.ops.multiply(v, keras.ops.divide(g, norms))
+        return keras.ops.divide(g, norms)
+
+
+@register
+class NormRatio(_OverNorms):
+    """`g / ‖v‖`: a number for each output."""
+
+    name = "norm_ratio"
+    __slots__ = ()
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the lengths."""
+        return super().infer_shape(*shapes)[self.parameters["rows"] :]
+
+    def compute_wide(self, *values: Tensor) -> Tensor:
+        """The ratios."""
+        return self.ratio(*values)
+
+
+@register
+class Magnitude(_OverNorms):
+    """`g * v / ‖v‖`."""
+
+    name = "magnitude"
+    __slots__ = ()
+
+    def compute_wide(self, *values: Tensor) -> Tensor:
+        """The directions, scaled."""
+        return keras.ops.multiply(values[0], self.ratio(*values))
+
+    def expanded(self) -> Expression:
+        """The direction times what each of its outputs is multiplied with."""
+        return self.operands[0] * NormRatio(*self.operands, **self.parameters)
 
     def format(self, *terms: Term) -> Term:
         """`magnitude(g, v)`: the length, then what has the direction."""

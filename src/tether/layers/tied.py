@@ -252,8 +252,14 @@ def _make(base: Any, arguments: tuple[str, ...]) -> type:
         namespace.update(loop_hooks(base))
     elif hasattr(base, "get_initial_state") and hasattr(base, "state_size"):
         namespace["get_initial_state"] = holding(base.get_initial_state)
+    from tether.layers.appliers import planned_call  # imported with the first tie
+
+    call = planned_call(base)
+    if call is not None:
+        call.__signature__ = inspect.signature(base.call)  # type: ignore[attr-defined]
+        namespace["call"] = call
     if arguments:
-        namespace.update(taking(base, arguments, base.call))
+        namespace.update(taking(base, arguments, call or base.call))
     if not hasattr(base, "enable_lora"):
         namespace["enable_lora"] = _absent("enable_lora")
     if not hasattr(base, "_trackable_children"):

@@ -37,6 +37,7 @@ class View(keras_seam.Variable):
         self.slot_trainable = trainable
         self.frozen = False
         self.layout_constraint: Any = None
+        self.planner: Any = None
 
     @property
     def expression(self) -> Expression:

@@ -8,7 +8,9 @@ trace. Before a time loop the values that the loop needs are *held*: computed ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -22,6 +24,7 @@ from tether.weights.weight import Weight
 _CACHE = "_tether_values"
 _ADVANCED = "_tether_advanced"
 _HELD = object()
+_memory: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("tether_values", default=None)
 
 
 def evaluate(expression: Expression) -> Tensor:
@@ -31,9 +34,11 @@ def evaluate(expression: Expression) -> Tensor:
     if is_view(expression):
         return _compute(expression)
     caches = _call_caches()
+    key = (expression, autocast_dtype())
+    if remembers() and keras_seam.is_plain_eager():
+        return _remembered(expression, key)
     if not caches:
         return _compute(expression)
-    key = (expression, autocast_dtype())
     fingerprint = _fingerprint(expression)
     for cache in caches:
         entry = cache.get(key)
@@ -46,6 +51,47 @@ def evaluate(expression: Expression) -> Tensor:
         fingerprint = _fingerprint(expression)
     caches[0][key] = (fingerprint, keras_seam.trace_token(), value)
     return value
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Keeps values that took arithmetic from call to call, until what they were computed from changes."""
+    token = _memory.set({})
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def remembers() -> bool:
+    """Whether values are kept from call to call now."""
+    return _memory.get() is not None and not keras_seam.is_training_call()
+
+
+def _remembered(expression: Expression, key: Any) -> Tensor:
+    """The value as it was computed before, if nothing that it depends on has changed since."""
+    memory = _memory.get()
+    if memory is None:
+        return _compute(expression)
+    now = _snapshot(expression)
+    entry = memory.get(key)
+    if entry is not None and all(keras_seam.is_same_snapshot(a, b) for a, b in zip(entry[0], now, strict=True)):
+        return entry[1]
+    value = _compute(expression)
+    if not keras_seam.is_traced(value):
+        memory[key] = (_snapshot(expression), value)
+    return value
+
+
+def _snapshot(expression: Expression) -> list[Any]:
+    found = []
+    for step in program(expression):
+        leaf = step.expression
+        if isinstance(leaf, Weight):
+            found.append(keras_seam.snapshot(keras_seam.raw_value(leaf.variable)))
+        elif isinstance(leaf, Argument):
+            found.append((bindings().get(leaf.key, leaf.default), 0))
+    return found
 
 
 def hold(expressions: list[Expression]) -> list[Any]:

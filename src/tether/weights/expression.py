@@ -330,6 +330,10 @@ class Node(Expression):
         """Values for the operands that give `value`, `None` for a constant; or `None` where there is no inverse."""
         return None
 
+    def expanded(self) -> Expression | None:
+        """An equal expression in simpler operators, if there is one: what a planner may compute in another order."""
+        return None
+
     # ------------------------------------------------------------------ what follows from it
 
     @property

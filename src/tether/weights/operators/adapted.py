@@ -65,6 +65,13 @@ class Adapted(Node):
             total = keras.ops.add(total, keras.ops.multiply(keras.ops.cast(strength, part.dtype), part))
         return total
 
+    def expanded(self) -> Expression:
+        """The sum, written out."""
+        total = self.base
+        for strength, part in self.parts.values():
+            total = total + strength * part
+        return total
+
     def format(self, *terms: Term) -> Term:
         """`base + french.strength * (a @ b)`."""
         pairs = zip(terms[1::2], terms[2::2], strict=True)

@@ -1,0 +1,115 @@
+"""A model's forward pass and its training step as each backend runs them: JAX and TensorFlow compiled, PyTorch eager."""
+
+import keras
+import numpy as np
+
+
+def forward(model, x):
+    """A function of no arguments that runs the model once and waits for the result."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
+        compiled = jax.jit(lambda t, n, x: model.stateless_call(t, n, x, training=False)[0])
+        data = jax.numpy.asarray(x)
+        return lambda: jax.block_until_ready(compiled(*state, data))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        compiled = tf.function(lambda x: model(x, training=False), jit_compile=True)
+        data = tf.constant(x)
+        return lambda: compiled(data)
+    import torch
+
+    data = keras.ops.convert_to_tensor(x)
+
+    def run():
+        with torch.no_grad():
+            y = model(data, training=False)
+        _wait(torch)
+        return y
+
+    return run
+
+
+def train(model, x):
+    """A function of no arguments that computes a loss and its gradients, to the weights and the input, and waits."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
+        data = jax.numpy.asarray(x)
+        floats = (0, 2) if data.dtype == "float32" else (0,)
+        compiled = jax.jit(jax.value_and_grad(_jax_loss(model), argnums=floats))
+        return lambda: jax.block_until_ready(compiled(*state, data))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        data = tf.constant(x)
+        variables = [v.value for v in model.trainable_variables]
+
+        @tf.function(jit_compile=True)
+        def step(x):
+            with tf.GradientTape() as tape:
+                if x.dtype == tf.float32:
+                    tape.watch(x)
+                loss = tf.reduce_mean(tf.square(model(x, training=True)))
+            sources = [*variables, x] if x.dtype == tf.float32 else variables
+            found = tape.gradient(loss, sources)
+            return loss, [tf.convert_to_tensor(g) for g in found]
+
+        return lambda: step(data)
+    import torch
+
+    data = keras.ops.convert_to_tensor(x)
+    variables = [v.value for v in model.trainable_variables]
+
+    def run():
+        given = data.detach().requires_grad_() if data.is_floating_point() else data
+        loss = model(given, training=True).square().mean()
+        found = torch.autograd.grad(loss, [*variables, given] if data.is_floating_point() else variables)
+        _wait(torch)
+        return loss, found
+
+    return run
+
+
+def _jax_loss(model):
+    def loss(trainable, state, x):
+        y, _ = model.stateless_call(trainable, state, x, training=True)
+        return keras.ops.mean(keras.ops.square(y))
+
+    return loss
+
+
+def _wait(torch):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def xla_memory(model, x):
+    """Bytes that XLA says the training step needs beside its arguments: JAX only."""
+    import jax
+
+    state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
+    data = jax.numpy.asarray(x)
+    floats = (0, 2) if data.dtype == "float32" else (0,)
+    compiled = jax.jit(jax.value_and_grad(_jax_loss(model), argnums=floats)).lower(*state, data).compile()
+    found = compiled.memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+def model_of(layer, shape, dtype="float32"):
+    """A model of one layer, with a batch of any size."""
+    inputs = keras.Input(batch_shape=(None, *shape[1:]), dtype=dtype)
+    return keras.Model(inputs, layer(inputs))
+
+
+def data(shape, vocabulary=None, seed=0):
+    """An input: normal numbers, or numbers of words."""
+    rng = np.random.default_rng(seed)
+    if vocabulary is not None:
+        return rng.integers(0, vocabulary, shape).astype("int32")
+    return rng.normal(size=shape).astype("float32")

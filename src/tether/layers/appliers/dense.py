@@ -1,0 +1,64 @@
+"""Dense and EinsumDense: inputs times a kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tether.layers.appliers.planned import applied
+from tether.planning.plan import Problem
+
+Shape = tuple[int | None, ...]
+
+
+def dense_problem(shape: Shape, **call: Any) -> Problem:
+    """Rows times a matrix."""
+    rows = tuple(f"b{axis}" for axis in range(len(shape) - 1))
+    return Problem((*rows, "i"), ("i", "o"), (*rows, "o"), shape, **call)
+
+
+@functools.lru_cache(maxsize=1024)
+def einsum_problem(equation: str) -> Callable[..., Problem]:
+    """The problem of an equation such as `"abc,cd->abd"`, which may begin with `...`."""
+
+    def problem(shape: Shape, **call: Any) -> Problem:
+        left, output = equation.replace(" ", "").split("->")
+        inputs, kernel = left.split(",")
+        extra = tuple(f"b{axis}" for axis in range(len(shape) - len(inputs.replace("...", ""))))
+        return Problem(_letters(inputs, extra), tuple(kernel), _letters(output, extra), shape, **call)
+
+    return problem
+
+
+def _letters(part: str, extra: tuple[str, ...]) -> tuple[str, ...]:
+    before, dots, after = part.partition("...")
+    return (*before, *(extra if dots else ()), *after)
+
+
+def _finished(layer: Any, y: Any) -> Any:
+    if layer.bias is not None:
+        y = keras.ops.add(y, layer.bias)
+    return y if layer.activation is None else layer.activation(y)
+
+
+def dense_call(base: Any) -> Callable[..., Any]:
+    """`Dense.call`."""
+
+    def call(self: Any, inputs: Any, training: Any = None) -> Any:
+        y = applied(self.kernel, inputs, dense_problem)
+        return base.call(self, inputs, training=training) if y is None else _finished(self, y)
+
+    return call
+
+
+def einsum_dense_call(base: Any) -> Callable[..., Any]:
+    """`EinsumDense.call`."""
+
+    def call(self: Any, inputs: Any, training: Any = None) -> Any:
+        y = applied(self.kernel, inputs, einsum_problem(self.equation))
+        return base.call(self, inputs, training=training) if y is None else _finished(self, y)
+
+    return call

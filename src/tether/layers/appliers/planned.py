@@ -1,0 +1,99 @@
+"""The plan of one use: made at the first call of each kind, then kept with the view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.layers.view import View
+from tether.planning import scope
+from tether.planning.execute import Convolve, execute
+from tether.planning.explanation import Noted
+from tether.planning.plan import Plan, Problem, make_plan
+from tether.planning.products import Products, products
+from tether.weights.evaluation import evaluate, remembers
+from tether.weights.expression import Expression, Tensor, is_view, live_weights
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+MAX_KEPT = 256
+"""Plans kept for one use: an eager loop over inputs of ever other lengths does not fill the memory."""
+
+MakeProblem = Callable[..., Problem]
+
+
+class Planner:
+    """The plans of one view."""
+
+    def __init__(self, view: View) -> None:
+        self.expression = view.expression
+        self._products: Products | None = None
+        self._plans: dict[Any, Plan] = {}
+
+    @property
+    def products(self) -> Products:
+        """The weight as a sum of products."""
+        if self._products is None:
+            self._products = products(self.expression)
+        return self._products
+
+    def plan(self, view: View, x: Tensor, problem: MakeProblem, training: bool, dtype: str) -> Plan:
+        """The plan for a call with an input of this shape."""
+        live = view.use.live
+        flags = tuple(weight.trainable for weight in self.expression.weights_used()) if training and live else ()
+        mode, kept = scope.mode(), remembers()
+        key = (tuple(x.shape), dtype, training and live, flags, mode, kept, problem)
+        found = self._plans.get(key)
+        if found is None:
+            asked = problem(tuple(x.shape), training=training, itemsize=BYTES.get(dtype, 4))
+
+            def trains(expression: Expression) -> bool:
+                return live and any(weight.trainable for weight in live_weights(expression))
+
+            found = make_plan(replace(asked, repeated=True) if kept else asked, self.products, trains, mode)
+            if len(self._plans) >= MAX_KEPT:
+                self._plans.clear()
+            self._plans[key] = found
+        scope.note(Noted(view.path, self.expression.notation(), tuple(x.shape), found))
+        return found
+
+
+def planner_of(view: Any) -> Planner | None:
+    """The planner of what a layer holds as its weight, or `None` if there is nothing to plan."""
+    if not isinstance(view, View) or is_view(view.expression) or not keras_seam.autocasts(view):
+        return None
+    planner = view.planner
+    if planner is None or planner.expression is not view.expression:
+        if view.expression.shape is None:
+            return None
+        planner = view.planner = Planner(view)
+    return planner
+
+
+def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | None = None) -> Tensor | None:
+    """What the layer computes with its weight, by plan; `None` where the layer has to build the weight itself."""
+    planner = planner_of(view)
+    if planner is None:
+        return None
+    dtype = keras.backend.standardize_dtype(view.dtype)
+    training = scope.assumed_training()
+    if training is None:
+        training = keras_seam.is_training_call()
+    plan = planner.plan(view, x, problem, training, dtype)
+    if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
+        return None
+    return execute(plan, x, [_value(view, factor, dtype) for factor in plan.factors], convolve)
+
+
+def _value(view: View, factor: Expression, dtype: str) -> Tensor:
+    """A factor as the view would read it: in the view's dtype, without a gradient if the use has none."""
+    value = keras_seam.plain_tensor(evaluate(factor))
+    if keras.backend.standardize_dtype(value.dtype) != dtype:
+        value = keras.ops.cast(value, dtype)
+    return value if view.use.live else keras.ops.stop_gradient(value)
+
+
+__all__ = ["Planner", "applied", "planner_of"]

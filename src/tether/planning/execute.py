@@ -1,0 +1,82 @@
+"""Doing what a plan says, in `keras.ops`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from tether.planning.plan import Plan
+from tether.weights.expression import Tensor
+
+Convolve = Callable[[Tensor, Tensor], Tensor]
+
+
+def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve | None = None) -> Tensor:
+    """The layer's product with its weight.
+
+    Args:
+        plan: What to do.
+        x: The layer's input.
+        factors: The values of the plan's factors.
+        convolve: The layer's own convolution with a kernel.
+    """
+    values: list[Any] = [x, *factors]
+    for step in plan.steps:
+        inputs = [values[place] for place in step.inputs]
+        if step.op == "convolve":
+            values.append(convolve(*inputs))  # type: ignore[misc]
+        else:
+            values.append(_OPERATIONS[step.op](step.detail, *inputs))
+    return values[plan.output]
+
+
+def _split(detail: tuple[Any, ...], x: Tensor) -> Tensor:
+    shape: list[Any] = []
+    for size, parts in zip(keras.ops.shape(x), detail, strict=True):
+        shape += [size] if parts is None else parts
+    return keras.ops.reshape(x, shape)
+
+
+def _join(detail: tuple[int, ...], x: Tensor) -> Tensor:
+    sizes, shape = list(keras.ops.shape(x)), list[Any]()
+    for count in detail:
+        shape.append(sizes[0] if count == 1 else math.prod(sizes[:count]))
+        del sizes[:count]
+    return keras.ops.reshape(x, shape)
+
+
+def _digit(detail: tuple[int, int | None], ids: Tensor) -> Tensor:
+    divisor, size = detail
+    digits = keras.ops.floor_divide(ids, divisor)
+    return digits if size is None else keras.ops.mod(digits, size)
+
+
+def _multiply(present: tuple[bool, ...], a: Tensor, b: Tensor) -> Tensor:
+    if not all(present):
+        b = b[tuple(slice(None) if there else None for there in present)]
+    return keras.ops.multiply(a, b)
+
+
+def _einsum(equation: str, *inputs: Tensor) -> Tensor:
+    dtypes = {keras.backend.standardize_dtype(value.dtype) for value in inputs}
+    if len(dtypes) > 1:  # a matrix product promotes; PyTorch's einsum does not
+        dtype = keras.backend.result_type(*sorted(dtypes))
+        inputs = tuple(keras.ops.cast(value, dtype) for value in inputs)
+    return keras.ops.einsum(equation, *inputs)
+
+
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "scale": lambda number, x: keras.ops.multiply(x, number),
+    "split": _split,
+    "join": _join,
+    "squeeze": lambda axes, x: keras.ops.squeeze(x, axis=axes),
+    "add": lambda _, a, b: keras.ops.add(a, b),
+    "digit": _digit,
+    "take": lambda axis, table, ids: keras.ops.take(table, ids, axis=axis),
+    "multiply": _multiply,
+    "matmul": lambda _, a, b: keras.ops.matmul(a, b),
+    "einsum": _einsum,
+}

@@ -1,0 +1,94 @@
+"""What a plan is and what the others would cost, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import TetherError, received
+from tether.planning.machine import machine
+from tether.planning.plan import ASSUMED_ROWS, Plan
+from tether.planning.scope import recording
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The plan that one use of a weight followed in one call."""
+
+    path: str
+    expression: str
+    input_shape: tuple[int | None, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plans of a call; prints as text."""
+
+    title: str
+    uses: tuple[Noted, ...]
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        if not self.uses:
+            lines.append("  Every weight is stored as it is used, or the kind of layer builds it first: no plan.")
+        for use in self.uses:
+            lines += ["", f"{use.path} = {use.expression}, for inputs of shape {use.input_shape}"]
+            names = {"materialize": "builds the weight", "factored": "applies the parts", "partly": "builds some parts"}
+            for alternative in use.plan.alternatives:
+                chosen = alternative.name == use.plan.name and (
+                    use.plan.materializes or alternative.seconds == use.plan.seconds
+                )
+                mark = "->" if chosen else "  "
+                lines.append(
+                    f" {mark} {alternative.name:<12}{alternative.seconds * 1e6:>12,.0f} µs  {names[alternative.name]}"
+                )
+                lines += [f"        {step}" for step in alternative.steps] if chosen else []
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(
+    layer: Any, input_shape: Sequence[int | None], *, training: bool = False, dtype: str | None = None
+) -> Explanation:
+    """How a layer, or a model, computes with its combined weights, and what the alternatives would cost.
+
+    The layer is built if it is not yet; nothing is computed.
+
+    Args:
+        layer: A layer or model, called with one input.
+        input_shape: The shape of the call's input, with the batch; `None` counts as 32.
+        training: Whether to plan for a training step: the gradients are counted too.
+        dtype: The dtype of the input; left out, the layer's own.
+
+    Returns:
+        The plans, as an object with `uses` (each with its `plan`) that prints as text. Times are the cost
+        model's, in microseconds, forward and backward.
+
+    Raises:
+        TetherError: Not a layer, or a shape that is none.
+
+    Example:
+    ```python
+    print(tether.planning.explain(layer, (32, 1024), training=True))
+    ```
+    """
+    if not isinstance(layer, keras.layers.Layer):
+        raise TetherError(f"`explain` takes a layer or a model. {received(layer=type(layer).__name__)}")
+    try:
+        shape = tuple(ASSUMED_ROWS if size is None else int(size) for size in input_shape)
+    except (TypeError, ValueError):
+        raise TetherError(f"A shape reads like (32, 1024). {received(input_shape=input_shape)}") from None
+    spec = keras.KerasTensor(shape, dtype=dtype or layer.input_dtype or keras.config.floatx())
+    if not layer.built:
+        layer(spec)
+    with recording(training=training) as noted:
+        keras_seam.trace(layer, spec)
+    kind = "a training step" if training else "inference"
+    title = f"{layer.name}: {kind} with inputs of shape {shape} on {machine().name}"
+    return Explanation(title, tuple(dict.fromkeys(noted)))
