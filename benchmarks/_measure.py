@@ -54,11 +54,11 @@ def seconds(call, repeat=1):
         gc.enable()
 
 
-def compare(ours, theirs, *, rounds=41, budget=4.0):
+def compare(ours, theirs, *, rounds=41, budget=4.0, noise=True):
     """Median seconds of both, and the median of the ratios ours / theirs, measured in turn: A B B A A B ...
 
     Budget: seconds for both sides together. Many short rounds, since what disturbs comes and goes. `noise` is
-    the same median where both sides are theirs: what this machine says of no difference at all.
+    the same median where both sides are theirs: what this machine says of no difference at all (1 if not measured).
     """
     for warm in (ours, theirs, ours, theirs):
         warm()
@@ -66,14 +66,14 @@ def compare(ours, theirs, *, rounds=41, budget=4.0):
     repeat = max(1, min(200, int(budget / (2 * rounds) / once)))
     rounds = min(rounds, max(9, int(budget / (2 * repeat * once))))
     mine, other, ratios = _alternate(ours, theirs, repeat, rounds)
-    _, _, noise = _alternate(theirs, theirs, repeat, rounds)
+    same = _alternate(theirs, theirs, repeat, rounds)[2] if noise else [1.0]
     return {
         "ours_ms": 1e3 * statistics.median(mine),
         "theirs_ms": 1e3 * statistics.median(other),
         "ratio": statistics.median(ratios),
         "ratio_low": sorted(ratios)[len(ratios) // 4],
         "ratio_high": sorted(ratios)[-1 - len(ratios) // 4],
-        "noise": statistics.median(noise),
+        "noise": statistics.median(same),
         "repeat": repeat,
         "rounds": rounds,
     }

@@ -1,4 +1,4 @@
-"""A model's forward pass and its training step as each backend runs them: JAX and TensorFlow compiled, PyTorch eager."""
+"""A forward pass and a training step as each backend runs them: JAX and TensorFlow compiled, PyTorch eager."""
 
 import keras
 import numpy as np

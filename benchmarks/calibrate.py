@@ -7,14 +7,13 @@ the line that belongs into `tether/planning/machine.py`, and writes the times th
 import dataclasses
 import itertools
 import math
-import statistics
 import time
 
 import keras
 import numpy as np
 
 from benchmarks._measure import write
-from tether.planning.machine import Machine, machine
+from tether.planning.machine import machine
 
 ops = keras.ops
 CHAIN = 16

@@ -65,7 +65,7 @@ def test_a_layer_starts_and_computes_through_it(walk):
 
 
 def test_the_form_that_it_walks_through_passes_its_own_test():
-    form, test = python_blocks(NAME)[3:]
+    form, test = python_blocks(NAME)[3:5]
     namespace = {"__name__": "walk_through_a_form"}
     for line, code in (form, test):
         run(NAME, code, line, namespace)
@@ -75,3 +75,35 @@ def test_the_form_that_it_walks_through_passes_its_own_test():
     np.testing.assert_allclose(namespace["singular_values"]()(kernel).numpy(), kernel.numpy(), atol=1e-6)
     with pytest.raises(TetherError, match="two or more axes"):
         kernel[0, 0] + namespace["singular_values"]()
+
+
+def test_the_applier_that_it_shows_is_one(monkeypatch):
+    import keras
+
+    from tether.layers import appliers
+
+    ((line, code),) = python_blocks(NAME)[5:]
+    namespace = {"__name__": "an_applier", "keras": keras}
+    run(NAME, code, line, namespace)
+    followed = []
+
+    def applied(*args):
+        followed.append(namespace["applied_by_plan"](*args))
+        return followed[-1]
+
+    namespace["applied_by_plan"], namespace["applied"] = namespace["applied"], applied
+
+    class Mine(keras.layers.Dense):
+        def call(self, inputs, training=None):
+            return super().call(inputs, training=training)
+
+    monkeypatch.setattr(appliers, "_APPLIERS", ((Mine, namespace["call_of"]), *appliers._APPLIERS))
+    w, a, b = (
+        tether.Weight(shape, "normal", name=name) for name, shape in (("w", (4, 3)), ("a", (4, 1)), ("b", (1, 3)))
+    )
+    layer = tether.tie(Mine(3, activation="relu"), kernel=w + a @ b)
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
+    with tether.planning.force("factored"):
+        y = keras.ops.convert_to_numpy(layer(x))
+    assert followed[-1] is not None
+    np.testing.assert_allclose(y, np.maximum(x @ (w.numpy() + a.numpy() @ b.numpy()), 0), atol=1e-5)

@@ -705,3 +705,22 @@ def test_a_mask_goes_with_a_tensor():
 
     Asks()(x)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(seen[0]), [[True, True, False], [True, False, False]])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the other backends tell their layers")
+def test_a_tensor_that_is_differentiated_says_so():
+    import jax
+
+    seen = []
+
+    def function(x, y):
+        seen.append(
+            (keras_seam.is_differentiated(x), keras_seam.is_differentiated(y), keras_seam.is_differentiated(y, x))
+        )
+        return (x * y).sum()
+
+    one = jax.numpy.ones(2)
+    jax.jit(jax.value_and_grad(function))(one, one)
+    jax.jvp(lambda x: function(x, one), (one,), (one,))
+    jax.jit(function)(one, one)
+    assert seen == [(True, False, True), (True, False, True), (False, False, False)]

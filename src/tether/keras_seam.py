@@ -701,6 +701,17 @@ is_sparse = _make_is_sparse()
 """Whether a tensor is kept as the entries that it has, so that few operations take it."""
 
 
+def is_differentiated(*values: Any) -> bool:
+    """Whether JAX is differentiating with respect to one of these tensors.
+
+    Keras's stateless calls do not tell layers without a `training` argument that they train; the tracer does.
+    """
+    return _backend.backend() == "jax" and any(type(value).__name__ in _GRADIENT_TRACERS for value in values)
+
+
+_GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
+
+
 def _make_snapshot() -> Callable[[Any], Any]:
     name = _backend.backend()
     if name == "tensorflow":

@@ -14,8 +14,8 @@ from tests.planning.drawing import Drawing
 from tests.support import as_zero, gradients, numpy
 from tether import ops, planning
 from tether.layers.state import weights_below
-from tether.planning.plan import _Search
 from tether.planning.scope import recording
+from tether.planning.search import _Search
 
 layers = keras.layers
 BACKEND = keras.backend.backend()
@@ -669,3 +669,107 @@ def test_adapters_compute_the_same_by_plan(rng):
     used = [weight for weight in weights_below(model) if weight.trainable]
     plans = assert_same(model, x, used, ("factored", "auto"))
     assert plans["factored"] == {"factored"}
+
+
+# --------------------------------------------------------------------------- built forward, by parts backward
+
+
+def of_many_rows(equation=None):
+    """A layer, and the shape of a call for which its weight is built and its gradient is not."""
+    rng = np.random.default_rng(0)
+    w, a, b = (
+        tether.Weight(0.1 * rng.normal(size=shape).astype("float32"), name=name)
+        for name, shape in (("w", (256, 256)), ("a", (256, 2)), ("b", (2, 256)))
+    )
+    total = w.stop_gradient() + a @ b
+    if equation is None:
+        return tether.tie(keras.layers.Dense(256, activation="tanh"), kernel=total), (2048, 256)
+    heads = keras.layers.EinsumDense(equation, output_shape=(None, 4, 64), bias_axes="de")
+    return tether.tie(heads, kernel=total.reshape(256, 4, 64)), (8, 256, 256)
+
+
+@pytest.mark.parametrize("equation", [None, "abc,cde->abde"], ids=["dense", "einsum"])
+def test_a_weight_that_is_built_has_the_gradients_of_its_parts(equation):
+    layer, shape = of_many_rows(equation)
+    layer.build(shape)
+    (use,) = tether.planning.explain(layer, shape, training=True).uses
+    assert use.plan.name == "mixed"
+    x = np.random.default_rng(1).normal(size=shape).astype("float32")
+    with tether.planning.force("materialize"):
+        expected = all_gradients(layer, x)
+    for found, wanted in zip(all_gradients(layer, x), expected, strict=True):
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-5)
+
+
+def all_gradients(layer, x):
+    """The loss of a training call, and its gradients to the layer's weights and the input."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        fixed = [v.value for v in layer.non_trainable_variables]
+
+        def loss(weights, x):
+            return (layer.stateless_call(weights, fixed, x, training=True)[0] ** 2).mean()
+
+        value, (weights, of_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+            [v.value for v in layer.trainable_variables], x
+        )
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = tf.reduce_mean(layer(x, training=True) ** 2)
+        *weights, of_x = tape.gradient(value, [*(v.value for v in layer.trainable_variables), x])
+    else:
+        import torch
+
+        x = torch.tensor(x, requires_grad=True)
+        value = (layer(x, training=True) ** 2).mean()
+        *weights, of_x = torch.autograd.grad(value, [*(v.value for v in layer.trainable_variables), x])
+    return [numpy(tensor) for tensor in (value, *weights, of_x)]
+
+
+def test_the_gradient_of_the_parts_can_be_differentiated_again():
+    layer, shape = of_many_rows()
+    layer.build(shape)
+    x = np.random.default_rng(1).normal(size=shape).astype("float32")
+
+    def second():
+        """The gradient, to the two parts, of the sum of squares of their first gradients."""
+        backend = keras.backend.backend()
+        if backend == "jax":
+            import jax
+
+            fixed = [v.value for v in layer.non_trainable_variables]
+
+            def loss(weights):
+                return (layer.stateless_call(weights, fixed, x, training=True)[0] ** 2).mean()
+
+            def squares(weights):
+                return sum((g**2).sum() for g in jax.grad(loss)(weights))
+
+            return jax.grad(squares)([v.value for v in layer.trainable_variables])
+        weights = [v.value for v in layer.trainable_variables]
+        if backend == "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as inner:
+                    value = tf.reduce_mean(layer(x, training=True) ** 2)
+                total = sum(tf.reduce_sum(g**2) for g in inner.gradient(value, weights))
+            return outer.gradient(total, weights)
+        import torch
+
+        value = (layer(torch.as_tensor(x), training=True) ** 2).mean()
+        total = sum((g**2).sum() for g in torch.autograd.grad(value, weights, create_graph=True))
+        return torch.autograd.grad(total, weights)
+
+    with tether.planning.force("materialize"):
+        expected = [numpy(tensor) for tensor in second()]
+    for found, wanted in zip(second(), expected, strict=True):
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(numpy(found) / scale, wanted / scale, atol=1e-4)

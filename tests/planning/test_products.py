@@ -101,7 +101,7 @@ RULES = {
         (weight(4, 1) + np.zeros((1, 2), "float32")) @ B, 2, [2, 2],
     ),
     "matmul of numbers": ((A * 0.0 + 1.0) @ (B * 0.0 + 2.0), 4, None),
-    "matmul of stacks": (CUBE @ weight(4, 2), 1, [1]),
+    "matmul of stacks": (CUBE @ weight(4, 2), 1, [2]),
     "einsum": (ops.einsum("ab,bc->ac", A, B), 1, [2]),
     "einsum, order": (ops.einsum("ab,bc->ca", A, B), 1, [2]),
     "einsum, outer": (ops.einsum("a,b,c->cab", weight(2), weight(3), weight(4)), 1, [3]),

@@ -150,6 +150,13 @@ class Draft:
         """A value with axes split or joined: no element moves."""
         return self._emit(Step(op, (a.register,), detail), labels, self.registers[a.register].text, 0.0, [0.0])
 
+    def restore(self, a: Value, detail: tuple[Any, ...]) -> Value:
+        """The result in the axes that the layer's output has; their sizes may be those of the input's."""
+        found = self.reshape(a, "restore", detail, a.labels)
+        step = self.steps[-1]
+        self.steps[-1] = Step(step.op, (*step.inputs, 0), step.detail)
+        return found
+
     def add(self, a: Value, b: Value) -> Value:
         """The sum of two values of as many axes, whose sizes may be 1 on either side."""
         labels = tuple(

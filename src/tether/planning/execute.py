@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
 
+from tether.planning.gradient import attach
 from tether.planning.plan import Plan
 from tether.weights.expression import Tensor
 
@@ -23,6 +25,8 @@ def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve
         factors: The values of the plan's factors.
         convolve: The layer's own convolution with a kernel.
     """
+    if plan.gradient is not None:
+        return _with_gradient(plan, plan.gradient, x, factors)
     values: list[Any] = [x, *factors]
     for step in plan.steps:
         inputs = [values[place] for place in step.inputs]
@@ -31,6 +35,19 @@ def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve
         else:
             values.append(_OPERATIONS[step.op](step.detail, *inputs))
     return values[plan.output]
+
+
+def _with_gradient(plan: Plan, of_factors: Plan, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The plan's value; the gradient of the factors that train by other steps."""
+    still = [keras.ops.stop_gradient(f) if place in plan.trained else f for place, f in enumerate(factors)]
+    frozen = [place for place in range(len(factors)) if place not in plan.trained]
+
+    def tangent(x: Tensor, varying: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        given = dict(zip((*plan.trained, *frozen), (*varying, *others), strict=True))
+        return execute(of_factors, x, [given[place] for place in range(len(factors))])
+
+    y = execute(replace(plan, gradient=None), x, still)
+    return attach(y, tangent, x, [factors[place] for place in plan.trained], [factors[place] for place in frozen])
 
 
 def _split(detail: tuple[Any, ...], x: Tensor) -> Tensor:
@@ -54,6 +71,11 @@ def _digit(detail: tuple[int, int | None], ids: Tensor) -> Tensor:
     return digits if size is None else keras.ops.mod(digits, size)
 
 
+def _restore(detail: tuple[tuple[str, int], ...], y: Tensor, x: Tensor) -> Tensor:
+    sizes = keras.ops.shape(x)
+    return keras.ops.reshape(y, [size if kind == "size" else sizes[size] for kind, size in detail])
+
+
 def _multiply(present: tuple[bool, ...], a: Tensor, b: Tensor) -> Tensor:
     if not all(present):
         b = b[tuple(slice(None) if there else None for there in present)]
@@ -72,8 +94,9 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "scale": lambda number, x: keras.ops.multiply(x, number),
     "split": _split,
     "join": _join,
+    "restore": _restore,
     "squeeze": lambda axes, x: keras.ops.squeeze(x, axis=axes),
-    "add": lambda _, a, b: keras.ops.add(a, b),
+    "add": lambda _, a, b: a + b,  # keras.ops.add takes an empty batch on TensorFlow for a bias
     "digit": _digit,
     "take": lambda axis, table, ids: keras.ops.take(table, ids, axis=axis),
     "multiply": _multiply,

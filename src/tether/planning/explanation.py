@@ -38,7 +38,12 @@ class Explanation:
             lines.append("  Every weight is stored as it is used, or the kind of layer builds it first: no plan.")
         for use in self.uses:
             lines += ["", f"{use.path} = {use.expression}, for inputs of shape {use.input_shape}"]
-            names = {"materialize": "builds the weight", "factored": "applies the parts", "partly": "builds some parts"}
+            names = {
+                "materialize": "builds the weight",
+                "factored": "applies the parts",
+                "partly": "builds some parts",
+                "mixed": "builds the weight, and computes its gradient by parts",
+            }
             for alternative in use.plan.alternatives:
                 chosen = alternative.name == use.plan.name and (
                     use.plan.materializes or alternative.seconds == use.plan.seconds

@@ -66,6 +66,17 @@ def products(expression: Expression) -> Products:
     return _Expansion().of(expression)
 
 
+def shaped(expression: Expression, labels: Labels, sizes: Mapping[int, int]) -> tuple[Expression, Labels]:
+    """The expression in the shape of its labels, reshaped at most once; and the labels."""
+    shape = tuple(sizes[label] for label in labels)
+    if expression.shape != shape:
+        while isinstance(expression, structure.Reshape):
+            expression = expression.operands[0]
+        if expression.shape != shape:
+            expression = structure.reshape(expression, shape)
+    return expression, labels
+
+
 class _Expansion:
     """Brings one expression into the form; hands out labels."""
 
@@ -119,13 +130,7 @@ class _Expansion:
 
     def factor(self, expression: Expression, labels: Labels) -> Factor:
         """A factor, with the expression in the shape of its labels."""
-        shape = tuple(self.sizes[label] for label in labels)
-        if expression.shape != shape:
-            while isinstance(expression, structure.Reshape):
-                expression = expression.operands[0]
-            if expression.shape != shape:
-                expression = structure.reshape(expression, shape)
-        return Factor(expression, labels)
+        return Factor(*shaped(expression, labels, self.sizes))
 
     def substituted(self, term: Term, new: Mapping[int, Labels]) -> Term:
         """The term with labels replaced by rows of labels of the same total size."""
@@ -254,15 +259,18 @@ def _quotient(expansion: _Expansion, node: Node, a: Products, b: Products) -> Pr
 
 
 def _matmul(expansion: _Expansion, node: Node, a: Products, b: Products) -> Products:
-    if len(a.shape) > 2 or len(b.shape) > 2:
-        raise _NoForm
-    inner = a.shape[-1]
-    terms = []
+    inner, terms = a.shape[-1], []
+    row, column = len(a.shape) > 1, len(b.shape) > 1
+    batch = max(len(a.shape), len(b.shape), 2) - 2
     for left, right in _pairs(expansion, a, b):
-        place = max(len(right.axes) - 2, 0)
-        left, right = expansion.unified(left, right, [(left.axes[-1], right.axes[place])])
+        # Both with the leading axes of the larger, then a row's and the inner one, the inner one and a column's.
+        left, right = _padded(left, batch + 1 + row), _padded(right, batch + 1 + column)
+        place = batch if column else -1
+        meet = [*zip(left.axes[:batch], right.axes[:batch], strict=True), (left.axes[-1], right.axes[place])]
+        left, right = expansion.unified(left, right, meet)
         repeats = inner if not left.axes[-1] and not right.axes[place] else 1
-        axes = left.axes[:-1] + right.axes[:place] + right.axes[place + 1 :]
+        axes = tuple(x or y for x, y in zip(left.axes[:batch], right.axes[:batch], strict=True))
+        axes += left.axes[batch:-1] + right.axes[batch + 1 :]
         terms.append(Term(left.number * right.number * repeats, left.factors + right.factors, axes))
     return Products(node.shape or (), tuple(terms), expansion.sizes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from tether.errors import TetherError, received
@@ -90,8 +90,8 @@ def assumed_training() -> bool | None:
     return _training.get()
 
 
-def note(entry: Any) -> None:
+def note(make: Callable[[], Any]) -> None:
     """Adds to what is noted, if anything is."""
     noted = _noted.get()
     if noted is not None:
-        noted.append(entry)
+        noted.append(make())

@@ -13,8 +13,9 @@ from tether.layers.view import View
 from tether.planning import scope
 from tether.planning.execute import Convolve, execute
 from tether.planning.explanation import Noted
-from tether.planning.plan import Plan, Problem, make_plan
+from tether.planning.plan import Plan, Problem
 from tether.planning.products import Products, products
+from tether.planning.search import make_plan
 from tether.weights.evaluation import evaluate, remembers
 from tether.weights.expression import Expression, Tensor, is_view, live_weights
 
@@ -40,12 +41,16 @@ class Planner:
             self._products = products(self.expression)
         return self._products
 
+    def stored(self) -> list[Tensor]:
+        """What is stored in the weights now."""
+        return [keras_seam.raw_value(weight.variable) for weight in self.expression.weights_used()]
+
     def plan(self, view: View, x: Tensor, problem: MakeProblem, training: bool, dtype: str) -> Plan:
         """The plan for a call with an input of this shape."""
         live = view.use.live
         flags = tuple(weight.trainable for weight in self.expression.weights_used()) if training and live else ()
         mode, kept = scope.mode(), remembers()
-        key = (tuple(x.shape), dtype, training and live, flags, mode, kept, problem)
+        key = (tuple(x.shape), dtype, training, live, flags, mode, kept, problem)
         found = self._plans.get(key)
         if found is None:
             asked = problem(tuple(x.shape), training=training, itemsize=BYTES.get(dtype, 4))
@@ -57,7 +62,7 @@ class Planner:
             if len(self._plans) >= MAX_KEPT:
                 self._plans.clear()
             self._plans[key] = found
-        scope.note(Noted(view.path, self.expression.notation(), tuple(x.shape), found))
+        scope.note(lambda: Noted(view.path, self.expression.notation(), tuple(x.shape), found))
         return found
 
 
@@ -81,7 +86,7 @@ def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | Non
     dtype = keras.backend.standardize_dtype(view.dtype)
     training = scope.assumed_training()
     if training is None:
-        training = keras_seam.is_training_call()
+        training = keras_seam.is_training_call() or keras_seam.is_differentiated(x, *planner.stored())
     plan = planner.plan(view, x, problem, training, dtype)
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
         return None

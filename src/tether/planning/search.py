@@ -1,0 +1,477 @@
+"""The search for a plan: which terms of a sum are built into one weight, and in which order the others are applied."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from tether.planning.draft import Draft, Value
+from tether.planning.grouping import grouped
+from tether.planning.machine import Machine, machine
+from tether.planning.orders import Path, orders
+from tether.planning.plan import ASSUMED_ROWS, MATERIALIZE, Alternative, Plan, Problem
+from tether.planning.products import Labels, Products, Term
+from tether.planning.scope import Mode
+from tether.weights.expression import Expression, Node, program
+from tether.weights.operators.arithmetic import MatMul
+
+MAX_MERGED = 5
+"""A sum of more terms is built whole or applied whole."""
+
+
+class NoPlan(Exception):
+    """This alternative does not exist."""
+
+
+def make_plan(
+    problem: Problem,
+    products: Products,
+    live: Callable[[Expression], bool],
+    mode: Mode = "auto",
+    on: Machine | None = None,
+) -> Plan:
+    """The plan of least cost.
+
+    Args:
+        problem: What the layer computes.
+        products: The weight.
+        live: Whether a gradient flows into a factor.
+        mode: `"factored"` or `"materialize"` to take that alternative, whatever it costs.
+        on: The machine; left out, the one that the backend computes on.
+    """
+    search = _Search(problem, products, live, machine() if on is None else on)
+    found: list[tuple[Alternative, Draft, Value]] = []
+    for merged in search.subsets():
+        try:
+            draft, output = search.draft(merged)
+        except NoPlan:
+            continue
+        every = len(merged) == len(products.terms)
+        name = "materialize" if every else "partly" if merged else "factored"
+        found.append((_described(name, merged, draft), draft, output))
+    mixed = search.mixed()
+    if mixed is not None:
+        found.append(mixed)
+    alternatives = tuple(sorted((entry[0] for entry in found), key=lambda alternative: alternative.seconds))
+    if mode != "auto":
+        found = [entry for entry in found if entry[0].name == mode]
+    if not found:
+        return replace(MATERIALIZE, alternatives=alternatives)
+    best, draft, output = min(found, key=lambda entry: entry[0].seconds)
+    if best.name == "materialize":
+        return replace(MATERIALIZE, seconds=best.seconds, alternatives=alternatives)
+    factors = tuple(search.places)
+    plan = Plan(best.name, tuple(draft.steps), factors, output.register, best.seconds, alternatives)
+    if best.name == "mixed":
+        trained = tuple(place for place, factor in enumerate(factors) if live(factor))
+        plan = replace(plan, gradient=search.gradient_plan(), trained=trained)
+    return plan
+
+
+def _described(name: str, merged: tuple[int, ...], draft: Draft) -> Alternative:
+    first = len(draft.registers) - len(draft.steps)
+    lines = []
+    for place, (step, (forward, backward)) in enumerate(zip(draft.steps, draft.seconds_of, strict=True)):
+        if forward or backward:
+            gradient = f" + {backward * 1e6:,.0f}" if draft.training else ""
+            lines.append(f"{draft.registers[first + place].text}  [{step.op}, {forward * 1e6:,.0f}{gradient} µs]")
+    return Alternative(name, merged, draft.seconds(), tuple(lines))
+
+
+class _Search:
+    """What the alternatives of one problem have in common."""
+
+    def __init__(self, problem: Problem, products: Products, live: Callable[[Expression], bool], on: Machine) -> None:
+        self.problem, self.products, self.grouping = grouped(problem, products)
+        problem, products = self.problem, self.products
+        self.live, self.machine = live, on
+        self.input = 0
+        """The register of the input as the terms use it."""
+        self.sizes = dict(products.sizes)
+        self._next = -1
+        sizes = dict(zip(problem.inputs, problem.sizes, strict=True))
+        self.letters: dict[str, int] = {}
+        """Labels of the letters that the weight does not have."""
+        for letter in problem.inputs:
+            if letter not in problem.kernel:
+                size = sizes[letter]
+                self.letters[letter] = self.label(ASSUMED_ROWS if size is None else max(size, 1))
+        if problem.convolution is not None:
+            free = [letter for letter in problem.outputs if letter not in problem.kernel and letter not in self.letters]
+            for letter, size in zip(free, problem.convolution.positions, strict=True):
+                self.letters[letter] = self.label(ASSUMED_ROWS if size is None else max(size, 1))
+        self.rows = frozenset(self.letters.values())
+        self.places: dict[Expression, int] = {}
+        """The register of each factor."""
+        for term in products.terms:
+            for factor in term.factors:
+                self.places.setdefault(factor.expression, len(self.places) + 1)
+
+    def label(self, size: int) -> int:
+        """A new label."""
+        self._next -= 1
+        self.sizes[self._next] = size
+        return self._next
+
+    def subsets(self) -> Iterator[tuple[int, ...]]:
+        """Which terms to build into one weight: none, any, all."""
+        every = tuple(range(len(self.products.terms)))
+        yield ()
+        if len(every) <= MAX_MERGED:
+            for count in range(1, len(every)):
+                for subset in itertools.combinations(every, count):
+                    if count > 1 or len(self.products.terms[subset[0]].factors) > 1:
+                        yield subset
+        yield every
+
+    def mixed(self) -> tuple[Alternative, Draft, Value] | None:
+        """The whole weight built, and the gradient of what trains computed part by part, the input's not at all.
+
+        That is worth a look where something in the sum does not train: the gradient of the built weight, of its full
+        size, is then computed for the sake of small parts.
+        """
+        problem = self.problem
+        if not problem.training or problem.lookup or problem.repeated or problem.convolution is not None:
+            return None
+        trains = [any(self.live(factor.expression) for factor in term.factors) for term in self.products.terms]
+        if all(trains) or not any(trains):
+            return None
+        try:
+            draft, output = self.draft(tuple(range(len(trains))), live=lambda _: False)
+            of_factors, _ = self.gradient_draft()
+        except NoPlan:
+            return None
+        built = _described("mixed", tuple(range(len(trains))), draft)
+        apart = _described("mixed", (), of_factors)
+        steps = (*built.steps, *(f"gradient of {step}" for step in apart.steps))
+        seconds = built.seconds + apart.seconds - draft.given
+        return replace(built, seconds=seconds, steps=steps), draft, output
+
+    def gradient_draft(self) -> tuple[Draft, Value]:
+        """The steps of all terms in which something trains, the input being a constant."""
+        dead = [
+            index
+            for index, term in enumerate(self.products.terms)
+            if not any(self.live(factor.expression) for factor in term.factors)
+        ]
+        draft, output = self.draft((), without=tuple(dead), input_live=False)
+        if any(self._size_of(a) != self.sizes[b] for a, b in zip(self.problem.outputs, output.labels, strict=True)):
+            raise NoPlan
+        return draft, output
+
+    def gradient_plan(self) -> Plan:
+        """The same as a plan."""
+        draft, output = self.gradient_draft()
+        return Plan("factored", tuple(draft.steps), tuple(self.places), output.register)
+
+    def draft(
+        self,
+        merged: tuple[int, ...],
+        *,
+        without: tuple[int, ...] = (),
+        live: Callable[[Expression], bool] | None = None,
+        input_live: bool = True,
+    ) -> tuple[Draft, Value]:
+        """All steps, if these terms are built into one weight and those are left out."""
+        problem = self.problem
+        trains = self.live if live is None else live
+        draft = Draft(self.machine, self.sizes, problem.itemsize, problem.training, problem.repeated)
+        rows = math.prod(ASSUMED_ROWS if size is None else size for size in problem.sizes)
+        draft.give(rows, live=input_live and not problem.lookup, of_input=True, text="x")
+        for expression in self.places:
+            flows = problem.training and trains(expression)
+            count = math.prod(expression.shape or ())
+            text = expression.notation()
+            seconds = self._evaluation(expression, flows)
+            draft.give(count, live=flows, of_input=False, text=text, seconds=seconds)
+        if self.grouping is not None:
+            x = draft.reshape(Value(0, ()), "join", self.grouping.joined, (self.label(rows),))
+            self.input = x.register
+        terms = [term for index, term in enumerate(self.products.terms) if index not in (*merged, *without)]
+        results: list[Value] = []
+        if merged:
+            draft, whole, weight = self._built(draft, [self.products.terms[index] for index in merged])
+            draft, result = self._applied(draft, whole, (weight,))
+            results.append(result)
+        for term in terms:
+            draft, result = self._applied(draft, term, self._values(term))
+            results.append(result)
+        total = results[0]
+        for result in results[1:]:
+            total = draft.add(total, result)
+        for axis, letter in enumerate(problem.outputs):
+            size = self._size_of(letter)
+            if size > 1 and all(self.sizes[result.labels[axis]] == 1 for result in results):
+                raise NoPlan
+        if self.grouping is not None:
+            total = draft.restore(total, self.grouping.restored)
+        return draft, total
+
+    def _values(self, term: Term) -> tuple[Value, ...]:
+        return tuple(Value(self.places[factor.expression], factor.labels) for factor in term.factors)
+
+    def _size_of(self, letter: str) -> int:
+        if letter in self.letters:
+            return self.sizes[self.letters[letter]]
+        return self.products.shape[self.problem.kernel.index(letter)]
+
+    def _evaluation(self, expression: Expression, live: bool) -> float:
+        """Seconds to compute a factor that is not stored as it is, with its gradient."""
+        seconds = 0.0
+        for step in program(expression):
+            node = step.expression
+            if isinstance(node, Node) and node.elementwise_cost:
+                shapes = [operand.shape or () for operand in node.operands]
+                moved = float(sum(math.prod(shape) for shape in (*shapes, node.shape or ())) * self.problem.itemsize)
+                if isinstance(node, MatMul) and len(shapes[0]) == len(shapes[1]) == 2:
+                    seconds += self.machine.product(shapes[0][0], shapes[1][1], shapes[0][1], 1, moved)
+                else:
+                    seconds += self.machine.elementwise(moved)
+        return seconds * (3.0 if live else 1.0)
+
+    # ------------------------------------------------------------------ products
+
+    def _multiplied(
+        self, draft: Draft, values: Sequence[Value], number: float, output: Labels, applied: bool
+    ) -> tuple[Draft, Value]:
+        """The product of values, in the best order.
+
+        Args:
+            draft: Where the steps go.
+            values: What is multiplied; the layer's input first, if it is among them.
+            number: Multiplies the smallest of them, or the result.
+            output: The labels of the result, in order.
+            applied: Whether the input has to be multiplied before the last of the other values.
+        """
+        values = list(values)
+        counts = [draft.registers[value.register].count for value in values]
+        smallest = min(range(len(values)), key=counts.__getitem__)
+        after = draft.size(output) < counts[smallest]
+        if not after:
+            values[smallest] = draft.scale(values[smallest], number)
+        best: tuple[Draft, Value] | None = None
+        for path in orders([value.labels for value in values], output, self.sizes, self.rows):
+            if applied and len(values) > 2 and self._builds(path):
+                continue
+            tried = draft.fork()
+            left = list(values)
+            for pair in path:
+                first, second = (left[place] for place in sorted(pair))
+                left = [value for place, value in enumerate(left) if place not in pair]
+                kept = frozenset(output).union(*(value.labels for value in left))
+                left.append(tried.product(first, second, kept, None if left else output))
+            found = tried.ordered(left[0], output)
+            if best is None or tried.seconds() < best[0].seconds():
+                best = tried, found
+        if best is None:
+            raise NoPlan
+        tried, found = best
+        return tried, tried.scale(found, number) if after else found
+
+    @staticmethod
+    def _builds(path: Path) -> bool:
+        """Whether the first value is multiplied last, after all others have become one."""
+        place = 0  # of the first value in the list, from which pairs are taken and to whose end products go
+        for pair in path[:-1]:
+            if place in pair:
+                return False
+            place -= sum(other < place for other in pair)
+        return True
+
+    def _built(self, draft: Draft, terms: Sequence[Term]) -> tuple[Draft, Term, Value]:
+        """The sum of terms as one weight: a term of one factor, and that factor."""
+        shape = self.products.shape
+        labels = tuple(self.label(size) for size in shape)
+        total: Value | None = None
+        for term in terms:
+            values = self._values(term)
+            flat = tuple(label for axis in term.axes for label in axis)
+            if not values:
+                raise NoPlan
+            draft, value = self._multiplied(draft, values, term.number, flat, applied=False)
+            value = self._joined(draft, value, term.axes, labels)
+            total = value if total is None else draft.add(total, value)
+        if total is None or any(draft.size((a,)) != b for a, b in zip(total.labels, shape, strict=True)):
+            raise NoPlan
+        axes = tuple(() if size == 1 else (label,) for size, label in zip(shape, labels, strict=True))
+        kept = tuple(label for axis in axes for label in axis)
+        value = Value(total.register, labels)
+        if kept != labels:
+            value = draft.reshape(value, "squeeze", tuple(i for i, axis in enumerate(axes) if not axis), kept)
+        return draft, Term(1.0, (), axes), value
+
+    def _joined(self, draft: Draft, value: Value, axes: Sequence[Labels], wanted: Labels) -> Value:
+        """A value with one axis for each of `axes`, of size 1 where that has no labels."""
+        if all(len(axis) == 1 for axis in axes):
+            return value
+        detail = tuple(len(axis) for axis in axes)
+        labels = tuple(
+            label if axis or self.sizes[label] == 1 else self.label(1) for axis, label in zip(axes, wanted, strict=True)
+        )
+        return draft.reshape(value, "join", detail, labels)
+
+    # ------------------------------------------------------------------ what the layer does with a term
+
+    def _applied(self, draft: Draft, term: Term, factors: tuple[Value, ...]) -> tuple[Draft, Value]:
+        """What the layer computes with one term; the result has one axis for each letter of the output."""
+        axes = dict(zip(self.problem.kernel, term.axes, strict=True))
+        if self.problem.convolution is not None:
+            return self._convolved(draft, term, axes, factors)
+        if self.problem.lookup:
+            return self._looked_up(draft, term, axes, factors)
+        draft, x, axes = self._input(draft, axes)
+        out = [axes[letter] for letter in self.problem.outputs]
+        flat = tuple(label for axis in out for label in axis)
+        draft, value = self._multiplied(draft, [x, *factors], term.number, flat, applied=True)
+        return draft, self._result(draft, value, out)
+
+    def _result(self, draft: Draft, value: Value, axes: Sequence[Labels]) -> Value:
+        wanted = tuple(axis[0] if len(axis) == 1 else self.label(draft.size(axis)) for axis in axes)
+        return self._joined(draft, value, axes, wanted)
+
+    def _input(self, draft: Draft, axes: dict[str, Labels]) -> tuple[Draft, Value, dict[str, Labels]]:
+        """The layer's input with the labels of a term, and the labels of each letter."""
+        axes = {**{letter: (label,) for letter, label in self.letters.items()}, **axes}
+        for letter, size in zip(self.problem.inputs, self.problem.sizes, strict=True):
+            if not axes[letter]:  # the term is the same along this axis
+                axes[letter] = (self.label(self._size_of(letter) if size is None else size),)
+        labels = tuple(label for letter in self.problem.inputs for label in axes[letter])
+        x = Value(self.input, labels)
+        if any(len(axes[letter]) > 1 for letter in self.problem.inputs):
+            detail = tuple(
+                tuple(self.sizes[label] for label in axes[letter]) if len(axes[letter]) > 1 else None
+                for letter in self.problem.inputs
+            )
+            x = draft.reshape(x, "split", detail, labels)
+        return draft, x, axes
+
+    def _looked_up(
+        self, draft: Draft, term: Term, axes: dict[str, Labels], factors: tuple[Value, ...]
+    ) -> tuple[Draft, Value]:
+        rows = tuple(self.letters[letter] for letter in self.problem.inputs)
+        ids, entries = Value(0, rows), axes[self.problem.kernel[0]]
+        values, found = [], False
+        if not factors:
+            raise NoPlan  # a number alone: there is nothing to look up
+        for value in factors:
+            mine = [label for label in entries if label in value.labels]
+            if len(mine) > 1:
+                raise NoPlan
+            if mine:
+                after = entries[entries.index(mine[0]) + 1 :]
+                digits = ids
+                if len(entries) > 1:
+                    # The first digit counts on, so that a number beyond the end stays beyond it.
+                    first = mine[0] == entries[0]
+                    digits = draft.digit(ids, draft.size(after), None if first else self.sizes[mine[0]])
+                value, found = draft.take(value, digits, mine[0]), True
+            values.append(value)
+        out = [(self.letters[letter],) if letter in self.letters else axes[letter] for letter in self.problem.outputs]
+        if not found:
+            out = [() if letter in self.letters else axes[letter] for letter in self.problem.outputs]
+        flat = tuple(label for axis in out for label in axis)
+        draft, value = self._multiplied(draft, values, term.number, flat, applied=False)
+        return draft, self._result(draft, value, out)
+
+    def _convolved(
+        self, draft: Draft, term: Term, axes: dict[str, Labels], factors: tuple[Value, ...]
+    ) -> tuple[Draft, Value]:
+        """Channels mixed before, the layer's own convolution with what has positions, channels mixed after."""
+        spatial = {label for letter in self.problem.kernel[:-2] for label in axes[letter]}
+        for letter, size in zip(self.problem.kernel[:-1], self.products.shape, strict=False):
+            if size > 1 and not axes[letter]:
+                raise NoPlan
+        core = [value for value in factors if spatial & set(value.labels)]
+        others = [value for value in factors if not spatial & set(value.labels)]
+        best: tuple[Draft, Value] | None = None
+        for roles in itertools.product(("before", "core", "after"), repeat=len(others)):
+            chosen = {
+                role: [v for v, r in zip(others, roles, strict=True) if r == role] for role in ("before", "after")
+            }
+            inner = [*core, *(v for v, r in zip(others, roles, strict=True) if r == "core")]
+            if not inner:
+                continue
+            try:
+                tried = self._convolution(draft.fork(), term, axes, chosen["before"], inner, chosen["after"])
+            except NoPlan:
+                continue
+            if best is None or tried[0].seconds() < best[0].seconds():
+                best = tried
+        if best is None:
+            raise NoPlan
+        return best
+
+    def _convolution(
+        self,
+        draft: Draft,
+        term: Term,
+        axes: dict[str, Labels],
+        before: list[Value],
+        core: list[Value],
+        after: list[Value],
+    ) -> tuple[Draft, Value]:
+        problem = self.problem
+        depthwise = problem.convolution is not None and problem.convolution.depthwise
+        channels_in, channels_out = problem.kernel[-2:]
+        draft, x, axes = self._input(draft, axes)
+        out = [axes[letter] for letter in problem.outputs]
+        flat = tuple(label for axis in out for label in axis)
+        later = set(flat).union(*(value.labels for value in after))
+        of_core = {label for value in core for label in value.labels}
+        # Channels mixed before the convolution: what of it the kernel sums over.
+        channels = axes[channels_in]
+        if before:
+            mixed = set(channels).union(*(value.labels for value in before))
+            channels = tuple(sorted(mixed & (of_core | later), reverse=True))
+            wanted = tuple(
+                label for letter in problem.inputs for label in (channels if letter == channels_in else axes[letter])
+            )
+            draft, x = self._multiplied(draft, [x, *before], 1.0, wanted, applied=False)
+        if not set(channels) <= of_core or (set(channels) & later and not depthwise):
+            raise NoPlan
+        if depthwise and channels != axes[channels_in]:
+            raise NoPlan
+        spatial = [axes[letter] for letter in problem.kernel[:-2]]
+        places = {label for axis in spatial for label in axis}
+        made = tuple(sorted((of_core & later) - places - set(channels), reverse=True))
+        kernel_axes = [*spatial, channels, made]
+        order = tuple(label for axis in kernel_axes for label in axis)
+        if of_core - set(order) & later:
+            raise NoPlan
+        draft, kernel = self._multiplied(draft, core, term.number, order, applied=False)
+        sizes = tuple(self.label(draft.size(axis)) for axis in kernel_axes)
+        kernel = self._joined(draft, kernel, kernel_axes, sizes)
+        if len(channels) != 1:
+            groups = [channels if letter == channels_in else axes[letter] for letter in problem.inputs]
+            x = self._joined(draft, x, groups, tuple(self.label(draft.size(axis)) for axis in groups))
+        middle = [
+            ((*channels, *made) if depthwise else made) if letter == channels_out else axes[letter]
+            for letter in problem.outputs
+            if not (depthwise and letter == channels_in)
+        ]
+        rows = draft.size(
+            label
+            for axis, letter in zip(middle, self._conv_letters(), strict=True)
+            if letter != channels_out
+            for label in axis
+        )
+        joined = tuple(self.label(draft.size(axis)) for axis in middle)
+        positions = draft.size(places)
+        if depthwise:
+            sides, count = (rows, draft.size(made), positions), draft.size(channels)
+        else:
+            sides, count = (rows, draft.size(made), positions * draft.size(channels)), 1
+        y = draft.convolve(x, kernel, joined, sides, count)
+        if any(len(axis) != 1 for axis in middle):
+            detail = tuple(tuple(self.sizes[label] for label in axis) if len(axis) != 1 else None for axis in middle)
+            y = draft.reshape(y, "split", detail, tuple(label for axis in middle for label in axis))
+        y = Value(y.register, tuple(label for axis in middle for label in axis))
+        draft, value = self._multiplied(draft, [y, *after], 1.0, flat, applied=False)
+        return draft, self._result(draft, value, out)
+
+    def _conv_letters(self) -> list[str]:
+        problem = self.problem
+        depthwise = problem.convolution is not None and problem.convolution.depthwise
+        return [letter for letter in problem.outputs if not (depthwise and letter == problem.kernel[-2])]
