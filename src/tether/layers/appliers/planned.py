@@ -50,10 +50,12 @@ class Planner:
         live = view.use.live
         flags = tuple(weight.trainable for weight in self.expression.weights_used()) if training and live else ()
         mode, kept = scope.mode(), remembers()
-        key = (tuple(x.shape), dtype, training, live, flags, mode, kept, problem)
+        # JAX has symbols for sizes that are not known yet, which cannot be compared.
+        shape = tuple(size if isinstance(size, int) else None for size in x.shape)
+        key = (shape, dtype, training, live, flags, mode, kept, problem)
         found = self._plans.get(key)
         if found is None:
-            asked = problem(tuple(x.shape), training=training, itemsize=BYTES.get(dtype, 4))
+            asked = problem(shape, training=training, itemsize=BYTES.get(dtype, 4))
 
             def trains(expression: Expression) -> bool:
                 return live and any(weight.trainable for weight in live_weights(expression))
@@ -62,7 +64,7 @@ class Planner:
             if len(self._plans) >= MAX_KEPT:
                 self._plans.clear()
             self._plans[key] = found
-        scope.note(lambda: Noted(view.path, self.expression.notation(), tuple(x.shape), found))
+        scope.note(lambda: Noted(view.path, self.expression.notation(), shape, found))
         return found
 
 
