@@ -98,9 +98,7 @@ def _cases():
         for place, (rows, width, rank) in enumerate(sizes):
             if 2.0 * rows * width * width > 4e10 or rank >= width:
                 continue
-            # Frozen and trained in turn for Dense, which has most sizes; both for the others.
-            for frozen in (place % 2 == 0,) if kind == "dense" else (True, False):
-                yield kind, build, rows, width, rank, frozen
+            yield kind, build, rows, width, rank, place % 2 == 0  # frozen and trained in turn
 
 
 def _made(build, sizes, how, step):
@@ -127,7 +125,7 @@ def _chosen(build, sizes, step):
     return {use.plan.name for use in uses}
 
 
-def regret(budget=0.6):
+def regret(budget=0.3):
     rows, warm = [], False
     for kind, build, *sizes in _cases():
         for step in ("forward", "training"):
@@ -216,7 +214,7 @@ LORA = {
 }
 
 
-def lora(budget=6.0):
+def lora(budget=3.0):
     rows = []
     for name, sides in LORA.items():
         for step, run in (("forward", forward), ("training", train)):

@@ -706,9 +706,10 @@ def is_differentiated(*values: Any) -> bool:
 
     Keras's stateless calls do not tell layers without a `training` argument that they train; the tracer does.
     """
-    return _backend.backend() == "jax" and any(type(value).__name__ in _GRADIENT_TRACERS for value in values)
+    return TRACES_GRADIENTS and any(type(value).__name__ in _GRADIENT_TRACERS for value in values)
 
 
+TRACES_GRADIENTS = _backend.backend() == "jax"
 _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
 
 

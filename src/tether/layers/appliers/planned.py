@@ -31,6 +31,7 @@ class Planner:
 
     def __init__(self, view: View) -> None:
         self.expression = view.expression
+        self.weights = view.expression.weights_used()
         self._products: Products | None = None
         self._plans: dict[Any, Plan] = {}
 
@@ -43,12 +44,12 @@ class Planner:
 
     def stored(self) -> list[Tensor]:
         """What is stored in the weights now."""
-        return [keras_seam.raw_value(weight.variable) for weight in self.expression.weights_used()]
+        return [keras_seam.raw_value(weight.variable) for weight in self.weights]
 
     def plan(self, view: View, x: Tensor, problem: MakeProblem, training: bool, dtype: str) -> Plan:
         """The plan for a call with an input of this shape."""
         live = view.use.live
-        flags = tuple(weight.trainable for weight in self.expression.weights_used()) if training and live else ()
+        flags = tuple(weight.trainable for weight in self.weights) if training and live else ()
         mode, kept = scope.mode(), remembers()
         # JAX has symbols for sizes that are not known yet, which cannot be compared.
         shape = tuple(size if isinstance(size, int) else None for size in x.shape)
@@ -88,7 +89,9 @@ def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | Non
     dtype = keras.backend.standardize_dtype(view.dtype)
     training = scope.assumed_training()
     if training is None:
-        training = keras_seam.is_training_call() or keras_seam.is_differentiated(x, *planner.stored())
+        training = keras_seam.is_training_call()
+        if not training and keras_seam.TRACES_GRADIENTS:
+            training = keras_seam.is_differentiated(x, *planner.stored())
     plan = planner.plan(view, x, problem, training, dtype)
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
         return None
