@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import keras
@@ -27,6 +26,10 @@ def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve
     """
     if plan.gradient is not None:
         return _with_gradient(plan, plan.gradient, x, factors)
+    return _run(plan, x, factors, convolve)
+
+
+def _run(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve | None = None) -> Tensor:
     values: list[Any] = [x, *factors]
     for step in plan.steps:
         inputs = [values[place] for place in step.inputs]
@@ -44,9 +47,9 @@ def _with_gradient(plan: Plan, of_factors: Plan, x: Tensor, factors: Sequence[Te
 
     def tangent(x: Tensor, varying: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         given = dict(zip((*plan.trained, *frozen), (*varying, *others), strict=True))
-        return execute(of_factors, x, [given[place] for place in range(len(factors))])
+        return _run(of_factors, x, [given[place] for place in range(len(factors))])
 
-    y = execute(replace(plan, gradient=None), x, still)
+    y = _run(plan, x, still)
     return attach(y, tangent, x, [factors[place] for place in plan.trained], [factors[place] for place in frozen])
 
 

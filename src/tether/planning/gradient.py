@@ -6,6 +6,7 @@ best computed part by part: the gradient of the built weight, of its full size, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,11 +68,17 @@ def _tensorflow(
 
 
 def _torch(y: Tensor, tangent: Tangent, x: Tensor, varying: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> Tensor:
+    return _torch_function().apply(y, tangent, len(varying), x, *varying, *others)
+
+
+@functools.cache
+def _torch_function() -> Any:
     import torch
 
     class Attached(torch.autograd.Function):
         @staticmethod
-        def forward(context: Any, y: Any, x: Any, *factors: Any) -> Any:
+        def forward(context: Any, y: Any, tangent: Tangent, count: int, x: Any, *factors: Any) -> Any:
+            context.tangent, context.count = tangent, count
             context.save_for_backward(x, *factors)
             return y.view_as(y)
 
@@ -81,20 +88,20 @@ def _torch(y: Tensor, tangent: Tangent, x: Tensor, varying: tuple[Tensor, ...], 
             again = torch.is_grad_enabled()  # the gradient is to be differentiated too
             if not again:
                 x, factors = x.detach(), [factor.detach() for factor in factors]
-            asked = [place for place in range(len(varying)) if context.needs_input_grad[2 + place]]
+            asked = [place for place in range(context.count) if context.needs_input_grad[4 + place]]
             with torch.enable_grad():
                 for place in asked if not again else ():
                     factors[place].requires_grad_()
-                moved = tangent(x, factors[: len(varying)], factors[len(varying) :])
+                moved = context.tangent(x, factors[: context.count], factors[context.count :])
                 found = torch.autograd.grad(
                     moved, [factors[place] for place in asked], upstream.to(moved.dtype), create_graph=again
                 )
             gradients = [None] * len(factors)
             for place, gradient in zip(asked, found, strict=True):
                 gradients[place] = gradient
-            return (upstream, None, *gradients)
+            return (upstream, None, None, None, *gradients)
 
-    return Attached.apply(y, x, *varying, *others)
+    return Attached
 
 
 _attach: dict[str, Callable[..., Tensor]] = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}

@@ -53,7 +53,7 @@ def make_plan(
         found.append((_described(name, merged, draft), draft, output))
     mixed = search.mixed()
     if mixed is not None:
-        found.append(mixed)
+        found.append(mixed[:3])
     alternatives = tuple(sorted((entry[0] for entry in found), key=lambda alternative: alternative.seconds))
     if mode != "auto":
         found = [entry for entry in found if entry[0].name == mode]
@@ -64,9 +64,9 @@ def make_plan(
         return replace(MATERIALIZE, seconds=best.seconds, alternatives=alternatives)
     factors = tuple(search.places)
     plan = Plan(best.name, tuple(draft.steps), factors, output.register, best.seconds, alternatives)
-    if best.name == "mixed":
+    if mixed is not None and best is mixed[0]:
         trained = tuple(place for place, factor in enumerate(factors) if live(factor))
-        plan = replace(plan, gradient=search.gradient_plan(), trained=trained)
+        plan = replace(plan, gradient=mixed[-1], trained=trained)
     return plan
 
 
@@ -87,8 +87,6 @@ class _Search:
         self.problem, self.products, self.grouping = grouped(problem, products)
         problem, products = self.problem, self.products
         self.live, self.machine = live, on
-        self.input = 0
-        """The register of the input as the terms use it."""
         self.sizes = dict(products.sizes)
         self._next = -1
         sizes = dict(zip(problem.inputs, problem.sizes, strict=True))
@@ -126,8 +124,8 @@ class _Search:
                         yield subset
         yield every
 
-    def mixed(self) -> tuple[Alternative, Draft, Value] | None:
-        """The whole weight built, and the gradient of what trains computed part by part, the input's not at all.
+    def mixed(self) -> tuple[Alternative, Draft, Value, Plan] | None:
+        """The whole weight built, and a plan for the gradient of what trains, part by part.
 
         That is worth a look where something in the sum does not train: the gradient of the built weight, of its full
         size, is then computed for the sake of small parts.
@@ -140,14 +138,15 @@ class _Search:
             return None
         try:
             draft, output = self.draft(tuple(range(len(trains))), live=lambda _: False)
-            of_factors, _ = self.gradient_draft()
+            of_factors, moved = self.gradient_draft()
         except NoPlan:
             return None
         built = _described("mixed", tuple(range(len(trains))), draft)
         apart = _described("mixed", (), of_factors)
         steps = (*built.steps, *(f"gradient of {step}" for step in apart.steps))
         seconds = built.seconds + apart.seconds - draft.given
-        return replace(built, seconds=seconds, steps=steps), draft, output
+        gradient = Plan("factored", tuple(of_factors.steps), tuple(self.places), moved.register)
+        return replace(built, seconds=seconds, steps=steps), draft, output, gradient
 
     def gradient_draft(self) -> tuple[Draft, Value]:
         """The steps of all terms in which something trains, the input being a constant."""
@@ -160,11 +159,6 @@ class _Search:
         if any(self._size_of(a) != self.sizes[b] for a, b in zip(self.problem.outputs, output.labels, strict=True)):
             raise NoPlan
         return draft, output
-
-    def gradient_plan(self) -> Plan:
-        """The same as a plan."""
-        draft, output = self.gradient_draft()
-        return Plan("factored", tuple(draft.steps), tuple(self.places), output.register)
 
     def draft(
         self,
@@ -187,8 +181,7 @@ class _Search:
             seconds = self._evaluation(expression, flows)
             draft.give(count, live=flows, of_input=False, text=text, seconds=seconds)
         if self.grouping is not None:
-            x = draft.reshape(Value(0, ()), "join", self.grouping.joined, (self.label(rows),))
-            self.input = x.register
+            draft.reshape(Value(0, ()), "join", self.grouping.joined, (self.label(rows),))
         terms = [term for index, term in enumerate(self.products.terms) if index not in (*merged, *without)]
         results: list[Value] = []
         if merged:
@@ -338,7 +331,7 @@ class _Search:
             if not axes[letter]:  # the term is the same along this axis
                 axes[letter] = (self.label(self._size_of(letter) if size is None else size),)
         labels = tuple(label for letter in self.problem.inputs for label in axes[letter])
-        x = Value(self.input, labels)
+        x = Value(0 if self.grouping is None else len(self.places) + 1, labels)  # joined by the first step
         if any(len(axes[letter]) > 1 for letter in self.problem.inputs):
             detail = tuple(
                 tuple(self.sizes[label] for label in axes[letter]) if len(axes[letter]) > 1 else None
@@ -452,10 +445,7 @@ class _Search:
             if not (depthwise and letter == channels_in)
         ]
         rows = draft.size(
-            label
-            for axis, letter in zip(middle, self._conv_letters(), strict=True)
-            if letter != channels_out
-            for label in axis
+            label for letter in problem.outputs if letter not in (channels_in, channels_out) for label in axes[letter]
         )
         joined = tuple(self.label(draft.size(axis)) for axis in middle)
         positions = draft.size(places)
@@ -470,8 +460,3 @@ class _Search:
         y = Value(y.register, tuple(label for axis in middle for label in axis))
         draft, value = self._multiplied(draft, [y, *after], 1.0, flat, applied=False)
         return draft, self._result(draft, value, out)
-
-    def _conv_letters(self) -> list[str]:
-        problem = self.problem
-        depthwise = problem.convolution is not None and problem.convolution.depthwise
-        return [letter for letter in problem.outputs if not (depthwise and letter == problem.kernel[-2])]

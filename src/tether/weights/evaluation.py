@@ -35,8 +35,9 @@ def evaluate(expression: Expression) -> Tensor:
         return _compute(expression)
     caches = _call_caches()
     key = (expression, autocast_dtype())
-    if remembers() and keras_seam.is_plain_eager():
-        return _remembered(expression, key)
+    memory = _memory.get()
+    if memory is not None and remembers() and keras_seam.is_plain_eager():
+        return _remembered(memory, expression, key)
     if not caches:
         return _compute(expression)
     fingerprint = _fingerprint(expression)
@@ -68,18 +69,15 @@ def remembers() -> bool:
     return _memory.get() is not None and not keras_seam.is_training_call()
 
 
-def _remembered(expression: Expression, key: Any) -> Tensor:
+def _remembered(memory: dict[Any, Any], expression: Expression, key: Any) -> Tensor:
     """The value as it was computed before, if nothing that it depends on has changed since."""
-    memory = _memory.get()
-    if memory is None:
-        return _compute(expression)
     now = _snapshot(expression)
     entry = memory.get(key)
     if entry is not None and all(keras_seam.is_same_snapshot(a, b) for a, b in zip(entry[0], now, strict=True)):
         return entry[1]
     value = _compute(expression)
     if not keras_seam.is_traced(value):
-        memory[key] = (_snapshot(expression), value)
+        memory[key] = (now, value)
     return value
 
 

@@ -16,7 +16,7 @@ def convolution_call(base: Any) -> Callable[..., Any]:
     """`call` of a convolution without groups."""
 
     def call(self: Any, inputs: Any) -> Any:
-        y = None if self.groups != 1 else _convolved(self, inputs, ("i", "o"), keras.ops.conv, depthwise=False)
+        y = None if self.groups != 1 else _convolved(self, inputs, keras.ops.conv, depthwise=False)
         return base.call(self, inputs) if y is None else _finished(self, y, self.filters)
 
     return call
@@ -26,7 +26,7 @@ def depthwise_call(base: Any) -> Callable[..., Any]:
     """`call` of a convolution of each channel by itself."""
 
     def call(self: Any, inputs: Any) -> Any:
-        y = _convolved(self, inputs, ("i", "o"), keras.ops.depthwise_conv, depthwise=True)
+        y = _convolved(self, inputs, keras.ops.depthwise_conv, depthwise=True)
         if y is None:
             return base.call(self, inputs)
         channels = int(self.kernel.shape[-2]) * int(self.kernel.shape[-1])
@@ -38,7 +38,7 @@ def depthwise_call(base: Any) -> Callable[..., Any]:
     return call
 
 
-def _convolved(layer: Any, x: Any, letters: tuple[str, str], operation: Any, *, depthwise: bool) -> Any:
+def _convolved(layer: Any, x: Any, operation: Any, *, depthwise: bool) -> Any:
     padding = layer.padding
     if padding == "causal":
         width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
@@ -60,26 +60,22 @@ def _convolved(layer: Any, x: Any, letters: tuple[str, str], operation: Any, *, 
         )
 
     def problem(shape: Shape, **call: Any) -> Problem:
-        inner, outer = letters
         places = [f"s{axis}" for axis in range(layer.rank)]
         made = [f"p{axis}" for axis in range(layer.rank)]
         taps = [f"k{axis}" for axis in range(layer.rank)]
         out = tuple(layer.compute_output_shape(shape))
-        ends = (inner, outer) if depthwise else (outer,)
+        ends = ("i", "o") if depthwise else ("o",)
         if layer.data_format == "channels_last":
-            inputs, outputs, positions = ("b", *places, inner), ("b", *made, *ends), out[1:-1]
+            inputs, outputs, positions = ("b", *places, "i"), ("b", *made, *ends), out[1:-1]
         else:
-            inputs, outputs, positions = ("b", inner, *places), ("b", *ends, *made), out[2:]
-        return Problem(
-            inputs, (*taps, inner, outer), outputs, shape, convolution=Convolution(positions, depthwise), **call
-        )
+            inputs, outputs, positions = ("b", "i", *places), ("b", *ends, *made), out[2:]
+        return Problem(inputs, (*taps, "i", "o"), outputs, shape, convolution=Convolution(positions, depthwise), **call)
 
-    # One function for all calls: plans are kept by it.
-    return applied(layer.kernel, x, _kept(layer, problem), convolve)
+    return applied(layer.kernel, x, _Kept(layer, problem), convolve)
 
 
 class _Kept:
-    """The problem of one layer, equal for all its calls."""
+    """The problem of one layer, equal for all its calls: plans are kept by it."""
 
     def __init__(self, layer: Any, problem: Callable[..., Problem]) -> None:
         self.settings = (layer.rank, layer.strides, layer.padding, layer.dilation_rate, layer.data_format)
@@ -93,10 +89,6 @@ class _Kept:
 
     def __hash__(self) -> int:
         return hash(self.settings)
-
-
-def _kept(layer: Any, problem: Callable[..., Problem]) -> _Kept:
-    return _Kept(layer, problem)
 
 
 def _finished(layer: Any, y: Any, channels: int) -> Any:
