@@ -290,13 +290,16 @@ def stored_dtype(variable: Any) -> str:
     return str(keras.backend.standardize_dtype(variable._dtype))
 
 
-def plain_tensor(value: Any) -> Any:
-    """A tensor of a value that may be a backend's own variable: some functions of `keras.ops` do not take that."""
+def _make_plain_tensor() -> Callable[[Any], Any]:
     if _backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.convert_to_tensor(value)
-    return _backend.convert_to_tensor(value)
+        return tf.convert_to_tensor
+    return lambda value: value
+
+
+plain_tensor = _make_plain_tensor()
+"""A tensor of what a variable's `value` gives: on TensorFlow its own variable, which some of `keras.ops` refuse."""
 
 
 def own_copy(tensor: Any) -> Any:

@@ -26,6 +26,8 @@ class Machine:
     """Seconds to start one operation."""
     gather: float = 2.0
     """How many times slower than in order memory is read by rows that a table is asked for."""
+    attach: float = 0.0
+    """Seconds that a gradient takes which is computed by other steps than the value's: nothing once compiled."""
 
     def moving(self, moved: float) -> float:
         """Seconds to read and write so many bytes."""
@@ -52,7 +54,9 @@ class Machine:
 _CPU = {
     "jax": Machine("CPU, JAX", flops=3.9e11, half=15.0, near=5e10, far=9e9, cache=2.5e7, start=4e-6),
     "tensorflow": Machine("CPU, TensorFlow", flops=3.0e11, half=15.0, near=5e10, far=9e9, cache=2.5e7, start=6e-6),
-    "torch": Machine("CPU, PyTorch", flops=1.6e11, half=12.0, near=5e10, far=9e9, cache=2.5e7, start=1.1e-5),
+    "torch": Machine(
+        "CPU, PyTorch", flops=1.6e11, half=12.0, near=5e10, far=9e9, cache=2.5e7, start=1.1e-5, attach=1.2e-4
+    ),
 }
 # From the data sheet of an H100, for float32 without TF32, which is Keras's default; not measured.
 _GPU = Machine("GPU", flops=4.5e13, half=64.0, near=5e12, far=2.5e12, cache=5e7, start=6e-6)

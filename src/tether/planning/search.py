@@ -144,7 +144,7 @@ class _Search:
         built = _described("mixed", tuple(range(len(trains))), draft)
         apart = _described("mixed", (), of_factors)
         steps = (*built.steps, *(f"gradient of {step}" for step in apart.steps))
-        seconds = built.seconds + apart.seconds - draft.given
+        seconds = built.seconds + apart.seconds - draft.given + self.machine.attach
         gradient = Plan("factored", tuple(of_factors.steps), tuple(self.places), moved.register)
         return replace(built, seconds=seconds, steps=steps), draft, output, gradient
 

@@ -13,8 +13,6 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import keras
-
 from tether import keras_seam
 from tether.weights.argument import Argument, bindings
 from tether.weights.constant import Constant
@@ -165,7 +163,7 @@ def _compute(expression: Expression) -> Tensor:
         elif isinstance(current, Argument):
             found = current.bound()
             values.append(found if isinstance(found, int) else cast_to_scope(current.tensor()))
-    return keras.ops.convert_to_tensor(values[-1])
+    return values[-1]
 
 
 def _apply(node: Node, values: list[Tensor]) -> Tensor:

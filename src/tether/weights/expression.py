@@ -246,6 +246,7 @@ class Node(Expression):
         "_dtype",
         "_hash",
         "_late",
+        "_live",
         "_program",
         "_shape",
         "_waits",
@@ -260,6 +261,7 @@ class Node(Expression):
     _waits: Expression | None  # a leaf without a shape: as long as it has none, nobody has to look further
     _program: tuple[Step, ...] | None
     _cheap: bool | None
+    _live: tuple[Weight, ...] | None
     _hash: int
 
     def __init__(self, *operands: Expression, **parameters: Any) -> None:
@@ -275,7 +277,7 @@ class Node(Expression):
         set_slot(self, "operands", operands)
         set_slot(self, "parameters", self.check_parameters(parameters))
         set_slot(self, "_hash", hash((self.name, operands, tuple(sorted(self.parameters.items(), key=lambda i: i[0])))))
-        for slot in ("_shape", "_dtype", "_late", "_waits", "_program", "_cheap"):
+        for slot in ("_shape", "_dtype", "_late", "_waits", "_program", "_cheap", "_live"):
             set_slot(self, slot, None)
         self._know_what_can_be_known()
 
@@ -557,10 +559,19 @@ def is_view(root: Expression) -> bool:
 
 def live_weights(root: Expression) -> tuple[Weight, ...]:
     """The weights with an occurrence that no `stop_gradient` shields."""
+    if not isinstance(root, Node):
+        return root.weights_used()
+    found = root._live
+    if found is None:
+        found = _live_weights(program(root))
+        object.__setattr__(root, "_live", found)
+    return found
+
+
+def _live_weights(steps: tuple[Step, ...]) -> tuple[Weight, ...]:
     from tether.weights.operators.gradient import StopGradient
     from tether.weights.weight import Weight
 
-    steps = program(root)
     live = {len(steps) - 1}
     for place in range(len(steps) - 1, -1, -1):
         if place in live and not isinstance(steps[place].expression, StopGradient):

@@ -231,7 +231,8 @@ class Weight(Expression, keras.layers.Layer):
 
         Setting it sets the weight's own flag.
         """
-        if not self._trainable_flag or (self.dtype is not None and not keras_seam.is_float(self.dtype)):
+        dtype = self.dtype if self._trainable_flag else None
+        if not self._trainable_flag or (dtype is not None and not keras_seam.is_float(dtype)):
             return False
         if self._uses:
             return any(use.reaches(self) for use in self._uses)
