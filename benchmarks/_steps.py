@@ -39,11 +39,8 @@ def train(model, x):
     if backend == "jax":
         import jax
 
-        state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
-        data = jax.numpy.asarray(x)
-        floats = (0, 2) if data.dtype == "float32" else (0,)
-        compiled = jax.jit(jax.value_and_grad(_jax_loss(model), argnums=floats))
-        return lambda: jax.block_until_ready(compiled(*state, data))
+        step, arguments = _jax_step(model, x)
+        return lambda: jax.block_until_ready(step(*arguments))
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -76,12 +73,18 @@ def train(model, x):
     return run
 
 
-def _jax_loss(model):
+def _jax_step(model, x):
+    """The compiled step, and what to call it with."""
+    import jax
+
     def loss(trainable, state, x):
         y, _ = model.stateless_call(trainable, state, x, training=True)
         return keras.ops.mean(keras.ops.square(y))
 
-    return loss
+    state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
+    data = jax.numpy.asarray(x)
+    floats = (0, 2) if data.dtype == "float32" else (0,)
+    return jax.jit(jax.value_and_grad(loss, argnums=floats)), (*state, data)
 
 
 def _wait(torch):
@@ -91,12 +94,8 @@ def _wait(torch):
 
 def xla_memory(model, x):
     """Bytes that XLA says the training step needs beside its arguments: JAX only."""
-    import jax
-
-    state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
-    data = jax.numpy.asarray(x)
-    floats = (0, 2) if data.dtype == "float32" else (0,)
-    compiled = jax.jit(jax.value_and_grad(_jax_loss(model), argnums=floats)).lower(*state, data).compile()
+    step, arguments = _jax_step(model, x)
+    compiled = step.lower(*arguments).compile()
     found = compiled.memory_analysis()
     return found.temp_size_in_bytes + found.output_size_in_bytes
 
