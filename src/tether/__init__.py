@@ -16,6 +16,9 @@ from tether.weights.operators import registry
 if TYPE_CHECKING:
     from tether import adapters, files, forms, transfer
     from tether.forms.low_rank import low_rank
+    from tether.inspection.checking import check
+    from tether.inspection.plotting import plot
+    from tether.inspection.summarizing import summary
     from tether.layers.extend import extend
     from tether.layers.inherit import inherit
 
@@ -26,6 +29,7 @@ __all__ = [
     "Weight",
     "adapters",
     "call",
+    "check",
     "extend",
     "files",
     "forms",
@@ -35,8 +39,10 @@ __all__ = [
     "materialize",
     "ops",
     "planning",
+    "plot",
     "route",
     "sharing",
+    "summary",
     "tie",
     "transfer",
     "untie",
@@ -46,12 +52,15 @@ __all__ = [
 
 _LATER = {
     "adapters": "tether.adapters",
+    "check": "tether.inspection.checking",
     "extend": "tether.layers.extend",
     "files": "tether.files",
     "forms": "tether.forms",
     "inherit": "tether.layers.inherit",
-    "low_rank": "tether.forms",
+    "low_rank": "tether.forms.low_rank",
     "planning": "tether.planning",
+    "plot": "tether.inspection.plotting",
+    "summary": "tether.inspection.summarizing",
     "transfer": "tether.transfer",
 }
 """What not every program needs: imported when it is first asked for, or when a file names an operator in it."""
@@ -64,7 +73,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'tether' has no attribute {name!r}")
     module = importlib.import_module(_LATER[name])
-    found = getattr(module, name) if name in ("extend", "inherit", "low_rank") else module
+    found = module if module.__name__ == f"tether.{name}" else getattr(module, name)
     globals()[name] = found
     return found
 

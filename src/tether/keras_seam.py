@@ -560,6 +560,67 @@ def contained_layers(layer: Any) -> list[Any]:
     return list(layer._flatten_layers())
 
 
+# --------------------------------------------------------------------------- what a file holds
+
+
+def saved_objects(root: Any) -> Iterator[tuple[str, Any]]:
+    """Everything that Keras writes of a model, each object once, with its place in the file, as it is written."""
+    yield from _saved_below(root, "", set())
+
+
+def _saved_below(saveable: Any, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(saveable) in seen:
+        return
+    seen.add(id(saveable))
+    yield place, saveable
+    for name, child in _saving_lib._walk_saveable(saveable):
+        inner = f"{place}/{name}" if place else name
+        if isinstance(child, KerasSaveable):
+            yield from _saved_below(child, inner, seen)
+        elif isinstance(child, (list, dict, tuple)):
+            yield from _saved_in_container(child, inner, seen, set())
+
+
+_NESTED = hasattr(_saving_lib, "_container_path_present")
+"""Whether this Keras writes what is in a container within a container."""
+
+
+def _saved_in_container(container: Any, place: str, seen: set[int], containers: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(container) in containers:
+        return
+    containers.add(id(container))
+    used: dict[str, int] = {}
+
+    def unique(name: str) -> str:
+        used[name] = used.get(name, -1) + 1
+        return f"{place}/{name}" + (f"_{used[name]}" if used[name] else "")
+
+    for child in list(container.values()) if isinstance(container, dict) else container:
+        if isinstance(child, KerasSaveable):
+            yield from _saved_below(child, unique(_naming.to_snake_case(type(child).__name__)), seen)
+        elif _NESTED and isinstance(child, (list, dict, tuple)):
+            yield from _saved_in_container(child, unique("container"), seen, containers)
+
+
+def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
+    """What an optimizer keeps for each variable, by the variable's id: the name of the slot, and its variable.
+
+    An optimizer holds a list for each kind of slot, in the order of the variables that it was built with.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
+    found: dict[int, list[tuple[str, Any]]] = {}
+    known = list(getattr(optimizer, "_trainable_variables", None) or ())
+    for name, slots in vars(optimizer).items():
+        if name == "_trainable_variables" or not isinstance(slots, list) or len(slots) != len(known):
+            continue
+        for variable, slot in zip(known, slots, strict=True):
+            if isinstance(slot, keras.Variable):
+                found.setdefault(id(variable), []).append((name.strip("_"), slot))
+    for variable in known:
+        found.setdefault(id(variable), [])
+    return found
+
+
 # --------------------------------------------------------------------------- one call
 
 

@@ -1,0 +1,205 @@
+"""The facts of a model's sharing: what is stored, who uses it and how. Every view of a model is made from them.
+
+The facts of a live model and those of its file are equal where the file holds the fact; what it does not hold is
+`None`. So nothing here refers to a variable, a layer or a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tether.errors import InvalidConfig, received
+
+VERSION = 1
+Shape = tuple[int, ...]
+
+
+def bytes_of(shape: Shape, dtype: str) -> int:
+    """The bytes that a tensor takes: its elements times the size of one."""
+    return math.prod(shape) * itemsize(dtype)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a Keras dtype."""
+    if dtype == "string":
+        return 0
+    return np.dtype(getattr(ml_dtypes, dtype, None) or dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Something stored once: a place, a shape and a dtype."""
+
+    place: str
+    """Where it is in the model's file: `layers/dense/vars/0`. It names the tensor, in facts of models and of files."""
+    shape: Shape
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that it takes."""
+        return bytes_of(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Slot(Stored):
+    """What an optimizer keeps."""
+
+    name: str | None = None
+    """Such as `momentums`."""
+    weight: str | None = None
+    """The place of the weight that it is kept for; `None` for what is kept once, such as the number of steps."""
+
+
+@dataclass(frozen=True)
+class StoredWeight(Stored):
+    """A stored weight."""
+
+    path: str | None = None
+    """The path of its variable: `codec`, `encode/bias`."""
+    trainable: bool | None = None
+    """Whether it trains."""
+    again: tuple[str, ...] = ()
+    """Further places of the file that hold the same weight."""
+    state: bool = False
+    """Whether it is state that no layer computes with as a weight: of a random generator, of a metric."""
+
+
+@dataclass(frozen=True)
+class UseOf:
+    """One layer's attribute, and what it reads."""
+
+    layer: str
+    """The names of the layers from the model down to the one that reads: `block/attention/query`."""
+    attribute: str | None
+    """The layer's own name for it: `kernel`."""
+    expression: str | None
+    """What it reads, in mathematics: `codec.T`. A variable of the layer's own reads itself."""
+    weights: tuple[str, ...]
+    """The places of the stored weights in it."""
+    shape: Shape
+    dtype: str
+    kind: str | None = None
+    """The class of the layer."""
+    tied: bool = False
+    """Whether it is a tie; otherwise it is a variable of the layer's own."""
+    trains: bool | None = None
+    """Whether a gradient flows through this use."""
+
+    @property
+    def where(self) -> str:
+        """The layer and the attribute."""
+        return "/".join(part for part in (self.layer, self.attribute) if part)
+
+    @property
+    def bytes(self) -> int:
+        """What a variable of the layer's own would take in its place."""
+        return bytes_of(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of a model or of a file.
+
+    Attributes:
+        name: The model's name, or the file's.
+        weights: Every stored weight, once, in the order in which Keras writes them.
+        uses: Every use, in the order of the layers.
+        optimizer: What the optimizer keeps.
+        layers: The layers that have or use weights, in the order of the model, with their classes.
+        ties: Whether the uses tell of ties. A file of weights alone does not.
+    """
+
+    name: str
+    weights: tuple[StoredWeight, ...]
+    uses: tuple[UseOf, ...]
+    optimizer: tuple[Slot, ...] = ()
+    layers: tuple[tuple[str, str | None], ...] = ()
+    ties: bool = True
+
+    @cached_property
+    def _weights(self) -> dict[str, StoredWeight]:
+        return {weight.place: weight for weight in self.weights}
+
+    @cached_property
+    def _uses(self) -> dict[str, tuple[UseOf, ...]]:
+        found: dict[str, list[UseOf]] = {weight.place: [] for weight in self.weights}
+        for use in self.uses:
+            for place in use.weights:
+                found.setdefault(place, []).append(use)
+        return {place: tuple(uses) for place, uses in found.items()}
+
+    def weight(self, place: str) -> StoredWeight:
+        """The weight at a place of the file."""
+        return self._weights[place]
+
+    def uses_of(self, weight: StoredWeight) -> tuple[UseOf, ...]:
+        """The uses of a weight."""
+        return self._uses[weight.place]
+
+    def slots_of(self, weight: StoredWeight) -> tuple[Slot, ...]:
+        """What the optimizer keeps for a weight."""
+        return tuple(slot for slot in self.optimizer if slot.weight == weight.place)
+
+    def shared(self) -> Iterator[StoredWeight]:
+        """The weights with more than one use."""
+        return (weight for weight in self.weights if len(self.uses_of(weight)) > 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What all weights take."""
+        return sum(weight.bytes for weight in self.weights)
+
+    @property
+    def unshared_bytes(self) -> int:
+        """What they would take if every use were a variable of its layer's own, as `tether.materialize` makes it."""
+        return sum(use.bytes for use in self.uses) + sum(w.bytes for w in self.weights if not self.uses_of(w))
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """What the optimizer keeps."""
+        return sum(slot.bytes for slot in self.optimizer)
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as what JSON can hold; `from_json` reads it."""
+        totals = {
+            "stored_bytes": self.stored_bytes,
+            "unshared_bytes": self.unshared_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
+        }
+        return {"version": VERSION, **asdict(self), "totals": totals}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Facts:
+        """The facts that `to_json` wrote.
+
+        Raises:
+            InvalidConfig: It did not write them.
+        """
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise InvalidConfig(
+                f"Facts as JSON are a dict of version {VERSION}, as `to_json` writes it. "
+                + received(version=data.get("version") if isinstance(data, dict) else type(data).__name__)
+            )
+        try:
+            return cls(
+                name=str(data["name"]),
+                weights=tuple(StoredWeight(**_tuples(entry)) for entry in data["weights"]),
+                uses=tuple(UseOf(**_tuples(entry)) for entry in data["uses"]),
+                optimizer=tuple(Slot(**_tuples(entry)) for entry in data["optimizer"]),
+                layers=tuple((path, kind) for path, kind in data["layers"]),
+                ties=bool(data["ties"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidConfig(f"These facts are not what `to_json` writes: {error}.") from error
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
