@@ -233,15 +233,17 @@ def lora(budget=3.0):
 class ByHand(keras.layers.Layer):
     """x W + (x A) B, written by hand, with a frozen W."""
 
-    def __init__(self, width, rank, **kwargs):
+    def __init__(self, width, rank, vocabulary=None, **kwargs):
         super().__init__(**kwargs)
-        self.width, self.rank = width, rank
+        self.width, self.rank, self.vocabulary = width, rank, vocabulary
 
     def build(self, shape):
-        self.base = self.add_weight(shape=(shape[-1], self.width), name="base", trainable=False)
-        self.a = self.add_weight(shape=(shape[-1], self.rank), name="a")
+        rows = self.vocabulary or shape[-1]
+        self.base = self.add_weight(shape=(rows, self.width), name="base", trainable=False)
+        self.a = self.add_weight(shape=(rows, self.rank), name="a")
         self.b = self.add_weight(shape=(self.rank, self.width), name="b")
-        self.bias = self.add_weight(shape=(self.width,), name="bias")
+        if self.vocabulary is None:
+            self.bias = self.add_weight(shape=(self.width,), name="bias")
 
     def call(self, x):
         y = keras.ops.matmul(x, self.base) + keras.ops.matmul(keras.ops.matmul(x, self.a), self.b)
@@ -251,13 +253,6 @@ class ByHand(keras.layers.Layer):
 class LookedUpByHand(ByHand):
     """W[ids] + A[ids] B."""
 
-    def __init__(self, vocabulary, width, rank, **kwargs):
-        super().__init__(width, rank, **kwargs)
-        self.vocabulary = vocabulary
-
-    def build(self, shape):
-        super().build((self.vocabulary,))
-
     def call(self, ids):
         return keras.ops.take(self.base, ids, axis=0) + keras.ops.matmul(keras.ops.take(self.a, ids, axis=0), self.b)
 
@@ -265,7 +260,7 @@ class LookedUpByHand(ByHand):
 def by_hand(budget=4.0):
     rows = []
     cases = [("dense", dense, (n, w, 8, True), ByHand, (w, 8)) for n, w in ((16, 1024), (128, 1024), (1024, 512))]
-    cases += [("embedding", embedding, (n, 512, 8, True), LookedUpByHand, (32000, 512, 8)) for n in (256, 4096)]
+    cases += [("embedding", embedding, (n, 512, 8, True), LookedUpByHand, (512, 8, 32000)) for n in (256, 4096)]
     for kind, build, sizes, hand, arguments in cases:
         for step, run in (("forward", forward), ("training", train)):
             layer, x = build(*sizes)

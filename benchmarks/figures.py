@@ -1,0 +1,109 @@
+"""The tables of `docs/planning.md`, from the JSON files of `benchmarks/planner.py`: `python -m benchmarks.figures`."""
+
+import json
+import statistics
+from collections import Counter
+
+from benchmarks._measure import RESULTS
+
+BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+
+
+def rows_of(backend, device, part):
+    path = RESULTS / f"planner-{backend}-{device}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {row["case"].removeprefix(f"{part}: "): row for row in rows if row["case"].startswith(f"{part}: ")}
+
+
+def table(heads, lines):
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+    print()
+
+
+def number(value):
+    return "" if value is None else f"{value:.0f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def lora(device):
+    found = {backend: rows_of(backend, device, "lora") for backend in BACKENDS}
+    names = [
+        name.removesuffix(", forward") for name in found["jax"] if name.endswith(", forward") and "over" not in name
+    ]
+    lines = []
+    for name in names:
+        line = [name]
+        for backend in BACKENDS:
+            rows = found[backend]
+            line += [number(rows.get(f"{name}, {step}", {}).get("speedup")) for step in ("forward", "training")]
+            line.append(number(rows.get(f"{name}, enable_lora over the plain layers, forward", {}).get("ratio")))
+        lines.append(line)
+    heads = [""] + [f"{label} {column}" for label in BACKENDS.values() for column in ("forward", "training", "most")]
+    table(heads, lines)
+
+
+def regret(device):
+    lines = []
+    for backend, label in BACKENDS.items():
+        rows = rows_of(backend, device, "regret")
+        if rows:
+            costs = sorted(row["regret"] for row in rows.values())
+            # What choosing does for somebody who would always build the weight, or always apply the parts.
+            built = [row["regret"] * min(row["factored_over_built"], 1.0) for row in rows.values()]
+            parts = [row["regret"] * min(1.0 / row["factored_over_built"], 1.0) for row in rows.values()]
+            lines.append(
+                [
+                    label,
+                    str(len(costs)),
+                    f"{sum(cost <= 1.10 for cost in costs) / len(costs):.1%}",
+                    f"{statistics.median(costs):.2f}",
+                    f"{costs[-1]:.2f}",
+                    f"{statistics.median(built):.2f}, {min(built):.3f}",
+                    f"{statistics.median(parts):.2f}, {min(parts):.3f}",
+                ]
+            )
+    heads = ["", "cases", "regret at most 1.10", "median", "worst", "beside always building: median, best"]
+    table([*heads, "beside always applying: median, best"], lines)
+    for backend, label in BACKENDS.items():
+        rows = rows_of(backend, device, "regret")
+        print(label, dict(Counter(row["chosen"] for row in rows.values())))
+        for name, row in rows.items():
+            if row["regret"] > 1.10:
+                print(f"  {row['regret']:.2f}  {name}  ({row['chosen']})")
+
+
+def ratios(device, part):
+    lines: dict[str, list[str]] = {}
+    for place, backend in enumerate(BACKENDS):
+        for name, row in rows_of(backend, device, part).items():
+            lines.setdefault(name, [name, "", "", ""])[1 + place] = f"{row['ratio']:.2f}"
+    table(["", *BACKENDS.values()], lines.values())
+
+
+def memory(device):
+    columns = ("materialize_MB", "factored_MB", "auto_MB")
+    lines = [
+        [name, *(f"{row[column]:.1f}" for column in columns)] for name, row in rows_of("jax", device, "memory").items()
+    ]
+    table(["", "built", "applied", "planned"], lines)
+    for backend, label in BACKENDS.items():
+        lines = [
+            [f"{label}: {name}", *(f"{row[column]:.0f}" for column in columns)]
+            for name, row in rows_of(backend, device, "process memory").items()
+        ]
+        table(["", "built", "applied", "planned"], lines)
+
+
+def main(device="cpu"):
+    lora(device)
+    regret(device)
+    for part in ("by hand", "serving"):
+        print(part)
+        ratios(device, part)
+    memory(device)
+
+
+if __name__ == "__main__":
+    main()
