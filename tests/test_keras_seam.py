@@ -2,8 +2,11 @@
 
 import copy
 import io
+import zipfile
 
+import h5py
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -620,6 +623,110 @@ def test_a_variable_that_the_optimizer_was_built_without_is_found(scaled):
     assert keras_seam.is_unknown_to_the_optimizer(stranger) is False  # no fit is about to begin
 
 
+def of_everything():
+    """A model with what Keras looks for when it saves: attributes, lists, dicts, lists in lists, one layer twice."""
+
+    class Parts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.zeta, self._hidden, self.alpha = dense(), dense(), keras.layers.Dropout(0.5)
+            self.many = [keras.layers.Dense(3), keras.layers.EinsumDense("ab,bc->ac", 3), keras.layers.Dense(3)]
+            self.named = {"b": keras.layers.Dense(3), "a": self.zeta}
+            self.deep = [[keras.layers.Dense(3)], (keras.layers.Dense(3),)]
+            self.both = keras.layers.Bidirectional(keras.layers.LSTM(2))
+
+        def build(self, shape):
+            for layer in (*self.many, self.named["b"], *self.deep[0], *self.deep[1]):
+                layer.build((None, 2))
+            self.both.build((None, 5, 2))
+            self.own = self.add_weight(shape=(2,), name="own")
+
+        def call(self, x):
+            return x + self.own
+
+    twice = keras.layers.Dense(2)
+    x = keras.Input((2,))
+    inner = keras.Model(x, keras.layers.BatchNormalization()(twice(x)))
+    y = keras.Input((2,))
+    model = keras.Model(y, Parts()(keras.Sequential([twice, keras.layers.Dense(2)])(inner(y))))
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "mse", metrics=["mae"])
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def test_what_a_file_holds_is_known_without_writing_it(tmp_path, monkeypatch):
+    model = of_everything()
+    model.save_weights(tmp_path / "m.weights.h5")
+    entries, names = set(), {}
+    with h5py.File(tmp_path / "m.weights.h5") as file:
+
+        def visit(place, item):
+            if isinstance(item, h5py.Dataset):
+                entries.add(place)
+            elif "name" in item.attrs:
+                names[place.removesuffix("vars").rstrip("/")] = item.attrs["name"]
+
+        file.visititems(visit)
+    objects = list(keras_seam.saved_objects(model))
+    assert len({id(saveable) for _, saveable in objects}) == len(objects)
+    found = set()
+    for place, saveable in objects:
+        if hasattr(saveable, "save_own_variables"):
+            store = {}
+            saveable.save_own_variables(store)
+            found |= {f"{place}/vars/{key}" if place else f"vars/{key}" for key in store}
+            assert names[place] == saveable.name
+    assert found == entries
+    assert len(names) == sum(hasattr(saveable, "save_own_variables") for _, saveable in objects)
+
+
+def test_what_a_file_holds_comes_in_the_order_in_which_it_is_written(tmp_path, monkeypatch):
+    model = of_everything()
+    written, save = [], keras.layers.Layer.save_own_variables
+
+    def noted(layer, store):
+        written.append(id(layer))
+        save(layer, store)
+
+    monkeypatch.setattr(keras.layers.Layer, "save_own_variables", noted)
+    model.save_weights(tmp_path / "m.weights.h5")
+    assert len(set(written)) == len(written) > 10
+    found = [id(saveable) for _, saveable in keras_seam.saved_objects(model)]
+    assert [saveable for saveable in found if saveable in set(written)] == written
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: keras.optimizers.SGD(0.1), []),
+        (lambda: keras.optimizers.SGD(0.1, momentum=0.9), ["momentums"]),
+        (lambda: keras.optimizers.Adam(0.1, amsgrad=True), ["momentums", "velocities", "velocity_hats"]),
+        (lambda: keras.optimizers.SGD(0.1, use_ema=True), ["model_variables_moving_average"]),
+        (
+            lambda: keras.optimizers.RMSprop(0.1, momentum=0.5, centered=True),
+            ["average_gradients", "momentums", "velocities"],
+        ),
+        (lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), ["accumulated_gradients"]),
+    ],
+    ids=["none", "momentum", "amsgrad", "average", "centered", "accumulated"],
+)
+def test_what_an_optimizer_keeps_for_a_variable_is_known(make, names, scaled):
+    layer = dense()
+    optimizer = keras.optimizers.LossScaleOptimizer(make()) if scaled else make()
+    assert keras_seam.optimizer_slots(optimizer) == {}
+    optimizer.build([layer.kernel, layer.bias])
+    found = keras_seam.optimizer_slots(optimizer)
+    assert set(found) == {id(layer.kernel), id(layer.bias)}
+    kept = {id(variable) for variable in optimizer.variables}
+    for variable in (layer.kernel, layer.bias):
+        slots = found[id(variable)]
+        assert sorted(name for name, _ in slots) == sorted(names)
+        assert all(tuple(slot.shape) == tuple(variable.shape) and id(slot) in kept for _, slot in slots)
+    every = [id(slot) for slots in found.values() for _, slot in slots]
+    assert len(set(every)) == len(every) == sum(tuple(variable.shape) != () for variable in optimizer.variables)
+
+
 def test_a_variables_value_is_a_plain_tensor():
     variable = keras.Variable(np.eye(2, dtype="float32"))
     tensor = keras_seam.plain_tensor(variable.value)
@@ -724,3 +831,248 @@ def test_a_tensor_that_is_differentiated_says_so():
     jax.jvp(lambda x: function(x, one), (one,), (one,))
     jax.jit(function)(one, one)
     assert seen == [(True, False, True), (True, False, True), (False, False, False)]
+
+
+def test_the_layers_whose_calls_are_in_progress_are_known():
+    seen = []
+
+    class Outer(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def call(self, x):
+            return self.inner(x)
+
+    class Inner(keras.layers.Layer):
+        def call(self, x):
+            with keras.name_scope("of_nobody"):
+                seen.append(list(keras_seam.running_layers()))
+            return x
+
+    outer = Outer()
+    outer(np.ones((2, 3), "float32"))
+    assert seen[-1] == [outer.inner, outer]
+    assert list(keras_seam.running_layers()) == []
+
+
+class AddsItsInputs(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(keras.ops.mean(x))
+        return x
+
+
+def test_the_loss_of_a_training_step_is_computed_without_a_trace():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activity_regularizer="l2"), AddsItsInputs()])
+    assert not keras_seam.has_compiled_loss(model)
+    model.compile("sgd", "mse")
+    assert keras_seam.has_compiled_loss(model)
+    x, y = np.ones((4, 2), "float32"), np.ones((4, 3), "float32")
+    model(x)
+    before = [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses]
+    compiled = model._compile_loss
+    assert len(before) == 2 and not compiled.built
+    with keras_seam.undisturbed(model):
+        loss = keras_seam.training_loss(model, x, y, model(2 * x))
+        assert model._compile_loss is not compiled
+        assert model._compile_loss.built
+    assert model._compile_loss is compiled
+    assert not compiled.built
+    assert [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses] == before
+    trained = model.train_on_batch(2 * x, y)
+    assert float(keras.ops.convert_to_numpy(loss)) == pytest.approx(float(np.ravel(trained)[0]), rel=1e-5)
+
+
+def test_several_outputs_have_the_same_loss_in_a_compiled_one_made_again():
+    x = keras.Input((2,))
+    a, b = keras.layers.Dense(1, name="a")(x), keras.layers.Dense(1, name="b")(x)
+    model = keras.Model(x, {"a": a, "b": b})
+    model.compile("sgd", {"a": "mse", "b": "mae"}, loss_weights={"a": 1.0, "b": 0.5})
+    x, y = np.ones((4, 2), "float32"), {"a": np.ones((4, 1), "float32"), "b": np.zeros((4, 1), "float32")}
+    with keras_seam.undisturbed(model):
+        loss = keras_seam.training_loss(model, x, y, model(x))
+    assert float(keras.ops.convert_to_numpy(loss)) == pytest.approx(
+        model.train_on_batch(x, y, return_dict=True)["loss"], rel=1e-5
+    )
+
+
+def test_layers_compute_once_while_undisturbed():
+    with keras.RematScope(mode="full"):
+        model = model_of(keras.layers.Dense(3))
+    modes = [layer._remat_mode for layer in keras_seam.contained_layers(model)]
+    assert any(modes)
+    with keras_seam.undisturbed(model):
+        assert not any(layer._remat_mode for layer in keras_seam.contained_layers(model))
+    assert [layer._remat_mode for layer in keras_seam.contained_layers(model)] == modes
+
+
+def shared_between_graphs():
+    layer, x, i = keras.layers.Dense(2, name="layer"), keras.Input((2,)), keras.Input((2,))
+    return keras.Model(x, layer(keras.Model(i, layer(i), name="part")(x))), layer
+
+
+def objects_in(config):
+    if isinstance(config, dict):
+        yield config
+        for value in config.values():
+            yield from objects_in(value)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from objects_in(value)
+
+
+def test_a_config_with_ids_names_one_layer_alike_in_all_places():
+    model, layer = shared_between_graphs()
+    ids = [
+        found.get(keras_seam.SHARED_ID)
+        for found in objects_in(keras_seam.config_with_ids(model))
+        if found.get("class_name") == "Dense"
+    ]
+    assert ids == [id(layer)] * 2
+
+
+def test_ids_make_one_object_of_what_a_config_has_twice():
+    layer = keras.layers.Dense(2, name="layer")
+    config = {**keras.saving.serialize_keras_object(layer), keras_seam.SHARED_ID: 7}
+    seen = []
+
+    class Reader:
+        @staticmethod
+        def from_config(config):
+            seen.append(keras_seam.shared_object(7))
+            return keras.layers.Identity()
+
+    reader = {"class_name": "seam>Reader", "registered_name": "seam>Reader", "module": None, "config": {}}
+    stack = keras.saving.serialize_keras_object(keras.Sequential([keras.Input((2,)), layer]))
+    stack["config"]["layers"] = [stack["config"]["layers"][0], config, reader]
+    again = keras_seam.deserialized(stack, {"seam>Reader": Reader})
+    assert seen == [again.layers[0]]
+
+
+def test_the_calls_of_a_layer_and_of_a_graph_are_known():
+    model, layer = shared_between_graphs()
+    assert keras_seam.calls_of(layer) == 2
+    called = [operation.name for operation, _, _ in keras_seam.graph_of(model)]
+    assert called[1:] == ["part", "layer"]
+    (_, inputs, outputs) = keras_seam.graph_of(model)[-1]
+    assert outputs[0] is model.outputs[0] and len(inputs) == 1
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_variable_gets_another_shape_and_an_optimizer_goes_on(size):
+    layer = dense()
+    variable, layer.input_spec = layer.kernel, None
+    optimizer = keras.optimizers.AdamW(0.1)
+    optimizer.exclude_from_weight_decay([variable])
+    optimizer.build([variable, layer.bias])
+    value = np.arange(3.0 * size, dtype="float32").reshape(size, 3)
+    for slot in keras_seam.optimizer_slots(optimizer)[id(variable)]:
+        keras_seam.give_value(slot[1], np.zeros((size, 3), "float32"))
+    keras_seam.give_value(variable, value)
+    keras_seam.recognize_variables(optimizer)
+    assert layer.kernel is variable and tuple(variable.shape) == (size, 3)
+    assert np.array_equal(keras.ops.convert_to_numpy(variable), value)
+    assert np.array_equal(keras.ops.convert_to_numpy(layer(np.ones((1, size), "float32"))), value.sum(0)[None])
+    optimizer.apply([keras.ops.ones((size, 3)), keras.ops.zeros(3)])
+    assert not np.array_equal(keras.ops.convert_to_numpy(variable), value)
+    excluded, _ = keras_seam.decay_exclusions(optimizer)
+    assert excluded == {optimizer._var_key(variable)}
+    if keras.backend.backend() == "torch":
+        assert [tuple(p.shape) for p in layer.parameters()] == [(size, 3), (3,)]
+
+
+def test_the_shapes_a_layer_was_built_for_can_be_changed():
+    layer = dense()
+    model_of(layer)
+    assert layer.get_build_config()["input_shape"] == (None, 2)
+    keras_seam.set_build_shapes(layer, {"input_shape": (None, 5)})
+    assert layer.get_build_config()["input_shape"] == (None, 5)
+    assert keras_seam.build_shapes(layer) == {"input_shape": (None, 5)}
+
+
+def test_the_shapes_in_a_graph_are_worked_out_again():
+    inner = keras.Sequential([keras.Input((2,)), first := keras.layers.Dense(3), keras.layers.Activation("tanh")])
+    x = keras.Input((2,))
+    model = keras.Model(x, keras.layers.Activation("relu")(inner(x)))
+    first.units, undo = 5, []
+    keras_seam.infer_graph(model, undo)
+    assert model.output_shape == inner.output_shape == (None, 5)
+    for step in reversed(undo):
+        step()
+    assert model.output_shape == inner.output_shape == (None, 3)
+
+
+def test_a_model_stays_compiled_when_its_traces_are_forgotten():
+    model = model_of(dense())
+    model.compile("sgd", "mse")
+    x = np.ones((2, 2), "float32")
+    model.fit(x, np.ones((2, 3), "float32"), verbose=0)
+    assert model.train_function is not None
+    keras_seam.forget_traces(model)
+    assert model.train_function is None and model.compiled
+    model.fit(x, np.ones((2, 3), "float32"), verbose=0)
+
+
+# --------------------------------------------------------------------------- notes and values of files
+
+
+class Noting(keras.layers.Layer):
+    """Writes a note beside its variable, and reads as Keras does."""
+
+    def build(self, shape):
+        self.w = self.add_weight(name="w", shape=(3,), initializer="zeros")
+
+    def call(self, x):
+        return x
+
+    def save_own_variables(self, store):
+        notes = keras_seam.entry_notes(store)
+        if notes is not None:
+            notes["note"] = "x" * 200_000  # more than an HDF5 header holds
+        super().save_own_variables(store)
+
+
+@pytest.mark.parametrize("file", ["m.keras", "m.weights.h5", "m.weights.json"])
+def test_a_note_beside_an_entry_is_in_the_file_and_keras_ignores_it(file, tmp_path):
+    model = keras.Sequential([keras.Input((3,)), Noting()])
+    path = tmp_path / file
+    if file.endswith("json"):
+        model.save_weights(path, max_shard_size=1)
+    else:
+        (model.save if file.endswith("keras") else model.save_weights)(path)
+    model.layers[0].w.assign([1.0, 2.0, 3.0])
+    model.load_weights(path)
+    assert keras.ops.convert_to_numpy(model.layers[0].w).tolist() == [0, 0, 0]
+    stored = path
+    if file.endswith("keras"):
+        with zipfile.ZipFile(path) as archive:
+            stored = io.BytesIO(archive.read("model.weights.h5"))
+    elif file.endswith("json"):
+        stored = next(tmp_path.glob("*.h5"))
+    with h5py.File(stored) as opened:
+        assert opened["layers/noting/vars"].attrs["note"] == "x" * 200_000
+
+
+def test_stores_without_a_place_for_notes_have_none():
+    assert keras_seam.entry_notes({}) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "bool"])
+@pytest.mark.parametrize("kind", ["own", "read_only", "turned"])
+def test_an_array_is_written_to_a_variable(kind, dtype):
+    value = np.arange(6).reshape(2, 3).astype(getattr(ml_dtypes, dtype, dtype))
+    variable = keras.Variable(np.zeros((2, 3)), dtype=dtype, trainable="float" in dtype)
+    array = np.array(value.T).T if kind == "turned" else value.copy()
+    if kind == "read_only":
+        array.flags.writeable = False
+    keras_seam.write(variable, array)
+    if kind == "own":
+        array[...] = 0  # the variable has a copy
+    assert np.array_equal(np.asarray(keras_seam.on_host(keras_seam.plain_tensor(variable.value))), value)
+
+
+def test_a_large_array_is_written_whole():
+    value = np.random.default_rng(0).normal(size=(5001, 1001)).astype("float32")
+    variable = keras.Variable(np.zeros_like(value))
+    keras_seam.write(variable, value)
+    assert np.array_equal(keras.ops.convert_to_numpy(variable.value), value)

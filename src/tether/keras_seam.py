@@ -8,6 +8,7 @@ checks each one against the oldest and the newest supported Keras.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import sys
@@ -602,6 +603,14 @@ def _saved_in_container(container: Any, place: str, seen: set[int], containers: 
             yield from _saved_in_container(child, unique("container"), seen, containers)
 
 
+def entry_notes(store: Any) -> Any:
+    """Where notes go beside what a layer writes: attributes of its HDF5 group, which Keras never reads.
+
+    `None` of a store that has no place for them.
+    """
+    return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
+
+
 def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
     """What an optimizer keeps for each variable, by the variable's id: the name of the slot, and its variable.
 
@@ -611,7 +620,7 @@ def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
     found: dict[int, list[tuple[str, Any]]] = {}
     known = list(getattr(optimizer, "_trainable_variables", None) or ())
     for name, slots in vars(optimizer).items():
-        if name == "_trainable_variables" or not isinstance(slots, list) or len(slots) != len(known):
+        if name in ("_variables", "_trainable_variables") or not isinstance(slots, list) or len(slots) != len(known):
             continue
         for variable, slot in zip(known, slots, strict=True):
             if isinstance(slot, keras.Variable):
@@ -619,6 +628,294 @@ def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
     for variable in known:
         found.setdefault(id(variable), [])
     return found
+
+
+# --------------------------------------------------------------------------- one layer in several places
+
+
+def config_with_ids(model: Any) -> dict[str, Any]:
+    """A model's config in which every object has the key `SHARED_ID`, and not just the second mention of one.
+
+    Keras notes an object when it meets it, writes its id from the second time on, and copies the configs of graphs
+    and stacks before that time comes. In a second pass it knows all of them.
+    """
+    with _serialization.ObjectSharingScope():
+        _serialization.serialize_keras_object(model)
+        return _serialization.serialize_keras_object(model)
+
+
+SHARED_ID = "shared_object_id"
+"""Where a config holds the id of an object that the file has in several places."""
+
+
+def deserialized(config: dict[str, Any], custom_objects: dict[str, Any]) -> Any:
+    """The model of a config that this process wrote, as `load_model` makes it before it reads values."""
+    with _serialization.ObjectSharingScope():
+        return _serialization.deserialize_keras_object(config, custom_objects, safe_mode=False)
+
+
+def shared_object(identity: int) -> Any:
+    """What was made for an id so far, while a config is read."""
+    return _serialization.get_shared_object(identity)
+
+
+def calls_of(operation: Any) -> int:
+    """How many nodes of graphs an operation has: a config counts those of its own graph."""
+    return len(operation._inbound_nodes)
+
+
+def graph_of(model: Any) -> list[tuple[Any, list[Any], list[Any]]]:
+    """What a functional model's graph computes, inputs first: what is called, its input and its output tensors."""
+    depths = sorted(model._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
+    return [(node.operation, list(node.input_tensors), list(node.outputs)) for node in nodes]
+
+
+# --------------------------------------------------------------------------- another size
+
+
+def _make_give_value() -> Callable[[Any, Any], None]:
+    name = _backend.backend()
+    if name == "torch":
+        import torch
+
+        def of_torch(variable: Any, value: Any) -> None:
+            parameter = variable._value  # the same object, since optimizers and modules of PyTorch's hold it
+            with torch.no_grad():
+                tensor = keras.ops.convert_to_tensor(value, dtype=variable._dtype).to(parameter.device)
+                parameter.grad = None
+                parameter.data = torch.empty_like(tensor)
+                parameter.copy_(tensor)  # counts as a change
+            variable._shape = tuple(value.shape)
+
+        return of_torch
+
+    def of_others(variable: Any, value: Any) -> None:
+        tensor = own_copy(keras.ops.convert_to_tensor(value, dtype=variable._dtype))
+        if name == "jax":
+            variable._shape = tuple(value.shape)
+            set_untracked(variable, "_value", tensor)
+        else:
+            variable._initialize(tensor)
+            variable._shape = tuple(value.shape)
+
+    return of_others
+
+
+give_value = _make_give_value()
+"""Gives a variable a value of another shape; it stays the object that layers and optimizers know."""
+
+
+def recognize_variables(optimizer: Any) -> None:
+    """Lets an optimizer know its variables again after `give_value`: TensorFlow's has other names for them then."""
+    for each in {id(found): found for found in (optimizer, getattr(optimizer, "inner_optimizer", optimizer))}.values():
+        before = {place: key for key, place in (getattr(each, "_trainable_variables_indices", None) or {}).items()}
+        if before:
+            after = {place: each._var_key(variable) for place, variable in enumerate(each._trainable_variables)}
+            excluded = getattr(each, "_exclude_from_weight_decay", None) or set()
+            renamed = {after[place] for place, key in before.items() if key in excluded}
+            excluded.difference_update(before.values())
+            excluded.update(renamed)
+            each._trainable_variables_indices = {key: place for place, key in after.items()}
+
+
+def give_shape(variable: Any, shape: tuple[int, ...]) -> None:
+    """Lets a variable without storage know its shape."""
+    variable._shape = shape
+
+
+def build_shapes(layer: Any) -> dict[str, Any] | None:
+    """The shapes of the inputs that a layer was built for, which its config holds."""
+    return getattr(layer, "_build_shapes_dict", None)
+
+
+def set_build_shapes(layer: Any, shapes: dict[str, Any] | None) -> None:
+    set_untracked(layer, "_build_shapes_dict", shapes)
+
+
+def infer_graph(model: Any, undo: list[Callable[[], None]]) -> None:
+    """Works out the shapes of all tensors in a model's graph again, in the graphs that it calls first.
+
+    Args:
+        model: A functional or sequential model whose layers have other sizes than when it was made.
+        undo: Gets what puts each shape back.
+    """
+    graph = model._functional if isinstance(model, Sequential) else model
+    if not isinstance(graph, Functional):
+        return
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.is_input:
+                continue
+            operation = node.operation
+            if isinstance(operation, (Functional, Sequential)):
+                infer_graph(operation, undo)
+            outputs = operation.compute_output_spec(*node.arguments.args, **node.arguments.kwargs)
+            for tensor, found in zip(node.outputs, keras.tree.flatten(outputs), strict=True):
+                if tensor._shape != found.shape:
+                    undo.append(functools.partial(setattr, tensor, "_shape", tensor._shape))
+                    tensor._shape = found.shape
+
+
+def forget_traces(model: Any) -> None:
+    """Makes Keras trace a model's training, testing and predicting again; it stays compiled."""
+    for layer in contained_layers(model):
+        if isinstance(layer, _Trainer):
+            for attribute in ("train_function", "test_function", "predict_function"):
+                setattr(layer, attribute, None)
+
+
+# --------------------------------------------------------------------------- what a check looks at
+
+
+def calls_in_graph(model: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The calls in the graph of a functional or sequential model, inputs first: what is called, and its arguments."""
+    graph = model._functional if isinstance(model, Sequential) else model
+    if not isinstance(graph, Functional):
+        return []
+    depths = sorted(graph._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in graph._nodes_by_depth[depth] if not node.is_input]
+    return [(node.operation, node.arguments.args, node.arguments.kwargs) for node in nodes]
+
+
+def graph_outputs(model: Any) -> list[Any]:
+    """What makes each output of a functional or sequential model: a layer or an operation."""
+    graph = model._functional if isinstance(model, Sequential) else model
+    return [o._keras_history.operation for o in graph.outputs] if isinstance(graph, Functional) else []
+
+
+_OF_MODELS = {
+    "_functional", "optimizer", "loss", "compiled", "stop_training", "history", "unrolled_steps_per_execution",
+    "_compile_config", "_compile_loss", "_compile_metrics", "_loss_tracker", "_compiled_trainable_state",
+    "train_function", "test_function", "predict_function", "steps_per_execution", "_jax_state", "_jax_state_synced",
+}  # fmt: skip
+
+
+def own_attributes(layer: Any) -> list[tuple[str, Any]]:
+    """The attributes of a layer that are not those of any layer, or of any model that was compiled."""
+    common = _common_attributes()
+    return [(name, value) for name, value in attributes(layer) if name not in common]
+
+
+@functools.cache
+def _common_attributes() -> frozenset[str]:
+    # The names are given, so that no counter of automatic names goes on.
+    return frozenset({*vars(_Layer(name="layer")), *vars(keras.Model(name="model")), *_OF_MODELS})
+
+
+def optimized_variables(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer was built with, as often as it was given them."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
+    return list(getattr(optimizer, "_trainable_variables", None) or ())
+
+
+def decay_exclusions(optimizer: Any) -> tuple[set[int], Any]:
+    """What is excluded from weight decay: the ids of variables, and a pattern that is searched for in names."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    ids = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
+    return set(ids), getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+
+
+def layout_map() -> Any:
+    """The layouts by path of the distribution in force, if it has any."""
+    return getattr(keras.distribution.distribution(), "_layout_map", None)
+
+
+def stored_value(variable: Any) -> Any:
+    """The tensor that a variable stores; `None` if it is not initialised yet."""
+    return variable._value
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether a tensor has values now: it does not stand for one of a trace, and JAX has not given its memory away."""
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.is_symbolic_tensor(value)
+    if name == "torch":
+        return str(value.device.type) != "meta"
+    return not is_traced(value) and not (hasattr(value, "is_deleted") and value.is_deleted())
+
+
+def _make_on_host() -> Callable[[Any], Any]:
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        whole = {1: tf.uint8, 2: tf.uint16}
+
+        def of_tensorflow(value: Any) -> Any:
+            read = value.read_value() if hasattr(value, "read_value") else value
+            dtype = numpy.dtype(read.dtype.as_numpy_dtype)
+            if "CPU" not in read.device:
+                return read.numpy()
+            # NumPy lends no memory of dtypes that it does not know itself, such as bfloat16.
+            lent = read if dtype.isbuiltin == 1 else tf.bitcast(read, whole[dtype.itemsize])
+            return numpy.asarray(memoryview(lent)).view(dtype)
+
+        return of_tensorflow
+    if name == "torch":
+        import ml_dtypes
+        import torch
+
+        def of_torch(value: Any) -> Any:
+            value = value.detach().cpu()
+            if value.dtype == torch.bfloat16:
+                return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return value.numpy()
+
+        return of_torch
+
+    def of_jax(value: Any) -> Any:
+        import jax
+
+        if any(device.platform != "cpu" for device in value.devices()):
+            value = jax.device_put(value, jax.devices("cpu")[0])  # or JAX would keep what NumPy is given
+        return numpy.asarray(value)
+
+    return of_jax if name == "jax" else numpy.asarray
+
+
+on_host = _make_on_host()
+"""A tensor as a NumPy array; it shares the memory of one that lies in the processor's."""
+
+
+def _make_write() -> Callable[[Any, Any], None]:
+    name = _backend.backend()
+    part = 1 << 22
+
+    def assign(variable: Any, array: Any) -> None:
+        variable.assign(keras.ops.convert_to_tensor(array, dtype=variable._dtype))
+
+    def of_jax(variable: Any, array: Any) -> None:
+        import jax
+
+        variable.assign(jax.numpy.array(array, dtype=variable._dtype, copy=True))
+
+    def of_torch(variable: Any, array: Any) -> None:
+        import torch
+
+        if not array.flags.writeable or not array.flags.c_contiguous:
+            array = numpy.array(array)
+        bits = array.dtype.name == "bfloat16"
+        tensor = torch.from_numpy(array.view("int16") if bits else array)
+        with torch.no_grad():
+            variable.value.copy_(tensor.view(torch.bfloat16) if bits else tensor)
+
+    def of_tensorflow(variable: Any, array: Any) -> None:
+        if array.nbytes <= part or not array.ndim or variable._layout is not None:
+            assign(variable, array)
+            return
+        rows = max(1, part * len(array) // array.nbytes)
+        for start in range(0, len(array), rows):
+            variable._value[start : start + rows].assign(array[start : start + rows])
+
+    return {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, assign)
+
+
+write = _make_write()
+"""Stores an array of a variable's own shape and dtype, with little memory beside the variable's where it can be."""
 
 
 # --------------------------------------------------------------------------- one call
@@ -816,6 +1113,56 @@ def _address(view: memoryview) -> tuple[int, int]:
 def trace(function: Callable[..., Any], *specs: Any) -> Any:
     """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
     return _backend.compute_output_spec(function, *specs)
+
+
+# --------------------------------------------------------------------------- a loss, computed by somebody else than fit
+
+
+def running_layers() -> Iterator[Any]:
+    """The layers whose calls are in progress on this thread, innermost first."""
+    for scope in reversed(_global_state.get_global_attribute("name_scope_stack") or ()):
+        if isinstance(scope.caller, _Layer):
+            yield scope.caller
+
+
+def has_compiled_loss(model: Any) -> bool:
+    """Whether `compile` was given a loss."""
+    return getattr(model, "_compile_loss", None) is not None
+
+
+def training_loss(model: Any, x: Any, y: Any, y_pred: Any) -> Any:
+    """The compiled loss and the model's own losses, as a training step adds them up."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, training=True)
+
+
+@contextlib.contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Puts back what a call of a model, and of its compiled loss, changes beside variables.
+
+    A call forgets the losses that layers added in the call before; the compiled loss makes metrics when it first
+    sees outputs. Within the scope no layer computes its forward pass again for the gradient either: it would read
+    its weights outside of its call then.
+    """
+    layers = contained_layers(model)
+    losses = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in layers]
+    rematerialized = [(layer, layer._remat_mode) for layer in layers if layer._remat_mode is not None]
+    compiled = getattr(model, "_compile_loss", None)
+    for layer, _ in rematerialized:
+        set_untracked(layer, "_remat_mode", None)
+    if compiled is not None:
+        own = type(compiled)(compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names)
+        set_untracked(model, "_compile_loss", own)
+    try:
+        yield
+    finally:
+        for layer, before, ids in losses:
+            layer._losses[:] = before
+            layer._loss_ids.clear()
+            layer._loss_ids.update(ids)
+        for layer, mode in rematerialized:
+            set_untracked(layer, "_remat_mode", mode)
+        if compiled is not None:
+            set_untracked(model, "_compile_loss", compiled)
 
 
 # --------------------------------------------------------------------------- classes in files

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 
 from tether import keras_seam
+from tether.atomic import written_beside
 from tether.errors import InvalidConfig, TetherError, received
-from tether.files.atomic import written_beside
 from tether.weights.codec import encode
 from tether.weights.expression import Expression
 from tether.weights.identity import sharing

@@ -4,6 +4,7 @@ from tether.inspection.aliases import Aliases, aliases
 from tether.inspection.collect import diff, facts
 from tether.inspection.difference import Change, Difference
 from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
+from tether.inspection.gradients import Gradients, UseGradient, WeightGradient, gradients
 from tether.inspection.unique import unique
 
 __all__ = [
@@ -11,11 +12,15 @@ __all__ = [
     "Change",
     "Difference",
     "Facts",
+    "Gradients",
     "Slot",
     "StoredWeight",
+    "UseGradient",
     "UseOf",
+    "WeightGradient",
     "aliases",
     "diff",
     "facts",
+    "gradients",
     "unique",
 ]

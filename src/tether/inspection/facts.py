@@ -56,6 +56,8 @@ class Slot(Stored):
     """Such as `momentums`."""
     weight: str | None = None
     """The place of the weight that it is kept for; `None` for what is kept once, such as the number of steps."""
+    again: tuple[str, ...] = ()
+    """Further places of the file that hold the same: a loss scale writes what its inner optimizer writes too."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class StoredWeight(Stored):
     """A stored weight."""
 
     path: str | None = None
-    """The path of its variable: `codec`, `encode/bias`."""
+    """The path of its variable: `codec`, `encode/bias`; the weight's name in a file that tells no more."""
     trainable: bool | None = None
     """Whether it trains."""
     again: tuple[str, ...] = ()
@@ -92,6 +94,8 @@ class UseOf:
     """Whether it is a tie; otherwise it is a variable of the layer's own."""
     trains: bool | None = None
     """Whether a gradient flows through this use."""
+    stopped: tuple[str, ...] | None = None
+    """The places of its weights that get no gradient through this use: all of them, or those under `stop_gradient`."""
 
     @property
     def where(self) -> str:
@@ -102,6 +106,12 @@ class UseOf:
     def bytes(self) -> int:
         """What a variable of the layer's own would take in its place."""
         return bytes_of(self.shape, self.dtype)
+
+    def reaches(self, weight: StoredWeight) -> bool | None:
+        """Whether a weight in it gets a gradient through this use; `None` if that is not known."""
+        if weight.trainable is False or weight.place in (self.stopped or ()):
+            return False
+        return self.trains
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class Facts:
         uses: Every use, in the order of the layers.
         optimizer: What the optimizer keeps.
         layers: The layers that have or use weights, in the order of the model, with their classes.
-        ties: Whether the uses tell of ties. A file of weights alone does not.
+        ties: Whether the uses tell of every tie. A file of weights without Tether's notes does not.
     """
 
     name: str
@@ -136,6 +146,13 @@ class Facts:
                 found.setdefault(place, []).append(use)
         return {place: tuple(uses) for place, uses in found.items()}
 
+    @cached_property
+    def _slots(self) -> dict[str | None, tuple[Slot, ...]]:
+        found: dict[str | None, list[Slot]] = {}
+        for slot in self.optimizer:
+            found.setdefault(slot.weight, []).append(slot)
+        return {place: tuple(slots) for place, slots in found.items()}
+
     def weight(self, place: str) -> StoredWeight:
         """The weight at a place of the file."""
         return self._weights[place]
@@ -146,7 +163,7 @@ class Facts:
 
     def slots_of(self, weight: StoredWeight) -> tuple[Slot, ...]:
         """What the optimizer keeps for a weight."""
-        return tuple(slot for slot in self.optimizer if slot.weight == weight.place)
+        return self._slots.get(weight.place, ())
 
     def shared(self) -> Iterator[StoredWeight]:
         """The weights with more than one use."""

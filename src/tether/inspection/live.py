@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from tether import keras_seam
 from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
-from tether.layers.state import WEIGHTS, state_of
+from tether.layers.paths import holders
+from tether.layers.state import state_of
 from tether.layers.tied import base_class
 from tether.layers.view import shape_of, stored_variables
 from tether.weights.weight import Weight
@@ -19,19 +22,30 @@ UNSAVED = "!"
 """What the places of weights begin with that no file of the model would hold."""
 
 
-class _Entries(dict[str, Any]):
-    """A store that keeps the variables that are written into it."""
-
-
 def entries(saveable: Any) -> dict[str, Any]:
-    """What a saved object writes of its own, by key: variables as they are, nothing converted."""
+    """What a saved object writes of its own, by key: variables as they are, nothing converted.
+
+    An array that it makes for the file stands for the variable of its own that it was made from, if there is one
+    of its shape that is not written otherwise.
+    """
     if isinstance(saveable, keras.optimizers.Optimizer):  # whose own method copies them
         return {str(number): variable for number, variable in enumerate(saveable.variables)}
-    store = _Entries()
+    store: dict[str, Any] = {}
     save = getattr(saveable, "save_own_variables", None)
     if save is not None:
-        save(store)
-    return {key: value for key, value in store.items() if hasattr(value, "shape")}
+        with contextlib.suppress(Exception):  # a layer that was not built as its class wants it cannot be saved
+            save(store)
+    found = {key: value for key, value in store.items() if hasattr(value, "shape")}
+    made = [key for key, value in found.items() if not isinstance(value, keras.Variable)]
+    if made and isinstance(saveable, keras.layers.Layer):
+        written = {id(value) for value in found.values()}
+        own = [v for listed in keras_seam.variable_lists(saveable).values() for v in listed if id(v) not in written]
+        for key in made:
+            same = next((v for v in own if shape_of(v) == shape_of(found[key])), None)
+            if same is not None:
+                found[key] = same
+                own = [variable for variable in own if variable is not same]
+    return found
 
 
 def live_facts(model: Any) -> Facts:
@@ -46,17 +60,37 @@ def live_facts(model: Any) -> Facts:
             entry = f"{place}/vars/{key}" if place else f"vars/{key}"
             variables[entry] = value
             places.setdefault(id(value), []).append(entry)
-            if not isinstance(saveable, keras.layers.Layer):
+            if not isinstance(saveable, keras.layers.Layer) or not isinstance(value, keras.Variable):
                 state.add(entry)
     for variable in getattr(model, "weights", ()):
         if id(variable) not in places:
             entry = f"{UNSAVED}{variable.path}"
             variables[entry], places[id(variable)] = variable, [entry]
-    weights = []
+    at = {id(saveable): place for place, saveable in objects}
+    layers = [layer for layer in _in_order(model) if not isinstance(layer, Weight)]
+    uses: list[UseOf] = []
+    kinds: dict[str, str] = {}
+    for layer in layers:
+        path = layer_path(at[id(layer)], names) if id(layer) in at else layer.name
+        kind = base_class(type(layer)).__name__
+        found = [*_uses(layer, path, kind, places), *_held_uses(layer, path, kind, places)]
+        uses += found
+        if found:
+            kinds.setdefault(path, kind)
+    return Facts(
+        name=getattr(model, "name", type(model).__name__),
+        weights=tuple(_weights(variables, places, state)),
+        uses=tuple(uses),
+        optimizer=tuple(_slots(getattr(model, "optimizer", None), variables, places)),
+        layers=tuple(kinds.items()),
+    )
+
+
+def _weights(variables: dict[str, Any], places: dict[int, list[str]], state: set[str]) -> Iterator[StoredWeight]:
     for entry, value in variables.items():
         first, *again = places[id(value)]
         if entry == first and not entry.startswith(OPTIMIZER):
-            weight = StoredWeight(
+            yield StoredWeight(
                 entry,
                 shape_of(value),
                 _dtype(value),
@@ -65,27 +99,6 @@ def live_facts(model: Any) -> Facts:
                 again=tuple(again),
                 state=entry in state,
             )
-            weights.append(weight)
-    at = {id(saveable): place for place, saveable in objects}
-    uses: list[UseOf] = []
-    layers: dict[str, str] = {}
-    for layer in keras_seam.contained_layers(model):
-        place = at.get(id(layer), f"{UNSAVED}{layer.name}")
-        found = (
-            _weight_use(layer, place, names, places)
-            if isinstance(layer, Weight)
-            else _uses(layer, place, names, places)
-        )
-        uses += found
-        if found and not isinstance(layer, Weight):
-            layers[found[0].layer] = found[0].kind or ""
-    return Facts(
-        name=getattr(model, "name", type(model).__name__),
-        weights=tuple(weights),
-        uses=tuple(uses),
-        optimizer=tuple(_slots(getattr(model, "optimizer", None), variables, places)),
-        layers=tuple(layers.items()),
-    )
 
 
 def _in_order(model: Any) -> list[Any]:
@@ -108,34 +121,38 @@ def layer_path(place: str, names: dict[str, str]) -> str:
     return "/".join(names[prefix] for prefix in above if prefix in names)
 
 
-def _weight_use(weight: Weight, place: str, names: dict[str, str], places: dict[int, list[str]]) -> list[UseOf]:
-    """The use of a weight that a layer holds as an attribute of its own, to read it in its `call`."""
-    holder, _, attribute = place.rpartition("/")
-    if not weight.is_built or WEIGHTS in place.split("/") or place.startswith(UNSAVED):
-        return []
-    return [
-        UseOf(
-            layer=layer_path(holder, names),
-            attribute=attribute,
-            expression=weight.notation(),
-            weights=tuple(places[id(weight.variable)][:1]),
-            shape=shape_of(weight.variable),
-            dtype=_dtype(weight.variable),
-            trains=bool(weight.variable.trainable),
-        )
-    ]
+def _held_uses(layer: Any, path: str, kind: str, places: dict[int, list[str]]) -> Iterator[UseOf]:
+    """The uses of weights that a layer of somebody's own holds as attributes, to read them in its `call`.
+
+    A layer that holds a weight to tie it to itself or to layers below does not read it.
+    """
+    held = [weight for weight in keras_seam.sublayers(layer) if isinstance(weight, Weight) and weight.is_built]
+    attributes = [(weight, found[0]) for weight in held if (found := holders(layer, weight))]
+    below = {id(other) for other in keras_seam.contained_layers(layer)} if attributes else set()
+    for weight, attribute in attributes:
+        variable = weight.variable
+        if id(variable) in places and not any(id(use.layer()) in below for use in weight.uses):
+            yield UseOf(
+                layer=path,
+                attribute="/".join(attribute),
+                expression=weight.notation(),
+                weights=tuple(places[id(variable)][:1]),
+                shape=shape_of(variable),
+                dtype=_dtype(variable),
+                kind=kind,
+                trains=bool(variable.trainable),
+            )
 
 
-def _uses(layer: Any, place: str, names: dict[str, str], places: dict[int, list[str]]) -> list[UseOf]:
-    path = layer.name if place.startswith(UNSAVED) else layer_path(place, names)
+def _uses(layer: Any, path: str, kind: str, places: dict[int, list[str]]) -> list[UseOf]:
     state = state_of(layer)
-    kind = base_class(type(layer)).__name__
     slots = [] if state is None else state.slots
     lists = keras_seam.variable_lists(layer)
     found: list[tuple[str, int, UseOf]] = []
     for slot in slots:
         view = slot.view
         reads = dict.fromkeys(place for v in stored_variables(view) for place in places.get(id(v), ())[:1])
+        stopped = [w.variable for w in view.expression.weights_used() if w.is_built and not view.use.reaches(w)]
         use = UseOf(
             layer=path,
             attribute=view.use.name,
@@ -145,7 +162,8 @@ def _uses(layer: Any, place: str, names: dict[str, str], places: dict[int, list[
             dtype=keras_seam.stored_dtype(view),
             kind=kind,
             tied=True,
-            trains=view.use.live and any(variable.trainable for variable in stored_variables(view)),
+            trains=any(view.use.reaches(weight) and weight.trainable for weight in view.expression.weights_used()),
+            stopped=tuple(place for variable in stopped for place in places.get(id(variable), ())[:1]),
         )
         found.append((slot.store, slot.index, use))
     for store in keras_seam.STORES:
@@ -168,7 +186,7 @@ def _uses(layer: Any, place: str, names: dict[str, str], places: dict[int, list[
 
 
 def _slots(optimizer: Any, variables: dict[str, Any], places: dict[int, list[str]]) -> list[Slot]:
-    if optimizer is None or not optimizer.built:
+    if optimizer is None:
         return []
     owners = {
         id(slot): (name, variable)
@@ -177,10 +195,11 @@ def _slots(optimizer: Any, variables: dict[str, Any], places: dict[int, list[str
     }
     found = []
     for place, value in variables.items():
-        if place.startswith(OPTIMIZER):
+        first, *again = places[id(value)]
+        if place == first and place.startswith(OPTIMIZER):
             name, owner = owners.get(id(value), (getattr(value, "name", None), None))
-            first = next(iter(places.get(owner, ())), None) if owner is not None else None
-            found.append(Slot(place, shape_of(value), _dtype(value), name=name, weight=first))
+            weight = next(iter(places.get(owner, ())), None) if owner is not None else None
+            found.append(Slot(place, shape_of(value), _dtype(value), name=name, weight=weight, again=tuple(again)))
     return found
 
 

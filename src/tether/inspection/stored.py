@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-import re
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
-from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
-from tether.inspection.live import OPTIMIZER, layer_path
-from tether.layers.record import read_record
-from tether.layers.state import WEIGHTS
+from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
+from tether.inspection.stored_config import stored_layers
+from tether.inspection.stored_layers import stored_facts
+from tether.inspection.stored_values import NOTE, Values, noted_ties
+from tether.weights.codec import decode
 from tether.weights.expression import known_shape
 from tether.weights.identity import sharing
+from tether.weights.weight import Weight
 
 CONFIG, VALUES = "config.json", "model.weights.h5"
 MAX_CONFIG = 256 * 2**20
 """Bytes of a config; those of the largest models that people make have a few megabytes."""
+MAX_EXPANSION, SMALL = 100, 2**28
+"""How many times its size in the archive a part of one may have, if it is larger than this many bytes."""
 
 
 def file_facts(path: str | os.PathLike[str]) -> Facts:
@@ -38,176 +44,117 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
     """
     path = Path(path)
     reader = next((reader for suffix, reader in _READERS.items() if path.name.endswith(suffix)), None)
-    if reader is None:
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    if reader is None or not path.is_file():
         raise Unsupported(
             f"Facts are read from files that end with {', '.join(_READERS)}. {received(path=str(path))} "
             "Load the model and pass that."
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
     try:
         return reader(path)
-    except TetherError:
+    except (TetherError, PermissionError):
         raise
-    except (OSError, KeyError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a stranger's file may make zipfile, h5py and safetensors fail in any way
         raise InvalidConfig(f"{str(path)!r} is broken, or not what its name says: {error}") from error
 
 
-# --------------------------------------------------------------------------- HDF5
+# --------------------------------------------------------------------------- Keras
 
 
 def _weights_facts(path: Path) -> Facts:
-    return replace(_Values(path).facts(path.name, [], {}), ties=False)
-
-
-class _Values:
-    """What an HDF5 file of weights holds: shapes and dtypes by place, and names of layers."""
-
-    def __init__(self, path: Path) -> None:
-        self.names: dict[str, str] = {}
-        """The name of the object at each place."""
-        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
-        with h5py.File(path, "r") as file:
-            if "layer_names" in file.attrs or "model_weights" in file:
-                raise Unsupported(f"{path.name!r} is of Keras's old format. Load it and save it as `.weights.h5`.")
-            file.visititems(self._visit)
-
-    def _visit(self, place: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            dtype = str(item.attrs.get("dtype", item.dtype))
-            self.tensors[place] = (tuple(int(n) for n in item.shape), dtype)
-        elif "name" in item.attrs:
-            self.names[place.removesuffix("vars").rstrip("/")] = str(item.attrs["name"])
-
-    def facts(self, name: str, order: list[str], records: dict[str, Any]) -> Facts:
-        """The facts; `order` are the places of layers as the model has them, `records` their ties."""
-        places = sorted(self.tensors, key=lambda place: _rank(place, order))
-        kept = [place for place in places if place.startswith(OPTIMIZER)]
-        places = [place for place in places if not place.startswith(OPTIMIZER)]
-        tied, paths = self._tied(records, places)
-        weights = [StoredWeight(place, *self.tensors[place], path=paths.get(place)) for place in places]
-        uses = [*tied, *self._own(places, {place for use in tied for place in use.weights})]
-        layers = dict.fromkeys(use.layer for use in uses)
-        rank = {layer: number for number, layer in enumerate(layers)}
-        return Facts(
-            name=name,
-            weights=tuple(weights),
-            uses=tuple(sorted(uses, key=lambda use: rank[use.layer])),
-            optimizer=tuple(Slot(place, *self.tensors[place]) for place in kept),
-            layers=tuple((layer, None) for layer in layers),
-        )
-
-    def _own(self, places: list[str], used: set[str]) -> Iterator[UseOf]:
-        for place in places:
-            owner = place.rpartition("/vars/")[0] if "/vars/" in place else ""
-            if place not in used and WEIGHTS not in place.split("/"):
-                yield UseOf(layer_path(owner, self.names), None, None, (place,), *self.tensors[place])
-
-    def _tied(self, records: dict[str, Any], places: list[str]) -> tuple[list[UseOf], dict[str, str]]:
-        uses, paths = [], dict[str, str]()
-        found: dict[str, str] = {}  # uid of a weight -> its place
-        weights = [weight for record in records.values() for e in record.ties.values() for weight in e.weights_used()]
-        for weight in dict.fromkeys(weights):
-            fits = [
-                place
-                for place in places
-                if self.names.get(place.rpartition("/vars/")[0]) == weight.name
-                and (weight.shape is None or self.tensors[place][0] == weight.shape)
-                and place not in found.values()
-            ]
-            if fits:
-                found[weight.uid] = fits[0]
-                paths[fits[0]] = weight.get_config()["path"] or weight.name
-        for place, record in records.items():
-            for path, expression in record.ties.items():
-                *steps, attribute = path.split("/")
-                layer, left = self._below(place, steps)
-                reads = [found[w.uid] for w in expression.weights_used() if w.uid in found]
-                uses.append(
-                    UseOf(
-                        layer=layer_path(layer, self.names),
-                        attribute="/".join([*left, attribute]),
-                        expression=expression.notation(),
-                        weights=tuple(reads),
-                        shape=known_shape(expression),
-                        dtype=expression.dtype or "float32",
-                        tied=True,
-                    )
-                )
-        return uses, paths
-
-    def _below(self, place: str, steps: list[str]) -> tuple[str, list[str]]:
-        """The place that steps of attributes lead to, and the steps that are not in the file."""
-        while steps:
-            step = steps[0]
-            inner = f"{place}/{step}" if place else step
-            named = [p for p, name in self.names.items() if name == step and _is_child(p, place)]
-            if not any(p == inner or p.startswith(f"{inner}/") for p in self.names) and len(named) == 1:
-                inner = named[0]
-            elif not any(p == inner or p.startswith(f"{inner}/") for p in self.names):
-                break
-            place, steps = inner, steps[1:]
-        return place, steps
-
-
-def _is_child(place: str, parent: str) -> bool:
-    below = place.removeprefix(f"{parent}/") if parent else place
-    return below != place or not parent
-
-
-def _rank(place: str, order: list[str]) -> tuple[Any, ...]:
-    """Layers as the model has them; what it does not say by the numbers in the names."""
-    best = max((p for p in order if place.startswith(f"{p}/")), key=len, default=None)
-    known = (len(order),) if best is None else (order.index(best),)
-    return (*known, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", place)])
-
-
-# --------------------------------------------------------------------------- .keras
+    with h5py.File(path, "r") as file:
+        return stored_facts(path.name, Values(file), {}, {})
 
 
 def _archive_facts(path: Path) -> Facts:
-    with zipfile.ZipFile(path) as archive:
-        if archive.getinfo(CONFIG).file_size > MAX_CONFIG:
-            raise InvalidConfig(f"The config in {path.name!r} is larger than {MAX_CONFIG} bytes.")
-        config = json.loads(archive.read(CONFIG))
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        config = _config(archive, path.name)
         if VALUES not in archive.namelist():
             raise Unsupported(f"{path.name!r} has no {VALUES}. Load the model and pass that.")
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / VALUES
-            with archive.open(VALUES) as source, open(copy, "wb") as target:
-                shutil.copyfileobj(source, target, 2**20)
-            values = _Values(copy)
-    order: list[str] = []
-    records: dict[str, Any] = {}
-    with sharing():
-        _walk(config, "", values, order, records)
-        return values.facts(str(config["config"].get("name", path.stem)), order, records)
+        with _opened(archive, file) as source, h5py.File(source, "r") as opened:
+            values = Values(opened)
+    with sharing() as known:
+        layers = stored_layers(config, values)
+        return stored_facts(str(config["config"].get("name", path.stem)), values, layers, known)
 
 
-def _walk(config: Any, place: str, values: _Values, order: list[str], records: dict[str, Any]) -> None:
-    """Goes through the configs of layers in layers; `place` is that of the layer that a config is of."""
-    inner = config.get("config") if isinstance(config, dict) else None
-    if not isinstance(inner, dict):
+def _config(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
+    if CONFIG not in archive.namelist():
+        raise InvalidConfig(f"{name!r} has no {CONFIG}, so it is no file of a Keras model.")
+    if archive.getinfo(CONFIG).file_size > MAX_CONFIG:
+        raise InvalidConfig(f"The config in {name!r} is larger than {MAX_CONFIG} bytes.")
+    config = json.loads(archive.read(CONFIG))
+    if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
+        raise InvalidConfig(f"The config in {name!r} is not that of a Keras object. {received(config=config)}")
+    return config
+
+
+@contextlib.contextmanager
+def _opened(archive: zipfile.ZipFile, file: BinaryIO) -> Iterator[Any]:
+    """The values, as something that HDF5 reads: where they lie in the archive, or a copy if they are compressed."""
+    info = archive.getinfo(VALUES)
+    if info.compress_type == zipfile.ZIP_STORED:
+        yield io.BufferedReader(_Part(file, info))
         return
-    order.append(place)
-    if isinstance(inner.get("tether"), dict):
-        records[place] = read_record(inner["tether"])
-    for value in inner.values():
-        for child in value if isinstance(value, list) else (value,):
-            if _is_layer(child):
-                below = _place_of(child.get("name", child["config"].get("name")), place, values)
-                if below is not None:
-                    _walk(child, below, values, order, records)
+    if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
+        raise InvalidConfig(
+            f"{VALUES} would have {info.file_size:,} bytes, from {info.compress_size:,} in the archive: no weights are "
+            "compressed as much."
+        )
+    with tempfile.TemporaryFile() as copy, archive.open(info) as source:
+        shutil.copyfileobj(source, copy, 2**16)
+        copy.seek(0)
+        yield copy
 
 
-def _is_layer(value: Any) -> bool:
-    return isinstance(value, dict) and "class_name" in value and isinstance(value.get("config"), dict)
+@contextlib.contextmanager
+def opened_values(path: Path) -> Iterator[h5py.File]:
+    """The values in a `.keras` or `.weights.h5` file, for reading."""
+    if path.name.endswith(".weights.h5"):
+        with h5py.File(path, "r") as values:
+            yield values
+        return
+    with (
+        open(path, "rb") as file,
+        zipfile.ZipFile(file) as archive,
+        _opened(archive, file) as source,
+        h5py.File(source, "r") as values,
+    ):
+        yield values
 
 
-def _place_of(name: Any, place: str, values: _Values) -> str | None:
-    """The place nearest below another whose object has a name."""
-    found = [p for p, other in values.names.items() if other == name and p != place and _is_child(p, place)]
-    return min(found, key=lambda p: (p.count("/"), p), default=None)
+class _Part(io.RawIOBase):
+    """A file that is stored in an archive as it is."""
+
+    def __init__(self, file: BinaryIO, info: zipfile.ZipInfo) -> None:
+        file.seek(info.header_offset)
+        header = struct.unpack("<4s22x2H", file.read(30))
+        if header[0] != b"PK\003\004":
+            raise zipfile.BadZipFile(f"{info.filename} is not where the archive says")
+        self._file, self._size, self._at = file, info.file_size, 0
+        self._start = info.header_offset + 30 + header[1] + header[2]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        wanted = max(min(len(buffer), self._size - self._at), 0)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 # --------------------------------------------------------------------------- safetensors
@@ -220,25 +167,48 @@ _DTYPES = {
 
 
 def _safetensors_facts(path: Path) -> Facts:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            weights = tuple(
-                StoredWeight(key, tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()], path=key)
-                for key, tensor in tensors.items()
-            )
-    except SafetensorError as error:
-        raise InvalidConfig(f"{str(path)!r} is not a safetensors file: {error}") from error
-    uses = []
-    for weight in weights:
-        layer, _, attribute = weight.place.rpartition(".")
-        uses.append(UseOf(layer, attribute, None, (weight.place,), weight.shape, weight.dtype))
+    with safe_open(path, framework="numpy") as file:
+        tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        weights = tuple(
+            StoredWeight(key, tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()], path=key)
+            for key, tensor in tensors.items()
+        )
+        note = (file.metadata() or {}).get(NOTE)
+    ties = {} if note is None else _ties_over({weight.place: weight for weight in weights}, note, path.name)
+    taken = {place for use in ties.values() for place in use.weights}
+    own = (_named_use(w.place, (w.place,), w.shape, w.dtype, note is not None) for w in weights if w.place not in taken)
+    uses = (*ties.values(), *own)
     layers = dict.fromkeys(use.layer for use in uses)
-    return Facts(path.name, weights, tuple(uses), layers=tuple((layer, None) for layer in layers), ties=False)
+    # A shared tensor has the name of a layer that reads it, or another; the note does not say which.
+    return Facts(path.name, weights, uses, layers=tuple((layer, None) for layer in layers), ties=False)
+
+
+def _ties_over(weights: dict[str, StoredWeight], note: str, name: str) -> dict[str, UseOf]:
+    """What Tether's note in the header says: which tensor is which weight, and what layers read over them."""
+    ties = noted_ties(note, name)
+    named = json.loads(note).get("weights")
+    if not isinstance(named, dict) or not all(isinstance(key, str) and key in weights for key in named.values()):
+        raise InvalidConfig(f"The note in {name!r} names tensors that the file has. {received(weights=named)}")
+    with sharing():
+        known = {uid: Weight(weights[key].shape, dtype=weights[key].dtype, name=key) for uid, key in named.items()}
+    places = {known[uid]: key for uid, key in named.items()}
+    found = {}
+    for where, tie in ties.items():
+        expression = decode(tie["steps"], known)
+        reads = tuple(places[weight] for weight in expression.weights_used())
+        use = _named_use(where, reads, known_shape(expression), tie["dtype"], True)
+        found[where] = replace(use, expression=expression.notation(), tied=True)
+    return found
+
+
+def _named_use(name: str, weights: tuple[str, ...], shape: Shape, dtype: str, ours: bool) -> UseOf:
+    """The use of a tensor by its name; Tether has put dots where paths of layers have slashes."""
+    layer, _, attribute = name.rpartition(".")
+    return UseOf(layer.replace(".", "/") if ours else layer, attribute, None, weights, shape, dtype)
 
 
 _READERS = {".keras": _archive_facts, ".weights.h5": _weights_facts, ".safetensors": _safetensors_facts}
 
-__all__ = ["file_facts"]
+__all__ = ["file_facts", "opened_values"]

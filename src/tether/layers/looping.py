@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from tether import keras_seam
@@ -14,15 +15,11 @@ def _hold(cell: Any) -> None:
     state = state_of(cell)
     if state is None or state.held:
         return
-    scope = None
+    scope: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype):
         scope = keras_seam.AutocastScope(cell.compute_dtype)
-    expressions = [slot.view.expression for slot in state.slots]
-    if scope is None:
-        state.held = hold(expressions)
-    else:
-        with scope:
-            state.held = hold(expressions)
+    with scope:
+        state.held = [entry for slot in state.slots for entry in slot.view.read(slot.view.expression, hold)]
 
 
 def loop_hooks(base: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ file written before the tie has values under the left-out keys, and they go to t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from tether import keras_seam
 from tether.errors import LostTie, NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.state import State, ordered_variables
 from tether.layers.view import View
+from tether.weights.codec import encode
 from tether.weights.inversion import invert
 
 
@@ -106,16 +108,43 @@ class FromFile:
 def save(layer: Any, state: State, store: Any, base_save: Any) -> None:
     """Writes the layer's own variables, without those that are views."""
     refuse_to_lose(layer, state)
+    note_ties(store, entries(layer, state, base_save))
     with keras_seam.listed_variables(layer, ordered_variables(layer, state)):
         base_save(_WithoutViews(store))
 
 
-def load(layer: Any, state: State, store: Any, base_save: Any, base_load: Any) -> None:
-    """Reads what `save` wrote, or what the untied layer wrote."""
+def entries(layer: Any, state: State, base_save: Any) -> dict[str, Any]:
+    """What the untied layer would write, by key: variables, and views for what its file would have of its own."""
     with keras_seam.listed_variables(layer, ordered_variables(layer, state)):
         recorder = _Recorder()
         base_save(recorder)
-        views = {key: value for key, value in recorder.items() if isinstance(value, View)}
+    return dict(recorder)
+
+
+NOTE = "tether"
+"""The attribute of a layer's group in an HDF5 file of weights that says what the views in it evaluate."""
+
+
+def note_ties(store: Any, written: dict[str, Any]) -> None:
+    """Writes beside a layer's entries what the views among them evaluate, as JSON; for who reads without a config.
+
+    `{"version": 1, "ties": {"0": {"dtype": "float32", "steps": [{"weight": "4f1c..."}, ...]}}}`
+    """
+    notes = keras_seam.entry_notes(store)
+    views = {key: value for key, value in written.items() if isinstance(value, View)}
+    if notes is not None and views:
+        ties = {
+            key: {"dtype": keras_seam.stored_dtype(view), "steps": encode(view.expression)}
+            for key, view in views.items()
+        }
+        notes[NOTE] = json.dumps({"version": 1, "ties": ties})
+
+
+def load(layer: Any, state: State, store: Any, base_save: Any, base_load: Any) -> None:
+    """Reads what `save` wrote, or what the untied layer wrote."""
+    written = entries(layer, state, base_save)
+    views = {key: value for key, value in written.items() if isinstance(value, View)}
+    with keras_seam.listed_variables(layer, ordered_variables(layer, state)):
         base_load(_Filled(store, views))
 
 

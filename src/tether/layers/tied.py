@@ -269,6 +269,16 @@ def _make(base: Any, arguments: tuple[str, ...]) -> type:
     return cls
 
 
+def own_entries(saveable: Any) -> dict[str, Any]:
+    """What a Keras object writes of its own, by key; in a tied layer with views at the places of what it leaves out."""
+    state = state_of(saveable) if isinstance(saveable, Tied) else None
+    if state is not None:
+        return storage.entries(saveable, state, super(Tied, saveable).save_own_variables)
+    found: dict[str, Any] = {}
+    saveable.save_own_variables(found)
+    return found
+
+
 class _absent:
     """Hides a method of `Tied` whose base has none."""
 
@@ -352,4 +362,4 @@ def _unpickle(data: bytes, weights: dict[str, Weight]) -> Any:
         return keras_seam.load_from(io.BytesIO(data), compile=True)
 
 
-__all__ = ["KEY", "Tied", "TiedReader", "base_class", "revive", "tied_class"]
+__all__ = ["KEY", "Tied", "TiedReader", "base_class", "own_entries", "revive", "tied_class"]

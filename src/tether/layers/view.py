@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -11,7 +12,7 @@ from tether import keras_seam
 from tether.errors import TetherError
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor
-from tether.weights.weight import Use, Weight
+from tether.weights.weight import Use
 
 
 class View(keras_seam.Variable):
@@ -57,14 +58,21 @@ class View(keras_seam.Variable):
 
     def _read(self) -> Tensor:
         use = self.use
-        expression = use.expression
-        value = expression.variable.value if isinstance(expression, Weight) else evaluate(expression)
+        value = self.read(use.expression)
         dtype = self.dtype
         if keras.backend.standardize_dtype(value.dtype) != dtype:
             value = keras.ops.cast(value, dtype)
         if not use.live and keras_seam.is_float(dtype):
             value = keras.ops.stop_gradient(value)
         return value
+
+    def read(self, part: Expression, how: Callable[[Expression], Any] = evaluate) -> Any:
+        """What a function makes of the expression, or of a part of it, for this use: by default the tensor.
+
+        Whatever a layer computes from its expression goes through here, so that somebody who watches can tell the
+        uses of a weight apart.
+        """
+        return how(part)
 
     def assign(self, value: Any) -> Any:
         """Stores a value through the expression.

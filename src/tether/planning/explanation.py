@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,16 +58,15 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(
-    layer: Any, input_shape: Sequence[int | None], *, training: bool = False, dtype: str | None = None
-) -> Explanation:
+def explain(layer: Any, input_shape: Any, *, training: bool = False, dtype: str | None = None) -> Explanation:
     """How a layer, or a model, computes with its combined weights, and what the alternatives would cost.
 
     The layer is built if it is not yet; nothing is computed.
 
     Args:
-        layer: A layer or model, called with one input.
-        input_shape: The shape of the call's input, with the batch; `None` counts as 32.
+        layer: A layer or model.
+        input_shape: The shape of the call's input, with the batch; `None` counts as 32. For a list or dict of inputs,
+            one of shapes. A `keras.KerasTensor` in the place of a shape says the dtype too.
         training: Whether to plan for a training step: the gradients are counted too.
         dtype: The dtype of the input; left out, the layer's own.
 
@@ -85,15 +84,29 @@ def explain(
     """
     if not isinstance(layer, keras.layers.Layer):
         raise TetherError(f"`explain` takes a layer or a model. {received(layer=type(layer).__name__)}")
-    try:
-        shape = tuple(ASSUMED_ROWS if size is None else int(size) for size in input_shape)
-    except (TypeError, ValueError):
-        raise TetherError(f"A shape reads like (32, 1024). {received(input_shape=input_shape)}") from None
-    spec = keras.KerasTensor(shape, dtype=dtype or layer.input_dtype or keras.config.floatx())
+    spec = _spec(input_shape, dtype or layer.input_dtype or keras.config.floatx())
     if not layer.built:
         layer(spec)
     with recording(training=training) as noted:
         keras_seam.trace(layer, spec)
     kind = "a training step" if training else "inference"
-    title = f"{layer.name}: {kind} with inputs of shape {shape} on {machine().name}"
+    shapes = " and ".join(dict.fromkeys(str(tuple(tensor.shape)) for tensor in keras.tree.flatten(spec)))
+    title = f"{layer.name}: {kind} with inputs of shape {shapes} on {machine().name}"
     return Explanation(title, tuple(dict.fromkeys(noted)))
+
+
+_NESTED = (list, tuple, Mapping, keras.KerasTensor)
+
+
+def _spec(shape: Any, dtype: str) -> Any:
+    """What stands for the inputs of a call."""
+    if isinstance(shape, Mapping):
+        return {name: _spec(inner, dtype) for name, inner in shape.items()}
+    if isinstance(shape, keras.KerasTensor):
+        shape, dtype = shape.shape, shape.dtype
+    elif isinstance(shape, (list, tuple)) and any(isinstance(size, _NESTED) for size in shape):
+        return [_spec(inner, dtype) for inner in shape]
+    try:
+        return keras.KerasTensor(tuple(ASSUMED_ROWS if size is None else int(size) for size in shape), dtype=dtype)
+    except (TypeError, ValueError):
+        raise TetherError(f"A shape reads like (32, 1024). {received(input_shape=shape)}") from None

@@ -28,7 +28,7 @@ _memory: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 def evaluate(expression: Expression) -> Tensor:
     """The tensor of an expression, under the caller's stateless, autocast and argument scopes."""
     if isinstance(expression, Weight):
-        return expression.value
+        return expression.variable.value
     if is_view(expression):
         return _compute(expression)
     caches = _call_caches()
@@ -90,16 +90,15 @@ def _snapshot(expression: Expression) -> list[Any]:
     return found
 
 
-def hold(expressions: list[Expression]) -> list[Any]:
+def hold(expression: Expression) -> list[Any]:
     """Starts to hold; the result goes to `release`."""
     held: list[Any] = []
     for cache in _call_caches()[:1]:
-        for expression in expressions:
-            if not is_view(expression):
-                key = (expression, autocast_dtype())
-                value = evaluate(expression)
-                cache[key] = (_fingerprint(expression), _HELD, value)
-                held.append((cache, key))
+        if not is_view(expression):
+            key = (expression, autocast_dtype())
+            value = evaluate(expression)
+            cache[key] = (_fingerprint(expression), _HELD, value)
+            held.append((cache, key))
     return held
 
 

@@ -347,6 +347,9 @@ class Weight(Expression, keras.layers.Layer):
         """Writes the value, once, wherever Keras meets the weight first."""
         if self._variable is not None:
             store["0"] = self._variable
+            notes = keras_seam.entry_notes(store)
+            if notes is not None:
+                notes["tether_uid"] = self.uid
 
     def load_own_variables(self, store: Any) -> None:
         """Reads the value, or leaves it to a use whose own entry the file has.

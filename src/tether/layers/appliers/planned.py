@@ -16,7 +16,7 @@ from tether.planning.explanation import Noted
 from tether.planning.plan import Plan, Problem
 from tether.planning.products import Products, products
 from tether.planning.search import make_plan
-from tether.weights.evaluation import evaluate, remembers
+from tether.weights.evaluation import remembers
 from tether.weights.expression import Expression, Tensor, is_view, live_weights
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -100,7 +100,7 @@ def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | Non
 
 def _value(view: View, factor: Expression, dtype: str) -> Tensor:
     """A factor as the view would read it: in the view's dtype, without a gradient if the use has none."""
-    value = keras_seam.plain_tensor(evaluate(factor))
+    value = keras_seam.plain_tensor(view.read(factor))
     if keras.backend.standardize_dtype(value.dtype) != dtype:
         value = keras.ops.cast(value, dtype)
     return value if view.use.live else keras.ops.stop_gradient(value)

@@ -1,0 +1,297 @@
+"""What an HDF5 file of values says of layers and weights, with what the config says of them.
+
+What is tied is said twice: by path and attribute in the config of the layer on which the tie was made, and in notes
+beside the entries of the layer that reads, by the number of the variable in whose place it is. Files of weights
+alone have the notes; files that an older Tether wrote have only the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tether import keras_seam
+from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
+from tether.inspection.live import OPTIMIZER, layer_path
+from tether.inspection.stored_config import StoredLayer
+from tether.inspection.stored_values import Values, owner_of, written
+from tether.layers.state import WEIGHTS
+from tether.weights.codec import decode
+from tether.weights.expression import Expression, known_shape, live_weights
+from tether.weights.identity import sharing
+from tether.weights.weight import Weight
+
+_MOST = 10_000
+"""More variables than a layer has of its own: weights that it holds come after them."""
+
+
+def stored_facts(name: str, values: Values, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> Facts:
+    """The facts of what a file holds, and of what a config says of it.
+
+    Args:
+        name: What the facts are of.
+        values: What the file holds.
+        layers: What the config says of layers, by their places.
+        known: The weights that the config names, by the ids that the notes name them by too.
+    """
+    return _Reading(values, layers, known).facts(name)
+
+
+class _Reading:
+    """Uses and weights of one file, found step by step."""
+
+    def __init__(self, values: Values, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> None:
+        self.values, self.layers = values, layers
+        self.known = dict(known)
+        self.numbers = {place: number for number, place in enumerate(layers)}
+        self.uses: list[tuple[str, int, UseOf]] = []
+        """The place of a layer, the number of a variable in it, and the use."""
+        self.held: list[tuple[str, str, Weight]] = []
+        """The places of layers that hold weights as attributes, the attribute and the weight."""
+        self.weights: dict[str, Weight] = {}
+        """The weights that ties name, by their places."""
+
+    def facts(self, name: str) -> Facts:
+        values = self.values
+        places = sorted(values.tensors, key=lambda place: written(place, self.numbers))
+        held = [place for place in places if not place.startswith(OPTIMIZER)]
+        self._read_ties(held)
+        self._read_own(held)
+        self.uses.sort(key=lambda entry: (self._rank(entry[0]), entry[1]))
+        uses = tuple(use for _, _, use in self.uses)
+        by_place: dict[str, list[UseOf]] = {}
+        for use in uses:
+            for place in use.weights:
+                by_place.setdefault(place, []).append(use)
+        at = {use.layer: place for place, _, use in reversed(self.uses)}
+        untold = any(_hangs(place) and place not in self.weights for place in held)
+        return Facts(
+            name=name,
+            weights=tuple(self._weight(place, by_place.get(place, [])) for place in held),
+            uses=uses,
+            optimizer=tuple(Slot(place, *values.tensors[place]) for place in places if place.startswith(OPTIMIZER)),
+            layers=tuple((layer, self._kind(at[layer])) for layer in dict.fromkeys(use.layer for use in uses)),
+            ties=bool(self.layers or values.notes) and not untold,
+        )
+
+    def _rank(self, place: str) -> tuple[Any, ...]:
+        """Layers as the config has them, within one by the numbers in the names."""
+        known = (self.numbers[above] for above in _upwards(place) if above in self.numbers)
+        return (next(known, len(self.numbers)), *written(place))
+
+    def _kind(self, place: str) -> str | None:
+        return self.layers[place].kind if place in self.layers else None
+
+    def _around(self, place: str) -> StoredLayer | None:
+        """What the config says of the layer at a place, or of the nearest around it."""
+        return next((self.layers[above] for above in _upwards(place) if above in self.layers), None)
+
+    def _trains(self, place: str) -> bool | None:
+        """Whether the variables of the layer at a place train, as far as the config tells."""
+        layer = self._around(place)
+        if layer is None or layer.trainable is None:
+            return None
+        if not layer.trainable:
+            return False if place in self.layers else None
+        return True if layer.all_train else None
+
+    # ------------------------------------------------------------------ ties
+
+    def _read_ties(self, held: list[str]) -> None:
+        users: dict[Weight, list[str]] = {}
+        recorded = list(self._recorded(users))
+        noted = list(self._noted(users))
+        places = self._find(users, held)
+        self.weights = {place: weight for weight, place in places.items()}
+        for place, key, expression, dtype in noted:
+            same = [entry for entry in recorded if entry[2] == expression and _is_at(place, entry[0])]
+            # The one that was found exactly here, or else the one that is known to be somewhere below its recorder.
+            entry = min(same, key=lambda entry: entry[0] != place, default=None)
+            if entry is not None:
+                recorded.remove(entry)
+            attribute = entry[1].rpartition("/")[2] if entry is not None else None if key.isdigit() else key
+            self._add_tie(place, attribute, expression, places, dtype=dtype, number=int(key) if key.isdigit() else 0)
+        for place, attribute, expression in () if noted else recorded:
+            if all(weight in places for weight in expression.weights_used()):
+                self._add_tie(place, attribute, expression, places)
+        self._read_held(users, places)
+
+    def _recorded(self, users: dict[Weight, list[str]]) -> Iterator[tuple[str, str, Expression]]:
+        """The ties in configs: the place of the layer, what of the path is left from there, the expression."""
+        for recorder, layer in self.layers.items():
+            for attribute, weight in layer.held:
+                self.held.append((recorder, attribute, weight))
+                users.setdefault(weight, [])
+            if layer.record is None:
+                continue
+            for *_, owned in layer.record.penalties:
+                for weight in owned:
+                    users.setdefault(weight, []).append(recorder)
+            for path, expression in layer.record.ties.items():
+                *steps, attribute = path.split("/")
+                place, left = self.values.follow(recorder, steps)
+                for weight in expression.weights_used():
+                    users.setdefault(weight, []).append(place)
+                yield place, "/".join([*left, attribute]), expression
+
+    def _noted(self, users: dict[Weight, list[str]]) -> Iterator[tuple[str, str, Expression, str]]:
+        """The ties in notes: the place of the layer, the key of the missing entry, the expression, its dtype."""
+        values = self.values
+        for uid, entry in values.uids.items():
+            if uid not in self.known and entry in values.tensors:
+                shape, dtype = values.tensors[entry]
+                with sharing():
+                    self.known[uid] = Weight(shape, dtype=dtype, name=values.names.get(owner_of(entry), "weight"))
+        for place, ties in values.notes.items():
+            for key, tie in ties.items():
+                expression = decode(tie["steps"], self.known)
+                for weight in expression.weights_used():
+                    users.setdefault(weight, []).append(place)
+                yield place, key, expression, tie["dtype"]
+
+    def _find(self, users: dict[Weight, list[str]], held: list[str]) -> dict[Weight, str]:
+        """The places of weights: on a layer that reads them, or where a layer of somebody's own holds them."""
+        by_name: dict[str, list[str]] = {}
+        for place in held:
+            by_name.setdefault(self.values.names.get(owner_of(place), ""), []).append(place)
+        holders = {weight: f"{holder}/{attribute}/" for holder, attribute, weight in self.held}
+        entries = {self.known[uid]: place for uid, place in self.values.uids.items() if uid in self.known}
+        found = {weight: place for weight, place in entries.items() if place in self.values.tensors}
+        taken = set(found.values())
+        for weight, layers in users.items():
+            if weight in found:
+                continue
+            fits = [
+                place
+                for place in by_name.get(weight.name, ())
+                if place not in taken and weight.shape in (None, self.values.tensors[place][0])
+            ]
+            hanging = [place for place in fits if any(place.startswith(_hanging(layer)) for layer in layers)]
+            held_at = [place for place in fits if weight in holders and place.startswith(holders[weight])]
+            chosen = next(iter(held_at or hanging or [place for place in fits if not _hangs(place)]), None)
+            if chosen is not None:
+                found[weight] = chosen
+                taken.add(chosen)
+        return found
+
+    def _read_held(self, users: dict[Weight, list[str]], places: dict[Weight, str]) -> None:
+        """The uses of weights that layers hold as attributes, unless they hold them to tie them to what is below."""
+        known = {(holder, weight) for holder, _, weight in self.held}
+        for place, weight in self.weights.items():
+            holder, _, attribute = owner_of(place).rpartition("/")
+            if not _hangs(place) and not any(place.startswith(f"{other}/") for other, one in known if one is weight):
+                self.held.append((holder, attribute, weight))
+        for holder, attribute, weight in self.held:
+            below = f"{holder}/" if holder else ""
+            if weight not in places or any(user == holder or user.startswith(below) for user in users[weight]):
+                continue
+            layer = self._around(holder)
+            free = layer.trainable if layer is not None and not users[weight] else None
+            use = UseOf(
+                layer=layer_path(holder, self.values.names),
+                attribute=attribute,
+                expression=weight.notation(),
+                weights=(places[weight],),
+                shape=self.values.tensors[places[weight]][0],
+                dtype=self.values.tensors[places[weight]][1],
+                kind=self._kind(holder),
+                trains=free if weight.trainable_flag else False,
+            )
+            self.uses.append((holder, len(self.uses) + _MOST, use))
+
+    def _add_tie(
+        self,
+        place: str,
+        attribute: str | None,
+        expression: Expression,
+        places: dict[Weight, str],
+        *,
+        dtype: str | None = None,
+        number: int | None = None,
+    ) -> None:
+        weights = expression.weights_used()
+        if dtype is None:
+            layer = self._around(place)
+            dtype = expression.dtype or "float32"
+            if layer is not None and layer.dtype is not None and keras_seam.is_float(dtype):
+                dtype = layer.dtype
+        if number is None:
+            taken = {other for at, other, _ in self.uses if at == place} | self._own_numbers(place)
+            number = next(n for n in range(len(taken) + 1) if n not in taken)
+        flag = self._trains(place)
+        live = set(live_weights(expression))
+        reached = [w for w in live if w.trainable_flag and keras_seam.is_float(w.dtype or "float32")]
+        stopped = tuple(places[w] for w in weights if not flag or w not in live)
+        use = UseOf(
+            layer=layer_path(place, self.values.names),
+            attribute=attribute,
+            expression=expression.notation(),
+            weights=tuple(places[weight] for weight in weights),
+            shape=known_shape(expression),
+            dtype=dtype,
+            kind=self._kind(place),
+            tied=True,
+            trains=None if flag is None and reached else bool(flag and reached),
+            stopped=None if flag is None else stopped,
+        )
+        self.uses.append((place, number, use))
+
+    def _own_numbers(self, place: str) -> set[int]:
+        """The numbers that a layer's own variables have in the file; ties have left out theirs."""
+        below = f"{place}/vars/" if place else "vars/"
+        return {int(key) for p in self.values.tensors if (key := p.removeprefix(below)).isdigit()}
+
+    # ------------------------------------------------------------------ the others
+
+    def _read_own(self, held: list[str]) -> None:
+        for place in held:
+            owner, key = owner_of(place), place.rpartition("/")[2]
+            shape, dtype = self.values.tensors[place]
+            if place not in self.weights and not _hangs(place) and not self.values.is_state(place):
+                flag = self._trains(owner) if keras_seam.is_float(dtype) else None
+                layer, attribute = layer_path(owner, self.values.names), None if key.isdigit() else key
+                use = UseOf(layer, attribute, None, (place,), shape, dtype, kind=self._kind(owner), trains=flag)
+                self.uses.append((owner, int(key) if key.isdigit() else 0, use))
+
+    def _weight(self, place: str, uses: list[UseOf]) -> StoredWeight:
+        """A weight; whether it trains, if its uses tell."""
+        shape, dtype = self.values.tensors[place]
+        weight, state = self.weights.get(place), self.values.is_state(place)
+        path = None
+        if weight is not None:
+            path = weight.get_config()["path"] or weight.name
+        elif _hangs(place):
+            path = self.values.names.get(owner_of(place))
+        trainable = None
+        if state or (weight is not None and not weight.trainable_flag):
+            trainable = False
+        elif uses:
+            ties = [use for use in uses if use.tied]
+            said = [use.trains and place not in (use.stopped or ()) for use in ties or uses]
+            trainable = True if True in said else None if None in said else False
+        return StoredWeight(place, shape, dtype, path=path, trainable=trainable, state=state)
+
+
+def _is_at(place: str, other: str) -> bool:
+    """Whether a place is another, or below it."""
+    return place == other or not other or place.startswith(f"{other}/")
+
+
+def _hanging(layer: str) -> str:
+    return f"{layer}/{WEIGHTS}/" if layer else f"{WEIGHTS}/"
+
+
+def _hangs(place: str) -> bool:
+    """Whether an entry is of a weight that a tied layer lists, and nothing else holds."""
+    return f"/{WEIGHTS}/" in f"/{place}"
+
+
+def _upwards(place: str) -> Iterator[str]:
+    """A place and those around it, the nearest first."""
+    while place:
+        yield place
+        place = place.rpartition("/")[0]
+    yield ""
+
+
+__all__ = ["stored_facts"]

@@ -1,0 +1,280 @@
+"""What a model stores, who reads it and how, and what sharing saves: as text, and as a table in notebooks."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tether.errors import TetherError, received
+from tether.inspection.collect import facts as facts_of
+from tether.inspection.facts import Facts, StoredWeight, UseOf
+from tether.inspection.layout import LEAST_NAME, NARROWEST, Column, Line, Piece, Row, fold, lay_out, literal
+from tether.inspection.sizes import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+WIDTH = 100
+"""Columns of plain text where there is no terminal that has a width."""
+
+TITLE = "weight, and what reads it"
+_STYLES = {"trained": "green", "frozen": "blue", "?": "dim"}
+
+
+def summary(
+    source: Any,
+    *,
+    shared_only: bool = False,
+    width: int | None = None,
+    print_fn: Callable[[str], Any] | None = None,
+) -> Summary:
+    """Prints what a model stores: each weight once, under it the uses, and what sharing saves.
+
+    In a notebook nothing is printed: the summary is a table when it is the last thing in a cell.
+
+    Args:
+        source: A model or layer, the path of a `.keras`, `.weights.h5` or `.safetensors` file, or facts. A file is
+            read without making the model; no value is read.
+        shared_only: Whether to leave out weights that have one use, by the layer that owns them.
+        width: The columns of the text; left out, those of the terminal, or 100 where there is none.
+        print_fn: What to call with each line instead of printing.
+
+    Returns:
+        The summary: `.facts`, and `str(summary)` is the plain text.
+
+    Raises:
+        TetherError: There are no facts of such a thing, or too narrow a width.
+        FileNotFoundError: There is no such file.
+
+    Example:
+    ```python
+    tether.summary(model)
+    tether.summary("model.keras", shared_only=True)
+    ```
+    """
+    if width is not None and width < NARROWEST:
+        raise TetherError(f"The width is a number of columns, {NARROWEST} or more. {received(width=width)}")
+    if print_fn is not None and not callable(print_fn):
+        raise TetherError(f"`print_fn` is called with each line of text. {received(print_fn=print_fn)}")
+    found = Summary(facts_of(source), shared_only=shared_only, width=width)
+    if print_fn is not None:
+        for line in str(found).splitlines():
+            print_fn(line)
+    elif not _shows_results():
+        from rich.console import Console
+
+        console = Console(width=width)
+        if width is None and not console.is_terminal and not os.environ.get("COLUMNS"):
+            console = Console(width=WIDTH)
+        console.print(found)
+    return found
+
+
+class Summary:
+    """The summary of some facts: prints as text, and is a table in a notebook.
+
+    Attributes:
+        facts: What it is a view of.
+    """
+
+    def __init__(self, facts: Facts, *, shared_only: bool = False, width: int | None = None) -> None:
+        self.facts = facts
+        self._shared_only = shared_only
+        self._width = width
+
+    # ------------------------------------------------------------------ what it says
+
+    @cached_property
+    def _columns(self) -> tuple[Column, ...]:
+        """The columns after the first."""
+        kept = (Column("optimizer", number=True, label="optimizer"),) if self._slots_are_known else ()
+        return (Column("shape"), Column("dtype"), Column("bytes", number=True), Column("trains"), *kept)
+
+    @cached_property
+    def _slots_are_known(self) -> bool:
+        """Whether the facts tell for which weight the optimizer keeps what."""
+        return any(slot.weight is not None for slot in self.facts.optimizer)
+
+    @cached_property
+    def _rows(self) -> tuple[Row, ...]:
+        """A row for each weight, under it those of its uses; one row for a weight that only its layer reads."""
+        names = Counter(map(self._name, self.facts.weights))
+        return tuple(row for weight in self._listed for row in self._rows_of(weight, names))
+
+    @cached_property
+    def _listed(self) -> tuple[StoredWeight, ...]:
+        return tuple(w for w in self.facts.weights if not self._shared_only or not self._is_plain(w))
+
+    def _is_plain(self, weight: StoredWeight) -> bool:
+        """Whether one layer owns the weight and nobody else reads it."""
+        uses = self.facts.uses_of(weight)
+        return not weight.again and len(uses) <= 1 and not any(use.expression for use in uses)
+
+    def _name(self, weight: StoredWeight) -> str:
+        """The path, or in a file that has none the names of the layers and the entry."""
+        if weight.path is not None:
+            return weight.path
+        layers = {use.where for use in self.facts.uses_of(weight) if use.layer}
+        entry = weight.place.rpartition("vars/")[1:]
+        return "/".join((*layers, "".join(entry))) if len(layers) == 1 and all(entry) else weight.place
+
+    def _rows_of(self, weight: StoredWeight, names: Counter[str]) -> Iterator[Row]:
+        uses = self.facts.uses_of(weight)
+        name = self._name(weight)
+        kept = sum(slot.bytes for slot in self.facts.slots_of(weight))
+        trains = "state" if weight.state else _trains(weight.trainable)
+        cells = [
+            (str(weight.shape), ""), (weight.dtype, ""), (human_bytes(weight.bytes), ""),
+            (trains, _STYLES.get(trains, "")),
+        ]  # fmt: skip
+        if self._slots_are_known:
+            cells.append((human_bytes(kept) if kept else "", ""))
+        note = f"(shared by {len(uses)} uses)" if len(uses) > 1 else ""
+        if not uses and not weight.state and self.facts.ties:
+            note = "(not used)"
+        yield Row((name, "bold" if note else ""), tuple(cells), note)
+        blank = [("", "")] * (len(cells) - 4)
+        for place in weight.again:
+            yield Row((f"stored again at {place}", "yellow"), (("", ""),) * len(cells), level=1)
+        if self._is_plain(weight) and names[name] == 1:
+            return
+        for use in uses:
+            trains = _trains(use.reaches(weight))
+            yield Row(
+                (_equation(use), ""),
+                (
+                    (str(use.shape) if use.shape != weight.shape else "", ""),
+                    (use.dtype if use.dtype != weight.dtype else "", ""),
+                    ("", ""),
+                    (trains, _STYLES.get(trains, "")),
+                    *blank,
+                ),
+                level=1,
+            )
+
+    @cached_property
+    def _totals(self) -> tuple[tuple[str, str, str], ...]:
+        """What is stored, what it would take unshared, what that saves, and what an optimizer keeps."""
+        facts = self.facts
+        weights = [weight for weight in facts.weights if not weight.state]
+        shared = [len(facts.uses_of(weight)) for weight in facts.shared()]
+        numbers = _numbers(weights)
+        held = f"{_count(len(weights), 'weight')}, {_count(numbers, 'parameter')}"
+        if weights and all(weight.trainable is not None for weight in weights):
+            frozen = _numbers([weight for weight in weights if not weight.trainable])
+            held += f" ({numbers - frozen:,} trained, {frozen:,} frozen)"
+        if state := len(facts.weights) - len(weights):
+            held += f", {_count(state, 'entry')} of state"
+        found = [("stored", human_bytes(facts.stored_bytes), held)]
+        if facts.ties:
+            saved = facts.unshared_bytes - facts.stored_bytes
+            found.append(("unshared", human_bytes(facts.unshared_bytes), "if every use were a variable of its layer"))
+            found.append(("saved", human_bytes(saved), _saving(saved, facts.unshared_bytes, shared)))
+        if facts.optimizer:
+            found.append(("optimizer", human_bytes(facts.optimizer_bytes), _count(len(facts.optimizer), "variable")))
+        return tuple(found)
+
+    @cached_property
+    def _notes(self) -> tuple[str, ...]:
+        """What a reader has to know of what is not said."""
+        facts, listed, found = self.facts, set(self._listed), []
+        if hidden := [weight for weight in facts.weights if weight not in listed]:
+            size = human_bytes(sum(weight.bytes for weight in hidden))
+            found.append(f"{_count(len(hidden), 'weight')} with no use but the layer's own ({size}) not listed.")
+        if not facts.ties:
+            found.append(
+                "This file does not tell of every use of its weights, so nothing is said of what sharing saves. "
+                "The model does."
+            )
+        if any(cell[0] == "?" for row in self._rows for cell in row.cells) or any(
+            use.expression is not None and use.attribute is None for use in facts.uses
+        ):
+            found.append("?: the file does not say.")
+        return tuple(found)
+
+    # ------------------------------------------------------------------ as text
+
+    def _lines(self, width: int, encoding: str = "utf-8") -> Iterator[Line]:
+        def shown(piece: Piece) -> Piece:
+            return literal(piece[0], encoding), piece[1]
+
+        rows = [Row(shown(row.name), tuple(map(shown, row.cells)), row.note, row.level) for row in self._rows]
+        yield from ([(part, "bold")] for part in fold(literal(self.facts.name, encoding), width))
+        yield []
+        if rows:
+            yield from lay_out(TITLE, self._columns, rows, width)
+            yield []
+        label, number = (max(len(total[place]) for total in self._totals) for place in (0, 1))
+        start = label + number + 4
+        beside = width - start >= LEAST_NAME
+        for name, size, words in self._totals:
+            parts = fold(words, width - start if beside else width - 2)
+            first = [(f"  {parts.pop(0)}", "")] if beside else []
+            yield [(f"{name:<{label}}  {size:>{number}}", "bold"), *first]
+            yield from ([(" " * (start if beside else 2) + part, "")] for part in parts)
+        for note in self._notes:
+            yield from ([(part, "dim")] for part in fold(note, width))
+
+    def __str__(self) -> str:
+        lines = self._lines(self._width or WIDTH)
+        return "\n".join("".join(text for text, _ in line).rstrip(" ") for line in lines)
+
+    def __repr__(self) -> str:
+        return f"<Summary of {self.facts.name!r}: {', '.join(f'{size} {name}' for name, size, _ in self._totals)}>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        width = max(min(options.max_width, self._width or options.max_width), NARROWEST)
+        for line in self._lines(width, options.encoding):
+            yield Text.assemble(*line, no_wrap=True, overflow="ignore")
+
+    def _repr_html_(self) -> str:
+        from tether.inspection.summary_html import as_html
+
+        return as_html(self.facts.name, TITLE, self._columns, self._rows, self._totals, self._notes)
+
+
+def _equation(use: UseOf) -> str:
+    if use.expression is None:
+        return use.where
+    return f"{use.where if use.attribute is not None else f'{use.layer}/?'} = {use.expression}"
+
+
+def _trains(flag: bool | None) -> str:
+    return "?" if flag is None else "trained" if flag else "frozen"
+
+
+def _numbers(weights: list[StoredWeight]) -> int:
+    return sum(math.prod(weight.shape) for weight in weights)
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun.removesuffix("y") + "ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _saving(saved: int, unshared: int, shared: list[int]) -> str:
+    who = f"{_count(len(shared), 'weight')} shared by {_count(sum(shared), 'use')}" if shared else "no weight is shared"
+    if saved < 0:
+        return (
+            f"{human_bytes(-saved)} more than unshared: the parts of expressions take more than what they make; {who}"
+        )
+    return f"{saved / unshared:.1%} of unshared: {who}" if saved else who
+
+
+def _shows_results() -> bool:
+    """Whether Python runs in a notebook, which shows what a cell ends with."""
+    from rich.console import Console
+
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return Console().is_jupyter or getattr(shell, "kernel", None) is not None
+
+
+__all__ = ["Summary", "summary"]
