@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-PINS := pyproject.toml $(wildcard requirements/*.txt)
+PINS := pyproject.toml $(filter-out requirements/browser.txt,$(wildcard requirements/*.txt))
 
 BACKENDS := jax torch tensorflow
 # Only `make test BACKEND=jax` narrows a run; a BACKEND that happens to be in the environment does not.
@@ -38,7 +38,7 @@ PYTEST := $(PY) -m pytest --timeout 600
 # More for pytest: make test BACKEND=jax PYTEST_ARGS='-k freeze -x'
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all lint types contracts format bench clean distclean
+.PHONY: help setup browser demo test test-all lint types contracts format bench clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -69,6 +69,15 @@ $(OLDEST)/.stamp-$(OLDEST_KERAS): | $(VENV)/.test-stamp
 	@echo "Installing Keras $(OLDEST_KERAS) in $(OLDEST)"
 	@rm -rf $(OLDEST)
 	@$(PIP) --no-deps --target $(OLDEST) keras==$(OLDEST_KERAS)
+	@touch $@
+
+# The tests in a browser: Chromium comes from the system, what drives it (with a node of its own) from here.
+browser: $(VENV)/.browser-stamp ## what the slow tests need to drive a browser; Chromium has to be there
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ echo "The weight map is tested in Chromium, which was not found. On Debian: apt-get install chromium" >&2; exit 1; }
+
+$(VENV)/.browser-stamp: requirements/browser.txt | $(VENV)/.test-stamp
+	@$(PIP) -r requirements/browser.txt
 	@touch $@
 
 # ---- run --------------------------------------------------------------------
@@ -104,13 +113,13 @@ endef
 ifeq ($(origin BACKEND),command line)
 test: $(VENV)/.test-stamp
 	$(call on_each_backend)
-test-all: $(VENV)/.test-stamp
+test-all: $(VENV)/.test-stamp browser
 	$(call on_each_backend,--run-slow)
 else
 test: lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## lint, types, contracts, tests on three backends and two Keras (BACKEND=jax: one backend's tests only)
 	$(call on_each_backend)
 	$(call on_the_oldest_keras)
-test-all: lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
+test-all: browser lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
 	$(call on_each_backend,--run-slow)
 	$(call on_the_oldest_keras,--run-slow)
 endif
@@ -128,13 +137,14 @@ contracts: $(VENV)/.test-stamp ## the house's direction: who may import whom
 	@echo "== contracts"
 	@$(VENV)/bin/lint-imports --no-logo
 	@$(PY) scripts/check_seam.py
+	@$(PY) scripts/check_seam.py src/tether_cli
 
 format: $(VENV)/.test-stamp ## let ruff mend what it can
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
 clean: ## remove caches and outputs, keep .venv
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist demo-output
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist demo-output weights.html
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

@@ -1,0 +1,288 @@
+"""The map as SVG: the stored weights on the left, the layers in the order of the model on the right, ribbons between.
+
+Everything that the script of the page moves has an id or a number: `w3` is a weight, `r5` a row; a ribbon names both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tether.inspection.facts import Facts, StoredWeight, UseOf
+from tether.inspection.plotting import words
+from tether.inspection.plotting.layout import GAP, HEADING, LINE, Heights, places_of, row_heights, scale_of, solid
+from tether.inspection.plotting.legend import legend
+from tether.inspection.plotting.measures import (
+    BAR,
+    BAR_OF_USE,
+    BELOW,
+    CLASSES,
+    CODE,
+    LEFT,
+    MOST_OF_EXPRESSION,
+    MOST_STEPS,
+    PROSE,
+    RIGHT,
+    STEP,
+    TWO_LINES,
+    WIDE,
+    WIDTH,
+    px,
+)
+from tether.inspection.plotting.rows import kind_of, rows_of, use_kind, weight_kind
+from tether.inspection.plotting.words import text
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing, and what is needed around it."""
+
+    svg: str
+    """The elements inside `<svg>`."""
+    height: float
+    top: float
+    """Where the rows begin."""
+
+
+class _Map:
+    """The facts, the rows made of them, and where these are."""
+
+    def __init__(self, facts: Facts, top: float) -> None:
+        self.facts = facts
+        self.rows = rows_of(facts)
+        self.scale = scale_of(facts)
+        self.heights = [row_heights(row, self.scale) for row in self.rows]
+        self.places, self.bottom = places_of(self.rows, self.heights, top)
+        self.kinds = {weight.place: weight_kind(weight, facts) for weight in facts.weights}
+        self.shared = {weight.place for weight in facts.shared()}
+        self.numbers = {weight.place: number for number, weight in enumerate(facts.weights)}
+        self.at: dict[str, tuple[float, float]] = {}
+        """The top and the height of the solid part of each weight."""
+
+
+def draw(facts: Facts, *, top: float = 0.0) -> Drawing:
+    """Draws the map.
+
+    Args:
+        facts: What it shows.
+        top: Where it begins; above is room for a title.
+    """
+    signs, top = legend(facts, top)
+    it = _Map(facts, top)
+    # First, since the ribbons need to know where the weights are.
+    weights = [line for number in range(len(it.rows)) for line in _weights(it, number)]
+    parts = [
+        *signs,
+        '<g class="ribbons" aria-hidden="true">',
+        *_ribbons(it),
+        "</g>",
+        '<g class="weights" role="list" aria-label="Stored weights">',
+        *weights,
+        "</g>",
+        '<g class="rows" role="tree" aria-label="Layers, and what they read">',
+        *(_row(it, number) for number in range(len(it.rows))),
+        "</g>",
+    ]
+    return Drawing("\n".join(parts), math.ceil(it.bottom + BELOW), top)
+
+
+# --------------------------------------------------------------------------- weights
+
+
+def _weights(it: _Map, number: int) -> Iterator[str]:
+    """The weights that are drawn at a row, one under the other, in its middle."""
+    row, place = it.rows[number], it.places[number]
+    if row.heading:
+        inside = [weight for inner in it.rows[number + 1 : row.end] for weight in inner.weights]
+        if inside:
+            many = words.number(len(inside), "weight") if len(inside) > 1 else words.name_of(inside[0]).split("/")[-1]
+            said = text(f"{words.fit_end(many, 16)}, {words.size(sum(weight.bytes for weight in inside))}")
+            yield (
+                f'<text class="sum" data-row="{number}" x="{LEFT - 9}" y="{px(place.top + place.height / 2)}"'
+                f"{_hidden(not row.closed or place.stripe)}>{said}</text>"
+            )
+    heights = [solid(weight.bytes, it.scale) for weight in row.weights]
+    boxes = [h.closed if place.stripe else max(h.open, LINE) for h in heights]
+    gap = 0.0 if place.stripe else GAP
+    y = place.top + (place.height - sum(boxes) - gap * (len(boxes) - 1)) / 2
+    for weight, drawn, box in zip(row.weights, heights, boxes, strict=True):
+        height = drawn.closed if place.stripe else drawn.open
+        it.at[weight.place] = (y + (box - height) / 2, height)
+        yield _weight(it, weight, number, y, box, drawn, place.stripe)
+        y += box + gap
+
+
+def _weight(it: _Map, weight: StoredWeight, row: int, y: float, box: float, drawn: Heights, stripe: bool) -> str:
+    facts, kind = it.facts, it.kinds[weight.place]
+    height = drawn.closed if stripe else drawn.open
+    uses = facts.uses_of(weight)
+    tied = weight.place in it.shared or any(use.tied for use in uses)
+    name = words.name_of(weight)
+    if uses and not tied:  # the row beside it says the rest
+        name = name.rpartition("/")[2]
+    size = words.size(weight.bytes)
+    middle = max(drawn.open, LINE) / 2
+    if drawn.open >= TWO_LINES:
+        room = int((LEFT - 14) / CODE)
+        label = (
+            f'<text class="name" x="-9" y="{px(middle - 8)}">{text(words.fit_path(name, room))}</text>'
+            f'<text class="note" x="-9" y="{px(middle + 9)}">{text(words.shape(weight.shape))}, {size}</text>'
+        )
+    else:
+        room = int((LEFT - 20 - PROSE * len(size)) / CODE)
+        label = (
+            f'<text class="name" x="-9" y="{px(middle)}">{text(words.fit_path(name, room))}'
+            f'<tspan class="note" dx="7">{size}</tspan></text>'
+        )
+    classes = f"weight {CLASSES[kind]}{' tied' if tied else ''}{' shared' if weight.place in it.shared else ''}"
+    return (
+        f'<g id="w{it.numbers[weight.place]}" class="{classes}" role="listitem" data-row="{row}" '
+        f'data-bytes="{weight.bytes}" data-solid="{px(drawn.open)} {px(drawn.closed)}" '
+        f'transform="translate({LEFT},{px(y)})">'
+        f"{_title(words.weight_facts(weight, facts, kind))}"
+        f'<rect class="box" width="{BAR}" height="{px(box)}" rx="{0 if stripe else 2}"/>'
+        f'<rect class="solid" width="{BAR}" y="{px((box - height) / 2)}" height="{px(height)}"/>'
+        f"<g{_hidden(stripe)}>{label}</g></g>"
+    )
+
+
+def _title(lines: Sequence[str]) -> str:
+    return f"<title>{text(chr(10).join(lines))}</title>"
+
+
+def _hidden(hidden: bool) -> str:
+    return ' display="none"' if hidden else ""
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def _row(it: _Map, number: int) -> str:
+    row, place = it.rows[number], it.places[number]
+    common = (
+        f'id="r{number}" data-end="{row.end}" data-height="{px(it.heights[number].open)} '
+        f'{px(it.heights[number].closed)}" transform="translate({WIDTH - RIGHT},{px(place.top)})"'
+    )
+    if row.heading:
+        return _heading(it, number, common)
+    if row.use is None:
+        return f'<g class="loose" aria-hidden="true" {common}/>'
+    return _use(it, number, row.use, common)
+
+
+def _heading(it: _Map, number: int, common: str) -> str:
+    row, place = it.rows[number], it.places[number]
+    x = BAR_OF_USE + 9 + STEP * min(row.depth, MOST_STEPS)
+    room = RIGHT - x - 16
+    name = words.fit_path(row.name, int(room / CODE))
+    left = room - CODE * len(name) - 8
+    kind = row.kind or ""
+    if len(kind) * PROSE > left:  # wide letters must fit too, since nothing may stand beyond the edge
+        kind = words.fit_end(kind, int(left / WIDE)) if left > 6 * WIDE else ""
+    inner = range(number + 1, row.end)
+    weights = [weight for n in inner for weight in it.rows[n].weights]
+    uses = sum(it.rows[n].use is not None for n in inner)
+    said = [row.path]
+    if row.kind:
+        said.append(row.kind)
+    said.append(
+        f"{words.number(uses, 'use')}; {words.number(len(weights), 'weight')} drawn here, "
+        f"{words.size(sum(weight.bytes for weight in weights))}"
+    )
+    bottom = max((it.places[n].top + it.places[n].height for n in inner), default=place.top)
+    height = place.height if row.closed else max(bottom - place.top, place.height)
+    return (
+        f'<g class="heading" role="treeitem" aria-level="{row.depth + 1}" '
+        f'aria-expanded="{"false" if row.closed else "true"}" data-x="{x}" {common}{_hidden(place.stripe)}>'
+        f'{_title(said)}<rect class="hit" width="{RIGHT}" height="{px(place.height)}"/>'
+        f'<path class="bracket" d="{bracket(x, height, row.closed)}"/>'
+        f'<g class="label" transform="translate(0,{px(place.height / 2)})">'
+        f'<path class="sign" d="{sign(x, row.closed)}"/>'
+        f'<text x="{x + 14}"><tspan class="name">{text(name)}</tspan>'
+        + (f'<tspan class="note" dx="8">{text(kind)}</tspan>' if kind else "")
+        + "</text></g></g>"
+    )
+
+
+def bracket(x: float, height: float, closed: bool) -> str:
+    """What spans the rows of a layer: beside the stack of a closed one, below the heading of an open one."""
+    if closed:
+        return f"M{px(x - 5)} 0.5h3v{px(height - 1)}h-3"
+    return f"M{px(x + 4.5)} {px(HEADING - 4)}V{px(height)}"
+
+
+def sign(x: float, closed: bool) -> str:
+    """Points to what is inside: to the right if that is closed, else down."""
+    return f"M{px(x + 2)} -4.5l5 4.5l-5 4.5" if closed else f"M{px(x)} -2.5l4.5 5l4.5 -5"
+
+
+def _use(it: _Map, number: int, use: UseOf, common: str) -> str:
+    row, place = it.rows[number], it.places[number]
+    read = [it.facts.weight(at) for at in use.weights]
+    kind = kind_of(use, it.facts)
+    drawn = solid(use.bytes, it.scale)
+    height = drawn.closed if place.stripe else drawn.open
+    x = BAR_OF_USE + 11 + STEP * min(row.depth, MOST_STEPS)
+    name = words.attribute_of(use)
+    shape = words.shape(use.shape)
+    room = int((RIGHT - x - PROSE * len(shape) - 8) / CODE)
+    tied = use.tied or any(weight.place in it.shared for weight in read)
+    middle = it.heights[number].open / 2
+    label = (
+        f'<text x="{x}" y="{px(middle)}"><tspan class="name">{text(words.fit_path(name, max(room, 8)))}</tspan>'
+        f'<tspan class="note" dx="8">{text(shape)}</tspan></text>'
+    )
+    if use.tied and use.expression:
+        full = words.fit_end(use.expression, MOST_OF_EXPRESSION)
+        short = words.fit_end(full, int((WIDTH - LEFT - BAR - RIGHT - 12) / CODE))
+        label += f'<text class="expression" data-full="{text(full)}" x="-8" y="{px(middle)}">{text(short)}</text>'
+    names = [(words.name_of(weight), use_kind(use, weight)) for weight in read]
+    return (
+        f'<g class="use {CLASSES[kind]}{" tied" if tied else ""}" role="treeitem" aria-level="{row.depth + 1}" '
+        f'data-bytes="{use.bytes}" data-solid="{px(drawn.open)} {px(drawn.closed)}" {common}>'
+        f"{_title(words.use_facts(use, names))}"
+        f'<rect class="solid" width="{BAR_OF_USE}" y="{px((place.height - height) / 2)}" height="{px(height)}"/>'
+        f'<g{_hidden(place.stripe)}><rect class="hit" width="{RIGHT}" height="{px(place.height)}"/>{label}</g></g>'
+    )
+
+
+# --------------------------------------------------------------------------- ribbons
+
+
+def _ribbons(it: _Map) -> Iterator[str]:
+    """A ribbon from each weight to each row that reads it; those of shared and combined weights lie on top."""
+    quiet: list[str] = []
+    loud: list[str] = []
+    for number, row in enumerate(it.rows):
+        use = row.use
+        if use is None:
+            continue
+        place = it.places[number]
+        drawn = solid(use.bytes, it.scale)
+        height = drawn.closed if place.stripe else drawn.open
+        top = place.top + (place.height - height) / 2
+        total = sum(it.facts.weight(at).bytes for at in use.weights)
+        part = 0.0
+        for at in use.weights:
+            weight = it.facts.weight(at)
+            share = weight.bytes / total if total else 1 / len(use.weights)
+            y, thick = it.at[at]
+            tied = use.tied or at in it.shared
+            d = ribbon(LEFT + BAR, y, thick, WIDTH - RIGHT, top + part * height, share * height)
+            (loud if tied else quiet).append(
+                f'<path class="ribbon {CLASSES[use_kind(use, weight)]}{" tied" if tied else ""}" '
+                f'data-weight="{it.numbers[at]}" data-row="{number}" data-part="{part:.4g} {share:.4g}" d="{d}"/>'
+            )
+            part += share
+    yield from quiet
+    yield from loud
+
+
+def ribbon(x: float, y: float, height: float, to_x: float, to_y: float, to_height: float) -> str:
+    """The outline of a ribbon from the right side of a weight to the left side of a use."""
+    middle = px((x + to_x) / 2)
+    return (
+        f"M{px(x)} {px(y)}C{middle} {px(y)} {middle} {px(to_y)} {px(to_x)} {px(to_y)}V{px(to_y + to_height)}"
+        f"C{middle} {px(to_y + to_height)} {middle} {px(y + height)} {px(x)} {px(y + height)}Z"
+    )
