@@ -80,10 +80,26 @@ def test_a_lost_tie_is_seen(data, tmp_path):
     assert not demo.shares_nothing(tied, tied)
 
 
-def test_a_lost_tie_fails_the_run(data, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def quick(data, tmp_path, monkeypatch):
+    """A run of the tied model alone, at a tiny size, in an empty folder."""
     monkeypatch.setattr(demo, "SETTINGS", (TINY,))
     monkeypatch.setattr(demo, "KINDS", (demo.TIED,))
     monkeypatch.setattr(demo, "read_digits", lambda: np.concatenate([*data] * 20))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_it_ends_with_a_map_of_the_weights_in_the_current_folder(quick, tmp_path, capsys):
+    (tmp_path / "weights.html").write_text("of the run before")
+    assert demo.main(["--seeds", "1"]) == 0
+    assert f"open {tmp_path / 'weights.html'} in a browser" in capsys.readouterr().out
+    page = (tmp_path / "weights.html").read_text(encoding="utf-8")
+    assert "Weights of the tied autoencoder" in page
+    assert "codec.T" in page
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.html"]
+
+
+def test_a_lost_tie_fails_the_run(quick, monkeypatch, capsys):
     assert demo.main(["--seeds", "1"]) == 0
     assert "51,024" in capsys.readouterr().out
     monkeypatch.setattr(demo, "survive", lambda *_: dict.fromkeys(demo.STEPS, True) | {"load": False})

@@ -3,7 +3,8 @@
 Three autoencoders (784-64-784, relu, linear output, mean squared error) learn MNIST digits, from 200
 of them and from 4,000. One is tied: its decoder's kernel is the transpose of its encoder's. The other
 two store both kernels; one starts its decoder at the transpose, the other at Keras's default. The tied
-model is then saved, reloaded, cloned and trained on, and after each step it has to be tied still.
+model is then saved, reloaded, cloned and trained on, and after each step it has to be tied still. A map of its
+weights is written to weights.html in the current folder.
 
 All three get the same seed, data, batches and steps: Adam at its default rate, for about as many epochs
 as the untied model that starts at the transpose needs to reach its lowest test error.
@@ -40,6 +41,8 @@ TIED, TRANSPOSE, GLOROT = "tied", "untied, transpose start", "untied, Glorot sta
 KINDS = (TIED, TRANSPOSE, GLOROT)
 STEPS = ("train", "load", "clone", "resume")
 PIXELS, UNITS, HELD_OUT = 784, 64, 1000
+MAP = "weights.html"
+"""Where the map of the tied model's weights goes, in the current folder."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"mean of {options.seeds} seed{'s' if options.seeds > 1 else ''}"
     )
     console.print(table_of(results, title))
+    written = tether.plot(autoencoder(TIED, 1, options.output), MAP, title="Weights of the tied autoencoder")
+    console.print(f"Who reads which weight: open {written.resolve()} in a browser.", soft_wrap=True, markup=False)
     lost = [f"{r.digits:,} digits, {step}" for r in results for step, tied in r.still_tied.items() if not tied]
     if lost:
         console.print(f"The tie was lost: {'; '.join(lost)}.")

@@ -1,0 +1,292 @@
+"""The commands: each reads its arguments, and asks the package."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tether_cli.errors import Commands, Failed
+
+app = typer.Typer(
+    name="tether",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .keras, .weights.h5 or .safetensors file.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A .keras file.")]
+Custom = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE[:CLASS]",
+        help="Import a module of your own that registers its classes with Keras, or a class by name. Repeatable.",
+    ),
+]
+Load = Annotated[
+    bool, typer.Option("--load", help="Load the model, in Keras's safe mode, instead of reading its file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+
+
+def _examples(*lines: str) -> str:
+    return "\n  ".join(("\b\nExamples:", *lines))  # \b: typer leaves the lines as they are
+
+
+@app.callback()
+def tether(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda v: _version(v))
+    ] = False,
+) -> None:
+    """Looks at what Keras models share, in their files.
+
+    Exit codes: 0 if all is well, 1 if a check found errors or two files
+    differ, 2 if the command failed.
+
+    Keras runs on the backend that KERAS_BACKEND names, or else on the first
+    that is installed of jax, torch and tensorflow.
+    """
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"tether {version('keras-tether')}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog=_examples(
+        "tether summary model.keras",
+        "tether summary model.keras --shared-only",
+        "tether summary model.keras --json | jq .totals",
+    )
+)
+def summary(
+    file: File,
+    shared_only: Annotated[bool, typer.Option("--shared-only", help="Leave out weights with one use.")] = False,
+    width: Annotated[int | None, typer.Option(help="Columns; left out, those of the terminal.")] = None,
+    load: Load = False,
+    custom: Custom = None,
+    as_json: Json = False,
+) -> None:
+    """Shows what a model stores, who reads it, and what sharing saves.
+
+    The file is read without making the model.
+    """
+    package, source = _source(file, load, custom)
+    if as_json:
+        _print_json(package.inspection.facts(source).to_json())
+    else:
+        package.summary(source, shared_only=shared_only, width=width)
+
+
+@app.command(
+    epilog=_examples(
+        "tether check model.keras",
+        "tether check model.keras --load --custom my_layers",
+        "tether check model.keras --ignore equal-weights --json",
+    )
+)
+def check(
+    file: File,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="RULE[:PLACE]", help="Leave a rule out, or what it says of one place.")
+    ] = None,
+    load: Load = False,
+    custom: Custom = None,
+    as_json: Json = False,
+) -> None:
+    """Finds sharing that is broken, or only looks like sharing.
+
+    Ends with exit code 1 if there is a finding of severity "error".
+
+    Reading a file tells less than the model does: --load asks the rules
+    for live models.
+    """
+    from tether_cli.waiting import busy
+
+    package, source = _source(file, load, custom, compile=True)
+    with busy(f"Checking {file.name}"):
+        found = package.check(source, ignore=ignore or ())
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        typer.echo(str(found))
+    raise typer.Exit(1 if found.errors else 0)
+
+
+@app.command(
+    epilog=_examples("tether plot model.keras", 'tether plot model.keras -o weights.svg --title "Before tying"')
+)
+def plot(
+    file: File,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A .html or .svg file; left out, FILE-weights.html in this folder."),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="What it says on top.")] = None,
+    force: Force = False,
+    load: Load = False,
+    custom: Custom = None,
+) -> None:
+    """Draws a map: what is stored on one side, the layers on the other, ribbons for who reads what.
+
+    The page is one file that needs no network.
+    """
+    from tether_cli.files import require, target
+    from tether_cli.waiting import busy
+
+    require(file)
+    final = target(output or Path(f"{file.name.partition('.')[0]}-weights.html"), inputs=(file,), force=force)
+    package, source = _source(file, load, custom)
+    with busy(f"Drawing {file.name}"):
+        package.plot(source, final, title=title)
+    typer.echo(f"Wrote {output or final.name}")
+
+
+@app.command(
+    epilog=_examples("tether diff before.keras after.keras", "tether diff model.keras model.weights.h5 --json")
+)
+def diff(before: File, after: File, as_json: Json = False) -> None:
+    """Shows what differs in storing and sharing between two files.
+
+    Ends with exit code 1 if anything does. Values are not compared.
+    """
+    from tether_cli.files import require
+    from tether_cli.starting import start
+
+    require(before, after)
+    found = start().inspection.diff(before, after)
+    if as_json:
+        _print_json({"version": 1, "differ": bool(found), "changes": [asdict(change) for change in found.changes]})
+    else:
+        typer.echo(str(found))
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command(epilog=_examples("tether explain model.keras", "tether explain model.keras --batch 4096 --training"))
+def explain(
+    model: Model,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a call.")] = 32,
+    training: Annotated[bool, typer.Option("--training", help="Plan for a training step.")] = False,
+    custom: Custom = None,
+) -> None:
+    """Explains how each layer computes with its combined weights, and what the other ways would cost.
+
+    The model is loaded in Keras's safe mode; nothing is computed with it.
+    """
+    from tether_cli.files import load, require
+    from tether_cli.starting import import_custom, start
+    from tether_cli.waiting import busy
+
+    require(model)
+    package = start()
+    loaded = load(model, import_custom(custom), compile=False)
+    inputs = _inputs(loaded, batch)
+    with busy(f"Planning {model.name}"):
+        found = package.planning.explain(loaded, inputs, training=training)
+    typer.echo(str(found))
+
+
+@app.command(epilog=_examples("tether materialize model.keras -o plain.keras"))
+def materialize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .keras file to write.")],
+    force: Force = False,
+    custom: Custom = None,
+) -> None:
+    """Writes an ordinary Keras file with the same outputs: every use becomes a variable of its layer's own.
+
+    The file that is written needs no Tether to be read. The model is loaded
+    in Keras's safe mode; the file that is read stays as it is.
+    """
+    from tether_cli.files import load, require, save, target
+    from tether_cli.starting import import_custom, start
+    from tether_cli.waiting import busy
+
+    require(model)
+    if output.suffix != ".keras":
+        raise Failed(f"A model is saved in a file that ends in '.keras', not {output.name!r}.")
+    final = target(output, inputs=(model,), force=force)
+    package = start()
+    loaded = load(model, import_custom(custom), compile=False)
+    with busy("Untying"):
+        plain = package.materialize(loaded)
+    with busy(f"Writing {output.name}"):
+        save(plain, final)
+    typer.echo(f"Wrote {output}: {plain.count_params():,} parameters, {loaded.count_params():,} in {model.name}")
+
+
+@app.command(epilog=_examples("tether demo", "tether demo --seeds 1"))
+def demo(
+    seeds: Annotated[int, typer.Option(min=1, help="Average over so many seeds.")] = 3,
+    output: Annotated[Literal["linear", "sigmoid"], typer.Option(help="The output's activation.")] = "linear",
+) -> None:
+    """Trains tied and untied autoencoders on real digits, and maps the weights of the tied one."""
+    from tether_cli.starting import start
+
+    start()
+    from tether.demo import main as run
+
+    try:
+        code = run(["--seeds", str(seeds), "--output", output])
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        raise Failed(error.code) from error
+    raise typer.Exit(code)
+
+
+# --------------------------------------------------------------------------- what commands have in common
+
+
+def _source(file: Path, load_it: bool, custom: list[str] | None, *, compile: bool = False) -> tuple[Any, Any]:
+    """The package, and what it is to look at: the path, or the model that the file holds."""
+    from tether_cli.files import load, require
+    from tether_cli.starting import import_custom, start
+
+    require(file)
+    if custom and not load_it:
+        raise Failed("--custom is for a model that is loaded: add --load, or leave it out.")
+    package = start()
+    return package, load(file, import_custom(custom), compile=compile) if load_it else file
+
+
+def _inputs(model: Any, batch: int) -> Any:
+    """What a call of a model takes, with so many examples."""
+    import keras
+
+    symbolic = getattr(model, "inputs", None)
+    if not symbolic:
+        raise Failed(
+            f"The file does not say what the inputs of {model.name!r} look like. In Python: "
+            "tether.planning.explain(model, input_shape)"
+        )
+    return keras.tree.map_structure(
+        lambda tensor: keras.KerasTensor((batch, *tensor.shape[1:]), dtype=tensor.dtype),
+        symbolic[0] if isinstance(model, keras.Sequential) else model.input,
+    )
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def main() -> None:
+    """Runs the command line. A polite kill ends it as an error does: with nothing left half written."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    app(prog_name="tether")

