@@ -1,0 +1,5 @@
+"""Findings: sharing that is broken, or only looks like sharing."""
+
+from tether.inspection.checking.examine import check
+
+__all__ = ["check"]

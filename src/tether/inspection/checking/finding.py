@@ -1,0 +1,130 @@
+"""What a check says: one finding, and all of them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any, Literal, overload
+
+Severity = Literal["error", "warning", "hint"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
+WIDTH = 110
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or that a person should know."""
+
+    rule: str
+    """The name of the rule that found it: `frozen-constant`."""
+    severity: Severity
+    """`error`: the model does something else than what its code says, or a file will lose something. `warning`: most
+    likely not meant. `hint`: right as it is, with a consequence that surprises people."""
+    where: str
+    """The weight, layer or operation, by names from the model down: `block/attention/query/kernel`."""
+    why: str
+    """What is there, and what follows from it."""
+    mend: str
+    """The code that mends it. `model` is what was checked."""
+
+    def __str__(self) -> str:
+        body = [self.why, *(f"mend: {line}" if not number else line for number, line in enumerate(_lines(self.mend)))]
+        wrapped = [line for text in body for line in _wrapped(text)]
+        return "\n".join([f"{self.severity:<8}{self.rule}  {self.where}", *(f"        {line}" for line in wrapped)])
+
+
+def _lines(code: str) -> list[str]:
+    return code.splitlines() or [""]
+
+
+def _wrapped(text: str) -> list[str]:
+    if text.startswith("mend: ") or len(text) <= WIDTH - 8:
+        return [text]  # code is copied, so it is not broken into lines
+    return textwrap.wrap(text, WIDTH - 8, break_long_words=False, break_on_hyphens=False)
+
+
+class Findings(Sequence[Finding]):
+    """All findings of a check, the gravest first; true if there is any.
+
+    Args:
+        findings: The findings.
+        rules: The names of the rules that were asked.
+    """
+
+    def __init__(self, findings: Sequence[Finding] = (), *, rules: Sequence[str] = ()) -> None:
+        self._findings = tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
+        self.rules = tuple(rules)
+
+    @overload
+    def __getitem__(self, index: int) -> Finding: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Findings: ...
+
+    def __getitem__(self, index: int | slice) -> Finding | Findings:
+        found = self._findings[index]
+        return found if isinstance(found, Finding) else Findings(found, rules=self.rules)
+
+    def __len__(self) -> int:
+        return len(self._findings)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self._findings)
+
+    def _of(self, severity: Severity) -> Findings:
+        return Findings([finding for finding in self if finding.severity == severity], rules=self.rules)
+
+    @property
+    def errors(self) -> Findings:
+        """Those of severity `error`."""
+        return self._of("error")
+
+    @property
+    def warnings(self) -> Findings:
+        """Those of severity `warning`."""
+        return self._of("warning")
+
+    @property
+    def hints(self) -> Findings:
+        """Those of severity `hint`."""
+        return self._of("hint")
+
+    def by_rule(self, name: str) -> Findings:
+        """Those of one rule."""
+        return Findings([finding for finding in self if finding.rule == name], rules=self.rules)
+
+    def to_json(self) -> dict[str, Any]:
+        """The findings as what JSON can hold."""
+        return {
+            "version": VERSION,
+            "rules": list(self.rules),
+            "counts": {severity: len(self._of(severity)) for severity in SEVERITIES},
+            "findings": [asdict(finding) for finding in self],
+        }
+
+    def _counts(self) -> str:
+        counted = ((severity, len(self._of(severity))) for severity in SEVERITIES)
+        return ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for severity, count in counted if count)
+
+    def __str__(self) -> str:
+        if not self:
+            return f"Nothing found by {len(self.rules)} rules."
+        return "\n\n".join([*map(str, self), self._counts()])
+
+    def __repr__(self) -> str:
+        return f"<Findings: {self._counts() or 'none'}>"
+
+    def _repr_html_(self) -> str:
+        if not self:
+            return f"<p>{escape(str(self))}</p>"
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("", "rule", "where", "why", "mend"))
+        rows = "".join(
+            f"<tr><td>{finding.severity}</td><td>{escape(finding.rule)}</td><td><code>{escape(finding.where)}</code></td>"
+            f"<td style='text-align:left'>{escape(finding.why)}</td>"
+            f"<td style='text-align:left'><pre>{escape(finding.mend)}</pre></td></tr>"
+            for finding in self
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p>{self._counts()}</p>"

@@ -1,0 +1,172 @@
+"""How weights train: those that get no gradient, and shared ones that get much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.inspection.checking.context import Context
+from tether.inspection.checking.finding import Finding
+from tether.inspection.checking.rules.registry import rule
+from tether.inspection.checking.values import deviation
+from tether.inspection.facts import StoredWeight
+from tether.layers.state import state_of
+from tether.layers.view import stored_variables
+from tether.weights.operators.structure import Transpose
+
+WIDE = 5.0
+"""A standard deviation of logits from which on a softmax over a vocabulary has one winner, most likely a wrong one."""
+PLAIN_OPTIMIZERS = ("SGD",)
+"""Those whose step is as long as the gradient."""
+
+
+@rule("no-gradient", "a weight that trains and gets no gradient from a batch", needs_data=True)
+def no_gradient(context: Context) -> Iterator[Finding]:
+    """It is not on the way from the inputs to the loss, or everything behind it is dead."""
+    found = context.gradients
+    resting = [path for path, weight in found.weights.items() if weight.norm == 0] if found is not None else []
+    if not resting:
+        return
+    shaken = context.shaken_gradients.weights
+    for path in resting:
+        if shaken[path].norm == 0:
+            uses = [use.where for use in found.weights[path].uses]
+            yield Finding(
+                "no-gradient",
+                "warning",
+                uses[0] if uses else path,
+                f"The weight {path!r} trains, and the gradient of {found.of} is zero for all of it. It is not on the "
+                "way from the inputs to the loss: what reads it is not called, is cut off by a `stop_gradient` or an "
+                "operation without a gradient, or computes with a copy. Weight decay still moves it.",
+                f"{_freeze(context, path)}  # or lead its output to the loss",
+            )
+
+
+def _freeze(context: Context, path: str) -> str:
+    variable = next((v for v in context.model.trainable_variables if v.path == path), None)
+    if variable is None:
+        return "layer.trainable = False"
+    return f"{context.variable_code(variable)}.trainable = False"
+
+
+@rule("many-uses", "a weight with several uses under an optimizer whose step is as long as the gradient")
+def many_uses(context: Context) -> Iterator[Finding]:
+    """The gradient is the sum over the uses, so the step grows with them."""
+    optimizer = getattr(context.model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if optimizer is None:
+        return
+    clipped = optimizer.global_clipnorm is not None or optimizer.clipnorm is not None
+    if not clipped and type(optimizer).__name__ not in PLAIN_OPTIMIZERS:
+        return
+    for weight in context.facts.shared():
+        uses = [use for use in context.facts.uses_of(weight) if use.reaches(weight)]
+        if len(uses) < 2:
+            continue
+        if clipped:
+            effect = "The more uses, the larger its share of the norm that is clipped, and the less the others learn."
+        else:
+            effect = f"Under {type(optimizer).__name__} it makes steps as long as those of its uses together."
+        yield Finding(
+            "many-uses",
+            "hint",
+            context.name_of(weight),
+            f"Its gradient is the sum over its {len(uses)} uses{_measured(context, weight)}. {effect}",
+            "tether.tie(model, {"
+            + f"{uses[1].where!r}: {context.weight_code(context.variables[weight.place])}"
+            + f".scale_gradient({1 / len(uses):.3g})"
+            + "})  # for each use, with its expression; or train it at a smaller rate",
+        )
+
+
+def _measured(context: Context, weight: StoredWeight) -> str:
+    """The measured norms, if there is data."""
+    if context.data is None or context.gradients is None:
+        return ""
+    found = context.gradients.weights.get(weight.path)
+    if found is None or not found.uses:
+        return ""
+    norms = ", ".join(f"{use.where} {use.norm:.3g}" for use in found.uses)
+    return f" (on this batch {found.norm:.3g}; by use: {norms})"
+
+
+# --------------------------------------------------------------------------- tables
+
+
+@rule("wide-table", "an embedding table that is also the output head, and starts too wide for that")
+def wide_table(context: Context) -> Iterator[Finding]:
+    """Logits are sums over the width: entries of size one, right for a lookup, make them explode."""
+    optimizer = getattr(context.model, "optimizer", None)
+    if optimizer is not None and int(keras.ops.convert_to_numpy(optimizer.iterations)) > 0:
+        return  # it has trained: how wide it is now, it has learnt
+    for variable, embedding, head in _tables(context):
+        value = context.values_of(variable)
+        if value is None or len(value.shape) != 2:
+            continue
+        spread, width = deviation(value), embedding.output_dim
+        expected = spread * math.sqrt(width)
+        measured = _measured_logits(context, head)
+        if expected <= WIDE or (measured is not None and measured <= WIDE):
+            continue
+        yield Finding(
+            "wide-table",
+            "warning",
+            f"{context.path_of(embedding)}/embeddings",
+            f"The table starts with a standard deviation of {spread:.3g}, and {context.path_of(head)!r} makes logits "
+            f"of it. With {width} features of unit variance the first logits have one of about {expected:.3g}"
+            + (f" (measured: {measured:.3g})" if measured is not None else "")
+            + ": the softmax is certain of one wrong answer, and the loss starts far above that of guessing.",
+            f"table = {context.variable_code(variable)}\n"
+            f"table.assign(table * {1 / expected:.3g})  # or embeddings_initializer="
+            f"keras.initializers.RandomNormal(stddev={1 / math.sqrt(width):.3g})",
+        )
+
+
+def _tables(context: Context) -> Iterator[tuple[Any, Any, Any]]:
+    """The tables that are a head too: the variable, the embedding, and the head."""
+    for layer in context.layers:
+        if not isinstance(layer, keras.layers.Embedding) or not layer.built or layer.quantization_mode is not None:
+            continue
+        for variable in stored_variables(layer.embeddings)[:1] if hasattr(layer.embeddings, "path") else ():
+            for other in context.layers:
+                if other is not layer and _is_head(other, variable):
+                    yield variable, layer, other
+            if getattr(layer, "tie_weights", False) and _called_in_reverse(context, layer):
+                yield variable, layer, layer
+
+
+def _is_head(layer: Any, variable: Any) -> bool:
+    """Whether a layer projects onto the table, transposed and not scaled."""
+    state = state_of(layer)
+    for slot in state.slots if state is not None else ():
+        expression = slot.view.expression
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)) and isinstance(expression, Transpose):
+            (table,) = expression.operands
+            if [variable] == [w.variable for w in table.weights_used() if w.is_built] and len(slot.view.shape) == 2:
+                return True
+    return False
+
+
+def _called_in_reverse(context: Context, layer: Any) -> bool:
+    return any(
+        called is layer and (kwargs.get("reverse") or True in args[1:])
+        for model in context.layers
+        for called, args, kwargs in keras_seam.calls_in_graph(model)
+    )
+
+
+def _measured_logits(context: Context, head: Any) -> float | None:
+    """The standard deviation of the head's outputs, where they are outputs of the model and nothing bends them."""
+    activation = getattr(head, "activation", None)
+    if context.data is None or activation not in (None, keras.activations.linear):
+        return None
+    ends = keras_seam.graph_outputs(context.model)
+    places = [place for place, layer in enumerate(ends) if layer is head]
+    if not places:
+        return None
+    return float(np.std(keras.ops.convert_to_numpy(keras.tree.flatten(context.outputs)[places[0]]).astype("float64")))
