@@ -1,0 +1,216 @@
+"""A `.keras` archive, looked at before anything in it is believed.
+
+What is in it is listed, and no value is read. A stranger may have written it, so what it says about itself is held
+against the file's own size first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import pathlib
+import shutil
+import stat
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import h5py
+
+from tether.errors import InvalidConfig, TetherError, Unsupported, received
+
+CONFIG, VALUES = "config.json", "model.weights.h5"
+MAX_CONFIG, SMALL_CONFIG = 2**28, 2**24
+"""Bytes of a config. Those of the largest models have a few megabytes, and more if ties hold arrays; packed ones less,
+since a text of brackets packs well and takes twenty times its size when it is read."""
+SMALL, MAX_EXPANSION = 2**28, 100
+"""What unpacks to more than this many bytes may have at most this many times its size in the file."""
+_ENCRYPTED = 1
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an archive says that it holds."""
+
+    config: dict[str, Any]
+    values: dict[str, tuple[int, ...]]
+    """The shapes of the stored values, by their places in the file."""
+
+    @property
+    def elements(self) -> int:
+        """How many numbers are stored."""
+        return sum(math.prod(shape) for shape in self.values.values())
+
+
+def contents(path: str | os.PathLike[str], *, whole: bool = False) -> Contents:
+    """What a `.keras` file holds.
+
+    Args:
+        path: The file.
+        whole: Whether to read all of it and hold it against the checksums in it.
+
+    Raises:
+        TetherError: There is no such file.
+        InvalidConfig: It is damaged, it is no model's, or it would unpack to far more than it is.
+    """
+    source = pathlib.Path(path)
+    if not source.is_file():
+        raise TetherError(f"There is no file {str(path)!r}.")
+    with reading(source), open(source, "rb") as file, zipfile.ZipFile(file) as archive:
+        _check_entries(archive, source)
+        if whole:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise InvalidConfig(f"{damaged!r} in {str(source)!r} is damaged: it has another checksum than it says.")
+        config = _config(archive, source)
+        if VALUES not in archive.namelist():
+            raise Unsupported(f"{str(source)!r} holds no {VALUES}; its values are of another format.")
+        with _opened(archive, file) as values, h5py.File(values, "r") as opened:
+            return Contents(config, _shapes(opened, source.stat().st_size))
+
+
+@contextlib.contextmanager
+def reading(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Turns whatever fails while a stranger's file is read into one error."""
+    try:
+        yield
+    except (TetherError, PermissionError):
+        raise
+    except Exception as error:  # zipfile, h5py, json and Keras may fail in any way
+        raise InvalidConfig(f"{str(path)!r} is damaged, or not what its name says: {error}") from error
+
+
+def _check_entries(archive: zipfile.ZipFile, path: pathlib.Path) -> None:
+    size = path.stat().st_size
+    names: set[str] = set()
+    for info in archive.infolist():
+        parts = info.filename.replace("\\", "/").split("/")
+        if parts[0] == "" or ".." in parts or ":" in parts[0] or "\0" in info.orig_filename:
+            raise InvalidConfig(f"An entry of {path.name!r} would be put elsewhere. {received(name=info.filename)}")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise InvalidConfig(f"An entry of {path.name!r} is a link. {received(name=info.filename)}")
+        if info.filename in names:
+            raise InvalidConfig(f"{path.name!r} has two entries of one name. {received(name=info.filename)}")
+        names.add(info.filename)
+        if info.flag_bits & _ENCRYPTED:
+            raise InvalidConfig(f"An entry of {path.name!r} is encrypted. {received(name=info.filename)}")
+        if info.header_offset + info.compress_size > size:
+            raise InvalidConfig(f"{path.name!r} ends before its entry {info.filename!r} does.")
+    _refuse_bomb(path.name, sum(info.file_size for info in archive.infolist()), size)
+
+
+def _refuse_bomb(what: str, unpacked: int, size: int) -> None:
+    if unpacked > max(SMALL, MAX_EXPANSION * size):
+        raise InvalidConfig(f"{what!r} would unpack to {unpacked:,} bytes, from {size:,}: no model is packed as much.")
+
+
+def _config(archive: zipfile.ZipFile, path: pathlib.Path) -> dict[str, Any]:
+    if CONFIG not in archive.namelist():
+        raise InvalidConfig(f"{path.name!r} has no {CONFIG}, so it is no file of a Keras model.")
+    info = archive.getinfo(CONFIG)
+    limit = MAX_CONFIG
+    if info.compress_type != zipfile.ZIP_STORED:
+        limit = min(limit, max(SMALL_CONFIG, MAX_EXPANSION * info.compress_size))
+    if info.file_size > limit:
+        raise InvalidConfig(f"The config in {path.name!r} is larger than {limit:,} bytes.")
+    config = json.loads(archive.read(CONFIG))
+    if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
+        raise InvalidConfig(f"The config in {path.name!r} is not that of a Keras object. {received(config=config)}")
+    return config
+
+
+def _shapes(file: h5py.File, size: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    total = 0
+
+    def visit(place: str, item: Any) -> None:
+        nonlocal total
+        if isinstance(item, h5py.Dataset):
+            if item.dtype.kind not in "biufcV":
+                raise InvalidConfig(f"{place!r} in the file holds no numbers. {received(dtype=str(item.dtype))}")
+            if item.shape is None:
+                raise InvalidConfig(f"{place!r} in the file holds nothing.")
+            found[place] = tuple(int(n) for n in item.shape)
+            total += math.prod(found[place]) * item.dtype.itemsize
+
+    file.visititems(visit)
+    _refuse_bomb(VALUES, total, size)
+    return found
+
+
+@contextlib.contextmanager
+def opened_values(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """The values in a `.keras` file, for reading."""
+    with (
+        open(path, "rb") as file,
+        zipfile.ZipFile(file) as archive,
+        _opened(archive, file) as source,
+        h5py.File(source, "r") as values,
+    ):
+        yield values
+
+
+@contextlib.contextmanager
+def _opened(archive: zipfile.ZipFile, file: BinaryIO) -> Iterator[Any]:
+    """The values, as something that HDF5 reads: where they lie in the archive, or a copy if they are compressed."""
+    info = archive.getinfo(VALUES)
+    if info.compress_type == zipfile.ZIP_STORED:
+        yield io.BufferedReader(_Part(file, info))
+        return
+    with tempfile.TemporaryFile() as unpacked, archive.open(info) as source:
+        shutil.copyfileobj(source, unpacked, 2**20)
+        unpacked.seek(0)
+        yield unpacked
+
+
+class _Part(io.RawIOBase):
+    """An entry that is stored in an archive as it is."""
+
+    def __init__(self, file: BinaryIO, info: zipfile.ZipInfo) -> None:
+        file.seek(info.header_offset)
+        header = struct.unpack("<4s22x2H", file.read(30))
+        if header[0] != b"PK\003\004":
+            raise zipfile.BadZipFile(f"{info.filename} is not where the archive says")
+        self._file, self._size, self._at = file, info.file_size, 0
+        self._start = info.header_offset + 30 + header[1] + header[2]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        wanted = max(min(len(buffer), self._size - self._at), 0)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def with_config(source: pathlib.Path, target: pathlib.Path, config: dict[str, Any]) -> None:
+    """Copies an archive and gives it another config."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            if info.filename == CONFIG:
+                new.writestr(info, json.dumps(config))
+                continue
+            with old.open(info) as read, new.open(info, "w") as written:
+                shutil.copyfileobj(read, written, 2**20)
+
+
+__all__ = ["Contents", "contents", "opened_values", "reading", "with_config"]

@@ -1,0 +1,389 @@
+"""Values from a file go into the stored weights of a model, whatever is tied in it.
+
+A file offers a value for a *target*: a stored variable, a `tether.Weight`, or the view that a tied layer has in
+the place of a variable. A value for a view is pushed back through its expression to the weights that it is made
+of. So one stored weight may be offered several values, which are compared, and resolved if they differ. A view
+whose expression has no inverse is compared with what the other entries made of it. Everything is planned and
+checked before anything is assigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
+from tether.files.report import Conflict, Loaded, Report
+from tether.layers.view import View, shape_of
+from tether.weights.constant import numpy_dtype
+from tether.weights.expression import Expression
+from tether.weights.inversion import invert
+from tether.weights.operators.adapted import Adapted
+from tether.weights.operators.arithmetic import Add, Subtract
+from tether.weights.operators.gradient import ScaleGradient, StopGradient
+from tether.weights.weight import Weight
+
+Array = np.ndarray[Any, Any]
+Resolve = str | Callable[[str, list[Array]], Any]
+
+RULES = ("error", "first", "mean")
+_COARSE = 2.0**-7
+"""The precision of bfloat16, the coarsest of the floats that weights are stored in."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A value that a file has for a target; it is read when it is needed, and again if it is needed again."""
+
+    target: Any
+    """A Keras variable, a `tether.Weight`, or a view."""
+    source: str
+    """What the file calls it."""
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A stored variable that a file should fill."""
+
+    variable: Any
+    name: str
+    required: bool = True
+
+
+def check_resolve(resolve: Any) -> None:
+    """Refuses what is no rule for values that differ.
+
+    Raises:
+        TetherError: It is neither the name of a rule nor a function.
+    """
+    if not callable(resolve) and not (isinstance(resolve, str) and resolve in RULES):
+        raise TetherError(
+            f"`resolve` is one of {', '.join(map(repr, RULES))}, or a function of a name and a list of arrays that "
+            f"returns the array to load. {received(resolve=resolve)}"
+        )
+
+
+def base_of(expression: Expression) -> Weight | None:
+    """The weight that an adapter was added to: `w` of `w.stop_gradient() + a @ b`, or of `w` itself.
+
+    Only parts that were made for the weight count as an adapter, which their names tell (`kernel.lora_a`), and
+    those that have names as adapters. A sum of two weights of equal rank has no base.
+    """
+    current, parts = expression, []
+    while not isinstance(current, Weight):
+        if isinstance(current, (StopGradient, ScaleGradient)):
+            current = current.operands[0]
+        elif isinstance(current, Adapted):
+            current = current.base
+        elif isinstance(current, (Add, Subtract)):
+            parts.append(current.operands[1])
+            current = current.operands[0]
+        else:
+            return None
+    made_for_it = all(
+        part.weights_used() and all(weight.name.startswith(f"{current.name}.") for weight in part.weights_used())
+        for part in parts
+    )
+    return current if made_for_it else None
+
+
+# --------------------------------------------------------------------------- the plan
+
+
+@dataclass
+class _Candidate:
+    """A value for one stored variable, in its shape and dtype."""
+
+    source: str
+    read: Callable[[], Array]
+    offer: Offer
+
+
+class Plan:
+    """What goes where; `check` finds whatever is wrong, `carry_out` assigns."""
+
+    def __init__(self, offers: Iterable[Offer], resolve: Resolve) -> None:
+        check_resolve(resolve)
+        self.resolve = resolve
+        self.candidates: dict[int, list[_Candidate]] = {}
+        self.variables: dict[int, Any] = {}
+        self.owners: dict[int, Weight] = {}
+        self.to_compare: list[Offer] = []
+        self.values: dict[int, Callable[[], Array]] = {}
+        self.conflicts: list[Conflict] = []
+        for offer in offers:
+            self._add(offer)
+
+    def _add(self, offer: Offer) -> None:
+        target = offer.target
+        _check_fit(offer)
+        if not isinstance(target, View):
+            self._take(target, offer, lambda: _cast(offer.read(), _dtype_of(target), offer))
+            return
+        weight = base_of(target.expression)
+        if weight is not None and tuple(weight.shape or ()) == offer.shape:
+            self._take(weight, offer, lambda: _cast(offer.read(), str(weight.dtype), offer))
+            return
+        try:
+            weights = list(self._inverted(offer))
+        except NotInvertible:
+            self.to_compare.append(offer)
+            return
+        for each in weights:
+            self._take(each, offer, self._part_reader(offer, each))
+
+    def _inverted(self, offer: Offer) -> dict[Weight, Any]:
+        view = offer.target
+        value = _cast(offer.read(), keras_seam.stored_dtype(view), offer)
+        return invert(view.expression, keras.ops.convert_to_tensor(value))
+
+    def _part_reader(self, offer: Offer, weight: Weight) -> Callable[[], Array]:
+        def read() -> Array:
+            part = keras_seam.on_host(keras_seam.plain_tensor(self._inverted(offer)[weight]))
+            return _cast(np.asarray(part), str(weight.dtype), offer)
+
+        return read
+
+    def _take(self, target: Any, offer: Offer, read: Callable[[], Array]) -> None:
+        variable = target.variable if isinstance(target, Weight) else target
+        if isinstance(target, Weight):
+            self.owners[id(variable)] = target
+        self.variables[id(variable)] = variable
+        self.candidates.setdefault(id(variable), []).append(_Candidate(offer.source, read, offer))
+
+    def name_of(self, variable_id: int) -> str:
+        """What a stored variable is called in messages."""
+        return str(self.variables[variable_id].path)
+
+    # ------------------------------------------------------------------ checking
+
+    def check(self) -> None:
+        """Compares what has to agree, and decides what is loaded.
+
+        Raises:
+            ValueConflict: Values of one weight differ, and `resolve` is `"error"`.
+        """
+        for key, candidates in self.candidates.items():
+            self.values[key] = candidates[0].read
+        for key, candidates in self.candidates.items():
+            if len(candidates) > 1:
+                self._compare(key, candidates)
+        for offer in self.to_compare:
+            self._compare_view(offer)
+        if self.resolve == "error" and self.conflicts:
+            raise ValueConflict(_conflict_message(self.conflicts))
+
+    def _compare(self, key: int, candidates: list[_Candidate]) -> None:
+        first = candidates[0].read()
+        others = [(each, _difference(first, each.read())) for each in candidates[1:]]
+        differing = [(each, by) for each, by in others if by is not None and not self._reproduces(each.offer)]
+        if not differing:
+            return
+        farthest, by = max(differing, key=lambda pair: np.inf if np.isnan(pair[1] or 0.0) else pair[1] or 0.0)
+        sources = (candidates[0].source, farthest.source, *(e.source for e, _ in differing if e is not farthest))
+        name = self.name_of(key)
+        taken = self.resolve if isinstance(self.resolve, str) else getattr(self.resolve, "__name__", "a function")
+        self.conflicts.append(Conflict(name, sources, float(by or 0.0), taken))
+        if self.resolve == "mean":
+            self.values[key] = lambda: _mean(name, [each.read() for each in candidates])
+            self.values[key]()  # what has no mean is an error now
+        elif callable(self.resolve):
+            resolved = _resolved_by(self.resolve, name, [each.read() for each in candidates])
+            self.values[key] = lambda: resolved
+
+    def _reproduces(self, offer: Offer) -> bool:
+        """Whether a view gives the file's value exactly, with what is planned: its inverse was only rounded."""
+        if not isinstance(offer.target, View) or isinstance(offer.target.expression, Weight):
+            return False
+        value = _cast(offer.read(), keras_seam.stored_dtype(offer.target), offer)
+        return _difference(value, self._planned_value(offer.target)) is None
+
+    def _planned_value(self, view: View) -> Array:
+        """The value that a view is going to have."""
+        mapping = []
+        for weight in view.expression.weights_used():
+            reader = self.values.get(id(weight.variable))
+            if reader is not None:
+                mapping.append((weight.variable, keras.ops.convert_to_tensor(reader(), dtype=weight.dtype)))
+        with keras.StatelessScope(state_mapping=mapping):
+            return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(view.value)))
+
+    def _compare_view(self, offer: Offer) -> None:
+        view = offer.target
+        value = _cast(offer.read(), keras_seam.stored_dtype(view), offer)
+        planned = self._planned_value(view)
+        difference = _difference(value, planned)
+        if difference is not None and not difference <= _tolerance(value):
+            sources = (offer.source, f"{view.path} = {view.expression.notation()}")
+            self.conflicts.append(Conflict(str(view.path), sources, difference, "the expression"))
+
+    # ------------------------------------------------------------------ assigning
+
+    def carry_out(self) -> tuple[Loaded, ...]:
+        """Assigns what was planned, one weight after another."""
+        loaded = []
+        for key, read in self.values.items():
+            variable = self.variables[key]
+            owner = self.owners.get(key)
+            if owner is not None:
+                owner.generation += 1
+            keras_seam.write(variable, read())
+            loaded.append(Loaded(self.name_of(key), tuple(each.source for each in self.candidates[key])))
+        return tuple(loaded)
+
+
+def fill(
+    offers: Sequence[Offer],
+    wanted: Sequence[Wanted],
+    *,
+    resolve: Resolve,
+    strict: bool,
+    skipped: Sequence[tuple[str, bool]] = (),
+    what: str,
+) -> Report:
+    """Loads what a file offers.
+
+    Args:
+        offers: The values, in the order in which `"first"` is meant.
+        wanted: The stored variables that should have a value.
+        resolve: What to do with different values for one weight.
+        strict: Whether a file with more, or less, than the model is an error.
+        skipped: The names of what the file has and nothing took, and whether that is an error if strict.
+        what: What the file is called in messages.
+
+    Raises:
+        ShapeMismatch: A value has another shape than its target.
+        TetherError: Dtypes do not fit, or the file has more or less than the model and `strict` is set.
+        ValueConflict: Values differ and `resolve` is `"error"`.
+    """
+    plan = Plan(offers, resolve)
+    missing = [each for each in wanted if id(each.variable) not in plan.candidates]
+    if strict:
+        _refuse_misfit(missing, skipped, what)
+    plan.check()
+    loaded = plan.carry_out()
+    return Report(
+        loaded=loaded,
+        skipped=tuple(name for name, _ in skipped),
+        missing=tuple(each.name for each in missing),
+        conflicting=tuple(plan.conflicts),
+    )
+
+
+def _refuse_misfit(missing: Sequence[Wanted], skipped: Sequence[tuple[str, bool]], what: str) -> None:
+    absent = [each.name for each in missing if each.required]
+    unused = [name for name, counts in skipped if counts]
+    if absent or unused:
+        parts = [f"has no value for {_listed(absent)}"] if absent else []
+        parts += [f"has values that the model has no place for: {_listed(unused)}"] if unused else []
+        raise TetherError(
+            f"{what} {', and '.join(parts)}. Load what fits with `strict=False`; the report says what did not."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(map(repr, names[:6])) + more
+
+
+# --------------------------------------------------------------------------- values
+
+
+def _dtype_of(target: Any) -> str:
+    return str(target.dtype) if isinstance(target, Weight) else keras_seam.stored_dtype(target)
+
+
+def _check_fit(offer: Offer) -> None:
+    target = offer.target
+    shape = tuple(target.shape or ()) if isinstance(target, Weight) else shape_of(target)
+    path = target.name if isinstance(target, Weight) else target.path
+    if offer.shape != shape:
+        raise ShapeMismatch(f"{path} has shape {shape}; {offer.source!r} has shape {offer.shape}. Nothing was changed.")
+    dtype = _dtype_of(target)
+    if _kind(offer.dtype) != _kind(dtype):
+        raise TetherError(
+            f"{path} is stored as {dtype}; {offer.source!r} is {offer.dtype}, whose numbers mean something else. "
+            "Nothing was changed."
+        )
+
+
+def _kind(dtype: str) -> str:
+    return "float" if keras_seam.is_float(dtype) else "bool" if dtype == "bool" else "integer"
+
+
+def _cast(array: Array, dtype: str, offer: Offer) -> Array:
+    """The value in a dtype of the same kind; an integer that does not fit is an error."""
+    if str(array.dtype) == dtype:
+        return array
+    found = array.astype(numpy_dtype(dtype))
+    if _kind(dtype) == "integer" and not np.array_equal(found.astype("int64"), array.astype("int64")):
+        raise TetherError(f"{offer.source!r} has numbers that {dtype} cannot hold. Nothing was changed.")
+    return found
+
+
+def _difference(a: Array, b: Array) -> float | None:
+    """The largest difference of two arrays of one shape, `nan` if one has a NaN where the other has none."""
+    if np.array_equal(a, b):
+        return None
+    first, second = a.astype("float64"), b.astype("float64")
+    if np.array_equal(first, second, equal_nan=True):
+        return None
+    both = np.isnan(first) & np.isnan(second)
+    with np.errstate(invalid="ignore"):  # of two infinities
+        return float(np.max(np.where(both | (first == second), 0.0, np.abs(first - second))))
+
+
+def _tolerance(value: Array) -> float:
+    """How far a computed value may be from one that another backend computed."""
+    if not keras_seam.is_float(str(value.dtype)):
+        return 0.0
+    largest = float(np.max(np.abs(value.astype("float64")), initial=0.0))
+    return (
+        float(np.finfo(np.float32).eps if value.dtype.itemsize > 2 else _COARSE)
+        * 8.0
+        * max(1.0, largest if np.isfinite(largest) else 1.0)
+    )
+
+
+def _mean(name: str, arrays: list[Array]) -> Array:
+    if _kind(str(arrays[0].dtype)) != "float":
+        raise TetherError(f"{name} holds {arrays[0].dtype}, which has no mean. Use `resolve='first'` or a function.")
+    total = np.zeros(arrays[0].shape, "float64")
+    for array in arrays:
+        total += array.astype("float64")
+    return (total / len(arrays)).astype(arrays[0].dtype)
+
+
+def _resolved_by(resolve: Callable[[str, list[Array]], Any], name: str, arrays: list[Array]) -> Array:
+    found = np.asarray(resolve(name, [array.copy() for array in arrays]))
+    if found.shape != arrays[0].shape or _kind(str(found.dtype)) != _kind(str(arrays[0].dtype)):
+        raise ShapeMismatch(
+            f"The function given as `resolve` returns an array of shape {arrays[0].shape} and {arrays[0].dtype} for "
+            f"{name}. {received(shape=found.shape, dtype=str(found.dtype))}"
+        )
+    return found.astype(arrays[0].dtype)
+
+
+def _conflict_message(conflicts: Sequence[Conflict]) -> str:
+    lines = [str(conflict) for conflict in conflicts[:5]]
+    if len(conflicts) > 5:
+        lines.append(f"and {len(conflicts) - 5} more")
+    return (
+        "There are different values for what is one weight: "
+        + "; ".join(lines)
+        + ". Nothing was changed. Say which is right: `resolve='first'`, `'mean'`, or a function of the name and the "
+        "arrays."
+    )
+
+
+__all__ = [
+    "RULES", "Array", "Offer", "Plan", "Report", "Resolve", "Wanted", "base_of", "check_resolve", "fill",
+]  # fmt: skip

@@ -1,0 +1,256 @@
+"""What Keras's files of weights hold, read without making a model: entries by place, and what is tied.
+
+Read are `.keras` archives, `.weights.h5`, shards (`.weights.json`), `.npz`, and the HDF5 files of Keras 2. What a
+tied layer left out is in the notes beside its entries, see `tether.layers.storage`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import h5py
+import numpy as np
+
+from tether.errors import InvalidConfig, TetherError, Unsupported, received
+from tether.files.archive import reading
+from tether.files.entries import Entry, StoredTie, stored_ties
+from tether.files.npz import read_npz
+from tether.weights.constant import numpy_dtype
+
+Array = np.ndarray[Any, Any]
+
+VALUES = "model.weights"
+MAX_EXPANSION, SMALL = 100, 1 << 28
+"""How many times its size in an archive the values may have, if they are more than this many bytes."""
+MAX_SHARDS = 10_000
+
+
+@dataclass
+class Values:
+    """Entries by place (`layers/dense/vars/0`), and ties by the place that the layer's own entry would have."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is written beside the entries of a layer, by the place of its group."""
+    uids: dict[str, str] = field(default_factory=dict)
+    """The place of each shared weight's entry."""
+    old: list[tuple[str, list[Entry]]] | None = None
+    """The layers of a file of Keras 2, in its order, the model's own weights last as `""`."""
+
+    def ties(self) -> dict[str, StoredTie]:
+        """The ties that the file's notes have.
+
+        Raises:
+            InvalidConfig: They are not what Tether writes.
+        """
+        notes = {f"{group}/{key}": tie for group, note in self.notes.items() for key, tie in note.items()}
+        weights = {uid: self.entries[place] for uid, place in self.uids.items() if place in self.entries}
+        return stored_ties(notes, weights)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Values]:
+    """The values in a file, which is open inside the block.
+
+    Raises:
+        TetherError: There is no such file.
+        InvalidConfig: It is damaged, or not what its name says.
+        Unsupported: It is of another kind.
+    """
+    target = pathlib.Path(path)
+    if not target.is_file():
+        raise TetherError(f"There is no file {str(path)!r}.")
+    reader = next((reader for suffix, reader in _READERS.items() if target.name.endswith(suffix)), None)
+    if reader is None:
+        raise Unsupported(
+            f"Weights are read from files that end with {', '.join(_READERS)}. {received(path=str(path))} "
+            "For safetensors: `tether.files.load_safetensors`."
+        )
+    with contextlib.ExitStack() as stack:
+        with reading(target):
+            values = reader(target, stack)
+        yield values
+
+
+# --------------------------------------------------------------------------- the kinds of files
+
+
+def _archive(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    name = next((name for name in (f"{VALUES}.h5", f"{VALUES}.npz") if name in archive.namelist()), None)
+    if name is None:
+        raise Unsupported(f"{path.name!r} has no {VALUES}.h5 or {VALUES}.npz.")
+    info = archive.getinfo(name)
+    if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
+        raise InvalidConfig(
+            f"{name} would have {info.file_size:,} bytes, from {info.compress_size:,} in the archive: no weights are "
+            "compressed as much."
+        )
+    copy: Any = tempfile.TemporaryFile()  # noqa: SIM115 - the stack closes it
+    stack.callback(copy.close)
+    with archive.open(info) as source:
+        shutil.copyfileobj(source, copy, 1 << 20)
+    copy.seek(0)
+    if name.endswith(".npz"):
+        return _of_npz(copy, stack)
+    return _of_h5([stack.enter_context(h5py.File(copy, "r"))])
+
+
+def _h5(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
+    file = stack.enter_context(h5py.File(path, "r"))
+    if "layer_names" in file.attrs or "model_weights" in file:
+        return Values(old=_old_layers(file if "layer_names" in file.attrs else _group(file, "model_weights")))
+    return _of_h5([file])
+
+
+def _shards(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
+    shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    names = dict.fromkeys(name for shard in shards for name in (shard if isinstance(shard, list) else [shard]))
+    if len(names) > MAX_SHARDS or not all(isinstance(name, str) and _is_plain(name) for name in names):
+        raise InvalidConfig(f"{path.name!r} names shards by their file names, beside it.")
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing:
+        raise TetherError(f"The shard {missing[0]!r} of {path.name!r} is not beside it.")
+    return _of_h5([stack.enter_context(h5py.File(path.with_name(name), "r")) for name in names])
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and name == pathlib.PurePosixPath(name).name == pathlib.PureWindowsPath(name).name
+
+
+def _npz(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
+    return _of_npz(stack.enter_context(path.open("rb")), stack)
+
+
+_READERS: dict[str, Callable[[pathlib.Path, contextlib.ExitStack], Values]] = {
+    ".keras": _archive, ".weights.json": _shards, ".h5": _h5, ".hdf5": _h5, ".npz": _npz,
+}  # fmt: skip
+
+
+def _of_npz(file: io.IOBase, stack: contextlib.ExitStack) -> Values:
+    values = Values()
+    for place, arrays in read_npz(stack.enter_context(zipfile.ZipFile(file))):
+        for key, array in arrays.items():
+            name = f"{place}/vars/{key}" if place else f"vars/{key}"
+            values.entries[name] = Entry(name, array.shape, str(array.dtype), lambda array=array: array)  # type: ignore[misc]
+    return values
+
+
+# --------------------------------------------------------------------------- HDF5
+
+
+def _of_h5(files: list[Any]) -> Values:
+    values = Values()
+    for file in files:
+        _visit(file, "", values)
+    return values
+
+
+def _visit(group: Any, place: str, values: Values) -> None:
+    waiting = [(group, place)]
+    while waiting:
+        current, at = waiting.pop()
+        _read_notes(current, at, values)
+        for name in current:
+            inner = f"{at}/{name}" if at else name
+            link = current.get(name, getclass=True, getlink=True)
+            if link is not h5py.HardLink:
+                raise InvalidConfig(f"{inner!r} is a link to somewhere else, which is not followed.")
+            item = current[name]
+            if isinstance(item, h5py.Group):
+                waiting.append((item, inner))
+            elif isinstance(item, h5py.Dataset):
+                # Keras 2.13 had another name for the layers of a model.
+                known = inner.replace("_layer_checkpoint_dependencies", "layers")
+                values.entries[known] = _entry(known, item)
+
+
+def _read_notes(group: Any, place: str, values: Values) -> None:
+    uid, note = group.attrs.get("tether_uid"), group.attrs.get("tether")
+    if isinstance(uid, str):
+        values.uids[uid] = f"{place}/0"
+    if isinstance(note, str):
+        try:
+            read = json.loads(note)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InvalidConfig(f"The file's note at {place!r} cannot be read: {error}") from error
+        if not isinstance(read, dict) or read.get("version") != 1 or not isinstance(read.get("ties"), dict):
+            raise InvalidConfig(f"The file's note at {place!r} has version 1 and ties. {received(note=read)}")
+        values.notes[place] = read["ties"]
+
+
+def _entry(name: str, dataset: Any) -> Entry:
+    if dataset.external or dataset.is_virtual:
+        raise InvalidConfig(f"{name!r} is kept in another file, which is not followed.")
+    dtype = str(dataset.attrs.get("dtype", dataset.dtype))
+    shape = tuple(int(n) for n in dataset.shape)
+    size = int(np.prod(shape, dtype="float64")) * dataset.dtype.itemsize
+    if size > max(SMALL, 1000 * dataset.id.get_storage_size()):
+        raise InvalidConfig(f"{name!r} would have {size:,} bytes and the file holds next to nothing of it.")
+    if dataset.chunks is not None:
+        dataset[()]  # what is compressed may be damaged inside: that must show before anything is assigned
+
+    def read() -> Array:
+        array = np.asarray(dataset[()])
+        if str(array.dtype) == dtype:
+            return array
+        return array.view(numpy_dtype(dtype)) if array.dtype.kind == "V" else array.astype(numpy_dtype(dtype))
+
+    return Entry(name, shape, dtype, read)
+
+
+def _group(parent: Any, name: str) -> Any:
+    if parent.get(name, getclass=True, getlink=True) is not h5py.HardLink or not isinstance(parent[name], h5py.Group):
+        raise InvalidConfig(f"The file has no group {name!r} of its own.")
+    return parent[name]
+
+
+def _old_layers(root: Any) -> list[tuple[str, list[Entry]]]:
+    """The layers with weights of a Keras 2 file, in order; the model's own weights last, under `""`."""
+    found = [(name, _old_weights(_inner(root, name), name)) for name in _names(root, "layer_names")]
+    if "top_level_model_weights" in root:
+        own = _old_weights(_group(root, "top_level_model_weights"), "top_level_model_weights")
+        found.append(("", own))
+    return [(name, entries) for name, entries in found if entries]
+
+
+def _old_weights(group: Any, layer: str) -> list[Entry]:
+    entries = []
+    for name in _names(group, "weight_names"):
+        parent = _inner(group, name.rpartition("/")[0]) if "/" in name else group
+        leaf = name.rpartition("/")[2]
+        if parent.get(leaf, getclass=True, getlink=True) is not h5py.HardLink:
+            raise InvalidConfig(f"The file has no {name!r} of its own.")
+        entries.append(_entry(f"{layer}/{name}", parent[leaf]))
+    return entries
+
+
+def _inner(group: Any, path: str) -> Any:
+    for part in path.split("/"):
+        group = _group(group, part)
+    return group
+
+
+def _names(group: Any, attribute: str) -> list[str]:
+    """A list of names, which Keras 2 splits into numbered attributes if it is long."""
+    if attribute in group.attrs:
+        found = list(group.attrs[attribute])
+    else:
+        found, number = [], 0
+        while f"{attribute}{number}" in group.attrs:
+            found.extend(group.attrs[f"{attribute}{number}"])
+            number += 1
+    return [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in found]
+
+
+__all__ = ["Values", "opened"]

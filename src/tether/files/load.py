@@ -1,0 +1,125 @@
+"""Loading a model from a file that a stranger may have written, and seeing that all of it arrived."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import InvalidConfig, LostTie, TetherError
+from tether.files.archive import Contents, contents, reading
+from tether.files.places import places_of
+from tether.layers import paths
+from tether.layers.state import state_of
+from tether.layers.tied import KEY
+from tether.layers.view import View
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    custom_objects: dict[str, Any] | None = None,
+    compile: bool = True,
+    safe_mode: bool = True,
+) -> Any:
+    """Reads a `.keras` file, by whomever it was written, and checks what came of it.
+
+    The file is held against its checksums and against what it says about itself before anything in it is used.
+    Afterwards every tie that it records has to be there, every weight of the model has to have had a value in it, and
+    every value in it a weight.
+
+    Args:
+        path: The file.
+        custom_objects: Classes and functions of your own, by name, that are not registered with Keras.
+        compile: Whether to compile the model as it was, with the state of its optimizer.
+        safe_mode: Whether to refuse what runs code of the file's, such as a `Lambda` layer. Keras's own meaning.
+
+    Returns:
+        The model.
+
+    Raises:
+        TetherError: There is no such file.
+        InvalidConfig: It is damaged, or names something that cannot or must not be made.
+        LostTie: A tie that it records did not come back.
+
+    Example:
+    ```python
+    model = tether.files.load_model("model.keras")
+    ```
+    """
+    found = contents(path, whole=True)
+    with reading(path):
+        with warnings.catch_warnings():
+            # Keras warns of some values that it does not find, and goes on; here that becomes an error below.
+            warnings.filterwarnings("ignore", "Skipping nested container")
+            model = keras.saving.load_model(path, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+        _check_values(model, found, compiled=compile, path=path)
+        _check_ties(model, found.config, path=path)
+    return model
+
+
+def _check_values(model: Any, found: Contents, *, compiled: bool, path: Any) -> None:
+    """Raises unless each weight has a value in the file, and each value a weight."""
+    needed, known = places_of(model, of_layers=True), places_of(model)
+    absent = [place for place, shape in needed.items() if found.values.get(place) != shape]
+    if absent:
+        raise InvalidConfig(f"{str(path)!r} has no value for {_some(absent)}.")
+    tops = {place.partition("/")[0] for place in needed}
+    extra = [place for place in found.values if place not in known]
+    if not compiled:
+        extra = [place for place in extra if place.partition("/")[0] in tops]
+    if extra:
+        raise InvalidConfig(f"{str(path)!r} has values that the model in it has no place for: {_some(extra)}.")
+
+
+def _check_ties(model: Any, config: dict[str, Any], *, path: Any) -> None:
+    """Raises unless each tie that the file records holds."""
+    layers: dict[str, list[Any]] = {}
+    for layer in keras_seam.contained_layers(model):
+        layers.setdefault(layer.name, []).append(layer)
+    lost = [
+        f"{name}/{tie}"
+        for name, ties in _recorded(config)
+        for tie in ties
+        if not any(_is_tied(layer, tie) for layer in layers.get(name, ()))
+    ]
+    if lost:
+        raise LostTie(
+            f"{str(path)!r} records ties that did not come back: {_some(lost)}. A class around them makes its layers "
+            "anew when it is read, and does not read them from its config."
+        )
+
+
+def _recorded(config: Any) -> Iterator[tuple[str, list[str]]]:
+    """The names of tied layers in a config, and the paths of their ties."""
+    waiting = [config]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, dict):
+            record, name = entry.get(KEY), entry.get("name")
+            if isinstance(record, dict) and isinstance(record.get("ties"), dict) and isinstance(name, str):
+                yield name, list(record["ties"])
+            waiting.extend(entry.values())
+        elif isinstance(entry, list):
+            waiting.extend(entry)
+
+
+def _is_tied(layer: Any, path: str) -> bool:
+    try:
+        place = paths.locate(layer, paths.split(path))
+    except TetherError:
+        return False
+    state = state_of(place.layer)
+    return isinstance(place.variable, View) or (state is not None and place.leaf in state.pending)
+
+
+def _some(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+
+
+__all__ = ["load_model"]

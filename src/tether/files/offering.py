@@ -1,0 +1,76 @@
+"""Which of a file's values are for which of a model's weights, whatever is tied in either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from tether.errors import Unsupported
+from tether.files.entries import Entry, StoredTie
+from tether.files.filling import Offer
+from tether.files.positions import Position
+from tether.layers.view import View
+from tether.weights.weight import Weight
+
+
+def offers_of(
+    found: Sequence[Position], entries: Mapping[str, Sequence[Entry]], ties: Mapping[str, StoredTie]
+) -> tuple[list[Offer], set[str]]:
+    """What a file's entries offer to a model, and its ties where it has no entry.
+
+    Args:
+        found: The model's positions.
+        entries: The file's entries by position; all that one position has must agree.
+        ties: The file's ties by position.
+
+    Returns:
+        The offers, and the names of the entries that were of use.
+    """
+    offers: list[Offer] = []
+    taken: set[str] = set()
+    filled: set[int] = set()
+    for each in found:
+        for entry in entries.get(each.place, ()):
+            _check_target(each)
+            taken.add(entry.name)
+            offers.append(as_offer(each.target, entry))
+            filled |= {id(weight) for weight in weights_of(each)}
+    for each in found:
+        tie = ties.get(each.place)
+        if tie is not None and not entries.get(each.place):
+            taken |= {entry.name for entry in tie.weights.values()}
+            weights = weights_of(each)
+            if not weights or not all(id(weight) in filled for weight in weights):
+                offers.append(_tied_offer(each.target, tie))
+    return offers, taken
+
+
+def weights_of(position: Position) -> list[Weight]:
+    """The stored weights behind a position, if it has weights of Tether's."""
+    for each in (position.target, position.holder):
+        if isinstance(each, Weight):
+            return [each]
+    return list(position.target.expression.weights_used()) if isinstance(position.target, View) else []
+
+
+def as_offer(target: Any, entry: Entry) -> Offer:
+    """An entry for a target."""
+    return Offer(target, entry.name, entry.shape, entry.dtype, entry.read)
+
+
+def _tied_offer(target: Any, tie: StoredTie) -> Offer:
+    source = ", ".join(entry.name for entry in tie.weights.values())
+    return Offer(target, f"{source} by the tie of {tie.name}", tie.shape, tie.dtype, tie.read)
+
+
+def _check_target(position: Position) -> None:
+    if not isinstance(position.target, (keras.Variable, View, Weight)):
+        raise Unsupported(
+            f"{position.holder.name!r} writes more than variables to its files ({position.place!r}), so it must read "
+            "them itself: load the file with Keras's own `load_weights`."
+        )
+
+
+__all__ = ["as_offer", "offers_of", "weights_of"]

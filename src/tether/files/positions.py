@@ -1,0 +1,193 @@
+"""Where the values of a model belong: in Keras's files by place, in others by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import TetherError
+from tether.files.filling import Wanted, base_of
+from tether.layers.named import Named, named_weights
+from tether.layers.refusing import refuse_layer
+from tether.layers.state import ordered_variables, state_of, weights_below
+from tether.layers.tied import own_entries
+from tether.layers.view import View
+from tether.weights.weight import Weight
+
+
+@dataclass(frozen=True)
+class Position:
+    """An entry that a Keras file of the model has, or would have if nothing were tied."""
+
+    place: str
+    """`layers/dense/vars/0`, as in the file."""
+    holder: Any
+    """The layer that writes it."""
+    target: Any
+    """A variable, a view, or what else a layer writes."""
+
+
+def check_built(function: str, model: Any) -> None:
+    """Refuses what is no layer, and what has no weights yet.
+
+    Raises:
+        TetherError: It is one of these.
+    """
+    refuse_layer(f"files.{function}", model)
+    if not model.built:
+        raise TetherError(f"{model.name!r} is not built yet. Call it on data first, or `build` it.")
+
+
+def positions(model: Any) -> Iterator[Position]:
+    """The entries of all layers and random seeds, in the order in which Keras writes them."""
+    for place, holder in keras_seam.saved_objects(model):
+        if isinstance(holder, (keras.layers.Layer, keras.random.SeedGenerator)):
+            below = f"{place}/vars" if place else "vars"
+            for key, target in own_entries(holder).items():
+                yield Position(f"{below}/{key}", holder, target)
+
+
+def stored_names(model: Any) -> dict[int, str]:
+    """The name under which a file by names has each stored weight, by the variable's id.
+
+    It is that of the first layer that uses the weight as it is; else of the first one in which only an adapter is
+    added to it; else the weight's own.
+    """
+    found: dict[int, str] = {}
+    later: list[tuple[int, str]] = []
+    names = _position_names(model)
+    for named, name in names:
+        if not isinstance(named.variable, View):
+            found.setdefault(id(named.variable), name)
+            continue
+        base = base_of(named.variable.expression)
+        if base is not None:
+            later.append((id(base.variable), name))
+            if named.variable.expression.weights_used() == (base,):
+                found.setdefault(id(base.variable), name)
+    for key, name in later:
+        found.setdefault(key, name)
+    taken = {name for _, name in names}
+    owners = _owners(model)
+    for variable in model.weights:
+        if id(variable) not in found:
+            owner = owners.get(id(variable))
+            # The path of a weight's variable has a number if another model has one of the same name.
+            name = dotted(str(variable.path) if owner is None else owner.name)
+            while name in taken:
+                name += ".stored"
+            taken.add(name)
+            found[id(variable)] = name
+    return found
+
+
+def _owners(model: Any) -> dict[int, Weight]:
+    """The shared weights below a model, by their variables' ids."""
+    return {id(weight.variable): weight for weight in weights_below(model) if weight.is_built}
+
+
+def named_positions(model: Any) -> list[Position]:
+    """What a file by names may have: the stored weights by their names, then what layers call them."""
+    owners = _owners(model)
+    names = stored_names(model)
+    found: dict[str, Position] = {}
+    for variable in model.weights:
+        owner = owners.get(id(variable))
+        name = names[id(variable)]
+        found[name] = Position(name, owner, variable if owner is None else owner)
+    for named, name in _position_names(model):
+        found.setdefault(name, Position(name, named.layer, named.variable))
+    for weight in owners.values():
+        name = dotted(weight.name)
+        found.setdefault(name, Position(name, weight, weight))
+    return list(found.values())
+
+
+def tied_names(model: Any) -> dict[str, View]:
+    """What layers call their views, where the name is not that of a stored weight."""
+    names = set(stored_names(model).values())
+    return {
+        name: named.variable
+        for named, name in _position_names(model)
+        if isinstance(named.variable, View) and name not in names
+    }
+
+
+def _position_names(model: Any) -> list[tuple[Named, str]]:
+    """The weights of layers, by the names that people gave to the layers where these tell them apart."""
+    found = named_weights(model)
+    counts = Counter(named.name for named in found)
+    return [(named, dotted(named.name if counts[named.name] == 1 else named.path)) for named in found]
+
+
+def dotted(path: str) -> str:
+    """A path with dots, as names of tensors have them."""
+    return path.replace("/", ".")
+
+
+def wanted(model: Any) -> list[Wanted]:
+    """The stored weights that a file should fill; what an adapter adds to its base may be new."""
+    added = _of_adapters(model)
+    return [Wanted(variable, str(variable.path), id(variable) not in added) for variable in model.weights]
+
+
+def _of_adapters(model: Any) -> set[int]:
+    """The variables that only adapters use."""
+    found: set[int] = set()
+    bases: set[int] = set()
+    for named in named_weights(model):
+        if isinstance(named.variable, View):
+            expression = named.variable.expression
+            base = base_of(expression)
+            used = {id(weight.variable) for weight in expression.weights_used()}
+            if base is None:
+                bases |= used
+            else:
+                bases.add(id(base.variable))
+                found |= used - {id(base.variable)}
+        else:
+            bases.add(id(named.variable))
+    return found - bases
+
+
+def in_old_order(model: Any) -> list[tuple[str, list[Any]]]:
+    """The layers of a model that have weights, with these as Keras 2 wrote them: those that train first."""
+    found = []
+    for layer in model.layers:
+        trained, others = _of_layer(layer)
+        if trained or others:
+            found.append((layer.name, trained + others))
+    return found
+
+
+def own_in_old_order(model: Any) -> list[Any]:
+    """The weights of a model itself, as Keras 2 wrote them."""
+    state = state_of(model)
+    lists = keras_seam.variable_lists(model) if state is None else ordered_variables(model, state)
+    return [variable for store in keras_seam.STORES for variable in lists[store]]
+
+
+def _of_layer(layer: Any) -> tuple[list[Any], list[Any]]:
+    found: dict[str, dict[int, Any]] = {store: {} for store in keras_seam.STORES}
+    waiting = [layer]
+    while waiting:
+        current = waiting.pop(0)
+        state = state_of(current)
+        lists = keras_seam.variable_lists(current) if state is None else ordered_variables(current, state)
+        for store in keras_seam.STORES:
+            found[store].update((id(variable), variable) for variable in lists[store])
+        hung = [below for below in keras_seam.sublayers(current) if not isinstance(below, Weight)]
+        waiting = hung + waiting
+    trained, others = (list(found[store].values()) for store in keras_seam.STORES)
+    return trained, others
+
+
+__all__ = [
+    "Position", "check_built", "dotted", "in_old_order", "named_positions", "own_in_old_order", "positions",
+    "stored_names", "tied_names", "wanted",
+]  # fmt: skip

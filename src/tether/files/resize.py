@@ -1,0 +1,303 @@
+"""Giving a stored weight another size along an axis, and letting everything that uses it follow.
+
+What follows is worked out before anything changes. Where a layer cannot follow, the error names it and the model is
+as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import ShapeMismatch, TetherError, Unsupported, received
+from tether.files.sizes import Undo, sizes_of
+from tether.layers import paths
+from tether.layers.filling import Array, Report, Rule, check_rule, describe
+from tether.layers.filling import fill as filled
+from tether.layers.state import state_of
+from tether.layers.view import View
+from tether.weights.checks import as_int
+from tether.weights.expression import Expression, Shape
+from tether.weights.reshaping import shapes_with, take_shapes
+from tether.weights.weight import Use, Weight
+
+
+def resize(weight: Any, axis: int, new_size: int, *, fill: Any = "initializer", model: Any = None) -> Report:
+    """Gives a stored weight another size along an axis, in place; every layer that uses it follows.
+
+    Settings that hold the size follow (`Dense.units`, `Embedding.input_dim`, `EinsumDense`'s output shape,
+    `Conv2D.filters`), and so do the biases that belong to it. Entries that both sizes have are kept, those beyond the
+    new size are cut. Expressions of the weight that no layer uses have to be written anew.
+
+    Args:
+        weight: A `tether.Weight` that is built. Of a plain layer: `tether.weight_of(layer, "kernel")`.
+        axis: The axis that changes.
+        new_size: Its new size.
+        fill: What new entries get: `"initializer"`, what the weight's initializer makes; `"zeros"`; `"mean"`, the
+            mean over the axis; a Keras initializer; an array of the new entries; or a function of the present array
+            and of a start of the new shape, which returns the whole new array. A bias follows the rules that have a
+            name, and otherwise gets what its layer's initializer makes.
+        model: The model around it, if there is one. Then its graph follows as well, and its optimizer: what that
+            keeps for a new entry is zero. It stays compiled.
+
+    Returns:
+        A row for each variable that has changed.
+
+    Raises:
+        Unsupported: A use cannot follow. Nothing has changed.
+        TetherError: The axis, the size or the rule does not fit the weight.
+
+    Example:
+    ```python
+    table = tether.weight_of(model, "embedding/embeddings")
+    tether.files.resize(table, 0, 32_003, fill="mean", model=model)
+    ```
+    """
+    if not isinstance(weight, Weight) or not weight.is_built:
+        raise TetherError(
+            "`resize` takes a stored weight that is built. That of a layer is `tether.weight_of(layer, 'kernel')`. "
+            f"{received(weight=weight)}"
+        )
+    if model is not None and not isinstance(model, keras.layers.Layer):
+        raise TetherError(f"`model` is a Keras model or layer. {received(model=model)}")
+    shape, axis, size = _checked(weight, axis, new_size)
+    plan = _Plan(weight, _with_size(shape, axis, size), axis, fill)
+    for use in weight.uses:
+        plan.follow(use)
+    if model is not None:
+        plan.look_around(model)
+    if plan.problems:
+        raise Unsupported(
+            f"The weight {weight.name!r} cannot be resized from {shape} to {plan.shape}: {'; '.join(plan.problems)}. "
+            "Nothing has changed."
+        )
+    plan.carry_out(model)
+    return plan.report
+
+
+def _checked(weight: Weight, axis: Any, new_size: Any) -> tuple[Shape, int, int]:
+    shape = weight.shape or ()
+    axis, size = as_int(axis, "axis"), as_int(new_size, "new_size")
+    if not -len(shape) <= axis < len(shape) or size < 1:
+        raise ShapeMismatch(f"The weight {weight.name!r} has shape {shape}. {received(axis=axis, new_size=new_size)}")
+    return shape, axis % len(shape), size
+
+
+def _with_size(shape: Shape, axis: int, size: int) -> Shape:
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+@dataclass
+class _Change:
+    """A variable that gets another value, and the name that it has in the report."""
+
+    variable: Any
+    name: str
+    value: Array
+    how: str
+
+
+@dataclass
+class _Plan:
+    """Everything that changes with a weight, and what speaks against it."""
+
+    weight: Weight
+    shape: Shape
+    axis: int
+    fill: Any
+    changes: dict[int, _Change] = field(default_factory=dict)
+    settings: list[Callable[[Undo], None]] = field(default_factory=list)
+    views: list[tuple[View, Shape]] = field(default_factory=list)
+    parts: list[tuple[Expression, Shape]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        initializer = self.weight.initializer or self.weight.first_initializer
+        self._change(self.weight.variable, self.weight.name, self.shape, self.fill, initializer)
+
+    def _change(self, variable: Any, name: str, shape: Shape, rule: Any, initializer: Any) -> None:
+        present = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)))
+        value, how = _resized(present, shape, rule, initializer, self.axis)
+        self.changes[id(variable)] = _Change(variable, name, value, how)
+
+    # ------------------------------------------------------------------ what follows
+
+    def follow(self, use: Use) -> None:
+        """Adds what one use of the weight needs."""
+        layer = use.layer()
+        if layer is None:
+            return
+        name = f"{layer.name}/{use.name}"
+        try:
+            parts = shapes_with(use.expression, {self.weight: self.shape})
+            view = next(v for v in paths.own_variables(layer) if isinstance(v, View) and v.use is use)
+            before, after = tuple(view.shape), parts[-1][1]
+            self.parts.extend(parts)
+            if before != after:
+                self.views.append((view, after))
+                self._follow_in(layer, view, before, after)
+        except TetherError as error:
+            self.problems.append(f"{name} = {use.expression.notation()} cannot follow: {error}")
+
+    def _follow_in(self, layer: Any, view: View, before: Shape, after: Shape) -> None:
+        axes = [axis for axis, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
+        if len(before) != len(after) or len(axes) != 1:
+            raise Unsupported(f"its shape would go from {before} to {after}")
+        (axis,) = axes
+        found = next((size for size in sizes_of(layer) if (view.name, axis) in size.axes), None)
+        if found is None:
+            raise Unsupported(f"no setting of {type(layer).__name__} is the size of axis {axis}")
+        self.settings.append(lambda undo: found.set(after[axis], undo))
+        for name, at in found.axes:
+            for variable in paths.own_variables(layer):
+                if variable.name == name and variable is not view:
+                    self._take_along(layer, variable, at, after[axis])
+
+    def _take_along(self, layer: Any, variable: Any, axis: int, size: int) -> None:
+        """Resizes what belongs to a weight: a bias."""
+        if isinstance(variable, View):
+            if shapes_with(variable.expression, {self.weight: self.shape})[-1][1][axis] != size:
+                raise Unsupported(f"its {variable.name} is tied to {variable.expression.notation()}, of another size")
+            return
+        rule = self.fill if isinstance(self.fill, str) else "initializer"
+        initializer = getattr(layer, f"{variable.name}_initializer", None)
+        self._change(
+            variable, f"{layer.name}/{variable.name}", _with_size(tuple(variable.shape), axis, size), rule, initializer
+        )
+
+    def look_around(self, model: Any) -> None:
+        """Adds what in a model uses the weight without a tie, and what its optimizer cannot follow."""
+        for layer in keras_seam.contained_layers(model):
+            state = state_of(layer)
+            for penalty in state.penalties if state is not None else ():
+                if self.weight in penalty.weights and not penalty.is_void:
+                    problem = f"the soft tie {penalty.notation()} compares it with a weight of the old size"
+                    if problem not in self.problems:
+                        self.problems.append(problem)
+        if hasattr(getattr(model, "optimizer", None), "optimizers"):
+            self.problems.append("the model's optimizer is made of several; compile the model with one before")
+        for variable, slot, name in self._slots(model):
+            if tuple(slot.shape) not in ((), tuple(variable.shape)):
+                self.problems.append(
+                    f"what the optimizer keeps for {variable.path} ({name}) has another shape than the weight; compile "
+                    "the model anew before"
+                )
+
+    def _slots(self, model: Any) -> Iterator[tuple[Any, Any, str]]:
+        optimizer = getattr(model, "optimizer", None)
+        kept = keras_seam.optimizer_slots(optimizer) if optimizer is not None else {}
+        for key, change in self.changes.items():
+            for name, slot in kept.get(key, ()):
+                yield change.variable, slot, name
+
+    # ------------------------------------------------------------------ changing
+
+    def carry_out(self, model: Any) -> None:
+        """Changes everything, or nothing.
+
+        Raises:
+            Unsupported: A layer of the model's graph cannot take what it would get.
+        """
+        undo: Undo = []
+        try:
+            self._carry_out(model, undo)
+        except BaseException as error:
+            for step in reversed(undo):
+                step()
+            if isinstance(error, Exception):
+                raise Unsupported(
+                    f"The weight {self.weight.name!r} cannot be resized to {self.shape}, since the model around it "
+                    f"cannot follow: {_plainly(error)} Nothing has changed."
+                ) from error
+            raise
+        if model is not None:
+            keras_seam.forget_traces(model)
+
+    def _carry_out(self, model: Any, undo: Undo) -> None:
+        optimizer = getattr(model, "optimizer", None)
+        slots = list(self._slots(model))
+        undo.append(lambda: keras_seam.recognize_variables(optimizer))
+        for variable, slot, name in slots:
+            if tuple(slot.shape) == tuple(variable.shape):
+                average = "average" in name
+                change = self.changes[id(variable)]
+                present = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(slot)))
+                start = change.value.astype(present.dtype) if average else np.zeros(change.value.shape, present.dtype)
+                _give(slot, filled(present, start, "initializer"), undo)
+        for change in self.changes.values():
+            before = tuple(change.variable.shape)
+            _give(change.variable, change.value, undo)
+            self.report.add(change.name, change.value.shape, change.name, before, change.how)
+        keras_seam.recognize_variables(optimizer)
+        self.weight.generation += 1
+        for view, shape in self.views:
+            _give_shape(view, shape, undo)
+        before_parts = [(part, part.shape or ()) for part, _ in self.parts]
+        undo.append(lambda: take_shapes(before_parts))
+        take_shapes(self.parts)
+        for use in self.weight.uses:
+            layer = use.layer()
+            for variable in paths.own_variables(layer) if layer is not None else ():
+                if isinstance(variable, View):
+                    variable.planner = None
+        for setting in self.settings:
+            setting(undo)
+        if model is not None:
+            keras_seam.infer_graph(model, undo)
+            inputs = getattr(model, "inputs", None)
+            if inputs:
+                keras_seam.trace(lambda *x: model(keras.tree.pack_sequence_as(model.input, x)), *inputs)
+
+
+def _plainly(error: Exception) -> str:
+    """What Keras says, without its colours and the list of what a call got."""
+    text = re.sub(r"\x1b\[\d+m", "", str(error)).partition("Arguments received by")[0]
+    return " ".join(text.split()).rstrip(".") + "."
+
+
+def _give(variable: Any, value: Array, undo: Undo) -> None:
+    before = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)))
+    undo.append(lambda: keras_seam.give_value(variable, before))
+    keras_seam.give_value(variable, value)
+
+
+def _give_shape(view: View, shape: Shape, undo: Undo) -> None:
+    before = tuple(view.shape)
+    undo.append(lambda: keras_seam.give_shape(view, before))
+    keras_seam.give_shape(view, shape)
+
+
+def _resized(present: Array, shape: Shape, rule: Any, initializer: Any, axis: int) -> tuple[Array, str]:
+    """The value in its new shape, and what was done."""
+    given, start = rule, np.zeros(shape, present.dtype)
+    if isinstance(rule, keras.initializers.Initializer):
+        given, initializer = "initializer", rule
+    elif rule is not None and not callable(rule) and not isinstance(rule, str):
+        given = _from_array(np.asarray(rule), present, shape, axis)
+    check_rule(given)
+    if given is None and any(new > old for new, old in zip(shape, present.shape, strict=True)):
+        given = "initializer"
+    if given == "initializer" and shape != present.shape:
+        made = keras.initializers.get(initializer or "glorot_uniform")(shape, dtype=str(present.dtype))
+        start = np.asarray(keras.ops.convert_to_numpy(made)).astype(present.dtype)
+    how: Rule = given if isinstance(given, str) or callable(rule) else "array"
+    value = filled(present, start, given or "zeros")
+    return value, describe(present.shape, shape, how)
+
+
+def _from_array(array: Array, present: Array, shape: Shape, axis: int) -> Rule:
+    """The rule that puts an array where there was nothing."""
+    new = tuple(max(size - old, 0) if size != old else size for size, old in zip(shape, present.shape, strict=True))
+    if array.shape != new:
+        raise ShapeMismatch(f"The array for the new entries has the shape {new}. {received(shape=array.shape)}")
+    return lambda value, start: np.concatenate([value, array.astype(start.dtype)], axis=axis)
+
+
+__all__ = ["resize"]

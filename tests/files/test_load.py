@@ -1,0 +1,169 @@
+"""Loading a model, and seeing that all of it arrived."""
+
+import io
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import tether
+from tests.support import assert_close
+from tether.errors import InvalidConfig, LostTie, TetherError
+
+layers = keras.layers
+
+
+def tied_model():
+    codec = tether.Weight(name="codec")
+    inputs = keras.Input((4,))
+    hidden = tether.tie(layers.Dense(3, name="encode"), kernel=codec)(inputs)
+    return keras.Model(inputs, tether.tie(layers.Dense(4, name="decode"), kernel=codec.T)(hidden))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.keras"
+    model = tied_model()
+    tether.files.save_model(model, path)
+    return model, path
+
+
+def with_values(path, change):
+    """A copy of a file with other values."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    held = io.BytesIO(entries["model.weights.h5"])
+    with h5py.File(held, "r+") as values:
+        change(values)
+    entries["model.weights.h5"] = held.getvalue()
+    other = path.with_name("changed.keras")
+    with zipfile.ZipFile(other, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return other
+
+
+def test_a_tied_model_comes_back_tied(saved, rng):
+    model, path = saved
+    again = tether.files.load_model(str(path))
+    x = rng.normal(size=(2, 4)).astype("float32")
+    assert_close(model(x), again(x))
+    assert len(again.weights) == 3
+
+
+def test_the_optimizer_comes_back_unless_it_is_not_asked_for(rng, tmp_path):
+    model = tied_model()
+    model.compile("adam", "mse", metrics=["mae"])
+    x = rng.normal(size=(8, 4)).astype("float32")
+    model.fit(x, x, verbose=0)
+    tether.files.save_model(model, tmp_path / "model.keras")
+    again = tether.files.load_model(tmp_path / "model.keras")
+    for mine, theirs in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+        assert_close(mine, theirs)
+    bare = tether.files.load_model(tmp_path / "model.keras", compile=False)
+    assert not bare.compiled
+    assert_close(bare(x), model(x))
+
+
+class Doubling(layers.Layer):
+    """A class that Keras knows only by what the caller says."""
+
+    def call(self, x):
+        return 2.0 * x
+
+
+def test_classes_of_ones_own_are_given_by_name(tmp_path):
+    x = keras.Input((4,))
+    tether.files.save_model(keras.Model(x, Doubling()(x)), tmp_path / "model.keras")
+    with pytest.raises(InvalidConfig, match="Doubling"):
+        tether.files.load_model(tmp_path / "model.keras")
+    again = tether.files.load_model(tmp_path / "model.keras", custom_objects={"Doubling": Doubling})
+    assert_close(again(np.ones((1, 4), "float32")), 2.0 * np.ones((1, 4)))
+
+
+def test_code_in_a_file_is_run_only_if_the_caller_trusts_it(tmp_path):
+    x = keras.Input((4,))
+    tether.files.save_model(keras.Model(x, layers.Lambda(lambda y: y + 1.0)(x)), tmp_path / "model.keras")
+    with pytest.raises(InvalidConfig, match="safe_mode"):
+        tether.files.load_model(tmp_path / "model.keras")
+    again = tether.files.load_model(tmp_path / "model.keras", safe_mode=False)
+    assert_close(again(np.ones((1, 4), "float32")), 2.0 * np.ones((1, 4)))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(TetherError, match=r"There is no file.*nowhere\.keras"):
+        tether.files.load_model(tmp_path / "nowhere.keras")
+
+
+def test_a_weight_without_a_value_and_a_value_without_a_weight_are_named(saved):
+    _, path = saved
+    extra = with_values(path, lambda values: values.create_dataset("layers/other/vars/0", data=np.ones(3)))
+    with pytest.raises(InvalidConfig, match="no place for: layers/other/vars/0"):
+        tether.files.load_model(extra)
+    absent = with_values(path, lambda values: values.__delitem__("layers/dense/vars/1"))
+    with pytest.raises(InvalidConfig, match=r"could not be loaded|no value for"):
+        tether.files.load_model(absent)
+
+
+class Careless(layers.Dense):
+    """Takes what there is."""
+
+    def load_own_variables(self, store):
+        for key in store.keys():  # noqa: SIM118
+            self.weights[int(key)].assign(store[key])
+
+
+def test_a_layer_that_is_content_with_less_is_noticed(tmp_path):
+    x = keras.Input((4,))
+    path = tmp_path / "model.keras"
+    tether.files.save_model(keras.Model(x, Careless(3, name="careless")(x)), path)
+    absent = with_values(path, lambda values: values.__delitem__("layers/careless/vars/1"))
+    with pytest.raises(InvalidConfig, match="no value for layers/careless/vars/1"):
+        tether.files.load_model(absent, custom_objects={"Careless": Careless})
+
+
+@keras.saving.register_keras_serializable(package="test_load")
+class Untying(layers.Layer):
+    """Reads its config and makes a plain layer all the same."""
+
+    def __init__(self, inner=None, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner or layers.Dense(3, use_bias=False, name="inner")
+
+    def build(self, shape):
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x)
+
+    def get_config(self):
+        return {**super().get_config(), "inner": keras.saving.serialize_keras_object(self.inner)}
+
+    @classmethod
+    def from_config(cls, config):
+        config.pop("inner")
+        return cls(**config)
+
+
+def around(bias, kernel=None):
+    inner = tether.tie(layers.Dense(3, name="inner"), bias=bias)
+    if kernel is not None:
+        tether.tie(inner, kernel=kernel)
+    x = keras.Input((4,))
+    return keras.Model(x, Untying(inner, name="around")(x))
+
+
+def test_a_tie_that_did_not_come_back_is_named(tmp_path):
+    path = tmp_path / "model.keras"
+    tether.files.save_model(around(np.zeros(3, "float32")), path)
+    with pytest.raises(LostTie, match="inner/bias"):
+        tether.files.load_model(path)
+
+
+def test_a_tied_weight_that_did_not_come_back_is_named(tmp_path):
+    path = tmp_path / "model.keras"
+    tether.files.save_model(around(np.zeros(3, "float32"), tether.Weight((4, 3), name="w")), path)
+    with pytest.raises(TetherError, match="inner"):
+        tether.files.load_model(path)
