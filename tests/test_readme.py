@@ -7,7 +7,20 @@ import pytest
 from tests.documents import ROOT, python_blocks, run
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/semantics.md", "docs/inheriting.md", "docs/planning.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "docs/semantics.md",
+        "docs/inheriting.md",
+        "docs/planning.md",
+        "docs/saving.md",
+        "docs/files.md",
+        "docs/gradients.md",
+        "docs/summary.md",
+        "docs/weight-map.md",
+    ],
+)
 def test_the_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(name)
@@ -19,7 +32,20 @@ def test_the_python_blocks_run(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/inheriting.md", "docs/planning.md", "docs/design.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/semantics.md",
+        "docs/inheriting.md",
+        "docs/planning.md",
+        "docs/saving.md",
+        "docs/files.md",
+        "docs/gradients.md",
+        "docs/command-line.md",
+        "docs/summary.md",
+        "docs/weight-map.md",
+        "docs/design.md",
+    ],
 )
 def test_links_to_files_lead_somewhere(name):
     file = ROOT / name

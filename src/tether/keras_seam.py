@@ -684,6 +684,10 @@ def _make_give_value() -> Callable[[Any, Any], None]:
             with torch.no_grad():
                 tensor = keras.ops.convert_to_tensor(value, dtype=variable._dtype).to(parameter.device)
                 parameter.grad = None
+                if tensor.is_floating_point():
+                    # A graph that somebody still holds knows the old shape; another dtype in between ends its hold.
+                    other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+                    parameter.data = torch.empty(0, dtype=other, device=tensor.device)
                 parameter.data = torch.empty_like(tensor)
                 parameter.copy_(tensor)  # counts as a change
             variable._shape = tuple(value.shape)

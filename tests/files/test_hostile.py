@@ -106,7 +106,7 @@ def test_very_many_values_that_no_weight_takes_are_an_error(count, copy):
         tether.files.load_model(copy)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, 100_000])
 def test_very_many_weights_in_a_plan_are_an_error(count, copy):
     def many(found):
         (uid,) = found["weights"]

@@ -53,6 +53,7 @@ def load_model(
     """
     found = contents(path, whole=True)
     with reading(path):
+        _check_plan(found, path=path)
         with warnings.catch_warnings():
             # Keras warns of some values that it does not find, and goes on; here that becomes an error below.
             warnings.filterwarnings("ignore", "Skipping nested container")
@@ -60,6 +61,19 @@ def load_model(
         _check_values(model, found, compiled=compile, path=path)
         _check_ties(model, found.config, path=path)
     return model
+
+
+MAX_UNBUILT = 10_000
+"""Weights without a value that a plan may name: those of layers that have not been built."""
+
+
+def _check_plan(found: Contents, *, path: Any) -> None:
+    """Raises if the ties name many more weights than there are values, each of which would have to be made."""
+    weights = {uid for record in _records(found.config) for uid in record.get("weights", ())}
+    if len(weights) > len(found.values) + MAX_UNBUILT:
+        raise InvalidConfig(
+            f"The ties in {str(path)!r} name {len(weights):,} weights, and it has {len(found.values):,} values."
+        )
 
 
 def _check_values(model: Any, found: Contents, *, compiled: bool, path: Any) -> None:
@@ -96,13 +110,26 @@ def _check_ties(model: Any, config: dict[str, Any], *, path: Any) -> None:
 
 def _recorded(config: Any) -> Iterator[tuple[str, list[str]]]:
     """The names of tied layers in a config, and the paths of their ties."""
+    for entry in _dicts(config):
+        record, name = entry.get(KEY), entry.get("name")
+        if isinstance(record, dict) and isinstance(record.get("ties"), dict) and isinstance(name, str):
+            yield name, list(record["ties"])
+
+
+def _records(config: Any) -> Iterator[dict[str, Any]]:
+    """The records of ties in a config."""
+    for entry in _dicts(config):
+        record = entry.get(KEY)
+        if isinstance(record, dict) and isinstance(record.get("weights"), dict):
+            yield record
+
+
+def _dicts(config: Any) -> Iterator[dict[str, Any]]:
     waiting = [config]
     while waiting:
         entry = waiting.pop()
         if isinstance(entry, dict):
-            record, name = entry.get(KEY), entry.get("name")
-            if isinstance(record, dict) and isinstance(record.get("ties"), dict) and isinstance(name, str):
-                yield name, list(record["ties"])
+            yield entry
             waiting.extend(entry.values())
         elif isinstance(entry, list):
             waiting.extend(entry)

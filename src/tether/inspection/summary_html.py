@@ -12,6 +12,7 @@ from tether.inspection.layout import Column, Row, literal
 _STYLE = """
 .tether-summary{overflow:auto;max-height:60em}
 .tether-summary table{border-collapse:collapse;background:none;color:inherit;font-size:.9em}
+.tether-summary table+table{margin-top:.8em}
 .tether-summary :is(th,td){text-align:left;vertical-align:top;padding:.2em .8em .2em 0;border:0;
  border-top:1px solid color-mix(in srgb,currentColor 20%,transparent);white-space:nowrap;background:none;color:inherit}
 .tether-summary .name{white-space:normal;overflow-wrap:anywhere;min-width:12em}

@@ -631,6 +631,30 @@ def a_layer_cut_off_from_the_loss(rng, faulty):
     return model, normal(rng, 8, 4)
 
 
+class Either(layers.Layer):
+    """Two tied layers, of which a call may leave out the second."""
+
+    def __init__(self, both, **kwargs):
+        super().__init__(**kwargs)
+        codec = tether.Weight((4, 4), "normal", name="codec")
+        self.one = tether.tie(layers.Dense(4, name="one"), kernel=codec)
+        self.two = tether.tie(layers.Dense(4, use_bias=False, name="two"), kernel=codec.T)
+        self.both = both
+
+    def build(self, shape):
+        self.one.build(shape)
+        self.two.build(shape)
+
+    def call(self, x):
+        y = self.one(x)
+        return self.two(y) if self.both else y
+
+
+@fault("idle-use", "either/two/kernel", "hint")
+def a_tied_layer_that_is_not_called(rng, faulty):
+    return keras.Sequential([keras.Input((4,)), Either(not faulty, name="either")]), normal(rng, 8, 4)
+
+
 @fault("many-uses", "encode/kernel", "hint")
 def two_uses_under_plain_descent(rng, faulty):
     model, _ = tied_pair(rng)

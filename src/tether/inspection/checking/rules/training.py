@@ -18,6 +18,7 @@ from tether.inspection.facts import StoredWeight
 from tether.layers.state import state_of
 from tether.layers.view import stored_variables
 from tether.weights.operators.structure import Transpose
+from tether.weights.weight import Weight
 
 WIDE = 5.0
 """A standard deviation of logits from which on a softmax over a vocabulary has one winner, most likely a wrong one."""
@@ -52,6 +53,31 @@ def _freeze(context: Context, path: str) -> str:
     if variable is None:
         return "layer.trainable = False"
     return f"{context.variable_code(variable)}.trainable = False"
+
+
+@rule("idle-use", "a tied use through which a batch brings no gradient, though others do", needs_data=True)
+def idle_use(context: Context) -> Iterator[Finding]:
+    """The layer is not called, or what it computes does not reach the loss."""
+    found = context.gradients
+    for weight in context.facts.shared() if found is not None else ():
+        measured = found.weights.get(weight.path)
+        if measured is None or measured.norm == 0:
+            continue
+        live = {use.where for use in context.facts.uses_of(weight) if use.tied and use.reaches(weight)}
+        for place, use in enumerate(measured.uses):
+            if (
+                use.where in live
+                and use.norm == 0
+                and context.shaken_gradients.weights[weight.path].uses[place].norm == 0
+            ):
+                yield Finding(
+                    "idle-use",
+                    "hint",
+                    use.where,
+                    f"{use.where} = {use.expression} passes no gradient to {weight.path!r} on this batch, and other "
+                    "uses do. The layer is not called, or what it computes does not reach the loss.",
+                    f"tether.untie(model, {use.where!r})  # if it is not meant to be called; otherwise call the layer",
+                )
 
 
 @rule("many-uses", "a weight with several uses under an optimizer whose step is as long as the gradient")
@@ -147,7 +173,7 @@ def _is_head(layer: Any, variable: Any) -> bool:
         expression = slot.view.expression
         if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)) and isinstance(expression, Transpose):
             (table,) = expression.operands
-            if [variable] == [w.variable for w in table.weights_used() if w.is_built] and len(slot.view.shape) == 2:
+            if isinstance(table, Weight) and len(slot.view.shape) == 2 and table.variable is variable:
                 return True
     return False
 
