@@ -1080,3 +1080,120 @@ def test_a_large_array_is_written_whole():
     variable = keras.Variable(np.zeros_like(value))
     keras_seam.write(variable, value)
     assert np.array_equal(keras.ops.convert_to_numpy(variable.value), value)
+
+
+# --------------------------------------------------------------------------- what a check looks at
+
+
+@pytest.mark.parametrize("kind", ["functional", "sequential"])
+def test_the_calls_of_a_graph_are_listed_with_their_arguments(kind):
+    layer, array = dense(), np.ones(3, "float32")
+    if kind == "sequential":
+        ((called, args, kwargs),) = keras_seam.calls_in_graph(model_of(layer))
+        assert called is layer and len(args) == 1 and kwargs == {}
+        assert keras_seam.graph_outputs(model_of(layer)) == [layer]
+        return
+    x = keras.Input((2,))
+    y = keras.ops.multiply(layer(x), array)
+    calls = keras_seam.calls_in_graph(keras.Model(x, y))
+    assert calls[0][0] is layer and len(calls) == 2
+    assert any(value is array for value in calls[1][1])
+    assert keras_seam.graph_outputs(keras.Model(x, [y, layer(x)])) == [calls[1][0], layer]
+    assert keras_seam.calls_in_graph(layer) == [] == keras_seam.graph_outputs(layer)
+    assert keras_seam.calls_in_graph(keras.Sequential([dense()])) == []
+
+
+def test_own_attributes_leave_out_what_every_layer_and_every_compiled_model_has():
+    class Mine(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.mine = 3
+
+        def call(self, x):
+            return x
+
+    assert [name for name, _ in keras_seam.own_attributes(Mine()) if name not in ("build", "quantize")] == ["mine"]
+    model = model_of(dense())
+    before = {name for name, _ in keras_seam.own_attributes(model)}
+    model.compile("adam", "mse")
+    x = np.ones((2, 2), "float32")
+    model.fit(x, np.ones((2, 3), "float32"), verbose=0)
+    model.predict(x, verbose=0)
+    assert {name for name, _ in keras_seam.own_attributes(model)} == before
+
+
+def test_naming_what_layers_have_in_common_counts_no_layer():
+    keras_seam._common_attributes.cache_clear()
+    keras.backend.clear_session()
+    keras_seam.own_attributes(dense())
+    assert keras.layers.Layer().name == "layer"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_optimizer_names_the_variables_that_it_was_built_with_as_often_as_it_was_given_them(scaled):
+    layer, optimizer = dense(), keras.optimizers.Adam()
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
+    assert keras_seam.optimized_variables(optimizer) == []
+    optimizer.build([layer.kernel, layer.bias, layer.kernel])
+    found = keras_seam.optimized_variables(optimizer)
+    assert [id(v) for v in found] == [id(v) for v in (layer.kernel, layer.bias, layer.kernel)]
+
+
+def test_what_is_excluded_from_weight_decay_is_known():
+    layer, optimizer = dense(), keras.optimizers.AdamW()
+    assert keras_seam.decay_exclusions(optimizer) == (set(), None)
+    optimizer.exclude_from_weight_decay(var_list=[layer.bias], var_names=["kern", "gamma"])
+    ids, pattern = keras_seam.decay_exclusions(optimizer)
+    assert ids == {id(layer.bias)} and pattern.search("a/kernel") and not pattern.search("bias")
+
+
+def test_the_layout_map_in_force_is_found():
+    assert keras_seam.layout_map() is None
+    if keras.backend.backend() != "jax":
+        return
+    mesh = keras.distribution.DeviceMesh((1,), ["model"], keras.distribution.list_devices()[:1])
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts["head/kernel"] = (None, "model")
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts))
+    try:
+        assert list(keras_seam.layout_map()) == ["head/kernel"]
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_an_array_on_the_host_has_the_values_and_the_memory_of_a_variable(dtype):
+    variable = keras.Variable(np.arange(6).reshape(2, 3), dtype=dtype, trainable="float" in dtype)
+    array = keras_seam.on_host(keras_seam.stored_value(variable))
+    assert array.dtype.name == dtype and array.shape == (2, 3)
+    np.testing.assert_array_equal(array.astype("float32"), np.arange(6).reshape(2, 3))
+    again = keras_seam.on_host(keras_seam.stored_value(variable))
+    assert np.shares_memory(array, again)
+
+
+def test_a_tensor_of_a_trace_is_not_concrete():
+    seen = []
+
+    def function(x):
+        seen.append(keras_seam.is_concrete(x))
+        return x
+
+    tensor = keras.ops.ones((2,))
+    assert keras_seam.is_concrete(tensor)
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        jax.jit(function)(tensor)
+        donated = jax.numpy.ones((3,)) + 1
+        donated.delete()
+        assert not keras_seam.is_concrete(donated)
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.function(function)(tensor)
+    else:
+        import torch
+
+        function(torch.ones(2, device="meta"))
+    assert seen == [False]

@@ -28,6 +28,8 @@ def alone():
 
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_an_application_is_clean(name):
+    if name == "NASNetMobile" and keras.backend.backend() == "torch":
+        pytest.skip("Keras does not offer it on PyTorch")
     size = SMALLEST.get(name, 64)
     options = FIXED.get(name, {"input_shape": (size, size, 3), "include_top": False})
     model = getattr(keras.applications, name)(weights=None, **options)

@@ -79,8 +79,8 @@ def stored_twice(context: Context) -> Iterator[Finding]:
 
 def _is_within(place: str, other: str) -> bool:
     """Whether one of two entries is of an object inside of the other's: a layer that keeps a weight of its part."""
-    one, other = (entry.rpartition("vars/") for entry in (place, other))
-    return bool(one[1] and other[1]) and (one[0].startswith(other[0]) or other[0].startswith(one[0]))
+    (one, first, _), (two, second, _) = place.rpartition("vars/"), other.rpartition("vars/")
+    return bool(first and second) and (one.startswith(two) or two.startswith(one))
 
 
 def _is_made_by_config(context: Context, layer: Any) -> bool:
