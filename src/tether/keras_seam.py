@@ -789,7 +789,8 @@ def graph_outputs(model: Any) -> list[Any]:
 
 
 _OF_MODELS = {
-    "_functional", "optimizer", "loss", "compiled", "stop_training", "history", "unrolled_steps_per_execution",
+    "_functional", "optimizer", "loss", "compiled", "history", "stop_training", "stop_evaluating", "stop_predicting",
+    "_eval_epoch_iterator", "unrolled_steps_per_execution",
     "_compile_config", "_compile_loss", "_compile_metrics", "_loss_tracker", "_compiled_trainable_state",
     "train_function", "test_function", "predict_function", "steps_per_execution", "_jax_state", "_jax_state_synced",
 }  # fmt: skip
@@ -813,11 +814,15 @@ def optimized_variables(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "_trainable_variables", None) or ())
 
 
-def decay_exclusions(optimizer: Any) -> tuple[set[int], Any]:
-    """What is excluded from weight decay: the ids of variables, and a pattern that is searched for in names."""
+def decay_pattern(optimizer: Any) -> Any:
+    """The pattern of names that are excluded from weight decay, if there is one: it is searched for in `name`."""
+    return getattr(getattr(optimizer, "inner_optimizer", optimizer), "_exclude_from_weight_decay_pattern", None)
+
+
+def is_excluded_from_decay(optimizer: Any, variable: Any) -> bool:
+    """Whether a variable was itself given as one that does not decay."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    ids = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
-    return set(ids), getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    return optimizer._var_key(variable) in (getattr(optimizer, "_exclude_from_weight_decay", None) or ())
 
 
 def layout_map() -> Any:

@@ -13,6 +13,7 @@ from tether.inspection.plotting.drawing import draw
 from tether.inspection.plotting.layout import ABOVE, GAP, HEADING, LINE
 from tether.inspection.plotting.measures import BAR, BELOW, CODE, LEFT, NARROWEST, RIGHT, WIDEST, WIDTH
 from tether.inspection.plotting.words import text
+from tether.inspection.sizes import human_bytes
 
 MARGIN = 24
 
@@ -71,16 +72,16 @@ def totals_of(facts: Facts) -> list[tuple[str, str, str]]:
     """The totals: what of, how much, and a word on it."""
     shared = sum(1 for _ in facts.shared())
     note = words.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
-    found = [("stored", words.size(facts.stored_bytes), note)]
+    found = [("stored", human_bytes(facts.stored_bytes), note)]
     if facts.ties:
         saved = facts.unshared_bytes - facts.stored_bytes
-        found.append(("unshared", words.size(facts.unshared_bytes), "if nothing were shared"))
+        found.append(("unshared", human_bytes(facts.unshared_bytes), "if nothing were shared"))
         of_all = f"{abs(saved) / facts.unshared_bytes:.1%} of that" if saved else ""
-        found.append(("saved" if saved >= 0 else "added", words.size(abs(saved)), of_all))
+        found.append(("saved" if saved >= 0 else "added", human_bytes(abs(saved)), of_all))
     else:
         found.append(("unshared", "unknown", "this file does not say which layers share"))
     if facts.optimizer:
-        found.append(("optimizer", words.size(facts.optimizer_bytes), "kept beside the weights"))
+        found.append(("optimizer", human_bytes(facts.optimizer_bytes), "kept beside the weights"))
     return found
 
 

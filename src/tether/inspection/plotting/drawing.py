@@ -32,6 +32,7 @@ from tether.inspection.plotting.measures import (
 )
 from tether.inspection.plotting.rows import kind_of, rows_of, use_kind, weight_kind
 from tether.inspection.plotting.words import text
+from tether.inspection.sizes import human_bytes
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _weights(it: _Map, number: int) -> Iterator[str]:
         inside = [weight for inner in it.rows[number + 1 : row.end] for weight in inner.weights]
         if inside:
             many = words.number(len(inside), "weight") if len(inside) > 1 else words.name_of(inside[0]).split("/")[-1]
-            said = text(f"{words.fit_end(many, 16)}, {words.size(sum(weight.bytes for weight in inside))}")
+            said = text(f"{words.fit_end(many, 16)}, {human_bytes(sum(weight.bytes for weight in inside))}")
             yield (
                 f'<text class="sum" data-row="{number}" x="{LEFT - 9}" y="{px(place.top + place.height / 2)}"'
                 f"{_hidden(not row.closed or place.stripe)}>{said}</text>"
@@ -121,7 +122,7 @@ def _weight(it: _Map, weight: StoredWeight, row: int, y: float, box: float, draw
     name = words.name_of(weight)
     if uses and not tied:  # the row beside it says the rest
         name = name.rpartition("/")[2]
-    size = words.size(weight.bytes)
+    size = human_bytes(weight.bytes)
     middle = max(drawn.open, LINE) / 2
     if drawn.open >= TWO_LINES:
         room = int((LEFT - 14) / CODE)
@@ -188,7 +189,7 @@ def _heading(it: _Map, number: int, common: str) -> str:
         said.append(row.kind)
     said.append(
         f"{words.number(uses, 'use')}; {words.number(len(weights), 'weight')} drawn here, "
-        f"{words.size(sum(weight.bytes for weight in weights))}"
+        f"{human_bytes(sum(weight.bytes for weight in weights))}"
     )
     bottom = max((it.places[n].top + it.places[n].height for n in inner), default=place.top)
     height = place.height if row.closed else max(bottom - place.top, place.height)

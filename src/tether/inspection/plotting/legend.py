@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 from tether.inspection.facts import Facts
-from tether.inspection.plotting import words
 from tether.inspection.plotting.layout import LINE, scale_of
 from tether.inspection.plotting.measures import BAR, CLASSES, LEFT, NARROWEST, PROSE, RIGHT, WIDTH, px
 from tether.inspection.plotting.rows import KINDS, kind_of, use_kind, weight_kind
+from tether.inspection.sizes import human_bytes
 
 MARK = 12
 """The width of a patch of colour."""
@@ -46,7 +46,7 @@ def _entries(facts: Facts) -> list[tuple[str, str]]:
     bar = f'<rect class="scale" y="{px(-height / 2)}" width="{MARK}" height="{px(height)}"/>'
     return [
         *found,
-        (bar, f"{words.size(count)}; a hairline at least; paler is room for a name".replace(".0 ", " ")),
+        (bar, f"{human_bytes(count)}; a hairline at least; paler is room for a name".replace(".0 ", " ")),
     ]
 
 

@@ -6,6 +6,7 @@ import re
 from xml.sax.saxutils import escape
 
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
+from tether.inspection.sizes import human_bytes
 
 MOST_LISTED = 8
 """Of more uses than these, the facts of a weight give the number."""
@@ -17,17 +18,6 @@ _TURNS_TEXT = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 def text(words: str) -> str:
     """Any words as text or as an attribute's value in XML and HTML."""
     return escape(_TURNS_TEXT.sub("�", _NOT_XML.sub("�", words)), {'"': "&quot;", "'": "&#39;"})
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units: `200.7 kB`."""
-    if count < 1000:
-        return f"{count} B"
-    value, units = float(count), iter(("kB", "MB", "GB", "TB", "PB", "EB"))
-    unit = ""
-    while value >= 999.95 and (larger := next(units, None)):
-        value, unit = value / 1000, larger
-    return f"{value:,.1f} {unit}"
 
 
 def shape(dimensions: Shape) -> str:
@@ -74,7 +64,7 @@ def weight_facts(weight: StoredWeight, facts: Facts, kind: str) -> list[str]:
     uses = facts.uses_of(weight)
     lines = [
         name_of(weight),
-        f"{shape(weight.shape)}, {weight.dtype}, {size(weight.bytes)}",
+        f"{shape(weight.shape)}, {weight.dtype}, {human_bytes(weight.bytes)}",
         kind + (f", shared by {number(len(uses), 'use')}" if len(uses) > 1 else ""),
     ]
     lines += [f"read by {_reading(use)}" for use in uses[:MOST_LISTED]]
@@ -83,7 +73,7 @@ def weight_facts(weight: StoredWeight, facts: Facts, kind: str) -> list[str]:
     slots = facts.slots_of(weight)
     if slots:
         names = ", ".join(slot.name or "?" for slot in slots)
-        lines.append(f"optimizer: {names}, {size(sum(slot.bytes for slot in slots))}")
+        lines.append(f"optimizer: {names}, {human_bytes(sum(slot.bytes for slot in slots))}")
     lines.append(f"stored at {weight.place}" + (f", again at {', '.join(weight.again)}" if weight.again else ""))
     return lines
 
@@ -92,7 +82,7 @@ def use_facts(use: UseOf, kinds: list[tuple[str, str]]) -> list[str]:
     """What the map says of a use; `kinds` are its weights' names and how each is used."""
     return [
         _reading(use) + (f" ({use.kind})" if use.kind else ""),
-        f"{shape(use.shape)}, {use.dtype}, {size(use.bytes)}" + (" if it were stored" if use.tied else ""),
+        f"{shape(use.shape)}, {use.dtype}, {human_bytes(use.bytes)}" + (" if it were stored" if use.tied else ""),
         *(f"reads {name}: {kind}" for name, kind in kinds),
     ]
 

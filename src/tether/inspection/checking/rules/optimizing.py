@@ -129,10 +129,12 @@ def name_misses_alias(context: Context) -> Iterator[Finding]:
     shared = {path: others for path, others in names.items() if len(others) > 1}
     variables = {variable.path: variable for variable in context.model.weights}
     for where, optimizer in context.optimizers:
-        ids, pattern = keras_seam.decay_exclusions(optimizer)
+        pattern = keras_seam.decay_pattern(optimizer)
         for path, others in shared.items():
             variable = variables[path]
-            if pattern is None or not optimizer.weight_decay or id(variable) in ids or pattern.search(variable.name):
+            if pattern is None or not optimizer.weight_decay or pattern.search(variable.name):
+                continue
+            if keras_seam.is_excluded_from_decay(optimizer, variable):
                 continue
             missed = [name for name in others[1:] if pattern.search(name)]
             if missed:
