@@ -913,7 +913,7 @@ def _make_write() -> Callable[[Any, Any], None]:
             variable.value.copy_(tensor.view(torch.bfloat16) if bits else tensor)
 
     def of_tensorflow(variable: Any, array: Any) -> None:
-        if array.nbytes <= part or not array.ndim or variable._layout is not None:
+        if array.nbytes <= part or not array.ndim or getattr(variable, "_layout", None) is not None:
             assign(variable, array)
             return
         rows = max(1, part * len(array) // array.nbytes)

@@ -239,6 +239,12 @@ def test_every_rule_is_on_the_page():
         assert "**Why it matters.**" in section and "**Mend.**" in section, name
 
 
+def test_the_page_lists_the_rules_that_judge_a_file():
+    page = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| a file |"))
+    assert set(row.split("`")[1::2]) == {name for name, each in RULES.items() if each.file}
+
+
 def test_every_rule_has_a_name_in_kebab_case_and_one_line():
     for name, each in RULES.items():
         assert name == name.lower() and name.replace("-", "").isalpha() and name == each.name

@@ -143,3 +143,29 @@ def test_a_layer_that_is_used_twice_is_no_finding(rng):
     dense = layers.Dense(6)
     x = keras.Input((6,))
     assert not tether.check(keras.Model(x, dense(dense(x))))
+
+
+def test_blocks_that_start_alike_in_the_same_way_are_one_hint():
+    def block(number):
+        start = keras.initializers.HeNormal()
+        pair = [layers.Dense(6, kernel_initializer=start, name=name) for name in ("key", "value")]
+        return keras.Sequential(pair, name=f"block_{number}")
+
+    model = keras.Sequential([keras.Input((6,)), *(block(number) for number in range(3))])
+    (finding,) = equal(model)
+    assert finding.where == "block_0/value/kernel"
+    assert "block_1/value/kernel, block_2/value/kernel" in finding.why
+
+
+def test_only_a_weight_of_a_layer_alone_has_a_short_name(rng):
+    start = keras.initializers.HeNormal()
+
+    class Two(layers.Layer):
+        def build(self, shape):
+            self.a = self.add_weight(shape=(6, 6), initializer=start, name="a")
+            self.b = self.add_weight(shape=(6, 6), initializer=start, name="b")
+
+    layer = Two()
+    layer.build((None, 6))
+    (finding,) = equal(layer)
+    assert finding.where == "b" and "'a'" in finding.why

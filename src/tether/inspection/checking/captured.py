@@ -19,7 +19,7 @@ from tether.layers.view import View
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
-MAX_DEPTH = 7
+MAX_DEPTH, MAX_OBJECTS = 7, 20_000
 MAX_ITEMS = 10_000
 """A container of more is a vocabulary."""
 LIBRARIES = {"keras", "keras_hub", "tether", "numpy", "jax", "jaxlib", "tensorflow", "torch", "builtins", "functools"}
@@ -77,7 +77,9 @@ class _Walk:
         self._been: dict[int, Any] = {}  # kept alive, so that no id is given twice
 
     def into(self, value: Any, how: str, attribute: str, depth: int) -> Iterator[Found]:
-        if isinstance(value, _PRIMITIVE) or id(value) in self._been or depth > MAX_DEPTH:
+        if isinstance(value, _PRIMITIVE) or id(value) in self._been:
+            return
+        if depth > MAX_DEPTH or len(self._been) > MAX_OBJECTS:
             return
         self._been[id(value)] = value
         if isinstance(value, (View, keras.KerasTensor)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -20,6 +21,8 @@ from tether.inspection.live import OPTIMIZER, UNSAVED, entries, layer_path
 from tether.layers import paths
 from tether.layers.state import Slot, State, state_of
 from tether.weights.weight import Weight
+
+T = TypeVar("T")
 
 SHAKE = 0.05
 """The standard deviation of what is added to the weights to tell one that cannot learn from one that is at rest."""
@@ -59,6 +62,14 @@ class Context:
     def __init__(self, facts: Facts, *, model: Any = None, file: Path | None = None, data: Batch | None = None) -> None:
         self.facts, self.model, self.file, self.data = facts, model, file, data
         self._open = contextlib.ExitStack()
+        self._found: dict[Any, Any] = {}
+
+    def once(self, find: Callable[[Context], T]) -> T:
+        """What a function finds out, remembered for the other rules that ask."""
+        if find not in self._found:
+            self._found[find] = find(self)
+        found: T = self._found[find]
+        return found
 
     def __enter__(self) -> Context:
         return self

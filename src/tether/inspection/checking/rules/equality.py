@@ -27,10 +27,9 @@ ROUNDED = 0.9
 def equal_weights(context: Context) -> Iterator[Finding]:
     """They were copied where they were meant to be shared; or they start from one seed and learn alike."""
     if context.file is None:
-        soft = _softly_tied(context)
-        yield from (_copied(context, *pair) for pair in equal_pairs(context) if _pair(*pair[:2]) not in soft)
+        yield from _copies(context)
         return
-    for first, second, found in equal_pairs(context):
+    for first, second, found in context.once(equal_pairs):
         if not (found.in_order and found.scale == 1):  # equal to the bit is stored twice, another rule's
             yield Finding(
                 "equal-weights",
@@ -46,7 +45,7 @@ def equal_weights(context: Context) -> Iterator[Finding]:
 def stored_twice(context: Context) -> Iterator[Finding]:
     """Read back, each of them is a weight of its own."""
     if context.file is not None:
-        for first, second, found in equal_pairs(context):
+        for first, second, found in context.once(equal_pairs):
             if found.in_order and found.scale == 1 and not _is_within(first.place, second.place):
                 yield Finding(
                     "stored-twice",
@@ -130,14 +129,17 @@ def quantized_beside_float(context: Context) -> Iterator[Finding]:
 # --------------------------------------------------------------------------- pairs
 
 
-def equal_pairs(context: Context) -> list[tuple[StoredWeight, StoredWeight, Likeness]]:
+Pair = tuple[StoredWeight, StoredWeight, Likeness]
+
+
+def equal_pairs(context: Context) -> list[Pair]:
     """The pairs of stored floating-point weights that are equal up to an order of axes and a factor.
 
     Of several that are equal, each is paired with the first one only.
     """
     weights = [w for w in context.weights if keras_seam.is_float(w.dtype) and w.place in context.values]
     values: list[Values] = [context.values[weight.place] for weight in weights]
-    found: list[tuple[StoredWeight, StoredWeight, Likeness]] = []
+    found: list[Pair] = []
     paired: set[int] = set()
     likenesses = alike(values, NEARLY, lambda first, second: True)
     for likeness in sorted(likenesses, key=lambda likeness: (likeness.first, likeness.second)):
@@ -150,23 +152,36 @@ def equal_pairs(context: Context) -> list[tuple[StoredWeight, StoredWeight, Like
     return found
 
 
-def _copied(context: Context, first: StoredWeight, second: StoredWeight, found: Likeness) -> Finding:
+def _copies(context: Context) -> Iterator[Finding]:
+    soft = _softly_tied(context)
+    of_one_seed: dict[tuple[str, ...], list[Pair]] = {}
+    for pair in context.once(equal_pairs):
+        first, second, _ = pair
+        if frozenset({first.place, second.place}) in soft:
+            continue
+        if all(_is_at_its_start(context, context.variables[weight.place]) for weight in (first, second)):
+            kind = tuple(part for weight in (first, second) for part in context.name_of(weight).split("/")[-2:])
+            of_one_seed.setdefault(kind, []).append(pair)
+        elif first.trainable != second.trainable:
+            what = "One of them trains and the other does not: a copy that was meant as one is right as it is."
+            yield _copied(context, pair, "hint", what)
+        else:
+            yield _copied(context, pair, "warning", "They were copied, and part with the next step of training.")
+    for pairs in of_one_seed.values():
+        what = "Both were started by initializers of one seed, so their layers begin as copies of each other."
+        others = [context.name_of(second) for _, second, _ in pairs[1:]]
+        what += f" The same goes for {', '.join(others)}." if others else ""
+        yield _copied(context, pairs[0], "hint", what, "\n# or, if they are two weights, give each a seed of its own")
+
+
+def _copied(context: Context, pair: Pair, severity: Severity, what: str, mend: str = "") -> Finding:
+    first, second, found = pair
     one, other = context.variables[first.place], context.variables[second.place]
     why = f"It has the values of {context.name_of(first)!r}{in_words(found.axes, found.scale)} and is not tied to it."
     layer, held = next(iter(context.uses(other)), (None, None))
     path = context.name_of(second) if layer is None else context.use_path(layer, held)
-    mend = f"tether.tie(model, {{{path!r}: {arranged(context.weight_code(one), found.axes, found.scale)}}})"
-    severity: Severity = "warning"
-    if _is_at_its_start(context, one) and _is_at_its_start(context, other):
-        severity = "hint"
-        why += " Both were started by initializers of one seed, so their layers begin as copies of each other."
-        mend += "\n# or, if they are two weights, give each an initializer of its own, without a common seed"
-    elif first.trainable != second.trainable:
-        severity = "hint"
-        why += " One of them trains and the other does not: a copy that was meant as one is right as it is."
-    else:
-        why += " They were copied, and part with the next step of training."
-    return Finding("equal-weights", severity, context.name_of(second), why, mend)
+    tie = f"tether.tie(model, {{{path!r}: {arranged(context.weight_code(one), found.axes, found.scale)}}})"
+    return Finding("equal-weights", severity, context.name_of(second), f"{why} {what}", tie + mend)
 
 
 def _is_at_its_start(context: Context, variable: Any) -> bool:
@@ -194,10 +209,6 @@ def _softly_tied(context: Context) -> set[frozenset[str]]:
                     pair = [context.weight_of(w.variable) for w in (a, b) if w.is_built]
                     found.add(frozenset(weight.place for weight in pair if weight is not None))
     return found
-
-
-def _pair(first: StoredWeight, second: StoredWeight) -> frozenset[str]:
-    return frozenset({first.place, second.place})
 
 
 def _mend_file(context: Context) -> str:

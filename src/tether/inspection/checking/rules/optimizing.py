@@ -21,31 +21,25 @@ MOST_MISSED = 20
 @rule("compiled-before-tied", "an optimizer that was built with other weights than the model has now")
 def compiled_before_tied(context: Context) -> Iterator[Finding]:
     """A weight that it does not know cannot be trained on; one that is gone keeps its slots."""
-    for where, optimizer in context.optimizers[:1] if getattr(context.model, "optimizer", None) is not None else ():
-        known = {id(variable): variable for variable in keras_seam.optimized_variables(optimizer)}
-        if not known:
-            continue
-        missing = [v for v in context.model.trainable_variables if id(v) not in known]
-        present = {id(variable) for variable in context.model.variables}
-        gone = [variable for key, variable in known.items() if key not in present]
-        if missing:
-            yield Finding(
-                "compiled-before-tied",
-                "error",
-                where,
-                f"The optimizer was built without {_listed(missing)}: what trains was tied, untied or unfrozen after "
-                "the model had trained. The next step of training fails, or leaves it as it is.",
-                _compile_again(context),
-            )
-        elif gone:
-            yield Finding(
-                "compiled-before-tied",
-                "error",
-                where,
-                f"The optimizer was built with {_listed(gone)}, which the model no longer has: it was tied after it "
-                "had trained. The optimizer keeps slots for nothing, and on JAX the next step of training fails.",
-                _compile_again(context),
-            )
+    if not getattr(context.model, "compiled", False):
+        return
+    known = {id(variable): variable for variable in keras_seam.optimized_variables(context.model.optimizer)}
+    missing = [variable for variable in context.model.trainable_variables if id(variable) not in known]
+    present = {id(variable) for variable in context.model.variables}
+    gone = [variable for key, variable in known.items() if key not in present]
+    if known and missing:
+        why = (
+            f"The optimizer was built without {_listed(missing)}: what trains was tied, untied or unfrozen after the "
+            "model had trained. The next step of training fails, or leaves it as it is."
+        )
+    elif gone:
+        why = (
+            f"The optimizer was built with {_listed(gone)}, which the model no longer has: it was tied after it had "
+            "trained. The optimizer keeps slots for nothing, and on JAX the next step of training fails."
+        )
+    else:
+        return
+    yield Finding("compiled-before-tied", "error", "optimizer", why, _compile_again(context))
 
 
 def _listed(variables: list[Any]) -> str:

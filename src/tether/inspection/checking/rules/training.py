@@ -43,7 +43,8 @@ def no_gradient(context: Context) -> Iterator[Finding]:
                 uses[0] if uses else path,
                 f"The weight {path!r} trains, and the gradient of {found.of} is zero for all of it. It is not on the "
                 "way from the inputs to the loss: what reads it is not called, is cut off by a `stop_gradient` or an "
-                "operation without a gradient, or computes with a copy. On JAX weight decay still moves it.",
+                "operation without a gradient, or computes with a copy; or all units behind it are dead. On JAX, weight "
+                "decay still moves it.",
                 f"{_freeze(context, path)}  # or lead its output to the loss",
             )
 
