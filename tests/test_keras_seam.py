@@ -1201,3 +1201,14 @@ def test_a_tensor_of_a_trace_is_not_concrete():
 
         function(torch.ones(2, device="meta"))
     assert seen == [False]
+
+
+def test_what_is_saved_is_listed_in_a_stateless_scope_too():
+    model = model_of(dense())
+    model.compile("adam", "mse")
+    model.fit(np.ones((2, 2)), np.ones((2, 3)), verbose=0)
+    places = [place for place, _ in keras_seam.saved_objects(model)]
+    assert "optimizer" in places
+    with keras.StatelessScope() as scope:
+        assert [place for place, _ in keras_seam.saved_objects(model)] == places
+        assert keras.src.backend.get_stateless_scope() is scope

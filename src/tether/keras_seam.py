@@ -254,6 +254,17 @@ def outside_name_scopes() -> Iterator[None]:
         _global_state.set_global_attribute("name_scope_stack", stack)
 
 
+@contextlib.contextmanager
+def _outside_stateless_scopes() -> Iterator[None]:
+    """Allows new variables, which Keras refuses in a stateless scope."""
+    scope = _global_state.get_global_attribute("stateless_scope")
+    _global_state.set_global_attribute("stateless_scope", None)
+    try:
+        yield
+    finally:
+        _global_state.set_global_attribute("stateless_scope", scope)
+
+
 def name_scope(layer: Any) -> Any:
     """The name scope that `add_weight` opens around a new variable of `layer`."""
     return _backend.name_scope(layer.name, caller=layer)
@@ -574,7 +585,9 @@ def _saved_below(saveable: Any, place: str, seen: set[int]) -> Iterator[tuple[st
         return
     seen.add(id(saveable))
     yield place, saveable
-    for name, child in _saving_lib._walk_saveable(saveable):
+    with _outside_stateless_scopes():  # to see what an optimizer writes, Keras makes one
+        children = list(_saving_lib._walk_saveable(saveable))
+    for name, child in children:
         inner = f"{place}/{name}" if place else name
         if isinstance(child, KerasSaveable):
             yield from _saved_below(child, inner, seen)

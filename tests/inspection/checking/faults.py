@@ -655,14 +655,14 @@ def a_tied_layer_that_is_not_called(rng, faulty):
     return keras.Sequential([keras.Input((4,)), Either(not faulty, name="either")]), normal(rng, 8, 4)
 
 
-@fault("many-uses", "encode/kernel", "hint")
+@fault("many-uses", "encode/kernel", "hint", mends=True)
 def two_uses_under_plain_descent(rng, faulty):
     model, _ = tied_pair(rng)
     model.compile(keras.optimizers.SGD(0.1) if faulty else keras.optimizers.Adam(0.1), "mse")
     return model, (normal(rng, 8, 6), normal(rng, 8, 6))
 
 
-@fault("many-uses", "encode/kernel", "hint")
+@fault("many-uses", "encode/kernel", "hint", mends=True)
 def two_uses_under_clipping_by_the_global_norm(rng, faulty):
     model, _ = tied_pair(rng)
     model.compile(keras.optimizers.Adam(0.1, global_clipnorm=1.0 if faulty else None), "mse")

@@ -4,6 +4,7 @@ import random
 
 import keras
 import numpy as np
+import pytest
 
 import tether
 from tests.inspection.checking.faults import Child, language_model, normal, tied_pair, trained
@@ -25,6 +26,18 @@ def test_a_factor_behind_a_zero_one_is_no_finding(rng):
     found = tether.inspection.gradients(model, normal(rng, 4, 6))
     assert found.weights[a.variable.path].norm == 0
     assert not tether.check(model, normal(rng, 4, 6))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_keras_lora_is_no_finding_in_a_compiled_model(optimizer, rng):
+    """The same for a model that has an optimizer, trained or not."""
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(6)])
+    model.layers[0].enable_lora(2)
+    model.compile(optimizer, "mse")
+    x = normal(rng, 4, 6)
+    assert not tether.check(model, (x, x))
+    model.fit(x, x, verbose=0)
+    assert not tether.check(model, (x, x))
 
 
 def test_a_model_that_starts_at_zero_is_no_finding(rng):
@@ -60,6 +73,20 @@ def test_a_use_that_passes_no_gradient_does_not_count(rng):
     model, _ = tied_pair(rng)
     model.compile(keras.optimizers.SGD(0.1), "mse")
     model.layers[1].trainable = False
+    assert not tether.check(model)
+
+
+def test_the_code_for_many_uses_keeps_every_expression_and_scales_its_gradient(rng):
+    model, codec = tied_pair(rng)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = normal(rng, 4, 6)
+    before = numpy(model(x))
+    whole = tether.inspection.gradients(model, x, x).weights[codec.variable.path].norm
+    (finding,) = tether.check(model)
+    exec(finding.mend, {"model": model, "tether": tether})
+    np.testing.assert_allclose(numpy(model(x)), before, rtol=1e-5, atol=1e-6)
+    halved = tether.inspection.gradients(model, x, x).weights[codec.variable.path].norm
+    assert abs(halved - whole / 2) < 1e-3 * whole
     assert not tether.check(model)
 
 

@@ -275,6 +275,14 @@ class Context:
                 return "/".join(canonical)
         return f"{self.path_of(layer)}/{variable.name}"
 
+    def known_path(self, where: str) -> str:
+        """The path by which `tether.tie(model, {path: ...})` finds a use: a single layer's own name is not in it."""
+        for path in (where, where.partition("/")[2]):
+            with contextlib.suppress(TetherError):
+                paths.locate(self.model, paths.split(path))
+                return path
+        return where
+
     @cached_property
     def _uses(self) -> dict[int, list[tuple[Any, Any]]]:
         found: dict[int, list[tuple[Any, Any]]] = {}

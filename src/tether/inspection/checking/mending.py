@@ -13,7 +13,7 @@ def arranged(code: str, axes: tuple[int, ...], scale: float = 1.0) -> str:
         code += ".T"
     elif axes != tuple(range(len(axes))):
         code += f".transpose({', '.join(map(str, axes))})"
-    return code if scale == 1 else f"{scale:.9g} * {code}"
+    return code if scale == 1 else f"{scale:.7g} * {code}"
 
 
 def in_words(axes: tuple[int, ...], scale: float = 1.0) -> str:

@@ -78,8 +78,8 @@ def _mend_captured(context: Context, captured: Captured, variable: Any, lost: bo
     if captured.found.attribute == "call":
         return f"self.{name} = {source}  # in the layer's constructor; read `self.{name}.value` in its `call`"
     return (
-        f"self.{name} = ...  # the variable, as an attribute of layer {captured.layer.name!r} of its own, set in its "
-        "constructor or `build`"
+        f"self.{name} = ...  # the variable or `tether.Weight` itself, as an attribute of layer "
+        f"{captured.layer.name!r}, set in its constructor or `build`"
     )
 
 

@@ -166,7 +166,7 @@ def _copies(context: Context) -> Iterator[Finding]:
             what = "One of them trains and the other does not: a copy that was meant as one is right as it is."
             yield _copied(context, pair, "hint", what)
         else:
-            yield _copied(context, pair, "warning", "They were copied, and part with the next step of training.")
+            yield _copied(context, pair, "warning", "Copies part with the next step of training.")
     for pairs in of_one_seed.values():
         what = "Both were started by initializers of one seed, so their layers begin as copies of each other."
         others = [context.name_of(second) for _, second, _ in pairs[1:]]

@@ -12,11 +12,13 @@ import numpy as np
 from tether import keras_seam
 from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding
+from tether.inspection.checking.mending import code_of
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.checking.values import deviation
 from tether.inspection.facts import StoredWeight
 from tether.layers.state import state_of
 from tether.layers.view import stored_variables
+from tether.weights.operators.gradient import ScaleGradient
 from tether.weights.operators.structure import Transpose
 from tether.weights.weight import Weight
 
@@ -43,8 +45,8 @@ def no_gradient(context: Context) -> Iterator[Finding]:
                 uses[0] if uses else path,
                 f"The weight {path!r} trains, and the gradient of {found.of} is zero for all of it. It is not on the "
                 "way from the inputs to the loss: what reads it is not called, is cut off by a `stop_gradient` or an "
-                "operation without a gradient, or computes with a copy; or all units behind it are dead. On JAX, weight "
-                "decay still moves it.",
+                "operation without a gradient, or computes with a copy; or all units behind it are dead. On JAX, "
+                "weight decay still moves it.",
                 f"{_freeze(context, path)}  # or lead its output to the loss",
             )
 
@@ -66,19 +68,15 @@ def idle_use(context: Context) -> Iterator[Finding]:
             continue
         live = {use.where for use in context.facts.uses_of(weight) if use.tied and use.reaches(weight)}
         for place, use in enumerate(measured.uses):
-            if (
-                use.where in live
-                and use.norm == 0
-                and context.shaken_gradients.weights[weight.path].uses[place].norm == 0
-            ):
-                yield Finding(
-                    "idle-use",
-                    "hint",
-                    use.where,
+            if use.where not in live or use.norm != 0:
+                continue
+            if context.shaken_gradients.weights[weight.path].uses[place].norm == 0:
+                why = (
                     f"{use.where} = {use.expression} passes no gradient to {weight.path!r} on this batch, and other "
-                    "uses do. The layer is not called, or what it computes does not reach the loss.",
-                    f"tether.untie(model, {use.where!r})  # if it is not meant to be called; otherwise call the layer",
+                    "uses do. The layer is not called, or what it computes does not reach the loss."
                 )
+                mend = f"tether.untie(model, {context.known_path(use.where)!r})  # or call the layer"
+                yield Finding("idle-use", "hint", use.where, why, mend)
 
 
 @rule("many-uses", "a weight with several uses under an optimizer whose step is as long as the gradient")
@@ -93,7 +91,8 @@ def many_uses(context: Context) -> Iterator[Finding]:
         return
     for weight in context.facts.shared():
         uses = [use for use in context.facts.uses_of(weight) if use.reaches(weight)]
-        if len(uses) < 2:
+        tied = [slot.view for _, _, slot in context.tied if slot.view.use.live and _reads(context, slot.view, weight)]
+        if len(uses) < 2 or sum(map(_gradient_scale, tied)) + len(uses) - len(tied) <= 1:
             continue
         if clipped:
             effect = "The more uses, the larger its share of the norm that is clipped, and the less the others learn."
@@ -104,11 +103,31 @@ def many_uses(context: Context) -> Iterator[Finding]:
             "hint",
             context.name_of(weight),
             f"Its gradient is the sum over its {len(uses)} uses{_measured(context, weight)}. {effect}",
-            "tether.tie(model, {"
-            + f"{uses[1].where!r}: {context.weight_code(context.variables[weight.place])}"
-            + f".scale_gradient({1 / len(uses):.3g})"
-            + "})  # for each use, with its expression; or train it at a smaller rate",
+            _scaled(context, tied, 1 / len(uses)) if tied else "# train it at a smaller rate",
         )
+
+
+def _reads(context: Context, view: Any, weight: StoredWeight) -> bool:
+    return any(context.variables[weight.place] is variable for variable in stored_variables(view))
+
+
+def _gradient_scale(view: Any) -> float:
+    """By what a use multiplies the gradient that it passes on."""
+    expression = view.expression
+    return abs(float(expression.parameters["scale"])) if isinstance(expression, ScaleGradient) else 1.0
+
+
+def _scaled(context: Context, views: list[Any], scale: float) -> str:
+    """Code that ties each use to its expression with a smaller gradient."""
+    weights = dict.fromkeys(w for view in views for w in view.expression.weights_used() if w.is_built)
+    names = {weight: f"w{number}" if number else "w" for number, weight in enumerate(weights)}
+    lines = [f"{name} = {context.weight_code(weight.variable)}" for weight, name in names.items()]
+    for view in views:
+        layer, code = view.use.layer(), code_of(view.expression, names)
+        path = view.path if layer is None else context.use_path(layer, view)
+        code = f"({code})" if " " in code else code
+        lines.append(f"tether.tie(model, {{{path!r}: {code}.scale_gradient({scale:.3g})}})")
+    return "\n".join(lines)
 
 
 def _measured(context: Context, weight: StoredWeight) -> str:
@@ -145,7 +164,7 @@ def wide_table(context: Context) -> Iterator[Finding]:
             "warning",
             f"{context.path_of(embedding)}/embeddings",
             f"The table starts with a standard deviation of {spread:.3g}, and {context.path_of(head)!r} makes logits "
-            f"of it. With {width} features of unit variance the first logits have one of about {expected:.3g}"
+            f"of it. With {width} features of unit variance, that of the first logits is about {expected:.3g}"
             + (f" (measured: {measured:.3g})" if measured is not None else "")
             + ": the softmax is certain of one wrong answer, and the loss starts far above that of guessing.",
             f"table = {context.variable_code(variable)}\n"
