@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 import tether
-from benchmarks._measure import compare, write
+from benchmarks._measure import compare, compare_made, write
 from benchmarks._steps import data, forward, model_of, train, xla_memory
 
 SHORTEST, LONGEST = 0.2e-3, 1.0
@@ -217,14 +217,23 @@ def lora(budget=3.0):
     rows = []
     for name, sides in LORA.items():
         for step, run in (("forward", forward), ("training", train)):
-            ours, theirs, x = _tied_and_lora(*sides)
-            found = compare(run(ours, x), run(theirs, x), budget=budget, rounds=21)
+
+            def pair(sides=sides, run=run):
+                ours, theirs, x = _tied_and_lora(*sides)
+                return run(ours, x), run(theirs, x)
+
+            found = compare_made(pair, budget=2 * budget)
             rows.append({"case": f"lora: {name}, {step}", "speedup": 1 / found["ratio"], **found})
             print(f"{rows[-1]['speedup']:.2f} x  {name}, {step}", flush=True)
         # What Keras's way costs over the same layers without any low-rank part: nothing can be faster than by that.
-        plain = sides[0]()
-        plain.trainable = False
-        found = compare(forward(theirs, x), forward(plain, x), budget=budget / 2, rounds=21, noise=False)
+
+        def most(sides=sides):
+            _, theirs, x = _tied_and_lora(*sides)
+            plain = sides[0]()
+            plain.trainable = False
+            return forward(theirs, x), forward(plain, x)
+
+        found = compare_made(most, budget=budget)
         rows.append({"case": f"lora: {name}, enable_lora over the plain layers, forward", "speedup": None, **found})
         print(f"{found['ratio']:.2f} x is the most there is: {name}, forward", flush=True)
     return rows
@@ -263,11 +272,14 @@ def by_hand(budget=4.0):
     cases += [("embedding", embedding, (n, 512, 8, True), LookedUpByHand, (512, 8, 32000)) for n in (256, 4096)]
     for kind, build, sizes, hand, arguments in cases:
         for step, run in (("forward", forward), ("training", train)):
-            layer, x = build(*sizes)
-            theirs = model_of(hand(*arguments), x.shape, str(x.dtype))
+
+            def pair(build=build, sizes=sizes, hand=hand, arguments=arguments, run=run):
+                layer, x = build(*sizes)
+                shape = x.shape, str(x.dtype)
+                return run(model_of(layer, *shape), x), run(model_of(hand(*arguments), *shape), x)
+
             with tether.planning.force("factored"):
-                ours = run(model_of(layer, x.shape, str(x.dtype)), x)
-                found = compare(ours, run(theirs, x), budget=budget)
+                found = compare_made(pair, budget=2 * budget)
             rows.append({"case": f"by hand: {kind} rows={sizes[0]} width={sizes[1]} {step}", **found})
             print(f"{found['ratio']:.3f}  {rows[-1]['case']}", flush=True)
     return rows
@@ -342,13 +354,24 @@ def serving(budget=4.0):
     """A low-rank part in inference: materialised, and in an eager loop in `cached`, beside a plain layer."""
     rows = []
     for count, width in ((16, 1024), (1024, 1024)):
-        layer, x = dense(count, width, 16, True)
-        ours, plain = model_of(layer, x.shape), model_of(keras.layers.Dense(width), x.shape)
-        found = compare(forward(tether.materialize(ours), x), forward(plain, x), budget=budget)
+
+        def both(count=count, width=width):
+            layer, x = dense(count, width, 16, True)
+            return model_of(layer, x.shape), model_of(keras.layers.Dense(width), x.shape), x
+
+        def materialized(both=both):
+            ours, plain, x = both()
+            return forward(tether.materialize(ours), x), forward(plain, x)
+
+        def eager(both=both):
+            ours, plain, x = both()
+            x = keras.ops.convert_to_tensor(x)
+            return _eager(ours, x), _eager(plain, x)
+
+        found = compare_made(materialized, budget=2 * budget)
         rows.append({"case": f"serving: materialized, rows={count} width={width}", **found})
-        tensor = keras.ops.convert_to_tensor(x)
         with tether.planning.cached():
-            found = compare(_eager(ours, tensor), _eager(plain, tensor), budget=budget)
+            found = compare_made(eager, budget=2 * budget)
         rows.append({"case": f"serving: cached, eager, rows={count} width={width}", **found})
         for row in rows[-2:]:
             print(f"{row['ratio']:.3f}  {row['case']}", flush=True)

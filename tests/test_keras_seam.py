@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.support import gradients
 from tether import keras_seam
 
 
@@ -787,6 +788,24 @@ def test_a_value_is_plain_only_where_no_gradient_is_recorded():
         jax.jit(lambda x: seen.append(keras_seam.is_traced(x)) or x)(1.0)
         assert seen[-1] is True
         assert not keras_seam.is_traced(jax.numpy.ones(2))
+
+
+@pytest.mark.parametrize("view", (False, True))
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_a_bias_is_added_to_a_fresh_result_with_the_value_and_the_gradients_of_an_addition(view, dtype):
+    x = keras.Variable(np.arange(16.0).reshape(4, 4) / 7, dtype="float32")
+    bias = keras.Variable(np.arange(4.0), dtype=dtype)  # of the result's dtype, or of another
+
+    def added(add):
+        y = keras.ops.matmul(x.value, x.value)
+        return add(keras.ops.reshape(y, (2, 2, 4)) if view else y, bias.value)
+
+    for of in (lambda add: gradients(lambda: keras.ops.sum(keras.ops.square(added(add))), [x, bias]), added):
+        found, wanted = (
+            keras.tree.map_structure(keras.ops.convert_to_numpy, of(add))
+            for add in (keras_seam.add_to_fresh, keras.ops.add)
+        )
+        keras.tree.map_structure(np.testing.assert_array_equal, found, wanted)
 
 
 def test_a_function_is_traced_without_values():

@@ -1037,6 +1037,18 @@ mutations = _make_mutations()
 """How often a tensor was changed in place (PyTorch counts; JAX cannot, TensorFlow does not tell)."""
 
 
+ADDS_IN_PLACE = _backend.backend() == "torch"
+"""Whether adding to a tensor in place saves memory traffic: the compilers of the other backends fuse the addition."""
+
+
+def add_to_fresh(tensor: Any, other: Any) -> Any:
+    """`tensor + other`, in place where that saves one: the tensor is a result that nobody else holds."""
+    if ADDS_IN_PLACE and tensor.dtype == other.dtype and tensor.shape[-1:] == other.shape:
+        if not (tensor.requires_grad and tensor._is_view()):  # the gradient of a view that was written to costs more
+            return tensor.add_(other)
+    return keras.ops.add(tensor, other)
+
+
 def _make_is_plain_eager() -> Callable[[], bool]:
     name = _backend.backend()
     if name == "tensorflow":

@@ -15,7 +15,7 @@ from tests.support import as_zero, gradients, numpy
 from tether import ops, planning
 from tether.layers.state import weights_below
 from tether.planning.scope import recording
-from tether.planning.search import _Search
+from tether.planning.search import Search
 
 layers = keras.layers
 BACKEND = keras.backend.backend()
@@ -209,14 +209,14 @@ EXPRESSIONS["channels"] = channels
 def planned(how, training=False):
     """Plans of a kind, noted. `"partly"` builds some terms, wherever there are several to build."""
     if how == "partly":
-        before = _Search.subsets
+        before = Search.subsets
 
         def some(self):
             count = len(self.products.terms)
             found = [merged for merged in before(self) if 0 < len(merged) < count]
             return found or [tuple(range(count))]
 
-        with mock.patch.object(_Search, "subsets", some), recording(training=training) as noted:
+        with mock.patch.object(Search, "subsets", some), recording(training=training) as noted:
             yield noted
         return
     with planning.force(how), recording(training=training) as noted:

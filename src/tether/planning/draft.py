@@ -17,6 +17,10 @@ THIN = 2.0
 """How much more than a matrix product a convolution minds few channels: measured with benchmarks/planner.py."""
 
 
+class NoPlan(Exception):
+    """This alternative does not exist."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One operation on registers: the layer's input has register 0, the factors follow, then each step's result."""

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from tether.planning.draft import Draft, Value
+from tether.planning.convolving import convolved
+from tether.planning.draft import Draft, NoPlan, Value
 from tether.planning.grouping import grouped
 from tether.planning.machine import Machine, machine
 from tether.planning.orders import Path, orders
@@ -19,10 +20,6 @@ from tether.weights.operators.arithmetic import MatMul
 
 MAX_MERGED = 5
 """A sum of more terms is built whole or applied whole."""
-
-
-class NoPlan(Exception):
-    """This alternative does not exist."""
 
 
 def make_plan(
@@ -41,7 +38,7 @@ def make_plan(
         mode: `"factored"` or `"materialize"` to take that alternative, whatever it costs.
         on: The machine; left out, the one that the backend computes on.
     """
-    search = _Search(problem, products, live, machine() if on is None else on)
+    search = Search(problem, products, live, machine() if on is None else on)
     found: list[tuple[Alternative, Draft, Value]] = []
     for merged in search.subsets():
         try:
@@ -80,7 +77,7 @@ def _described(name: str, merged: tuple[int, ...], draft: Draft) -> Alternative:
     return Alternative(name, merged, draft.seconds(), tuple(lines))
 
 
-class _Search:
+class Search:
     """What the alternatives of one problem have in common."""
 
     def __init__(self, problem: Problem, products: Products, live: Callable[[Expression], bool], on: Machine) -> None:
@@ -226,7 +223,7 @@ class _Search:
 
     # ------------------------------------------------------------------ products
 
-    def _multiplied(
+    def multiplied(
         self, draft: Draft, values: Sequence[Value], number: float, output: Labels, applied: bool
     ) -> tuple[Draft, Value]:
         """The product of values, in the best order.
@@ -283,8 +280,8 @@ class _Search:
             flat = tuple(label for axis in term.axes for label in axis)
             if not values:
                 raise NoPlan
-            draft, value = self._multiplied(draft, values, term.number, flat, applied=False)
-            value = self._joined(draft, value, term.axes, labels)
+            draft, value = self.multiplied(draft, values, term.number, flat, applied=False)
+            value = self.joined(draft, value, term.axes, labels)
             total = value if total is None else draft.add(total, value)
         if total is None or any(draft.size((a,)) != b for a, b in zip(total.labels, shape, strict=True)):
             raise NoPlan
@@ -295,7 +292,7 @@ class _Search:
             value = draft.reshape(value, "squeeze", tuple(i for i, axis in enumerate(axes) if not axis), kept)
         return draft, Term(1.0, (), axes), value
 
-    def _joined(self, draft: Draft, value: Value, axes: Sequence[Labels], wanted: Labels) -> Value:
+    def joined(self, draft: Draft, value: Value, axes: Sequence[Labels], wanted: Labels) -> Value:
         """A value with one axis for each of `axes`, of size 1 where that has no labels."""
         if all(len(axis) == 1 for axis in axes):
             return value
@@ -311,20 +308,21 @@ class _Search:
         """What the layer computes with one term; the result has one axis for each letter of the output."""
         axes = dict(zip(self.problem.kernel, term.axes, strict=True))
         if self.problem.convolution is not None:
-            return self._convolved(draft, term, axes, factors)
+            return convolved(self, draft, term, axes, factors)
         if self.problem.lookup:
             return self._looked_up(draft, term, axes, factors)
-        draft, x, axes = self._input(draft, axes)
+        draft, x, axes = self.input(draft, axes)
         out = [axes[letter] for letter in self.problem.outputs]
         flat = tuple(label for axis in out for label in axis)
-        draft, value = self._multiplied(draft, [x, *factors], term.number, flat, applied=True)
-        return draft, self._result(draft, value, out)
+        draft, value = self.multiplied(draft, [x, *factors], term.number, flat, applied=True)
+        return draft, self.result(draft, value, out)
 
-    def _result(self, draft: Draft, value: Value, axes: Sequence[Labels]) -> Value:
+    def result(self, draft: Draft, value: Value, axes: Sequence[Labels]) -> Value:
+        """A value with one axis for each letter of the output."""
         wanted = tuple(axis[0] if len(axis) == 1 else self.label(draft.size(axis)) for axis in axes)
-        return self._joined(draft, value, axes, wanted)
+        return self.joined(draft, value, axes, wanted)
 
-    def _input(self, draft: Draft, axes: dict[str, Labels]) -> tuple[Draft, Value, dict[str, Labels]]:
+    def input(self, draft: Draft, axes: dict[str, Labels]) -> tuple[Draft, Value, dict[str, Labels]]:
         """The layer's input with the labels of a term, and the labels of each letter."""
         axes = {**{letter: (label,) for letter, label in self.letters.items()}, **axes}
         for letter, size in zip(self.problem.inputs, self.problem.sizes, strict=True):
@@ -365,98 +363,5 @@ class _Search:
         if not found:
             out = [() if letter in self.letters else axes[letter] for letter in self.problem.outputs]
         flat = tuple(label for axis in out for label in axis)
-        draft, value = self._multiplied(draft, values, term.number, flat, applied=False)
-        return draft, self._result(draft, value, out)
-
-    def _convolved(
-        self, draft: Draft, term: Term, axes: dict[str, Labels], factors: tuple[Value, ...]
-    ) -> tuple[Draft, Value]:
-        """Channels mixed before, the layer's own convolution with what has positions, channels mixed after."""
-        spatial = {label for letter in self.problem.kernel[:-2] for label in axes[letter]}
-        for letter, size in zip(self.problem.kernel[:-1], self.products.shape, strict=False):
-            if size > 1 and not axes[letter]:
-                raise NoPlan
-        core = [value for value in factors if spatial & set(value.labels)]
-        others = [value for value in factors if not spatial & set(value.labels)]
-        best: tuple[Draft, Value] | None = None
-        for roles in itertools.product(("before", "core", "after"), repeat=len(others)):
-            chosen = {
-                role: [v for v, r in zip(others, roles, strict=True) if r == role] for role in ("before", "after")
-            }
-            inner = [*core, *(v for v, r in zip(others, roles, strict=True) if r == "core")]
-            if not inner:
-                continue
-            try:
-                tried = self._convolution(draft.fork(), term, axes, chosen["before"], inner, chosen["after"])
-            except NoPlan:
-                continue
-            if best is None or tried[0].seconds() < best[0].seconds():
-                best = tried
-        if best is None:
-            raise NoPlan
-        return best
-
-    def _convolution(
-        self,
-        draft: Draft,
-        term: Term,
-        axes: dict[str, Labels],
-        before: list[Value],
-        core: list[Value],
-        after: list[Value],
-    ) -> tuple[Draft, Value]:
-        problem = self.problem
-        depthwise = problem.convolution is not None and problem.convolution.depthwise
-        channels_in, channels_out = problem.kernel[-2:]
-        draft, x, axes = self._input(draft, axes)
-        out = [axes[letter] for letter in problem.outputs]
-        flat = tuple(label for axis in out for label in axis)
-        later = set(flat).union(*(value.labels for value in after))
-        of_core = {label for value in core for label in value.labels}
-        # Channels mixed before the convolution: what of it the kernel sums over.
-        channels = axes[channels_in]
-        if before:
-            mixed = set(channels).union(*(value.labels for value in before))
-            channels = tuple(sorted(mixed & (of_core | later), reverse=True))
-            wanted = tuple(
-                label for letter in problem.inputs for label in (channels if letter == channels_in else axes[letter])
-            )
-            draft, x = self._multiplied(draft, [x, *before], 1.0, wanted, applied=False)
-        if not set(channels) <= of_core or (set(channels) & later and not depthwise):
-            raise NoPlan
-        if depthwise and channels != axes[channels_in]:
-            raise NoPlan
-        spatial = [axes[letter] for letter in problem.kernel[:-2]]
-        places = {label for axis in spatial for label in axis}
-        made = tuple(sorted((of_core & later) - places - set(channels), reverse=True))
-        kernel_axes = [*spatial, channels, made]
-        order = tuple(label for axis in kernel_axes for label in axis)
-        if of_core - set(order) & later:
-            raise NoPlan
-        draft, kernel = self._multiplied(draft, core, term.number, order, applied=False)
-        sizes = tuple(self.label(draft.size(axis)) for axis in kernel_axes)
-        kernel = self._joined(draft, kernel, kernel_axes, sizes)
-        if len(channels) != 1:
-            groups = [channels if letter == channels_in else axes[letter] for letter in problem.inputs]
-            x = self._joined(draft, x, groups, tuple(self.label(draft.size(axis)) for axis in groups))
-        middle = [
-            ((*channels, *made) if depthwise else made) if letter == channels_out else axes[letter]
-            for letter in problem.outputs
-            if not (depthwise and letter == channels_in)
-        ]
-        rows = draft.size(
-            label for letter in problem.outputs if letter not in (channels_in, channels_out) for label in axes[letter]
-        )
-        joined = tuple(self.label(draft.size(axis)) for axis in middle)
-        positions = draft.size(places)
-        if depthwise:
-            sides, count = (rows, draft.size(made), positions), draft.size(channels)
-        else:
-            sides, count = (rows, draft.size(made), positions * draft.size(channels)), 1
-        y = draft.convolve(x, kernel, joined, sides, count)
-        if any(len(axis) != 1 for axis in middle):
-            detail = tuple(tuple(self.sizes[label] for label in axis) if len(axis) != 1 else None for axis in middle)
-            y = draft.reshape(y, "split", detail, tuple(label for axis in middle for label in axis))
-        y = Value(y.register, tuple(label for axis in middle for label in axis))
-        draft, value = self._multiplied(draft, [y, *after], 1.0, flat, applied=False)
-        return draft, self._result(draft, value, out)
+        draft, value = self.multiplied(draft, values, term.number, flat, applied=False)
+        return draft, self.result(draft, value, out)

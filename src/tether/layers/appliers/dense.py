@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from tether import keras_seam
 from tether.layers.appliers.planned import applied
 from tether.planning.plan import Problem
 
@@ -40,8 +41,12 @@ def _letters(part: str, extra: tuple[str, ...]) -> tuple[str, ...]:
 
 def _finished(layer: Any, y: Any) -> Any:
     if layer.bias is not None:
-        y = keras.ops.add(y, layer.bias)
+        y = keras_seam.add_to_fresh(y, layer.bias)
     return y if layer.activation is None else layer.activation(y)
+
+
+def _adds_in_place(layer: Any, inputs: Any) -> bool:
+    return keras_seam.ADDS_IN_PLACE and layer.bias is not None and not keras_seam.is_sparse(inputs)
 
 
 def dense_call(base: Any) -> Callable[..., Any]:
@@ -49,6 +54,8 @@ def dense_call(base: Any) -> Callable[..., Any]:
 
     def call(self: Any, inputs: Any, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, dense_problem)
+        if y is None and _adds_in_place(self, inputs):
+            y = keras.ops.matmul(inputs, self.kernel)
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
 
     return call
@@ -59,6 +66,8 @@ def einsum_dense_call(base: Any) -> Callable[..., Any]:
 
     def call(self: Any, inputs: Any, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, einsum_problem(self.equation))
+        if y is None and _adds_in_place(self, inputs):
+            y = keras.ops.einsum(self.equation, inputs, self.kernel)
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
 
     return call
