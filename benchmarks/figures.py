@@ -1,5 +1,10 @@
-"""The tables of `docs/planning.md`, from the JSON files of `benchmarks/planner.py`: `python -m benchmarks.figures`."""
+"""The tables of `docs/planning.md` and `docs/files.md`, from the JSON files: `python -m benchmarks.figures`.
 
+The table of `docs/files.md` is written where it belongs, between two comments; the others are printed.
+"""
+
+import contextlib
+import io
 import json
 import statistics
 from collections import Counter
@@ -9,8 +14,8 @@ from benchmarks._measure import RESULTS
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 
 
-def rows_of(backend, device, part):
-    path = RESULTS / f"planner-{backend}-{device}.json"
+def rows_of(backend, device, part, benchmark="planner"):
+    path = RESULTS / f"{benchmark}-{backend}-{device}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     return {row["case"].removeprefix(f"{part}: "): row for row in rows if row["case"].startswith(f"{part}: ")}
 
@@ -96,7 +101,39 @@ def memory(device):
         table(["", "built", "applied", "planned"], lines)
 
 
+FILES = RESULTS.parents[1] / "docs" / "files.md"
+MARKS = "<!-- figures -->", "<!-- end of figures -->"
+
+
+def files(device):
+    """Writes the tables of what it costs to save and load."""
+    text = FILES.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        for part, columns in (
+            ("save", {"bytes_over_unique": "bytes", "seconds": "s", "times_as_fast_as_plain": "times as fast"}),
+            ("load", {"seconds": "s", "times_as_fast_as_plain": "times as fast"}),
+            ("memory", {"rise_over_unique": "rise", "process_MB": "process, MB"}),
+        ):
+            lines: dict[str, list[str]] = {}
+            width = len(columns)
+            for place, backend in enumerate(BACKENDS):
+                for name, row in rows_of(backend, device, part, "files").items():
+                    line = lines.setdefault(name, [name] + [""] * width * len(BACKENDS))
+                    for number, column in enumerate(columns):
+                        shown = f"{row[column]:.0f}" if column == "process_MB" else f"{row[column]:.2f}"
+                        line[1 + place * width + number] = f"{row[column]:.4f}" if "bytes" in column else shown
+            table(
+                [part, *(f"{label} {head}" for label in BACKENDS.values() for head in columns.values())], lines.values()
+            )
+    FILES.write_text(f"{before}{MARKS[0]}\n{written.getvalue().rstrip()}\n{MARKS[1]}{after}", encoding="utf-8")
+    print(f"written: {FILES}")
+
+
 def main(device="cpu"):
+    files(device)
     lora(device)
     regret(device)
     for part in ("by hand", "serving"):

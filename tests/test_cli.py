@@ -94,7 +94,7 @@ def refused(*arguments):
 # --------------------------------------------------------------------------- help
 
 
-COMMANDS = ["summary", "check", "plot", "diff", "explain", "materialize", "demo"]
+COMMANDS = ["summary", "check", "plot", "diff", "explain", "materialize", "export", "demo"]
 
 
 def test_every_command_has_help_with_examples():
@@ -349,6 +349,39 @@ def test_a_folder_or_another_ending_is_no_place_for_a_model(folder):
     assert "below.keras is a folder" in refused("materialize", "model.keras", "-o", "below.keras")
     assert "There is no folder 'nowhere'" in refused("materialize", "model.keras", "-o", "nowhere/out.keras")
     assert "ends in '.keras'" in refused("materialize", "model.keras", "-o", "out.h5")
+
+
+# --------------------------------------------------------------------------- export
+
+
+def test_export_writes_a_file_that_its_runtime_runs(folder, rng):
+    import onnxruntime
+
+    text = done("export", "model.keras", "-o", "out.onnx", "--format", "onnx")
+    size = (folder / "out.onnx").stat().st_size
+    assert text.startswith(f"Wrote out.onnx: {size:,} bytes, {4 * 23} of weights, outputs within ")
+    session = onnxruntime.InferenceSession("out.onnx", providers=["CPUExecutionProvider"])
+    x = rng.normal(size=(4, 5)).astype("float32")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x})
+    expected = keras.saving.load_model("model.keras").predict(x, verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_export_replaces_what_is_there_only_by_force(folder):
+    (folder / "out.onnx").write_text("mine")
+    assert "To replace it: --force" in refused("export", "model.keras", "-o", "out.onnx", "--format", "onnx")
+    assert (folder / "out.onnx").read_text() == "mine"
+    text = done("export", "model.keras", "-o", "out.onnx", "--format", "onnx", "--force", "--no-verify")
+    assert "outputs within" not in text
+    assert (folder / "out.onnx").stat().st_size > 100
+
+
+def test_an_export_that_is_refused_leaves_what_is_there(folder):
+    (folder / "mine").mkdir()
+    (folder / "mine/thesis.txt").write_text("mine")
+    refused("export", "model.keras", "-o", "mine", "--force")  # no SavedModel, so it is not replaced by one
+    assert (folder / "mine/thesis.txt").read_text() == "mine"
+    assert "ends in '.onnx'" in refused("export", "model.keras", "-o", "out.bin", "--format", "onnx")
 
 
 # --------------------------------------------------------------------------- demo
@@ -613,8 +646,10 @@ def test_a_materialized_file_is_read_by_keras_alone(folder):
 
 
 SLOW = """
-import pathlib, time
+import pathlib, signal, time
 import keras
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell ignores it
 
 @keras.saving.register_keras_serializable("slow")
 class Slow(keras.layers.Dense):
@@ -636,15 +671,17 @@ def test_a_materialize_that_is_killed_leaves_nothing_behind(how, folder):
     for name in ("plain", "writing"):
         (folder / name).unlink(missing_ok=True)
     (folder / "out").mkdir()
-    running = subprocess.Popen(
-        [*COMMAND, "materialize", "slow.keras", "-o", "out/out.keras", "--custom", "slow"], stderr=subprocess.DEVNULL
-    )
-    until = time.monotonic() + 120
-    while not (folder / "writing").exists():
-        assert running.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
-    running.send_signal(how)
-    assert running.wait(60) != 0
+    command = [*COMMAND, "materialize", "slow.keras", "-o", "out/out.keras", "--custom", "slow"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as running:
+        try:
+            until = time.monotonic() + 120
+            while not (folder / "writing").exists():
+                assert running.poll() is None and time.monotonic() < until
+                time.sleep(0.1)
+            running.send_signal(how)
+            assert running.wait(60) != 0
+        finally:
+            running.kill()
     assert list((folder / "out").iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 import zipfile
 
 import h5py
@@ -446,6 +447,93 @@ def test_quantize_asks_before_it_changes_anything():
         layer.quantize("int8")
 
 
+class Watched(keras.layers.Layer):
+    """A layer in the place of a weight."""
+
+    _layers = keras_seam.WatchedSublayers()
+
+    def call(self, x):
+        return x
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        self.in_a_model = keras_seam.is_quantizing_a_model()
+
+    def _check_quantize_args(self, *args, **kwargs):
+        pass
+
+
+def test_quantizing_a_model_reads_the_sublayers_of_every_layer_before_it_changes_one(monkeypatch):
+    watched, dense = Watched(), keras.layers.Dense(2)
+    model = keras.Sequential([keras.Input((2,)), dense, watched])
+    seen = []
+    monkeypatch.setitem(keras_seam.quantizers, "model", lambda *given: seen.append((dense.quantization_mode, *given)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.quantize("int8", filters="dense|watched")
+    ((mode_before, of, mode, config, filters),) = seen
+    assert mode_before is None and dense.quantization_mode == "int8"
+    assert of is model and mode == "int8" and config.mode == "int8" and filters == "dense|watched"
+    assert watched.in_a_model
+    watched.quantize("int8")
+    assert not watched.in_a_model
+
+
+def test_nobody_else_who_reads_sublayers_is_taken_for_quantizing(monkeypatch):
+    asked, layer = [], Watched()
+    monkeypatch.setitem(keras_seam.quantizers, "model", lambda *given: asked.append(given))
+    layer.inner = keras.layers.Activation("relu")
+    assert keras_seam.contained_layers(layer) == [layer, layer.inner] and keras_seam.sublayers(layer) == [layer.inner]
+    keras.Sequential([keras.Input((2,)), layer]).summary(print_fn=lambda *args, **kwargs: None)
+    assert not asked
+
+
+def test_a_refusal_while_keras_lists_the_layers_gets_out_of_quantize(monkeypatch):
+    dense = keras.layers.Dense(2)
+    model = keras.Sequential([keras.Input((2,)), dense, Watched()])
+
+    def refuse(*given):
+        raise NotImplementedError("refused")  # of a layer, Keras would make this a warning
+
+    monkeypatch.setitem(keras_seam.quantizers, "model", refuse)
+    with pytest.raises(NotImplementedError, match="refused"):
+        model.quantize("int8")
+    assert dense.quantization_mode is None
+
+
+def test_the_config_of_a_mode_says_its_mode():
+    assert keras_seam.quantization_config("int4", None).mode == "int4"
+    config = keras.quantizers.Int8QuantizationConfig()
+    assert keras_seam.quantization_config(None, config) is config and config.weight_quantizer is None
+    with pytest.raises(ValueError, match="int8"):
+        keras_seam.quantization_config("int3", None)
+
+
+def test_filters_of_quantize_are_patterns_of_names_or_functions():
+    layer = keras.layers.Dense(2, name="first")
+    for filters, expected in (
+        (None, True),
+        ("fir", True),
+        ("x", False),
+        (["x", "st$"], True),
+        (lambda each: False, False),
+    ):
+        assert keras_seam.passes(layer, filters) is expected
+
+
+def test_quantize_of_a_layer_can_be_taken_over_and_given_back():
+    layer, calls = keras.layers.Dense(2), []
+    layer.build((None, 2))
+    keras_seam.take_over_quantize(layer, lambda *args, **kwargs: calls.append((args, kwargs)))
+    layer.quantize("int8", type_check=False)
+    ((found, original, mode, config), options) = calls[0]
+    assert (found, mode, config, options) == (layer, "int8", None, {"type_check": False})
+    assert layer.quantization_mode is None
+    keras_seam.give_back_quantize(layer)
+    assert layer.quantize is original
+    layer.quantize("int8")
+    assert layer.quantization_mode == "int8" and len(calls) == 1
+
+
 def test_build_ends_by_locking_the_state():
     ended = []
 
@@ -603,13 +691,14 @@ def test_a_model_asks_for_compile_after_its_compilation_is_forgotten():
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_variable_that_the_optimizer_was_built_without_is_found(scaled):
-    seen, stranger = [], keras.Variable(np.ones(1, "float32"))
+    seen, known, stranger = [], [], keras.Variable(np.ones(1, "float32"))
 
     class Asks(keras.layers.Dense):
         @property
         def metrics(self):
             if self.built:
                 seen.append([keras_seam.is_unknown_to_the_optimizer(v) for v in (self.kernel, stranger)])
+                known.append([keras_seam.is_known_to_the_optimizer(v) for v in (self.kernel, stranger)])
             return []
 
     layer = Asks(1)
@@ -620,7 +709,8 @@ def test_a_variable_that_the_optimizer_was_built_without_is_found(scaled):
     model.optimizer.build([layer.kernel, layer.bias])
     seen.clear()
     model.fit(x, y, verbose=0)
-    assert [False, True] in seen
+    assert [False, True] in seen and [True, False] in known
+    assert keras_seam.is_known_to_the_optimizer(layer.kernel) is False
     assert keras_seam.is_unknown_to_the_optimizer(stranger) is False  # no fit is about to begin
 
 
@@ -1094,6 +1184,62 @@ def test_an_array_is_written_to_a_variable(kind, dtype):
     assert np.array_equal(np.asarray(keras_seam.on_host(keras_seam.plain_tensor(variable.value))), value)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("shape", [(3001, 1000), (1, 3_000_000), (3, 100), (0, 4), ()], ids=str)
+def test_rows_are_written_to_a_variable(shape, dtype):
+    value = np.random.default_rng(0).integers(0, 99, shape).astype(getattr(ml_dtypes, dtype, dtype))
+    variable = keras.Variable(np.zeros(shape), dtype=dtype, trainable="float" in dtype)
+    keras_seam.write_rows(variable, value.dtype, rows_of(value))
+    found = np.asarray(keras_seam.on_host(keras_seam.plain_tensor(variable.value)))
+    assert found.dtype == value.dtype and np.array_equal(found, value)
+
+
+def rows_of(value):
+    def rows(array, first):
+        array[...] = value[first : first + len(array)] if value.ndim else value
+
+    return rows
+
+
+def test_who_has_the_value_of_a_variable_keeps_it_where_values_are_immutable():
+    value = np.ones((1000, 1000), "float32")
+    first, second = keras.Variable(np.zeros_like(value)), keras.Variable(np.zeros_like(value))
+    second.assign(first.value)
+    seen = keras.ops.convert_to_numpy(first.value).copy()
+    held = keras_seam.raw_value(first)
+    keras_seam.write_rows(first, value.dtype, rows_of(value))
+    assert np.array_equal(keras.ops.convert_to_numpy(first.value), value)
+    assert np.array_equal(keras.ops.convert_to_numpy(second.value), seen)
+    if keras.backend.backend() == "jax":
+        assert np.array_equal(np.asarray(held), seen)
+
+
+def test_rows_that_cannot_be_read_leave_a_variable_that_can_be():
+    variable = keras.Variable(np.zeros((3000, 1000), "float32"))
+
+    def rows(array, first):
+        if first:
+            raise OSError
+        array[...] = 1
+
+    if keras.backend.backend() == "torch":  # which reads all of them at once
+        rows = raising
+    with pytest.raises(OSError):
+        keras_seam.write_rows(variable, np.dtype("float32"), rows)
+    assert set(np.unique(keras.ops.convert_to_numpy(variable.value))) <= {0.0, 1.0}
+
+
+def raising(array, first):
+    raise OSError
+
+
+def test_a_snapshot_sees_rows_that_are_written():
+    variable = keras.Variable(np.zeros((1000, 1000), "float32"))
+    before = keras_seam.snapshot(keras_seam.raw_value(variable))
+    keras_seam.write_rows(variable, np.dtype("float32"), rows_of(np.ones((1000, 1000), "float32")))
+    assert not keras_seam.is_same_snapshot(before, keras_seam.snapshot(keras_seam.raw_value(variable)))
+
+
 def test_a_large_array_is_written_whole():
     value = np.random.default_rng(0).normal(size=(5001, 1001)).astype("float32")
     variable = keras.Variable(np.zeros_like(value))
@@ -1231,3 +1377,58 @@ def test_what_is_saved_is_listed_in_a_stateless_scope_too():
     with keras.StatelessScope() as scope:
         assert [place for place, _ in keras_seam.saved_objects(model)] == places
         assert keras.src.backend.get_stateless_scope() is scope
+
+
+# --------------------------------------------------------------------------- exporting
+
+
+def test_the_signature_of_a_model_is_its_positional_arguments():
+    x, y = keras.Input((2,), name="x"), keras.Input((2,), dtype="int32", name="y")
+    model = keras.Model({"x": x, "y": y}, keras.layers.Dense(3)(keras.layers.Concatenate()([x, y])))
+    (found,) = keras_seam.input_signature(model)
+    assert {name: (spec.shape, spec.dtype, spec.name) for name, spec in found.items()} == {
+        "x": ((None, 2), "float32", "x"),
+        "y": ((None, 2), "int32", "y"),
+    }
+    (spec,) = keras_seam.input_signature(model_of(dense()))
+    assert (spec.shape, spec.dtype) == ((None, 2), "float32")
+
+
+def test_a_model_that_nobody_called_has_no_signature():
+    class Uncalled(keras.Model):
+        pass
+
+    with pytest.raises((ValueError, TypeError)):
+        keras_seam.input_signature(Uncalled())
+
+
+def test_a_spec_is_made_of_a_spec_and_of_a_tensor():
+    spec = keras.InputSpec(shape=(3, 2), dtype="float32")
+    assert keras_seam.input_spec(spec) is spec
+    made = keras_seam.input_spec(keras.KerasTensor((3, 2), dtype="int32"))
+    assert (made.shape[1:], made.dtype) == ((2,), "int32")
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras needs torch_xla for it")
+@pytest.mark.filterwarnings("ignore")  # of TensorFlow's
+def test_an_archive_stores_each_variable_once(tmp_path):
+    import tensorflow as tf
+
+    model = model_of(dense())
+    archive = keras.export.ExportArchive()
+    archive.track_and_add_endpoint("serve", model, keras_seam.input_signature(model))
+    keras_seam.store_each_variable_once(archive)
+    archive.write_out(str(tmp_path / "model"), verbose=False)
+    found = tf.train.list_variables(str(tmp_path / "model/variables/variables"))
+    assert sorted(tuple(shape) for name, shape in found if "VARIABLE" in name) == [(2, 3), (3,)]
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    x = np.ones((4, 2), "float32")
+    np.testing.assert_allclose(loaded.serve(x), keras.ops.convert_to_numpy(model(x)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf2onnx reads TensorFlow")
+def test_tf2onnx_is_mended_for_the_numpy_of_today():
+    import tf2onnx
+
+    keras_seam.mend_tf2onnx()
+    assert tf2onnx.tfonnx.rewrite_constant_fold.__module__.startswith("keras.")

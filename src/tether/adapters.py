@@ -352,10 +352,14 @@ def _read_part(
 ) -> Expression:
     """The part that a file has for a weight, with this base in the place of the one that it was made for."""
     uids, own = header["bases"].get(place, []), base.weights_used()
-    if not isinstance(uids, list) or len(uids) != len(own):
+    steps = header["ties"][place]
+    fits = isinstance(uids, list) and all(isinstance(uid, str) for uid in uids)
+    if fits and len(uids) != len(own):  # such as a base that was quantised: it may not be named by the part
+        fits = not any(isinstance(step, dict) and step.get("weight") in uids for step in steps or ())
+    if not fits:
         present, _ = _taken_apart(weight_of(model, place))
         raise InvalidConfig(f"The adapter was made for another base of {place!r} than {present.notation()}.")
-    part = decode(header["ties"][place], {**weights, **dict(zip(uids, own, strict=True))})
+    part = decode(steps, {**weights, **dict(zip(uids, own, strict=False))})
     if part.shape != base.shape:
         raise ShapeMismatch(f"The weight {place!r} has shape {base.shape}, the adapter's part {part.shape}.")
     return part

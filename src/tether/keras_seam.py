@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import sys
+import types
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.common import stateless_scope as _stateless
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 from keras.src.backend.config import is_nnx_enabled
+from keras.src.export import export_utils as _export_utils
 from keras.src.layers.layer import Layer as _Layer
 from keras.src.layers.normalization.spectral_normalization import SpectralNormalization as _SpectralNormalization
 from keras.src.layers.rnn.bidirectional import Bidirectional as _Bidirectional
@@ -31,6 +33,8 @@ from keras.src.models import functional as _functional
 from keras.src.models import model as _model
 from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.models.sequential import Sequential
+from keras.src.quantizers.quantization_config import validate_and_resolve_config as _resolve_quantization
+from keras.src.quantizers.utils import should_quantize_layer as _should_quantize_layer
 from keras.src.saving import object_registration as _registration
 from keras.src.saving import saving_api as _saving_api
 from keras.src.saving import saving_lib as _saving_lib
@@ -205,6 +209,11 @@ def is_unknown_to_the_optimizer(variable: Any) -> bool:
     if optimizer is None or not optimizer.built:
         return False
     return optimizer._var_key(variable) not in optimizer._trainable_variables_indices
+
+
+def is_known_to_the_optimizer(variable: Any) -> bool:
+    """Whether a `fit` is about to begin whose optimizer was built with a variable."""
+    return any(variable is known for known in optimized_variables(getattr(_fitting_trainer(), "optimizer", None)))
 
 
 def refuse_spectral_normalization(view: Any) -> None:
@@ -624,6 +633,72 @@ def entry_notes(store: Any) -> Any:
     return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
 
 
+class _OpenStore(_saving_lib.H5IOStore):
+    """Keras's store, over a file that is open; what was stored from it already is not read again."""
+
+    def __init__(self, file: Any, stored: dict[str, Any]) -> None:
+        self._open, self._stored = file, stored
+        super().__init__("values", mode="r")
+
+    def _get_h5_file(self, path_or_io: Any, mode: Any = None) -> Any:
+        return self._open
+
+    def __getitem__(self, key: str) -> Any:
+        variable = self._stored.get(f"{self._h5_entry_path}/vars/{key}" if self._h5_entry_path else f"vars/{key}")
+        if variable is None:
+            return super().__getitem__(key)
+        return on_host(variable._value) if _backend.backend() == "torch" else variable._value
+
+
+def read_archive(
+    archive: Any,
+    values: Any,
+    first: Callable[[Any], dict[str, Any]],
+    *,
+    custom_objects: dict[str, Any] | None,
+    compile: bool,
+    safe_mode: bool,
+) -> Any:
+    """What `keras.saving.load_model` makes of an archive, without having all values in memory a second time.
+
+    Args:
+        archive: The archive, a `zipfile.ZipFile`.
+        values: The values in it, an `h5py.File`.
+        first: Called with the model before Keras reads values. It may store some itself, and returns their variables
+            by their places in the file.
+        custom_objects: As in `load_model`.
+        compile: As there.
+        safe_mode: As there.
+    """
+    config = archive.read(_saving_lib._CONFIG_FILENAME)
+    model = _saving_lib._model_from_config(config, custom_objects, compile, safe_mode)
+    store, assets = _OpenStore(values, first(model)), None
+    if len(archive.namelist()) > 3:
+        assets = _saving_lib.DiskIOStore(_saving_lib._ASSETS_DIRNAME, archive=archive, mode="r")
+    failed: set[int] = set()
+    errors: dict[int, Any] = {}
+    try:
+        _saving_lib._load_state(
+            model,
+            weights_store=store,
+            assets_store=assets,
+            inner_path="",
+            visited_saveables=set(),
+            failed_saveables=failed,
+            error_msgs=errors,
+        )
+    finally:
+        if assets is not None:
+            assets.close()
+    if failed:
+        _saving_lib._raise_loading_failure(errors)
+    return model
+
+
+_COPYING.add(_code(read_archive))
+_LOADING.add(_code(read_archive))
+
+
 def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
     """What an optimizer keeps for each variable, by the variable's id: the name of the slot, and its variable.
 
@@ -940,6 +1015,96 @@ write = _make_write()
 """Stores an array of a variable's own shape and dtype, with little memory beside the variable's where it can be."""
 
 
+def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:
+    name = _backend.backend()
+    small, part = 1 << 20, 1 << 22
+
+    def whole(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+        array = numpy.empty(tuple(variable.shape), dtype)
+        rows(array, 0)
+        write(variable, array)
+
+    def in_parts(variable: Any, dtype: Any, rows: Callable[[Any, int], None], store: Callable[[int, Any], Any]) -> None:
+        shape = tuple(variable.shape)
+        row = numpy.dtype(dtype).itemsize * int(numpy.prod(shape[1:]))
+        memory = numpy.empty((min(max(1, part // max(1, row)), shape[0]), *shape[1:]), dtype)
+        for start in range(0, shape[0], len(memory)):
+            start = min(start, shape[0] - len(memory))  # all parts have one size, for which JAX compiles once
+            rows(memory, start)
+            store(start, memory)
+
+    def holders(owner: Any) -> int:
+        return sys.getrefcount(owner._value)
+
+    def of_jax(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+        value = types.SimpleNamespace(_value=object())
+        if holders(variable) > holders(value) or len(variable._value.devices()) > 1:
+            whole(variable, dtype, rows)  # somebody else has the array
+            return
+        value._value, variable._value = variable._value, None
+
+        def store(start: int, array: Any) -> None:
+            value._value = update()(value._value, array, start)
+            value._value.block_until_ready()  # before the memory of the part is used again
+
+        try:
+            in_parts(variable, dtype, rows, store)
+        finally:
+            variable._value = value._value
+
+    @functools.cache
+    def update() -> Any:
+        """Puts rows into an array that is given away: in its memory, as `fit` of Keras does."""
+        import jax
+
+        return jax.jit(
+            lambda old, part, start: jax.lax.dynamic_update_slice_in_dim(old, part, start, 0), donate_argnums=0
+        )
+
+    def of_torch(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+        import torch
+
+        tensor = variable._value.detach()
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            rows(on_host(tensor), 0)
+            torch.autograd.graph.increment_version(tensor)  # which others look at to see whether a value is new
+            return
+        with torch.no_grad():
+            in_parts(variable, dtype, rows, lambda start, array: tensor[start : start + len(array)].copy_(own(array)))
+
+    def own(array: Any) -> Any:
+        import torch
+
+        bits = array.dtype.name == "bfloat16"
+        tensor = torch.from_numpy(array.view("int16") if bits else array)
+        return tensor.view(torch.bfloat16) if bits else tensor
+
+    def of_tensorflow(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+        import tensorflow as tf
+
+        def store(start: int, array: Any) -> None:
+            variable._value.scatter_update(tf.IndexedSlices(array, numpy.arange(start, start + len(array))))
+
+        in_parts(variable, dtype, rows, store)
+
+    known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, whole)
+
+    def write_rows(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+        size = numpy.dtype(dtype).itemsize * int(numpy.prod(variable.shape))
+        large = size > small and getattr(variable, "_layout", None) is None
+        (known if large else whole)(variable, dtype, rows)
+
+    return write_rows
+
+
+write_rows = _make_write_rows()
+"""Stores what a function gives: `rows(array, first)` fills an array with a variable's rows from the first on.
+
+For a large variable this takes the memory of a few rows at a time. If the function raises, the variable may have some
+of its new rows. On JAX its array is given away, unless somebody else has it too.
+"""
+
+
 # --------------------------------------------------------------------------- one call
 
 
@@ -1043,10 +1208,11 @@ ADDS_IN_PLACE = _backend.backend() == "torch"
 
 def add_to_fresh(tensor: Any, other: Any) -> Any:
     """`tensor + other`, in place where that saves one: the tensor is a result that nobody else holds."""
-    if ADDS_IN_PLACE and tensor.dtype == other.dtype and tensor.shape[-1:] == other.shape:
-        if not (tensor.requires_grad and tensor._is_view()):  # the gradient of a view that was written to costs more
-            return tensor.add_(other)
-    return keras.ops.add(tensor, other)
+    if not ADDS_IN_PLACE or tensor.dtype != other.dtype or tensor.shape[-1:] != other.shape:
+        return keras.ops.add(tensor, other)
+    if tensor.requires_grad and tensor._is_view():  # the gradient of a view that was written to costs more
+        return keras.ops.add(tensor, other)
+    return tensor.add_(other)
 
 
 def _make_is_plain_eager() -> Callable[[], bool]:
@@ -1147,6 +1313,85 @@ def _address(view: memoryview) -> tuple[int, int]:
 def trace(function: Callable[..., Any], *specs: Any) -> Any:
     """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
     return _backend.compute_output_spec(function, *specs)
+
+
+# --------------------------------------------------------------------------- quantising
+#
+# `Model.quantize` goes through a list of all layers and asks each one that has no sub-layers. A tied layer has some,
+# its weights, and would be passed over. When the list is made, before any layer is changed, Keras reads the sub-layers
+# of each layer, and so of each weight: that is the moment to do the work for tied layers, or to refuse.
+
+
+quantizers: dict[str, Callable[..., None]] = {}
+"""What quantises ties: `"model"`, of a model, mode, config and filters; `"weight"`, of a weight, mode and config."""
+
+_MODEL_QUANTIZE = _code(_model.Model.quantize)
+_FLATTEN_LAYERS = _code(_Layer._flatten_layers)
+
+
+class WatchedSublayers:
+    """The list of a layer's sub-layers; who reads it to quantise a whole model is noticed first."""
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        if not _is_tracing():
+            frame = sys._getframe(1)
+            caller = frame.f_back if frame.f_code is _FLATTEN_LAYERS else None
+            if caller is not None and caller.f_code is _MODEL_QUANTIZE:
+                _notice_quantizing(caller)
+        try:
+            return vars(layer)["_layers"]
+        except KeyError:
+            raise AttributeError("_layers") from None
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        vars(layer)["_layers"] = value
+
+
+def _notice_quantizing(frame: FrameType) -> None:
+    scope = _namespace(frame, ".tether.quantizing")
+    if scope is not None and not scope:
+        scope["begun"] = True
+        given = frame.f_locals
+        quantizers["model"](given["self"], given["mode"], given["config"], given["filters"])
+
+
+def is_quantizing_a_model() -> bool:
+    """Whether `Model.quantize` is what asks a layer to quantise itself."""
+    return any(frame.f_code is _MODEL_QUANTIZE for frame in itertools.islice(_frames(), 4))
+
+
+def quantization_config(mode: Any, config: Any) -> Any:
+    """The config that `quantize(mode, config)` means; its `mode` is one that Keras knows."""
+    return _resolve_quantization(mode, config)
+
+
+def passes(layer: Any, filters: Any) -> bool:
+    """Whether the filters of `Model.quantize` let a layer through."""
+    return bool(_should_quantize_layer(layer, filters))
+
+
+def take_over_quantize(layer: Any, function: Callable[..., None]) -> None:
+    """Has a function called for `layer.quantize(...)`, with the layer and Keras's own method first.
+
+    Keras gives each layer a `quantize` of its own when it is made, so that one of another class would not be found.
+    """
+    original = layer.quantize
+
+    @functools.wraps(original)
+    def quantize(mode: Any = None, config: Any = None, **kwargs: Any) -> None:
+        function(layer, original, mode, config, **kwargs)
+
+    quantize.original = original  # type: ignore[attr-defined]
+    set_untracked(layer, "quantize", quantize)
+
+
+def give_back_quantize(layer: Any) -> None:
+    """Undoes `take_over_quantize`."""
+    original = getattr(layer.quantize, "original", None)
+    if original is not None:
+        set_untracked(layer, "quantize", original)
 
 
 # --------------------------------------------------------------------------- a loss, computed by somebody else than fit
@@ -1251,6 +1496,40 @@ def save_to(model: Any, fileobj: Any) -> None:
 
 def load_from(fileobj: Any, *, compile: bool) -> Any:
     return _saving_lib._load_model_from_fileobj(fileobj, custom_objects=None, compile=compile, safe_mode=False)
+
+
+# --------------------------------------------------------------------------- exporting
+
+
+def input_signature(model: Any) -> list[Any]:
+    """The positional arguments of a model's call, as structures of specs, as Keras's exporters read them.
+
+    Raises:
+        ValueError: The model has not been called, so nobody knows.
+    """
+    return list(_export_utils.get_input_signature(model))
+
+
+def input_spec(tensor: Any) -> Any:
+    """The spec of a tensor, a symbolic tensor or a spec."""
+    return _export_utils.make_input_spec(tensor)
+
+
+def store_each_variable_once(archive: Any) -> None:
+    """Makes an export archive of the TensorFlow backend write each variable once.
+
+    It lists Keras's variables, and once more the TensorFlow variables inside them; TensorFlow takes them for two.
+    """
+    if _backend.backend() == "tensorflow":
+        for name in ("variables", "trainable_variables", "non_trainable_variables"):
+            setattr(archive._tf_trackable, name, [v.value for v in getattr(archive._tf_trackable, name)])
+
+
+def mend_tf2onnx() -> None:
+    """Makes tf2onnx work with the NumPy of today, as Keras does before it calls it."""
+    from keras.src.export.tf2onnx_lib import patch_tf2onnx
+
+    patch_tf2onnx()
 
 
 keras_version: str = keras.__version__

@@ -231,6 +231,47 @@ def materialize(
     typer.echo(f"Wrote {output}: {plain.count_params():,} parameters, {loaded.count_params():,} in {model.name}")
 
 
+@app.command(
+    epilog=_examples(
+        "tether export model.keras -o out.onnx --format onnx",
+        "tether export model.keras -o out.onnx --format onnx --tolerance 1e-3",
+    )
+)
+def export(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A file that ends in .onnx, .tflite or .pt2, or a folder.")
+    ],
+    format: Annotated[
+        Literal["tf_saved_model", "onnx", "litert", "torch"], typer.Option(help="What to write.")
+    ] = "tf_saved_model",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run what was written, and compare it with the model.")
+    ] = True,
+    tolerance: Annotated[float, typer.Option(help="How far outputs may be from the model's.")] = 1e-4,
+    force: Force = False,
+    custom: Custom = None,
+) -> None:
+    """Writes a model for a runtime: SavedModel, ONNX, LiteRT, torch.export. Each weight is stored once.
+
+    What is written is run on made-up inputs and compared with the model
+    before it gets its name. Not every backend writes every format; the error
+    says which one does: KERAS_BACKEND=tensorflow tether export ...
+    """
+    from tether_cli.files import load, require, target
+    from tether_cli.starting import import_custom, start
+    from tether_cli.waiting import busy
+
+    require(model)
+    final = target(output, inputs=(model,), force=force, folder=format == "tf_saved_model")
+    package = start()
+    loaded = load(model, import_custom(custom), compile=False)
+    with busy(f"Writing {output.name}"):
+        found = package.files.export(loaded, final, format, verify=verify, tolerance=tolerance)
+    ran = "" if found.difference is None else f", outputs within {found.difference:.0e} of the model's"
+    typer.echo(f"Wrote {output}: {found.bytes:,} bytes, {found.unique_bytes:,} of weights{ran}")
+
+
 @app.command(epilog=_examples("tether demo", "tether demo --seeds 1"))
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Average over so many seeds.")] = 3,

@@ -46,13 +46,13 @@ def _why_not(path: Path, error: Exception) -> str:
     return f"{path} cannot be loaded: {said}"
 
 
-def target(path: Path, *, inputs: tuple[Path, ...], force: bool) -> Path:
-    """Where to write, if nothing speaks against it. A link is followed, so that it stays one.
+def target(path: Path, *, inputs: tuple[Path, ...], force: bool, folder: bool = False) -> Path:
+    """Where to write a file, or a folder, if nothing speaks against it. A link is followed, so that it stays one.
 
     It is no input of the command, by whichever name, and no file that is there, unless `force` says so.
     """
     final = Path(os.path.realpath(path))
-    if final.is_dir():
+    if final.is_dir() and not folder:
         raise Failed(f"{path} is a folder. Name the file to write.")
     if not final.parent.is_dir():
         raise Failed(f"There is no folder {str(path.parent)!r} to write {path.name!r} to.")

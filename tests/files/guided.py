@@ -1,7 +1,4 @@
-"""Feeds the archive reader bytes that a search by coverage chooses. `python -m tests.files.guided FOLDER SECONDS`.
-
-Needs atheris, which is not among the requirements: `pip install atheris`.
-"""
+"""Feeds the archive reader bytes that a search by coverage chooses. `python -m tests.files.guided FOLDER SECONDS`."""
 
 import sys
 from pathlib import Path
@@ -30,7 +27,9 @@ def main(folder, seconds):
         except tether.TetherError:
             return
 
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-rss_limit_mb=4096", str(corpus)], read)
+    # No limit on the peak of the process's memory, which starts at that of the process that started it.
+    limits = [f"-max_total_time={seconds}", "-rss_limit_mb=0", "-malloc_limit_mb=1024"]
+    atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={folder}/", str(corpus)], read)
     atheris.Fuzz()
 
 

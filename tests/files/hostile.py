@@ -170,6 +170,9 @@ PLANS = {
     "another shape": with_config(
         lambda config: record(config, "encode")["weights"][weights_of(record(config))].update(shape=[9, 9])
     ),
+    "two configs of one weight": with_config(
+        lambda config: record(config, "encode")["weights"][weights_of(record(config))].update(trainable=False)
+    ),
     "huge": with_record(lambda found: found["weights"][weights_of(found)].update(shape=[2**40, 2**40])),
     "negative": with_record(lambda found: found["weights"][weights_of(found)].update(shape=[-1, 3])),
     "another uid": with_record(lambda found: found["weights"][weights_of(found)].update(uid="other")),

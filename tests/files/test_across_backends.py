@@ -10,6 +10,7 @@ import pytest
 
 import tether
 from tests.files.models import autoencoder, randomize, stack
+from tests.scenarios.test_b_one_layer_several_places import inside_and_outside
 from tests.support import numpy
 
 BACKEND = keras.backend.backend()
@@ -48,6 +49,36 @@ def write_all(folder):
         tether.files.save_safetensors(model, folder / f"{name}.safetensors")
         np.save(folder / f"{name}.npy", numpy(model(inputs(name))).astype("float32"))
     tether.files.save_peft(models()["child"], folder / "lora")
+    for name, model in wholes().items():
+        tether.files.save_model(model, folder / f"{name}.keras")
+        np.save(folder / f"{name}.npy", np.concatenate([numpy(y).ravel() for y in outputs(name, model)]))
+
+
+def wholes():
+    """Rows B2, B12, B13 and C13 of the scenarios: trained, one layer in several places, in two files, resized."""
+    rng = np.random.default_rng(6)
+    trained = randomize(autoencoder(True), rng)
+    trained.compile("adam", "mse")
+    trained.optimizer.build(trained.trainable_variables)
+    for variable in trained.optimizer.variables[2:]:
+        variable.assign(rng.uniform(0.1, 0.2, variable.shape).astype("float32"))
+    several = randomize(inside_and_outside(), rng)
+    whole = randomize(autoencoder(True), rng)
+    parts = {}
+    for name in ("encode", "decode"):
+        layer = whole.get_layer(name)
+        x = keras.Input((5 if name == "encode" else 3,))
+        parts[name] = keras.Model(x, layer(x), name=name)
+    resized = randomize(stack(True), rng)
+    tether.files.resize(tether.weight_of(resized, "embed/embeddings"), 0, 9, fill="mean", model=resized)
+    return {"trained": trained, "several": several, **parts, "resized": resized}
+
+
+def outputs(name, model):
+    size = model.input_shape[-1]
+    rows = np.array([[1, 2, 8, 0]], "int32") if name == "resized" else np.linspace(-1, 1, 2 * size).reshape(2, size)
+    found = model(rows if name == "resized" else rows.astype("float32"))
+    return found if isinstance(found, list) else [found]
 
 
 def inputs(name):
@@ -91,9 +122,27 @@ def test_what_another_backend_wrote_is_read(writer, tmp_path):
     tether.files.load_safetensors(plain, tmp_path / "child.safetensors", strict=False)
     tether.files.load_peft(plain, tmp_path / "lora")
     assert np.allclose(numpy(plain(inputs("child"))), np.load(tmp_path / "child.npy"), atol=1e-5)
+    read_wholes(tmp_path)
+
+
+def read_wholes(folder):
+    read = {}
+    for name, expected in wholes().items():
+        loaded = read[name] = tether.files.load_model(folder / f"{name}.keras")
+        assert [value.tobytes() for value in loaded.get_weights()] == [v.tobytes() for v in expected.get_weights()]
+        found = np.concatenate([numpy(y).ravel() for y in outputs(name, loaded)])
+        assert np.allclose(found, np.load(folder / f"{name}.npy"), atol=1e-5), name
+    slots = zip(read["trained"].optimizer.variables, wholes()["trained"].optimizer.variables, strict=True)
+    assert all(numpy(mine).tobytes() == numpy(theirs).tobytes() for mine, theirs in slots)
+    assert read["several"].get_layer("part").get_layer("shared") is read["several"].get_layer("shared")
+    assert len(tether.files.retie(read["encode"], read["decode"]).loaded) == 1
+    kernel = np.full((5, 3), 2.0, "float32")
+    read["encode"].layers[-1].kernel.assign(kernel)
+    assert np.array_equal(numpy(read["decode"].layers[-1].kernel), kernel.T)
 
 
 @pytest.mark.slow
 def test_the_writer_writes_what_it_is_asked_to(tmp_path):
     write_all(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 13
+    assert len(list(tmp_path.iterdir())) == 13 + 10
+    read_wholes(tmp_path)

@@ -347,7 +347,7 @@ def test_no_config_makes_the_readers_fail_otherwise(times, good, tmp_path):
 
 @pytest.mark.slow
 def test_no_bytes_that_a_search_by_coverage_finds_make_the_archive_reader_fail_otherwise(tmp_path):
-    pytest.importorskip("atheris", reason="`pip install atheris` for the search by coverage")
+    pytest.importorskip("atheris", reason="There is no atheris for this system or this Python.")
     run = start("guided", tmp_path, "60")
     assert run.returncode == 0 and "Done" in run.stderr, run.stderr[-2000:]
 

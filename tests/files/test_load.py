@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tether
-from tests.support import assert_close
+from tests.support import assert_close, numpy
 from tether.errors import InvalidConfig, LostTie, TetherError
 
 layers = keras.layers
@@ -51,6 +51,43 @@ def test_a_tied_model_comes_back_tied(saved, rng):
     x = rng.normal(size=(2, 4)).astype("float32")
     assert_close(model(x), again(x))
     assert len(again.weights) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_weights_come_back_to_the_bit(dtype, rng, tmp_path):
+    """Weights of more than a megabyte, which are read in parts: shared, a layer's own, and an optimizer's."""
+    codec, x = tether.Weight(name="codec", dtype=dtype), keras.Input((1100,))
+    encode = tether.tie(layers.Dense(700, name="encode", dtype=dtype), kernel=codec)
+    decode = tether.tie(layers.Dense(1100, name="decode", dtype=dtype), kernel=codec.T)
+    model = keras.Model(x, layers.Dense(600, name="own", dtype=dtype)(decode(encode(x))))
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    for variable in [*model.weights, *model.optimizer.variables[2:]]:
+        variable.assign(rng.normal(size=variable.shape).astype("float32"))
+    tether.files.save_model(model, tmp_path / "model.keras")
+    again = tether.files.load_model(tmp_path / "model.keras")
+    for mine, theirs in zip(again.variables, model.variables, strict=True):
+        assert numpy(mine).tobytes() == numpy(theirs).tobytes(), mine.path
+    for mine, theirs in zip(again.optimizer.variables, model.optimizer.variables, strict=True):
+        assert numpy(mine).tobytes() == numpy(theirs).tobytes(), mine.path
+    assert len(again.weights) == 5
+
+
+class Halved(layers.Dense):
+    """Writes its kernel as it is and halves it when it reads it."""
+
+    def load_own_variables(self, store):
+        self.kernel.assign(np.asarray(store["0"]) / 2)
+        self.bias.assign(store["1"])
+
+
+def test_a_layer_may_do_what_it_likes_with_a_large_weight_that_it_reads(rng, tmp_path):
+    model = keras.Sequential([keras.Input((600,)), Halved(600)])
+    kernel = rng.normal(size=(600, 600)).astype("float32")
+    model.layers[0].kernel.assign(kernel)
+    tether.files.save_model(model, tmp_path / "model.keras")
+    again = tether.files.load_model(tmp_path / "model.keras", custom_objects={"Halved": Halved})
+    assert np.array_equal(numpy(again.layers[0].kernel), kernel / 2)
 
 
 def test_the_optimizer_comes_back_unless_it_is_not_asked_for(rng, tmp_path):

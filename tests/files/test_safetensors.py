@@ -369,8 +369,8 @@ def peak():
 def now():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
-tether.files.load_safetensors(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="d0", use_bias=False)]),
-                              sys.argv[2])
+first = keras.layers.Dense(600, name="d0", use_bias=False)  # what loads for the first time in a process takes more
+tether.files.load_safetensors(keras.Sequential([keras.Input((600,)), first]), sys.argv[2])
 with open("/proc/self/clear_refs", "w") as reset:
     reset.write("5")
 before = now()
@@ -387,7 +387,7 @@ def test_loading_takes_little_memory_beside_the_models(tmp_path):
     size = 1600
     arrays = {f"d{n}.kernel": np.full((size, size), n, "float32") for n in range(12)}
     save_file(arrays, tmp_path / "m.safetensors")
-    save_file({"d0.kernel": np.zeros((2, 2), "float32")}, tmp_path / "small.safetensors")
+    save_file({"d0.kernel": np.zeros((600, 600), "float32")}, tmp_path / "small.safetensors")
     ran = subprocess.run(
         [
             sys.executable,
@@ -405,6 +405,6 @@ def test_loading_takes_little_memory_beside_the_models(tmp_path):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    # What the model has already is not counted, and a tensor of the file, a twelfth here, is in memory as it is read.
-    # TensorFlow copies some megabytes at a time; JAX's arrays cannot be written to, so it makes one more.
-    assert float(ran.stdout.split()[-1]) < {"torch": 0.1, "tensorflow": 0.15, "jax": 0.2}[keras.backend.backend()]
+    # What the model has already is not counted. A tensor of the file is a twelfth of it: none is in memory whole.
+    # JAX compiles once for each shape.
+    assert float(ran.stdout.split()[-1]) < {"torch": 0.05, "tensorflow": 0.05, "jax": 0.2}[keras.backend.backend()]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tether
+from tests.files import hostile
 from tests.files.models import autoencoder, randomize, stack, state
 from tests.support import assert_close, numpy
 from tether import keras_seam
@@ -387,6 +388,36 @@ def test_a_file_without_notes_is_read_as_before(rng, tmp_path):
     assert np.array_equal(numpy(target.layers[2].kernel), numpy(source.layers[2].kernel))
     with pytest.raises(TetherError, match=r"has no value for 'encode.*/kernel', 'decode.*/kernel'"):
         tether.files.load_untied(autoencoder(tied=False), path)
+
+
+@pytest.mark.parametrize("make", [autoencoder, stack], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("into", [True, False], ids=["into_tied", "into_untied"])
+def test_an_archive_without_notes_says_in_its_config_what_is_tied(into, make, rng, tmp_path):
+    source, target = randomize(make(tied=True), rng), randomize(make(tied=into), rng)
+    tether.files.save_model(source, tmp_path / "m.keras")
+    without_notes(tmp_path / "m.keras")
+    report = tether.files.load_untied(target, tmp_path / "m.keras")
+    assert not report.skipped and not report.missing
+    for mine, theirs in zip(target.layers, source.layers, strict=True):
+        for name in ("kernel", "embeddings"):
+            if hasattr(theirs, name):
+                assert np.array_equal(numpy(getattr(mine, name)), numpy(getattr(theirs, name)))
+
+
+def without_notes(path):
+    hostile.with_values(lambda file: file.visititems(lambda _, item: drop(item.attrs)))(path)
+
+
+def test_an_archive_without_notes_whose_config_makes_no_model_is_a_clear_error(rng, tmp_path):
+    path = tmp_path / "m.keras"
+    tether.files.save_model(autoencoder(tied=True), path)
+    without_notes(path)
+    hostile.with_config(lambda config: hostile.layer(config, "encode")["config"].update(units="many"))(path)
+    target = randomize(autoencoder(tied=False), rng)
+    before = target.get_weights()
+    with pytest.raises(InvalidConfig, match="no model can be made"):
+        tether.files.load_untied(target, path)
+    assert all(np.array_equal(a, b) for a, b in zip(target.get_weights(), before, strict=True))
 
 
 def test_a_file_with_notes_is_loaded_by_keras(rng, tmp_path):

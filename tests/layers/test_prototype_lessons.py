@@ -109,23 +109,25 @@ def test_enable_lora_is_refused_and_changes_nothing():
     assert w.trainable and len(layer.weights) == 2
 
 
-def test_quantize_is_refused_and_changes_nothing():
+def test_quantize_keeps_the_tie():
     w = tether.Weight((4, 4), "ones", name="w")
-    layer = tied_dense(w)
-    with pytest.raises(tether.TetherError, match="materialize"):
-        layer.quantize("int8")
+    layer, other = tied_dense(w), tied_dense(w.T)
+    layer.quantize("int8")
     assert layer.quantization_mode is None and isinstance(layer.kernel, View)
+    assert set(other.kernel.expression.weights_used()) == set(layer.kernel.expression.weights_used())
+    assert [keras.backend.standardize_dtype(v.dtype) for v in w.variables] == ["int8", "float32"]
 
 
-def test_quantize_of_a_model_with_a_tied_layer_is_refused():
+def test_quantize_of_a_model_does_not_pass_over_tied_layers():
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, tether.tie(keras.layers.Dense(4), kernel=tether.Weight(name="w"))(inputs))
+    w = tether.Weight(name="w")
+    model = keras.Model(inputs, tether.tie(keras.layers.Dense(4), kernel=w)(inputs))
     plain = tether.materialize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras warns that an input layer cannot be quantised
-        with pytest.raises(tether.TetherError, match="materialize"):
-            model.quantize("int8")
+        model.quantize("int8")
         plain.quantize("int8")
+    assert w.became is not None
     assert plain.layers[-1].quantization_mode == "int8"
 
 

@@ -18,6 +18,7 @@ from tether.weights.expression import MAX_STEPS, as_expression, live_weights, pr
 from tether.weights.inversion import is_invertible
 from tether.weights.operators import OPERATORS
 from tether.weights.operators.adapted import Adapted
+from tether.weights.operators.quantized import Dequantize, Unpack
 
 ops = tether.ops
 
@@ -39,6 +40,15 @@ def squared_gap(x, y):
 
 def numpy_squared_gap(x, y):
     return np.square(x - y)
+
+
+def unpacked(packed, axis, size):
+    """The integers in the two halves of each byte, the lower half first."""
+    halves = np.stack([packed & 15, (packed >> 4) & 15], axis=axis + 1)
+    values = np.where(halves > 7, halves - 16, halves)
+    sizes = list(packed.shape)
+    sizes[axis] *= 2
+    return np.take(values.reshape(sizes), range(size), axis=axis).astype("int8")
 
 
 def make_weights(**changes):
@@ -228,6 +238,32 @@ CASES = [
         lambda x: x.a + 0.5 * x.b + 2 * x.a * x.b,
     ),
     ("(2.0 * a).stop_gradient() + b", lambda x: (2.0 * x.a).stop_gradient() + x.b, lambda x: 2 * x.a + x.b),
+    # ---- integers that stand for floats
+    (
+        "dequantize((a * 4).astype(int8), u)",
+        lambda x: Dequantize((x.a * 4).astype("int8"), x.u, dtype="float32"),
+        lambda x: (x.a * 4).astype("int8") * x.u,
+    ),
+    (
+        "2.0 * dequantize((a * 4).astype(int8), v[None]).reshape(2, 6)",
+        lambda x: 2.0 * Dequantize((x.a * 4).astype("int8"), x.v[None], dtype="float32", shape=(2, 6)),
+        lambda x: 2 * ((x.a * 4).astype("int8") * x.v).reshape(2, 6),
+    ),
+    (
+        "dequantize(a.astype(int32), u)",
+        lambda x: Dequantize(x.a.astype("int32"), x.u, dtype="float16"),
+        lambda x: (x.a.astype("int32") * x.u).astype("float16"),
+    ),
+    (
+        "unpack((a * 20 - b * 30).astype(int8), axis=0, size=5)",
+        lambda x: Unpack((x.a * 20 - x.b * 30).astype("int8"), axis=0, size=5),
+        lambda x: unpacked((x.a * 20 - x.b * 30).astype("int8"), 0, 5),
+    ),
+    (
+        "unpack((20 * t).astype(int8), axis=1, size=6)",
+        lambda x: Unpack((20 * x.t).astype("int8"), axis=1, size=6),
+        lambda x: unpacked((20 * x.t).astype("int8"), 1, 6),
+    ),
 ]
 
 

@@ -19,11 +19,12 @@ import tether
 from tests.support import as_zero, gradients
 from tether.errors import InvalidConfig
 from tether.layers.record import read_record
-from tether.weights import Argument, Expression, Node, Weight, bind
+from tether.weights import Argument, Constant, Expression, Node, Weight, bind
 from tether.weights.codec import decode, encode
 from tether.weights.expression import MAX_STEPS, as_expression, leaves, program
 from tether.weights.operators import OPERATORS
 from tether.weights.operators.adapted import Adapted
+from tether.weights.operators.quantized import Dequantize, Unpack
 
 ops = tether.ops
 BACKEND = keras.backend.backend()
@@ -229,6 +230,20 @@ def scaled(pool):
     return x.scale_gradient(scale), lambda now, base: fx(base, base) + scale * (fx(now, base) - fx(base, base))
 
 
+def dequantised(pool):
+    """Threes, stored whole or in half a byte each, times an expression as the scale."""
+    x, fx, shape = pool.choose(lambda shape: bool(shape) and 0 not in shape)
+    axis = pool.draw(st.integers(0, len(shape) - 1))
+    if pool.draw(st.booleans()):
+        packed = [(size + 1) // 2 if place == axis else size for place, size in enumerate(shape)]
+        codes = Unpack(Constant.of(np.full(packed, 0x33, "int8")), axis=axis, size=shape[axis])
+    else:
+        codes = Constant.of(np.full(shape, 3, "int8"))
+    sizes = pool.draw(st.sampled_from([None, (int(np.prod(shape)),), (1, *shape)]))
+    expression = Dequantize(codes, x, dtype=x.dtype, shape=sizes)
+    return expression, lambda now, base: np.reshape(3 * fx(now, base), sizes or shape)
+
+
 def cast_to_the_same(pool):
     x, fx, _ = pool.choose()
     return x.astype(keras.config.floatx()), fx
@@ -254,6 +269,7 @@ STEPS = [
     applied,
     stopped,
     scaled,
+    dequantised,
     cast_to_the_same,
 ]
 
@@ -373,10 +389,16 @@ def test_gradients_are_those_of_finite_differences(data, seed):
             close(as_zero(gradient, weight.shape), expected[name], tolerance)
 
 
+def integers(x):
+    return x if isinstance(x, Expression) else Constant.of(np.array(x, "int8"))
+
+
 NAMES = {
     **{name: getattr(ops, name) for name in ("take", "concatenate", "stack", "where", "einsum")},
     "tanh": lambda x: ops.apply(keras.ops.tanh, x),
     "mean_of_both": lambda x, y: ops.apply(mean_of_both, x, y),
+    "unpack": lambda x, axis, size: Unpack(integers(x), axis=axis, size=size),
+    "dequantize": lambda x, scale: Dequantize(integers(x), as_expression(scale), dtype="float32"),
     "float32": "float32",
     "strength": STRENGTH,
 }
@@ -475,7 +497,7 @@ JSON = st.recursive(
     ATOMS, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=4)), max_leaves=8
 )
 STEP_KEYS = st.sampled_from(
-    ["op", "of", "axes", "shape", "key", "dtype", "indices", "axis", "function", "equation", "scale", "weight"]
+    ["op", "of", "axes", "shape", "key", "dtype", "indices", "axis", "function", "equation", "scale", "size", "weight"]
 )
 WILD_STEPS = st.lists(
     st.one_of(
@@ -598,6 +620,9 @@ def test_operators_refuse_parameters_that_make_no_sense(name, count, parameters,
     check_expression(read_or_refused(lambda: decode(steps, KNOWN)))
 
 
+BYTES = encode(Constant.of(np.zeros((2, 3), "int8")))[0]["array"]
+
+
 @pytest.mark.parametrize(
     "steps",
     [
@@ -626,6 +651,13 @@ def test_operators_refuse_parameters_that_make_no_sense(name, count, parameters,
         [{"weight": "a"}, {"op": "cast", "of": [0], "dtype": "string"}],
         [{"weight": "a"}, {"op": "cast", "of": [0], "dtype": "complex64"}],
         [{"weight": "a"}, {"op": "cast", "of": [0], "dtype": ["float32"]}],
+        [{"weight": "a"}, {"op": "unpack", "of": [0], "axis": 0, "size": 4}],
+        [{"array": BYTES}, {"op": "unpack", "of": [0], "axis": 0, "size": 9}],
+        [{"array": BYTES}, {"op": "unpack", "of": [0], "axis": 9, "size": 4}],
+        [{"weight": "a"}, {"op": "dequantize", "of": [0, 0], "dtype": "float32"}],
+        [{"number": 2}, {"number": 0.5}, {"op": "dequantize", "of": [0, 1], "dtype": "float32"}],
+        [{"array": BYTES}, {"weight": "a"}, {"op": "dequantize", "of": [0, 1], "dtype": "int8"}],
+        [{"array": BYTES}, {"weight": "a"}, {"op": "dequantize", "of": [0, 1], "dtype": "float32", "shape": [1 << 62]}],
         [{"weight": "a"}, {"op": "scale_gradient", "of": [0], "scale": float("nan")}],
         [{"weight": "a"}, {"op": "scale_gradient", "of": [0], "scale": 10**400}],
         [{"weight": "a"}, {"op": "apply", "of": [0], "function": "os.system"}],

@@ -466,6 +466,25 @@ def test_from_config_finds_what_the_sharing_scope_has_made():
         assert Weight.from_config(config) is not first
 
 
+DIFFERENCES = {
+    "shape": [2, 9],
+    "dtype": "float16",
+    "trainable": False,
+    "regularizer": {"module": "keras.regularizers", "class_name": "L2", "config": {"l2": 0.5}},
+    "constraint": {"module": "keras.constraints", "class_name": "NonNeg", "config": {}},
+}
+
+
+@pytest.mark.parametrize("key", DIFFERENCES)
+def test_two_configs_of_one_weight_that_differ_are_refused(key):
+    config = Weight(VALUE, name="codec").get_config()
+    with tether.sharing() as made:
+        first = Weight.from_config(config)
+        with pytest.raises(InvalidConfig, match=f"two configs of one weight, 'codec' and 'codec', .* differ in {key}"):
+            Weight.from_config({**config, key: DIFFERENCES[key]})
+        assert made == {config["uid"]: first}
+
+
 def test_sharing_scopes_nest_and_end_with_their_block():
     config = Weight(VALUE).get_config()
     with tether.sharing():

@@ -1,5 +1,6 @@
 """Files that keep a tie, and that are whole at every moment."""
 
+from tether.files.exporting import Exported, export
 from tether.files.layout import Tensor
 from tether.files.load import load_model
 from tether.files.peft import load_peft, save_peft
@@ -11,6 +12,6 @@ from tether.files.save import save_model
 from tether.files.untied import load_untied
 
 __all__ = [
-    "Report", "Tensor", "load_model", "load_peft", "load_safetensors", "load_untied", "resize", "retie",
-    "save_model", "save_peft", "save_safetensors",
+    "Exported", "Report", "Tensor", "export", "load_model", "load_peft", "load_safetensors", "load_untied", "resize",
+    "retie", "save_model", "save_peft", "save_safetensors",
 ]  # fmt: skip

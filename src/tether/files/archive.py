@@ -62,17 +62,8 @@ def contents(path: str | os.PathLike[str], *, whole: bool = False) -> Contents:
     source = pathlib.Path(path)
     if not source.is_file():
         raise TetherError(f"There is no file {str(path)!r}.")
-    with reading(source), open(source, "rb") as file, zipfile.ZipFile(file) as archive:
-        _check_entries(archive, source)
-        if whole:
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise InvalidConfig(f"{damaged!r} in {str(source)!r} is damaged: it has another checksum than it says.")
-        config = _config(archive, source)
-        if VALUES not in archive.namelist():
-            raise Unsupported(f"{str(source)!r} holds no {VALUES}; its values are of another format.")
-        with _opened(archive, file) as values, h5py.File(values, "r") as opened:
-            return Contents(config, _shapes(opened, source.stat().st_size))
+    with reading(source), opened_archive(source, whole=whole) as archive, archive.values() as values:
+        return Contents(archive.config(), _shapes(values, source.stat().st_size))
 
 
 @contextlib.contextmanager
@@ -108,6 +99,70 @@ def _check_entries(archive: zipfile.ZipFile, path: pathlib.Path) -> None:
 def _refuse_bomb(what: str, unpacked: int, size: int) -> None:
     if unpacked > max(SMALL, MAX_EXPANSION * size):
         raise InvalidConfig(f"{what!r} would unpack to {unpacked:,} bytes, from {size:,}: no model is packed as much.")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive that is open, and whose entries are known to be harmless."""
+
+    path: pathlib.Path
+    zip: zipfile.ZipFile
+    _file: BinaryIO
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.zip.namelist()
+
+    def config(self) -> dict[str, Any]:
+        """What the config says.
+
+        Raises:
+            InvalidConfig: There is none, or it is not that of a Keras object.
+        """
+        return _config(self.zip, self.path)
+
+    @contextlib.contextmanager
+    def entry(self, name: str) -> Iterator[Any]:
+        """An entry as a file: where it lies in the archive, or a copy if it is compressed."""
+        info = self.zip.getinfo(name)
+        if info.compress_type == zipfile.ZIP_STORED:
+            yield io.BufferedReader(_Part(self._file, info))
+            return
+        with tempfile.TemporaryFile() as unpacked, self.zip.open(info) as source:
+            shutil.copyfileobj(source, unpacked, 2**20)
+            unpacked.seek(0)
+            yield unpacked
+
+    @contextlib.contextmanager
+    def values(self) -> Iterator[h5py.File]:
+        """The values.
+
+        Raises:
+            Unsupported: They are not in HDF5.
+        """
+        if VALUES not in self:
+            raise Unsupported(f"{str(self.path)!r} holds no {VALUES}; its values are of another format.")
+        with self.entry(VALUES) as source, h5py.File(source, "r") as values:
+            yield values
+
+
+@contextlib.contextmanager
+def opened_archive(path: str | os.PathLike[str], *, whole: bool = False) -> Iterator[Archive]:
+    """A `.keras` file, for reading.
+
+    Args:
+        path: The file.
+        whole: Whether to read all of it first and hold it against the checksums in it.
+
+    Raises:
+        InvalidConfig: It is damaged, an entry would be put elsewhere, or it would unpack to far more than it is.
+    """
+    source = pathlib.Path(path)
+    with open(source, "rb") as file, zipfile.ZipFile(file) as archive:
+        _check_entries(archive, source)
+        damaged = archive.testzip() if whole else None
+        if damaged is not None:
+            raise InvalidConfig(f"{damaged!r} in {str(source)!r} is damaged: it has another checksum than it says.")
+        yield Archive(source, archive, file)
 
 
 def _config(archive: zipfile.ZipFile, path: pathlib.Path) -> dict[str, Any]:
@@ -147,26 +202,8 @@ def _shapes(file: h5py.File, size: int) -> dict[str, tuple[int, ...]]:
 @contextlib.contextmanager
 def opened_values(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """The values in a `.keras` file, for reading."""
-    with (
-        open(path, "rb") as file,
-        zipfile.ZipFile(file) as archive,
-        _opened(archive, file) as source,
-        h5py.File(source, "r") as values,
-    ):
+    with opened_archive(path) as archive, archive.values() as values:
         yield values
-
-
-@contextlib.contextmanager
-def _opened(archive: zipfile.ZipFile, file: BinaryIO) -> Iterator[Any]:
-    """The values, as something that HDF5 reads: where they lie in the archive, or a copy if they are compressed."""
-    info = archive.getinfo(VALUES)
-    if info.compress_type == zipfile.ZIP_STORED:
-        yield io.BufferedReader(_Part(file, info))
-        return
-    with tempfile.TemporaryFile() as unpacked, archive.open(info) as source:
-        shutil.copyfileobj(source, unpacked, 2**20)
-        unpacked.seek(0)
-        yield unpacked
 
 
 class _Part(io.RawIOBase):
@@ -196,10 +233,9 @@ class _Part(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         wanted = max(min(len(buffer), self._size - self._at), 0)
         self._file.seek(self._start + self._at)
-        data = self._file.read(wanted)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        count = self._file.readinto(memoryview(buffer)[:wanted])  # type: ignore[attr-defined]
+        self._at += count
+        return int(count)
 
 
 def with_config(source: pathlib.Path, target: pathlib.Path, config: dict[str, Any]) -> None:
@@ -213,4 +249,4 @@ def with_config(source: pathlib.Path, target: pathlib.Path, config: dict[str, An
                 shutil.copyfileobj(read, written, 2**20)
 
 
-__all__ = ["Contents", "contents", "opened_values", "reading", "with_config"]
+__all__ = ["Archive", "Contents", "contents", "opened_archive", "opened_values", "reading", "with_config"]

@@ -19,6 +19,8 @@ from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
 Array = np.ndarray[Any, Any]
+Rows = Callable[[Array, int], None]
+"""Fills an array with rows of a larger one, from a row on."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,16 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Array]
+    rows: Rows | None = None
+    """The same in parts, if the file has it as an array of this shape and dtype."""
+
+    def part(self, first: int, count: int) -> Array:
+        """Some of its rows."""
+        if self.rows is None:
+            return self.read()[first : first + count]
+        array = np.empty((count, *self.shape[1:]), numpy_dtype(self.dtype))
+        self.rows(array, first)
+        return array
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ def stored_ties(notes: Mapping[str, Any], weights: Mapping[str, Entry]) -> dict[
     found: dict[str, StoredTie] = {}
     if not notes:
         return found
-    unfit = [entry.name for entry in weights.values() if entry.dtype not in NUMERIC or "int8" in entry.dtype]
+    unfit = [entry.name for entry in weights.values() if entry.dtype not in NUMERIC]
     if unfit:
         raise InvalidConfig(f"The file's shared weight {unfit[0]!r} is of a dtype that no layer shares.")
     with sharing():
@@ -85,4 +97,4 @@ def stored_ties(notes: Mapping[str, Any], weights: Mapping[str, Entry]) -> dict[
     return found
 
 
-__all__ = ["Array", "Entry", "StoredTie", "stored_ties"]
+__all__ = ["Array", "Entry", "Rows", "StoredTie", "stored_ties"]

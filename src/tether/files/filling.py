@@ -17,7 +17,9 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
+from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
+from tether.files.comparing import difference_of, tolerance_of
+from tether.files.entries import Array, Rows
 from tether.files.report import Conflict, Loaded, Report
 from tether.layers.view import View, shape_of
 from tether.weights.constant import numpy_dtype
@@ -28,12 +30,9 @@ from tether.weights.operators.arithmetic import Add, Subtract
 from tether.weights.operators.gradient import ScaleGradient, StopGradient
 from tether.weights.weight import Weight
 
-Array = np.ndarray[Any, Any]
 Resolve = str | Callable[[str, list[Array]], Any]
 
 RULES = ("error", "first", "mean")
-_COARSE = 2.0**-7
-"""The precision of bfloat16, the coarsest of the floats that weights are stored in."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class Offer:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Array]
+    rows: Rows | None = None
+    """The same in parts, if the file has it as it is."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class _Candidate:
     source: str
     read: Callable[[], Array]
     offer: Offer
+    rows: Rows | None
 
 
 class Plan:
@@ -118,6 +120,8 @@ class Plan:
         self.owners: dict[int, Weight] = {}
         self.to_compare: list[Offer] = []
         self.values: dict[int, Callable[[], Array]] = {}
+        self.rows: dict[int, Rows | None] = {}
+        """The same in parts, of what is in the file as it is in memory."""
         self.conflicts: list[Conflict] = []
         for offer in offers:
             self._add(offer)
@@ -126,11 +130,11 @@ class Plan:
         target = offer.target
         _check_fit(offer)
         if not isinstance(target, View):
-            self._take(target, offer, lambda: _cast(offer.read(), _dtype_of(target), offer))
+            self._take(target, offer)
             return
         weight = base_of(target.expression)
         if weight is not None and tuple(weight.shape or ()) == offer.shape:
-            self._take(weight, offer, lambda: _cast(offer.read(), str(weight.dtype), offer))
+            self._take(weight, offer)
             return
         try:
             weights = list(self._inverted(offer))
@@ -138,7 +142,7 @@ class Plan:
             self.to_compare.append(offer)
             return
         for each in weights:
-            self._take(each, offer, self._part_reader(offer, each))
+            self._take_as(each, _Candidate(offer.source, self._part_reader(offer, each), offer, None))
 
     def _inverted(self, offer: Offer) -> dict[Weight, Any]:
         view = offer.target
@@ -152,12 +156,17 @@ class Plan:
 
         return read
 
-    def _take(self, target: Any, offer: Offer, read: Callable[[], Array]) -> None:
+    def _take(self, target: Any, offer: Offer) -> None:
+        dtype = _dtype_of(target)
+        rows = offer.rows if offer.dtype == dtype else None
+        self._take_as(target, _Candidate(offer.source, lambda: _cast(offer.read(), dtype, offer), offer, rows))
+
+    def _take_as(self, target: Any, candidate: _Candidate) -> None:
         variable = target.variable if isinstance(target, Weight) else target
         if isinstance(target, Weight):
             self.owners[id(variable)] = target
         self.variables[id(variable)] = variable
-        self.candidates.setdefault(id(variable), []).append(_Candidate(offer.source, read, offer))
+        self.candidates.setdefault(id(variable), []).append(candidate)
 
     def name_of(self, variable_id: int) -> str:
         """What a stored variable is called in messages."""
@@ -172,7 +181,7 @@ class Plan:
             ValueConflict: Values of one weight differ, and `resolve` is `"error"`.
         """
         for key, candidates in self.candidates.items():
-            self.values[key] = candidates[0].read
+            self.values[key], self.rows[key] = candidates[0].read, candidates[0].rows
         for key, candidates in self.candidates.items():
             if len(candidates) > 1:
                 self._compare(key, candidates)
@@ -183,7 +192,7 @@ class Plan:
 
     def _compare(self, key: int, candidates: list[_Candidate]) -> None:
         first = candidates[0].read()
-        others = [(each, _difference(first, each.read())) for each in candidates[1:]]
+        others = [(each, difference_of(first, each.read())) for each in candidates[1:]]
         differing = [(each, by) for each, by in others if by is not None and not self._reproduces(each.offer)]
         if not differing:
             return
@@ -192,6 +201,8 @@ class Plan:
         name = self.name_of(key)
         taken = self.resolve if isinstance(self.resolve, str) else getattr(self.resolve, "__name__", "a function")
         self.conflicts.append(Conflict(name, sources, float(by or 0.0), taken))
+        if self.resolve != "first":
+            self.rows[key] = None
         if self.resolve == "mean":
             self.values[key] = lambda: _mean(name, [each.read() for each in candidates])
             self.values[key]()  # what has no mean is an error now
@@ -204,7 +215,7 @@ class Plan:
         if not isinstance(offer.target, View) or isinstance(offer.target.expression, Weight):
             return False
         value = _cast(offer.read(), keras_seam.stored_dtype(offer.target), offer)
-        return _difference(value, self._planned_value(offer.target)) is None
+        return difference_of(value, self._planned_value(offer.target)) is None
 
     def _planned_value(self, view: View) -> Array:
         """The value that a view is going to have."""
@@ -220,24 +231,39 @@ class Plan:
         view = offer.target
         value = _cast(offer.read(), keras_seam.stored_dtype(view), offer)
         planned = self._planned_value(view)
-        difference = _difference(value, planned)
-        if difference is not None and not difference <= _tolerance(value):
+        difference = difference_of(value, planned)
+        if difference is not None and not difference <= tolerance_of(value):
             sources = (offer.source, f"{view.path} = {view.expression.notation()}")
             self.conflicts.append(Conflict(str(view.path), sources, difference, "the expression"))
 
     # ------------------------------------------------------------------ assigning
 
     def carry_out(self) -> tuple[Loaded, ...]:
-        """Assigns what was planned, one weight after another."""
-        loaded = []
-        for key, read in self.values.items():
-            variable = self.variables[key]
-            owner = self.owners.get(key)
-            if owner is not None:
-                owner.generation += 1
-            keras_seam.write(variable, read())
-            loaded.append(Loaded(self.name_of(key), tuple(each.source for each in self.candidates[key])))
+        """Assigns what was planned, one weight after another.
+
+        Raises:
+            TetherError: The file cannot be read any more, though it could when it was opened.
+        """
+        loaded: list[Loaded] = []
+        try:
+            for key in self.values:
+                loaded.append(self._carry_out_one(key))
+        except (OSError, InvalidConfig) as error:
+            raise TetherError(
+                f"The file cannot be read to its end any more: {error} By then {len(loaded)} of {len(self.values)} "
+                "weights had been loaded. Load it again, or another file."
+            ) from error
         return tuple(loaded)
+
+    def _carry_out_one(self, key: int) -> Loaded:
+        variable, owner, rows = self.variables[key], self.owners.get(key), self.rows[key]
+        if owner is not None:
+            owner.generation += 1
+        if rows is None:
+            keras_seam.write(variable, self.values[key]())
+        else:
+            keras_seam.write_rows(variable, numpy_dtype(keras_seam.stored_dtype(variable)), rows)
+        return Loaded(self.name_of(key), tuple(each.source for each in self.candidates[key]))
 
 
 def fill(
@@ -327,30 +353,6 @@ def _cast(array: Array, dtype: str, offer: Offer) -> Array:
     if _kind(dtype) == "integer" and not np.array_equal(found.astype("int64"), array.astype("int64")):
         raise TetherError(f"{offer.source!r} has numbers that {dtype} cannot hold. Nothing was changed.")
     return found
-
-
-def _difference(a: Array, b: Array) -> float | None:
-    """The largest difference of two arrays of one shape, `nan` if one has a NaN where the other has none."""
-    if np.array_equal(a, b):
-        return None
-    first, second = a.astype("float64"), b.astype("float64")
-    if np.array_equal(first, second, equal_nan=True):
-        return None
-    both = np.isnan(first) & np.isnan(second)
-    with np.errstate(invalid="ignore"):  # of two infinities
-        return float(np.max(np.where(both | (first == second), 0.0, np.abs(first - second))))
-
-
-def _tolerance(value: Array) -> float:
-    """How far a computed value may be from one that another backend computed."""
-    if not keras_seam.is_float(str(value.dtype)):
-        return 0.0
-    largest = float(np.max(np.abs(value.astype("float64")), initial=0.0))
-    return (
-        float(np.finfo(np.float32).eps if value.dtype.itemsize > 2 else _COARSE)
-        * 8.0
-        * max(1.0, largest if np.isfinite(largest) else 1.0)
-    )
 
 
 def _mean(name: str, arrays: list[Array]) -> Array:

@@ -11,8 +11,6 @@ import io
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,16 +20,16 @@ import h5py
 import numpy as np
 
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
-from tether.files.archive import reading
+from tether.files.archive import VALUES, opened_archive, reading
 from tether.files.entries import Entry, StoredTie, stored_ties
 from tether.files.npz import read_npz
 from tether.weights.constant import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 
-VALUES = "model.weights"
-MAX_EXPANSION, SMALL = 100, 1 << 28
-"""How many times its size in an archive the values may have, if they are more than this many bytes."""
+NPZ = "model.weights.npz"
+SMALL = 1 << 28
+"""Bytes that a dataset may have however little of it is in the file."""
 MAX_SHARDS = 10_000
 
 
@@ -86,24 +84,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Values]:
 
 
 def _archive(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
-    archive = stack.enter_context(zipfile.ZipFile(path))
-    name = next((name for name in (f"{VALUES}.h5", f"{VALUES}.npz") if name in archive.namelist()), None)
-    if name is None:
-        raise Unsupported(f"{path.name!r} has no {VALUES}.h5 or {VALUES}.npz.")
-    info = archive.getinfo(name)
-    if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
-        raise InvalidConfig(
-            f"{name} would have {info.file_size:,} bytes, from {info.compress_size:,} in the archive: no weights are "
-            "compressed as much."
-        )
-    copy: Any = tempfile.TemporaryFile()  # noqa: SIM115 - the stack closes it
-    stack.callback(copy.close)
-    with archive.open(info) as source:
-        shutil.copyfileobj(source, copy, 1 << 20)
-    copy.seek(0)
-    if name.endswith(".npz"):
-        return _of_npz(copy, stack)
-    return _of_h5([stack.enter_context(h5py.File(copy, "r"))])
+    archive = stack.enter_context(opened_archive(path, whole=True))
+    if VALUES not in archive and NPZ in archive:
+        return _of_npz(stack.enter_context(archive.entry(NPZ)), stack)
+    return _of_h5([stack.enter_context(archive.values())])
 
 
 def _h5(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
+import h5py
 import keras
+import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, LostTie, TetherError
-from tether.files.archive import Contents, contents, reading
+from tether.files.archive import Contents, contents, opened_archive, reading
 from tether.files.places import places_of
+from tether.files.positions import positions
 from tether.layers import paths
 from tether.layers.state import state_of
 from tether.layers.tied import KEY
@@ -57,12 +61,41 @@ def load_model(
         with warnings.catch_warnings():
             # Keras warns of some values that it does not find, and goes on; here that becomes an error below.
             warnings.filterwarnings("ignore", "Skipping nested container")
-            model = keras.saving.load_model(path, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+            model = _read(path, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
         _check_values(model, found, compiled=compile, path=path)
         _check_ties(model, found.config, path=path)
     return model
 
 
+def _read(path: Any, **options: Any) -> Any:
+    with opened_archive(path) as archive, archive.values() as values:
+        return keras_seam.read_archive(archive.zip, values, lambda model: _stored_in_parts(model, values), **options)
+
+
+def _stored_in_parts(model: Any, values: h5py.File) -> dict[str, Any]:
+    """Stores large weights that are in the file as they are in memory, a few rows at a time."""
+    found: dict[str, Any] = {}
+    for each in positions(model):
+        variable, dataset = each.target, values.get(each.place)
+        if isinstance(variable, View) or not isinstance(variable, keras.Variable) or not _is_large(dataset):
+            continue
+        if dataset.shape == tuple(variable.shape) and str(dataset.dtype) == keras_seam.stored_dtype(variable):
+            keras_seam.write_rows(variable, dataset.dtype, partial(_read_rows, dataset))
+            found[each.place] = variable
+    return found
+
+
+def _is_large(dataset: Any) -> bool:
+    plain = isinstance(dataset, h5py.Dataset) and dataset.chunks is None and not dataset.external
+    return plain and not dataset.is_virtual and dataset.nbytes > LARGE
+
+
+def _read_rows(dataset: h5py.Dataset, array: Any, first: int) -> None:
+    dataset.read_direct(array, np.s_[first : first + len(array)])
+
+
+LARGE = 2**20
+"""Bytes of what is worth being read in parts."""
 MAX_UNBUILT = 10_000
 """Weights without a value that a plan may name: those of layers that have not been built."""
 

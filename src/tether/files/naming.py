@@ -82,7 +82,7 @@ def _laid_out(entry: Entry, tensor: Tensor, shape: tuple[int, ...]) -> Entry:
     expected = tensor.stored_shape(shape)
     if entry.shape != expected:
         return replace(entry, name=f"{entry.name} ({tensor.describe()} of shape {shape} is {expected} there)")
-    return replace(entry, shape=shape, read=lambda: tensor.to_weight(entry.read(), shape))
+    return replace(entry, shape=shape, read=lambda: tensor.to_weight(entry.read(), shape), rows=None)
 
 
 def to_file(weights: Sequence[Entry], naming: Naming) -> list[Entry]:

@@ -57,7 +57,7 @@ def weights_of(position: Position) -> list[Weight]:
 
 def as_offer(target: Any, entry: Entry) -> Offer:
     """An entry for a target."""
-    return Offer(target, entry.name, entry.shape, entry.dtype, entry.read)
+    return Offer(target, entry.name, entry.shape, entry.dtype, entry.read, entry.rows)
 
 
 def _tied_offer(target: Any, tie: StoredTie) -> Offer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,23 +52,23 @@ def positions(model: Any) -> Iterator[Position]:
                 yield Position(f"{below}/{key}", holder, target)
 
 
-def stored_names(model: Any) -> dict[int, str]:
+def stored_names(model: Any, named: Sequence[Named] | None = None) -> dict[int, str]:
     """The name under which a file by names has each stored weight, by the variable's id.
 
     It is that of the first layer that uses the weight as it is; else of the first one in which only an adapter is
-    added to it; else the weight's own.
+    added to it; else the weight's own. `named` are the weights of its layers, if they were found already.
     """
     found: dict[int, str] = {}
     later: list[tuple[int, str]] = []
-    names = _position_names(model)
-    for named, name in names:
-        if not isinstance(named.variable, View):
-            found.setdefault(id(named.variable), name)
+    names = _position_names(named or named_weights(model))
+    for each, name in names:
+        if not isinstance(each.variable, View):
+            found.setdefault(id(each.variable), name)
             continue
-        base = base_of(named.variable.expression)
+        base = base_of(each.variable.expression)
         if base is not None:
             later.append((id(base.variable), name))
-            if named.variable.expression.weights_used() == (base,):
+            if each.variable.expression.weights_used() == (base,):
                 found.setdefault(id(base.variable), name)
     for key, name in later:
         found.setdefault(key, name)
@@ -91,17 +91,17 @@ def _owners(model: Any) -> dict[int, Weight]:
     return {id(weight.variable): weight for weight in weights_below(model) if weight.is_built}
 
 
-def named_positions(model: Any) -> list[Position]:
+def named_positions(model: Any, named: Sequence[Named]) -> list[Position]:
     """What a file by names may have: the stored weights by their names, then what layers call them."""
     owners = _owners(model)
-    names = stored_names(model)
+    names = stored_names(model, named)
     found: dict[str, Position] = {}
     for variable in model.weights:
         owner = owners.get(id(variable))
         name = names[id(variable)]
         found[name] = Position(name, owner, variable if owner is None else owner)
-    for named, name in _position_names(model):
-        found.setdefault(name, Position(name, named.layer, named.variable))
+    for each, name in _position_names(named):
+        found.setdefault(name, Position(name, each.layer, each.variable))
     for weight in owners.values():
         name = dotted(weight.name)
         found.setdefault(name, Position(name, weight, weight))
@@ -110,17 +110,17 @@ def named_positions(model: Any) -> list[Position]:
 
 def tied_names(model: Any) -> dict[str, View]:
     """What layers call their views, where the name is not that of a stored weight."""
-    names = set(stored_names(model).values())
+    found = named_weights(model)
+    names = set(stored_names(model, found).values())
     return {
         name: named.variable
-        for named, name in _position_names(model)
+        for named, name in _position_names(found)
         if isinstance(named.variable, View) and name not in names
     }
 
 
-def _position_names(model: Any) -> list[tuple[Named, str]]:
+def _position_names(found: Sequence[Named]) -> list[tuple[Named, str]]:
     """The weights of layers, by the names that people gave to the layers where these tell them apart."""
-    found = named_weights(model)
     counts = Counter(named.name for named in found)
     return [(named, dotted(named.name if counts[named.name] == 1 else named.path)) for named in found]
 
@@ -130,17 +130,17 @@ def dotted(path: str) -> str:
     return path.replace("/", ".")
 
 
-def wanted(model: Any) -> list[Wanted]:
+def wanted(model: Any, named: Sequence[Named] | None = None) -> list[Wanted]:
     """The stored weights that a file should fill; what an adapter adds to its base may be new."""
-    added = _of_adapters(model)
+    added = _of_adapters(named or named_weights(model))
     return [Wanted(variable, str(variable.path), id(variable) not in added) for variable in model.weights]
 
 
-def _of_adapters(model: Any) -> set[int]:
+def _of_adapters(weights: Sequence[Named]) -> set[int]:
     """The variables that only adapters use."""
     found: set[int] = set()
     bases: set[int] = set()
-    for named in named_weights(model):
+    for named in weights:
         if isinstance(named.variable, View):
             expression = named.variable.expression
             base = base_of(expression)

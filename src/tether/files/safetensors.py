@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from tether.files.offering import offers_of
 from tether.files.positions import check_built, named_positions, stored_names, tied_names, wanted
 from tether.files.report import Conflict, Report
 from tether.files.tensors import opened_tensors, write_tensors
+from tether.layers.named import named_weights
 from tether.layers.state import weights_below
 from tether.layers.view import shape_of
 from tether.weights.codec import encode
@@ -27,6 +29,7 @@ from tether.weights.codec import encode
 PLAN = "tether"
 """The key of the header's metadata under which the sharing plan is."""
 MAX_PLAN = 1 << 26
+_PART = 1 << 20
 _PAIRS = (
     bert.TIED,
     ("model.embed_tokens.weight", "lm_head.weight"),
@@ -135,7 +138,8 @@ def load_safetensors(
     """
     check_built("load_safetensors", model)
     check_resolve(resolve)
-    found = named_positions(model)
+    named = named_weights(model)
+    found = named_positions(model, named)
     naming = Naming(names, frozenset(each.place for each in found))
     target = pathlib.Path(path)
     with opened_tensors(target) as (tensors, metadata):
@@ -143,7 +147,9 @@ def load_safetensors(
         entries = {each.place: naming.find(each.place, tuple(each.target.shape), tensors) for each in found}
         offers, taken = offers_of(_each_once(found, entries), entries, ties)
         left = [(name, not naming.spare(name)) for name in tensors if name not in taken]
-        report = fill(offers, wanted(model), resolve=resolve, strict=strict, skipped=left, what=repr(target.name))
+        report = fill(
+            offers, wanted(model, named), resolve=resolve, strict=strict, skipped=left, what=repr(target.name)
+        )
         flag = _flag_conflict(target, tensors)
     return (
         report if flag is None else Report(report.loaded, report.skipped, report.missing, (*report.conflicting, flag))
@@ -198,14 +204,20 @@ def _flag_conflict(path: pathlib.Path, tensors: Mapping[str, Entry]) -> Conflict
         table, head = (next((n for n in tensors if n == each or n == f"bert.{each}"), None) for each in names)
         if table is None or head is None or tensors[table].shape != tensors[head].shape:
             continue
-        difference = float(
-            np.max(np.abs(tensors[table].read().astype("float64") - tensors[head].read().astype("float64")))
-        )
+        difference = _apart(tensors[table], tensors[head])
         if flag and difference:
             return Conflict("tie_word_embeddings is true, and the tensors differ", (table, head), difference, "each")
         if not flag and not difference:
             return Conflict("tie_word_embeddings is false, and the tensors are equal", (table, head), 0.0, "each")
     return None
+
+
+def _apart(first: Entry, second: Entry) -> float:
+    """The largest difference of two tensors of one shape, of which a few rows at a time are read."""
+    count = max(1, _PART // max(1, math.prod(first.shape[1:])))
+    parts = [(start, min(count, first.shape[0] - start)) for start in range(0, first.shape[0], count)]
+    found = (np.abs(first.part(*part).astype("float64") - second.part(*part).astype("float64")) for part in parts)
+    return max((float(np.max(each, initial=0.0)) for each in found), default=0.0)
 
 
 __all__ = ["load_safetensors", "save_safetensors"]

@@ -1,4 +1,4 @@
-"""The safetensors format: a header in JSON, then arrays, which are mapped into memory and read as they are used.
+"""The safetensors format: a header in JSON, then arrays, which are read where they are wanted, when they are.
 
 The libraries of the format read what is written here. Dtypes that NumPy lacks (bfloat16) are kept as they are.
 """
@@ -6,9 +6,9 @@ The libraries of the format read what is written here. Dtypes that NumPy lacks (
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
-import mmap
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,40 +31,36 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
 """Bytes of a header, as the format has it."""
 MAX_SHARDS = 10_000
-_PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 # --------------------------------------------------------------------------- reading
 
 
 class TensorFile:
-    """A file that is mapped into memory, with its tensors by name."""
+    """A file that is open for reading, with its tensors by name."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise InvalidConfig(f"{path.name!r} is shorter than a header. {received(bytes=size)}")
-            # A private mapping is one that may be written to: PyTorch takes no other memory without a copy.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        length = int.from_bytes(self._map[:8], "little")
+    def __init__(self, file: io.FileIO, name: str) -> None:
+        self._file, self._name = file, name
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise InvalidConfig(f"{name!r} is shorter than a header. {received(bytes=size)}")
+        length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(MAX_HEADER, size - 8):
-            raise InvalidConfig(f"{path.name!r} has no header of safetensors. {received(length=length, bytes=size)}")
-        header = json.loads(self._map[8 : 8 + length].decode("utf-8"), object_pairs_hook=_without_doubles)
+            raise InvalidConfig(f"{name!r} has no header of safetensors. {received(length=length, bytes=size)}")
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_doubles)
         if not isinstance(header, dict):
-            raise InvalidConfig(f"The header of {path.name!r} is a dict. {received(header=header)}")
-        self.metadata = _checked_metadata(header.pop("__metadata__", None) or {}, path.name)
+            raise InvalidConfig(f"The header of {name!r} is a dict. {received(header=header)}")
+        self.metadata = _checked_metadata(header.pop("__metadata__", None) or {}, name)
         self._start = 8 + length
         self._places: dict[str, tuple[int, int]] = {}
-        self._last: tuple[int, int] | None = None
         self.entries = {name: self._entry(name, value) for name, value in header.items()}
         end = 0
         for begin, stop in sorted(self._places.values()):
             if begin != end:
-                raise InvalidConfig(f"The tensors of {path.name!r} overlap, or leave holes.")
+                raise InvalidConfig(f"The tensors of {name!r} overlap, or leave holes.")
             end = stop
         if end != size - self._start:
-            raise InvalidConfig(f"{path.name!r} has another length than its header says.")
+            raise InvalidConfig(f"{name!r} has another length than its header says.")
 
     def _entry(self, name: str, value: Any) -> Entry:
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -78,17 +74,32 @@ class TensorFile:
         if len(place) != 2 or place[1] - place[0] != math.prod(shape) * dtype.itemsize:
             raise InvalidConfig(f"The offsets of {name!r} do not fit its shape. {received(tensor=value)}")
         self._places[name] = (place[0], place[1])
-        return Entry(name, tuple(shape), DTYPES[code], lambda: self._read(name, tuple(shape), dtype))
+        return self._readable(name, tuple(shape), DTYPES[code], dtype)
 
-    def _read(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array on the mapped memory. What was read before it is given back to the system."""
-        begin, stop = self._places[name]
-        if self._last is not None and hasattr(self._map, "madvise"):
-            first = -(-self._last[0] // _PAGE) * _PAGE
-            if self._last[1] > first:
-                self._map.madvise(mmap.MADV_DONTNEED, first, (self._last[1] - first) // _PAGE * _PAGE)
-        self._last = (self._start + begin, self._start + stop)
-        return np.frombuffer(self._map, dtype, math.prod(shape), self._start + begin).reshape(shape)
+    def _readable(self, name: str, shape: tuple[int, ...], called: str, dtype: np.dtype[Any]) -> Entry:
+        start = self._start + self._places[name][0]
+        row = math.prod(shape[1:]) * dtype.itemsize
+
+        def rows(array: Array, first: int) -> None:
+            self._file.seek(start + first * row)
+            self._fill(array)
+
+        def read() -> Array:
+            array = np.empty(shape, dtype)
+            rows(array, 0)
+            return array
+
+        return Entry(name, shape, called, read, rows)
+
+    def _fill(self, array: Array) -> None:
+        if not array.size:
+            return
+        left = array.reshape(-1).view("uint8").data
+        while left:
+            count = self._file.readinto(left)
+            if not count:
+                raise InvalidConfig(f"{self._name!r} ends earlier than it did when it was opened.")
+            left = left[count:]
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,17 +126,23 @@ def opened_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Ent
     target = pathlib.Path(path)
     if not target.is_file():
         raise TetherError(f"There is no file {str(path)!r}.")
-    with reading(target):
-        files = [TensorFile(each) for each in _files(target)]
+    with contextlib.ExitStack() as stack:
+        with reading(target):
+            paths = _files(target)
+            files = [TensorFile(stack.enter_context(open(each, "rb", buffering=0)), each.name) for each in paths]
+        yield _together(files, target.name)
+
+
+def _together(files: Sequence[TensorFile], name: str) -> tuple[dict[str, Entry], dict[str, str]]:
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in files:
         twice = set(entries) & set(file.entries)
         if twice:
-            raise InvalidConfig(f"Two shards of {target.name!r} have {sorted(twice)[0]!r}.")
+            raise InvalidConfig(f"Two shards of {name!r} have {sorted(twice)[0]!r}.")
         entries.update(file.entries)
         metadata.update(file.metadata)
-    yield entries, metadata
+    return entries, metadata
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tether.errors import TetherError, Unsupported
+from tether.files import unnoted
 from tether.files.entries import Entry
 from tether.files.filling import Offer, Resolve, check_resolve, fill
 from tether.files.keras_files import Values, opened
@@ -57,6 +58,8 @@ def load_untied(model: Any, path: str | os.PathLike[str], *, resolve: Resolve = 
         if values.old is not None:
             offers, skipped = _old_offers(model, values.old, name)
             return fill(offers, wanted(model), resolve=resolve, strict=strict, skipped=skipped, what=repr(name))
+        if name.endswith(".keras") and not values.notes:
+            unnoted.note(path, values)
         found = list(positions(model))
         misleading = _others_weights(found, values)
         entries = {place: [entry] for place, entry in values.entries.items() if place not in misleading}

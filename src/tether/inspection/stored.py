@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import shutil
-import struct
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import h5py
 
-from tether.errors import InvalidConfig, TetherError, Unsupported, received
+from tether.errors import InvalidConfig, Unsupported, received
+from tether.files.archive import opened_archive, reading
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
 from tether.inspection.stored_config import stored_layers
 from tether.inspection.stored_layers import stored_facts
@@ -26,12 +21,6 @@ from tether.weights.codec import decode
 from tether.weights.expression import known_shape
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
-
-CONFIG, VALUES = "config.json", "model.weights.h5"
-MAX_CONFIG = 256 * 2**20
-"""Bytes of a config; those of the largest models that people make have a few megabytes."""
-MAX_EXPANSION, SMALL = 100, 2**28
-"""How many times its size in the archive a part of one may have, if it is larger than this many bytes."""
 
 
 def file_facts(path: str | os.PathLike[str]) -> Facts:
@@ -51,12 +40,8 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
             f"Facts are read from files that end with {', '.join(_READERS)}. {received(path=str(path))} "
             "Load the model and pass that."
         )
-    try:
+    with reading(path):
         return reader(path)
-    except (TetherError, PermissionError):
-        raise
-    except Exception as error:  # a stranger's file may make zipfile, h5py and safetensors fail in any way
-        raise InvalidConfig(f"{str(path)!r} is broken, or not what its name says: {error}") from error
 
 
 # --------------------------------------------------------------------------- Keras
@@ -68,44 +53,11 @@ def _weights_facts(path: Path) -> Facts:
 
 
 def _archive_facts(path: Path) -> Facts:
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        config = _config(archive, path.name)
-        if VALUES not in archive.namelist():
-            raise Unsupported(f"{path.name!r} has no {VALUES}. Load the model and pass that.")
-        with _opened(archive, file) as source, h5py.File(source, "r") as opened:
-            values = Values(opened)
+    with opened_archive(path) as archive, archive.values() as opened:
+        config, values = archive.config(), Values(opened)
     with sharing() as known:
         layers = stored_layers(config, values)
         return stored_facts(str(config["config"].get("name", path.stem)), values, layers, known)
-
-
-def _config(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
-    if CONFIG not in archive.namelist():
-        raise InvalidConfig(f"{name!r} has no {CONFIG}, so it is no file of a Keras model.")
-    if archive.getinfo(CONFIG).file_size > MAX_CONFIG:
-        raise InvalidConfig(f"The config in {name!r} is larger than {MAX_CONFIG} bytes.")
-    config = json.loads(archive.read(CONFIG))
-    if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
-        raise InvalidConfig(f"The config in {name!r} is not that of a Keras object. {received(config=config)}")
-    return config
-
-
-@contextlib.contextmanager
-def _opened(archive: zipfile.ZipFile, file: BinaryIO) -> Iterator[Any]:
-    """The values, as something that HDF5 reads: where they lie in the archive, or a copy if they are compressed."""
-    info = archive.getinfo(VALUES)
-    if info.compress_type == zipfile.ZIP_STORED:
-        yield io.BufferedReader(_Part(file, info))
-        return
-    if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
-        raise InvalidConfig(
-            f"{VALUES} would have {info.file_size:,} bytes, from {info.compress_size:,} in the archive: no weights are "
-            "compressed as much."
-        )
-    with tempfile.TemporaryFile() as copy, archive.open(info) as source:
-        shutil.copyfileobj(source, copy, 2**16)
-        copy.seek(0)
-        yield copy
 
 
 @contextlib.contextmanager
@@ -115,46 +67,8 @@ def opened_values(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as values:
             yield values
         return
-    with (
-        open(path, "rb") as file,
-        zipfile.ZipFile(file) as archive,
-        _opened(archive, file) as source,
-        h5py.File(source, "r") as values,
-    ):
+    with opened_archive(path) as archive, archive.values() as values:
         yield values
-
-
-class _Part(io.RawIOBase):
-    """A file that is stored in an archive as it is."""
-
-    def __init__(self, file: BinaryIO, info: zipfile.ZipInfo) -> None:
-        file.seek(info.header_offset)
-        header = struct.unpack("<4s22x2H", file.read(30))
-        if header[0] != b"PK\003\004":
-            raise zipfile.BadZipFile(f"{info.filename} is not where the archive says")
-        self._file, self._size, self._at = file, info.file_size, 0
-        self._start = info.header_offset + 30 + header[1] + header[2]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        wanted = max(min(len(buffer), self._size - self._at), 0)
-        self._file.seek(self._start + self._at)
-        data = self._file.read(wanted)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 # --------------------------------------------------------------------------- safetensors

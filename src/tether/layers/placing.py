@@ -13,12 +13,13 @@ import keras
 from tether import keras_seam
 from tether.errors import UnknownName
 from tether.layers import paths
+from tether.layers.quantizing import quantize_layer
 from tether.layers.refusing import refuse_misfit, refuse_tie, refuse_unsupported
 from tether.layers.starting import start_from_layer, start_from_values, warn_of_initializer
 from tether.layers.state import STATE, Slot, State, Tie, hang_weights, new_use, ordered_variables, state_of
 from tether.layers.tied import tied_class
 from tether.layers.view import View, view_like
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, resolved
 from tether.weights.weight import Weight
 
 
@@ -29,6 +30,8 @@ def become_tied(layer: Any) -> State:
         state, cls = State(), tied_class(type(layer))
         keras_seam.set_untracked(layer, STATE, state)
         keras_seam.shield_tracker(layer, View)
+        if not isinstance(layer, keras.Model):
+            keras_seam.take_over_quantize(layer, quantize_layer)
         layer.__class__ = cls
     return state
 
@@ -124,7 +127,7 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
         initializer = "glorot_uniform" if keras_seam.is_float(dtype) else "zeros"
     initializer = keras.initializers.get(initializer)
     trainable = bool(kwargs.get("trainable", True))
-    expression = asked.expression
+    expression = resolved(asked.expression)
     constraint = keras.constraints.get(kwargs.get("constraint"))
     regularizer = keras.regularizers.get(kwargs.get("regularizer"))
     refuse_misfit(layer, name, shape, constraint, expression)

@@ -29,6 +29,8 @@ class Tie:
     expression: Expression
     made_by_code: bool = False
     """Made inside the constructor or `build` of a Keras object, which makes it again when it is made again."""
+    quantized: bool = False
+    """Quantised since, of which that constructor knows nothing."""
 
 
 @dataclass

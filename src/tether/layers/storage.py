@@ -184,7 +184,7 @@ def refuse_to_lose(layer: Any, state: State) -> None:
     covered = scope.get("covered", set())
     for slot in state.slots:
         recorder = slot.tie.recorder()
-        if not slot.tie.made_by_code and (recorder is None or id(recorder) not in covered):
+        if (slot.tie.quantized or not slot.tie.made_by_code) and (recorder is None or id(recorder) not in covered):
             root = scope.get("root")
             raise LostTie(lost_tie_message(slot, root))
     saved, name = scope["root"], layer.name
@@ -217,6 +217,12 @@ def refuse_to_forget(penalty: Any, root: Any, written: set[int]) -> None:
 def lost_tie_message(slot: Any, root: Any) -> str:
     """Says which tie would be lost, and where to put it."""
     name = getattr(root, "name", "the model")
+    if slot.tie.quantized:
+        return (
+            f"Saving {name!r} would lose a tie: {slot.view.path} = {slot.view.expression.notation()} was quantised, "
+            "and the constructor of a layer of your own makes it again as a float. Save the model before it is "
+            "quantised, and quantise it after loading; or give that layer a `get_config` that holds the tied layer's."
+        )
     return (
         f"Saving {name!r} would lose a tie: {slot.view.path} = {slot.view.expression.notation()} is recorded on a "
         f"layer whose config is not part of the config of {name!r}. Tie from the outermost object that is saved, as in "

@@ -20,7 +20,7 @@ from tether.layers.state import Tie, state_of
 from tether.layers.tied import take_arguments
 from tether.layers.view import View
 from tether.weights.argument import Argument
-from tether.weights.expression import Expression, as_expression
+from tether.weights.expression import Expression, as_expression, resolved
 from tether.weights.weight import Weight
 
 
@@ -126,7 +126,7 @@ def _wanted(layer: Any, weights: Any, by_name: dict[str, Any]) -> dict[str, Expr
     wanted = {}
     for path, value in given.items():
         try:
-            wanted[path] = as_expression(value)
+            wanted[path] = resolved(as_expression(value))
         except TypeError:
             raise TetherError(
                 f"The weight {path!r} of layer {layer.name!r} can be tied to a `tether.Weight`, an expression, a "

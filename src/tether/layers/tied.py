@@ -214,11 +214,19 @@ class Tied:
             f"(tied: {names}). Write the low-rank part as an expression: `tether.tie(layer, kernel=w + a @ b)`."
         )
 
-    def _check_quantize_args(self, *args: Any, **kwargs: Any) -> None:
-        raise Unsupported(
-            f"Quantising the tied layer {self.name!r} would untie it. Quantise a plain copy: "  # type: ignore[attr-defined]
-            "`plain = tether.materialize(model); plain.quantize(...)`."
-        )
+    @property
+    def dtype_policy(self) -> Any:
+        """The layer's dtype policy. One that quantises is refused: Keras would build integers around a view."""
+        return super().dtype_policy  # type: ignore[misc]
+
+    @dtype_policy.setter
+    def dtype_policy(self, value: Any) -> None:
+        if keras.dtype_policies.get(value).quantization_mode is not None:
+            raise Unsupported(
+                f"A policy that quantises would untie the tied layer {self.name!r}. `layer.quantize('int8')` "  # type: ignore[attr-defined]
+                f"keeps the tie. {received(dtype_policy=value)}"
+            )
+        keras.layers.Layer.dtype_policy.fset(self, value)
 
 
 def _make(base: Any, arguments: tuple[str, ...]) -> type:

@@ -171,5 +171,6 @@ def _become_plain(layer: Any) -> None:
     if state.slots or state.pending or state.recorded or state.lent or state.takes or state.penalties:
         return
     object.__delattr__(layer, STATE)
+    keras_seam.give_back_quantize(layer)
     layer.__class__ = base_class(type(layer))
     keras_seam.unshield_tracker(layer)

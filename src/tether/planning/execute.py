@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from tether.planning.gradient import attach
+from tether.planning.integers import Integers, as_floats
 from tether.planning.plan import Plan
 from tether.weights.expression import Tensor
 
@@ -21,7 +22,7 @@ def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve
     Args:
         plan: What to do.
         x: The layer's input.
-        factors: The values of the plan's factors.
+        factors: The values of the plan's factors; those that rows are taken from may be `Integers`.
         convolve: The layer's own convolution with a kernel.
     """
     if plan.gradient is not None:
@@ -33,6 +34,10 @@ def _run(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve | 
     values: list[Any] = [x, *factors]
     for step in plan.steps:
         inputs = [values[place] for place in step.inputs]
+        if step.op == "take" and isinstance(inputs[0], Integers):
+            values.append(inputs[0].take(inputs[1], step.detail))
+            continue
+        inputs = [as_floats(value) for value in inputs]
         if step.op == "convolve":
             values.append(convolve(*inputs))  # type: ignore[misc]
         else:

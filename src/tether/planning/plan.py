@@ -77,6 +77,12 @@ class Plan:
         return self.name == "materialize"
 
     @property
+    def looked_up(self) -> frozenset[int]:
+        """The factors of which only some entries are needed."""
+        taken_from = (step.inputs[0] - 1 for step in self.steps if step.op == "take")
+        return frozenset(place for place in taken_from if 0 <= place < len(self.factors))
+
+    @property
     def takes_sparse(self) -> bool:
         """Whether the layer's input is only multiplied with matrices: what can be done with a sparse one."""
         return self.gradient is None and all(step.op == "matmul" for step in self.steps if 0 in step.inputs)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from tether.planning.convolving import convolved
 from tether.planning.draft import Draft, NoPlan, Value
 from tether.planning.grouping import grouped
+from tether.planning.integers import coded
 from tether.planning.machine import Machine, machine
 from tether.planning.orders import Path, orders
 from tether.planning.plan import ASSUMED_ROWS, MATERIALIZE, Alternative, Plan, Problem
@@ -175,7 +176,8 @@ class Search:
             flows = problem.training and trains(expression)
             count = math.prod(expression.shape or ())
             text = expression.notation()
-            seconds = self._evaluation(expression, flows)
+            taken_from = problem.lookup and coded(expression) is not None
+            seconds = 0.0 if taken_from else self._evaluation(expression, flows)
             draft.give(count, live=flows, of_input=False, text=text, seconds=seconds)
         if self.grouping is not None:
             draft.reshape(Value(0, ()), "join", self.grouping.joined, (self.label(rows),))

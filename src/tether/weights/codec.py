@@ -99,6 +99,39 @@ def decode(steps: Any, weights: Mapping[str, Weight]) -> Expression:
     return done[-1]
 
 
+def encode_became(expression: Expression) -> dict[str, Any]:
+    """What a weight has become, as JSON, with the weights in it."""
+    parts = expression.weights_used()
+    return {"steps": encode(expression), "weights": {part.uid: part.get_config() for part in parts}}
+
+
+def decode_became(content: Any, weight: Weight) -> Expression:
+    """What a weight has become, from the JSON that `encode_became` wrote.
+
+    Args:
+        content: The JSON, possibly a stranger's.
+        weight: The weight, whose shape and dtype the expression must have.
+
+    Raises:
+        InvalidConfig: It is not what `encode_became` writes.
+    """
+    if not isinstance(content, dict) or set(content) != {"steps", "weights"}:
+        raise InvalidConfig(f"What a weight has become has steps and weights. {received(became=content)}")
+    configs = content["weights"]
+    if not isinstance(configs, dict) or any(not isinstance(c, dict) or "became" in c for c in configs.values()):
+        raise InvalidConfig(f"What a weight has become names stored weights. {received(weights=configs)}")
+    parts = {uid: Weight.from_config(config) for uid, config in configs.items()}
+    expression = decode(content["steps"], parts)
+    if not isinstance(expression, Node) or not expression.weights_used():
+        raise InvalidConfig(f"What a weight has become is made of other weights. {received(steps=content['steps'])}")
+    if (expression.shape, expression.dtype) != (weight.shape, weight.dtype):
+        raise InvalidConfig(
+            f"The weight {weight.name!r} of shape {weight.shape} and dtype {weight.dtype} cannot have become "
+            f"{expression.notation()}. {received(shape=expression.shape, dtype=expression.dtype)}"
+        )
+    return expression
+
+
 def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[str, Weight]) -> Expression:
     if "op" in step:
         return _decode_node(step, done)

@@ -27,7 +27,7 @@ _memory: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 
 def evaluate(expression: Expression) -> Tensor:
     """The tensor of an expression, under the caller's stateless, autocast and argument scopes."""
-    if isinstance(expression, Weight):
+    if isinstance(expression, Weight) and expression.became is None:
         return expression.variable.value
     if is_view(expression):
         return _compute(expression)

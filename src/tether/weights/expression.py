@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -58,6 +58,11 @@ class Expression:
     def dtype(self) -> str | None:
         """The dtype of the value outside autocast scopes, or `None` as long as it is not known."""
         raise TypeError(f"{type(self).__name__} has no dtype.")
+
+    @property
+    def became(self) -> Expression | None:
+        """What a stored weight has become, if it is an expression of other weights now: see `Weight.become`."""
+        return None
 
     @property
     def ndim(self) -> int | None:
@@ -249,6 +254,7 @@ class Node(Expression):
         "_live",
         "_program",
         "_shape",
+        "_since",
         "_waits",
         "operands",
         "parameters",
@@ -259,6 +265,7 @@ class Node(Expression):
     _dtype: str | None
     _late: tuple[tuple[Shape | None, ...], Shape] | None  # the leaves' shapes, and the shape found from them later
     _waits: Expression | None  # a leaf without a shape: as long as it has none, nobody has to look further
+    _since: int  # how many weights had become expressions when the next three were found
     _program: tuple[Step, ...] | None
     _cheap: bool | None
     _live: tuple[Weight, ...] | None
@@ -279,6 +286,7 @@ class Node(Expression):
         set_slot(self, "_hash", hash((self.name, operands, tuple(sorted(self.parameters.items(), key=lambda i: i[0])))))
         for slot in ("_shape", "_dtype", "_late", "_waits", "_program", "_cheap", "_live"):
             set_slot(self, slot, None)
+        set_slot(self, "_since", _replaced)
         self._know_what_can_be_known()
 
     def _know_what_can_be_known(self) -> None:
@@ -384,13 +392,7 @@ class Node(Expression):
 
     def __reduce__(self) -> Any:
         # The program, not the operands: pickle would recurse as deep as the expression is.
-        steps = [
-            (type(step.expression), step.operands, step.expression.parameters)
-            if isinstance(step.expression, Node)
-            else step.expression
-            for step in program(self)
-        ]
-        return (_rebuild, (steps,))
+        return (_rebuild, (_without_operands(self),))
 
 
 class StatefulNode(Node):
@@ -404,6 +406,16 @@ class StatefulNode(Node):
     def advance(self, *values: Tensor) -> dict[Weight, Tensor]:
         """The new state: a value for each weight that holds some, from the tensors of the operands."""
         raise TypeError(f"{type(self).__name__} does not say how its state goes on.")
+
+
+def _without_operands(root: Expression) -> list[Any]:
+    """The steps of an expression as leaves, and as nodes that name their operands by place."""
+    return [
+        (type(step.expression), step.operands, step.expression.parameters)
+        if isinstance(step.expression, Node)
+        else step.expression
+        for step in program(root)
+    ]
 
 
 def _rebuild(steps: list[Any]) -> Expression:
@@ -450,11 +462,46 @@ MAX_STEPS = 10_000
 """More steps than any weight needs; a longer program is refused before it costs memory."""
 
 
+_replaced = 0
+"""How many weights have become expressions: what was found before the last one of them may be out of date."""
+
+
+def note_replacement() -> None:
+    """Has every expression look again at what it is made of: a weight has become an expression."""
+    global _replaced
+    _replaced += 1
+
+
+def _up_to_date(root: Node) -> Node:
+    if root._since != _replaced:
+        for slot in ("_program", "_cheap", "_live"):
+            object.__setattr__(root, slot, None)
+        object.__setattr__(root, "_since", _replaced)
+    return root
+
+
+def resolved(root: Expression) -> Expression:
+    """The expression with what weights have become written out in their places."""
+    if not _replaced:
+        return root
+    if not isinstance(root, Node):
+        return root if root.became is None else resolved(root.became)
+    waiting, seen = [cast("Expression", root)], set()
+    while waiting:
+        current = waiting.pop()
+        if current.became is not None:
+            return _rebuild(_without_operands(root))
+        if isinstance(current, Node) and id(current) not in seen:
+            seen.add(id(current))
+            waiting.extend(current.operands)
+    return root
+
+
 def program(root: Expression) -> tuple[Step, ...]:
     """The steps that compute an expression, in order, equal parts once; the last is the expression itself."""
     if not isinstance(root, Node):
-        return (Step(root, ()),)
-    found = root._program
+        return (Step(root, ()),) if root.became is None else program(root.became)
+    found = _up_to_date(root)._program
     if found is None:
         found = _linearize(root)
         object.__setattr__(root, "_program", found)
@@ -471,13 +518,17 @@ def _linearize(root: Node) -> tuple[Step, ...]:
         if id(current) in done:
             stack.pop()
             continue
-        operands = current.operands if isinstance(current, Node) else ()
+        instead = () if current.became is None else (current.became,)
+        operands = current.operands if isinstance(current, Node) else instead
         waiting = [operand for operand in operands if id(operand) not in done]
         if waiting:
             stack.extend(reversed(waiting))
             continue
         stack.pop()
         inputs = tuple(done[id(operand)] for operand in operands)
+        if instead:
+            (done[id(current)],) = inputs
+            continue
         key: Any = current
         if isinstance(current, Node):
             key = (current.name, inputs, tuple(sorted(current.parameters.items(), key=lambda i: i[0])))
@@ -547,8 +598,8 @@ def leaves(root: Expression) -> Iterator[Expression]:
 def is_view(root: Expression) -> bool:
     """Whether computing the expression only looks at memory in another way (a transpose, a reshape)."""
     if not isinstance(root, Node):
-        return True
-    cheap = root._cheap
+        return root.became is None or is_view(root.became)
+    cheap = _up_to_date(root)._cheap
     if cheap is None:
         cheap = all(
             not isinstance(step.expression, Node) or not step.expression.elementwise_cost for step in program(root)
@@ -560,8 +611,8 @@ def is_view(root: Expression) -> bool:
 def live_weights(root: Expression) -> tuple[Weight, ...]:
     """The weights with an occurrence that no `stop_gradient` shields."""
     if not isinstance(root, Node):
-        return root.weights_used()
-    found = root._live
+        return root.weights_used() if root.became is None else live_weights(root.became)
+    found = _up_to_date(root)._live
     if found is None:
         found = _live_weights(program(root))
         object.__setattr__(root, "_live", found)

@@ -11,10 +11,19 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownShape, Unsupported, ValueConflict, received
-from tether.weights.expression import Expression, Shape, Tensor
+from tether.errors import (
+    InvalidConfig,
+    LostTie,
+    ShapeMismatch,
+    TetherError,
+    UnknownShape,
+    Unsupported,
+    ValueConflict,
+    received,
+)
+from tether.weights.expression import Expression, Shape, Tensor, note_replacement, resolved
 from tether.weights.identity import claim_path, current_scope, fresh_uid
-from tether.weights.weight_config import check_config, read_start
+from tether.weights.weight_config import check_agrees, check_config, read_start
 
 
 @dataclass(eq=False)
@@ -32,6 +41,12 @@ class Use:
     """Whether gradient may flow through this use: the layer is trainable, and so is the attribute."""
     regularizer: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def resolve(self) -> None:
+        """Writes out what weights in the expression have become, and tells the weights in it of the use."""
+        self.expression = resolved(self.expression)
+        for weight in self.expression.weights_used():
+            weight.add_use(self)
 
     def reaches(self, weight: Weight) -> bool:
         """Whether a gradient reaches the weight through this use."""
@@ -82,12 +97,14 @@ class Weight(Expression, keras.layers.Layer):
         name: str | None = None,
     ) -> None:
         shape, initializer, start = read_start(shape, initializer, dtype)
-        super().__init__(name=name, dtype=None if dtype is None else keras.backend.standardize_dtype(dtype))
+        dtype = None if dtype is None else keras.backend.standardize_dtype(dtype)
+        # Keras would read the name of a dtype such as int8 as a policy that quantises.
+        super().__init__(name=name, dtype=dtype if dtype in ("float16", "bfloat16", "float32", "float64") else None)
         self._trainable_flag = bool(trainable)
         self._container_flag = True
         self._given_shape = shape
         self._given_dtype = (
-            None if dtype is None and start is None else keras.backend.standardize_dtype(dtype or start.dtype)
+            None if dtype is None and start is None else dtype or keras.backend.standardize_dtype(start.dtype)
         )
         self.initializer = keras.initializers.get(initializer)
         self.regularizer = keras.regularizers.get(regularizer)
@@ -100,6 +117,8 @@ class Weight(Expression, keras.layers.Layer):
         self.generation = 0
         self.was_used = False
         self.only_named = False
+        keras_seam.set_untracked(self, "_became", None)
+        keras_seam.set_untracked(self, "_instead_of", None)
         keras_seam.set_untracked(self, "_uses", [])
         keras_seam.set_untracked(self, "_compiled", None)
         self.built = True
@@ -130,6 +149,12 @@ class Weight(Expression, keras.layers.Layer):
             UnknownShape: The weight has no shape yet.
         """
         if self._variable is None:
+            if self._became is not None:
+                raise Unsupported(
+                    f"The weight {self.name!r} is {self._became.notation()} now: it was quantised and stores nothing "
+                    f"itself. Read `{self.name}.value`; what is stored are "
+                    f"{', '.join(part.name for part in self._became.weights_used())}."
+                )
             if self._given_shape is None:
                 raise UnknownShape(
                     f"The weight {self.name!r} has no shape yet. Give it one where it is made, as in "
@@ -146,10 +171,13 @@ class Weight(Expression, keras.layers.Layer):
     @property
     def value(self) -> Tensor:
         """The stored tensor, under the caller's stateless and autocast scopes."""
-        return self.variable.value
+        return self.variable.value if self._became is None else self._became.value
 
     def assign(self, value: Any) -> None:
         """Stores a value of the weight's shape."""
+        if self._became is not None:
+            self._became.assign(value)
+            return
         value = keras.ops.convert_to_tensor(value)
         if self.shape is not None and tuple(value.shape) != self.shape:
             raise ShapeMismatch(
@@ -212,8 +240,43 @@ class Weight(Expression, keras.layers.Layer):
         return variable
 
     @property
+    def became(self) -> Expression | None:
+        """What it has become, if it stores nothing any more."""
+        return cast("Expression | None", self._became)
+
+    def become(self, expression: Expression) -> Any:
+        """Gives up its variable: from now on the weight is an expression of other weights, which store its value.
+
+        Whatever names the weight follows: its uses at once, anything else when it is looked at. As long as somebody
+        holds the weight, it holds those others.
+
+        Args:
+            expression: Of its shape and dtype, over weights that have theirs.
+
+        Returns:
+            The variable that it had, if it had one.
+        """
+        dtype, variable = self.dtype, self.release()
+        self._given_dtype = dtype
+        self._given_shape = expression.shape
+        keras_seam.set_untracked(self, "_became", expression)
+        with keras_seam.unlocked(self):
+            self.parts = list(expression.weights_used())
+        for part in self.parts if variable is not None else ():
+            keras_seam.set_untracked(part, "_instead_of", weakref.ref(variable))
+        note_replacement()
+        uses = list(self._uses)
+        self._uses.clear()
+        for use in uses:
+            use.resolve()
+        self.refresh()
+        return variable
+
+    @property
     def variables(self) -> list[Any]:
-        """The one variable, if it has been made. Keras asks at every step."""
+        """The one variable, if it has been made, or those of what it has become. Keras asks at every step."""
+        if self._became is not None:
+            return [variable for part in self.parts for variable in part.variables]
         return [] if self._variable is None else [self._variable]
 
     weights = variables
@@ -233,6 +296,8 @@ class Weight(Expression, keras.layers.Layer):
         """
         dtype = self.dtype if self._trainable_flag else None
         if not self._trainable_flag or (dtype is not None and not keras_seam.is_float(dtype)):
+            return False
+        if self._became is not None:
             return False
         if self._uses:
             return any(use.reaches(self) for use in self._uses)
@@ -265,6 +330,12 @@ class Weight(Expression, keras.layers.Layer):
         """No metrics. Keras asks for them when it starts to fit: the moment to notice what it will not."""
         training = keras_seam.compiled_training()
         if training is not None:
+            before = None if self._instead_of is None else self._instead_of()
+            if before is not None and keras_seam.is_known_to_the_optimizer(before):
+                raise TetherError(
+                    f"What {self.name!r} stands for was quantised after the model was trained, and no longer trains, "
+                    "but the optimizer knows it as it was. Compile the model again before `fit`: `model.compile(...)`."
+                )
             flags = (self._trainable_flag, *(use.live for use in self._uses))
             compiled = self._compiled
             if compiled is None and self.trainable and keras_seam.is_unknown_to_the_optimizer(self._variable):
@@ -303,6 +374,11 @@ class Weight(Expression, keras.layers.Layer):
         if scope is not None:
             scope.setdefault("written", set()).add(id(self))
         derived = self.initializer is None
+        became = {}
+        if self._became is not None:
+            from tether.weights.codec import encode_became
+
+            became["became"] = encode_became(self._became)
         return {
             "name": self.name,
             "path": self._variable.path if self._variable is not None else self._wanted_path,
@@ -314,6 +390,7 @@ class Weight(Expression, keras.layers.Layer):
             "constraint": None if self.constraint is None else keras.constraints.serialize(self.constraint),
             "uid": self.uid,
             "origin": self.origin,
+            **became,
         }
 
     @classmethod
@@ -321,20 +398,26 @@ class Weight(Expression, keras.layers.Layer):
         """The weight of a config: one object for each uid and sharing scope.
 
         Raises:
-            InvalidConfig: The config is not one that a `Weight` wrote.
+            InvalidConfig: The config is not one that a `Weight` wrote, or another one of this uid says something else.
         """
         config = check_config(config)
         scope = current_scope()
         uid = config.pop("uid")
         if scope is not None and uid in scope:
+            check_agrees(config, scope[uid])
             scope[uid].only_named = False
             return scope[uid]
         origin, path, initializer = config.pop("origin"), config.pop("path"), config.pop("initializer")
+        became = config.pop("became", None)
         try:
             weight = cls(**config)  # without an initializer it makes no variable, which would take a name
             weight._wanted_path = path
             weight.initializer = keras.initializers.get(initializer)
-            if weight.shape is not None and weight.initializer is not None:
+            if became is not None:
+                from tether.weights.codec import decode_became
+
+                weight.become(decode_became(became, weight))
+            elif weight.shape is not None and weight.initializer is not None:
                 weight._create(weight.initializer, weight.shape, weight._given_dtype)
         except Exception as error:  # a stranger's config may make Keras fail in any way
             raise InvalidConfig(f"A weight cannot be made from its config: {error}") from error
@@ -344,7 +427,18 @@ class Weight(Expression, keras.layers.Layer):
         return weight
 
     def save_own_variables(self, store: Any) -> None:
-        """Writes the value, once, wherever Keras meets the weight first."""
+        """Writes the value, once, wherever Keras meets the weight first.
+
+        Raises:
+            LostTie: The weight was quantised, and a constructor that knows nothing of it will make it again.
+        """
+        scope = keras_seam.saving_scope() if self._became is not None else None
+        if scope is not None and id(self) not in scope.get("written", ()):
+            raise LostTie(
+                f"The weight {self.name!r} was quantised, and a layer of your own makes it in its constructor, as a "
+                "float again. Write the weight into that layer's `get_config` with "
+                "`keras.saving.serialize_keras_object`, or save the model before it is quantised."
+            )
         if self._variable is not None:
             store["0"] = self._variable
             notes = keras_seam.entry_notes(store)
@@ -375,6 +469,9 @@ class Weight(Expression, keras.layers.Layer):
         Raises:
             ValueConflict: The file holds two different values for this one weight.
         """
+        if id(self) not in loaded and self._variable is not None and value is keras_seam.raw_value(self._variable):
+            loaded[id(self)] = source  # it was stored before: see `keras_seam.read_archive`
+            return
         array = np.asarray(value)
         if tuple(array.shape) != self.shape:
             raise ShapeMismatch(
@@ -395,12 +492,28 @@ class Weight(Expression, keras.layers.Layer):
         self.assign(array)
         loaded[id(self)] = source
 
+    # ------------------------------------------------------------------ quantising
+
+    _layers = keras_seam.WatchedSublayers()
+
+    def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
+        """Stores the weight as integers and a scale from now on; all its uses follow.
+
+        `model.quantize` does this for the weights of tied layers. It is for a weight that only layers of your own read.
+
+        Args:
+            mode: `"int8"` or `"int4"`.
+            type_check: As in Keras; it changes nothing here.
+            config: A Keras config of one of these modes.
+
+        Raises:
+            Unsupported: Another mode, or a weight that holds no matrix of floats.
+        """
+        if not keras_seam.is_quantizing_a_model():
+            keras_seam.quantizers["weight"](self, mode, config)
+
     def _check_quantize_args(self, *args: Any, **kwargs: Any) -> None:
-        raise Unsupported(
-            f"The weight {self.name!r} is shared by expressions, and quantising it would untie them. Quantise a plain "
-            "copy: `plain = tether.materialize(model); plain.quantize(...)`. (`model.quantize` goes from layer to "
-            "layer: those before this one may have been quantised already.)"
-        )
+        """Checked where the work is done."""
 
     def __repr__(self) -> str:
         shape = "shape not known yet" if self.shape is None else f"shape={self.shape}"
@@ -409,7 +522,7 @@ class Weight(Expression, keras.layers.Layer):
 
     def __reduce__(self) -> Any:
         value = None if self._variable is None else self.numpy()
-        return (_rebuild, (self.get_config(), value))
+        return (_rebuild, (self.get_config(), value, self._became))
 
 
 class Copy(keras.initializers.Initializer):
@@ -423,9 +536,10 @@ class Copy(keras.initializers.Initializer):
         return keras.ops.convert_to_tensor(self.array, dtype=dtype)
 
 
-def _rebuild(config: dict[str, Any], value: Any) -> Weight:
+def _rebuild(config: dict[str, Any], value: Any, became: Expression | None = None) -> Weight:
     """A copy with an id of its own; pickle's memo makes it one for all that share it."""
     config = check_config(config)
+    config.pop("became", None)
     config.pop("uid")
     origin, path = config.pop("origin"), config.pop("path")
     weight = Weight(**config)
@@ -433,4 +547,6 @@ def _rebuild(config: dict[str, Any], value: Any) -> Weight:
     weight._wanted_path = path
     if value is not None:
         weight.assign(value)
+    if became is not None:
+        weight.become(became)
     return weight

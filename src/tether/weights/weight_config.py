@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 from typing import Any
@@ -73,7 +74,7 @@ def check_shape(shape: Any) -> Shape:
 def check_config(config: Any) -> dict[str, Any]:
     """A copy of a weight's config, known to be well formed."""
     keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
-    if not isinstance(config, dict) or set(config) != keys:
+    if not isinstance(config, dict) or set(config) - {"became"} != keys:
         raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=config)}")
     config = dict(config)
     if config["shape"] is not None:
@@ -104,3 +105,36 @@ def check_config(config: Any) -> dict[str, Any]:
         if not isinstance(config[key], (kind, types.FunctionType, type(None))):
             raise InvalidConfig(f"A weight's {key} is a Keras {key}. {received(type=type(config[key]).__name__)}")
     return config
+
+
+def check_agrees(config: dict[str, Any], weight: Any) -> None:
+    """Refuses a second config of a weight that is unlike what the first one made.
+
+    Args:
+        config: A config that `check_config` returned.
+        weight: The weight that is known by the same uid.
+
+    Raises:
+        InvalidConfig: They differ in what the weight is.
+    """
+    pairs: dict[str, tuple[Any, Any]] = {
+        "shape": (weight.shape, config["shape"]),
+        "dtype": (weight.dtype, config["dtype"]),
+        "trainable": (weight._trainable_flag, config["trainable"]),
+        "regularizer": (_as_text(weight.regularizer), _as_text(config["regularizer"])),
+        "constraint": (_as_text(weight.constraint), _as_text(config["constraint"])),
+    }
+    for key, (known, said) in pairs.items():
+        if known != said and not (key in ("shape", "dtype") and None in (known, said)):
+            raise InvalidConfig(
+                f"What is read has two configs of one weight, {weight.name!r} and {config['name']!r}, which differ in "
+                f"{key}: {known} and {said}. Parts of a model that were saved at different times are joined by "
+                "`tether.files.retie`, each loaded by itself."
+            )
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    said = {"name": getattr(value, "__name__", type(value).__name__)}
+    return json.dumps({**said, **(value.get_config() if hasattr(value, "get_config") else {})}, default=repr)

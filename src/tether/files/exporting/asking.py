@@ -1,0 +1,155 @@
+"""What an export is asked for: a model, and what its call takes, as a function of plain tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import TetherError, received
+
+BATCHES = (1, 3)
+"""The batch sizes that are tried if the caller gives no inputs: an exporter may have fixed one."""
+
+OTHER_SIZE = 4
+"""What stands for another size that the model leaves open, where inputs are made up."""
+
+Shape = tuple[int | None, ...]
+
+
+@dataclass
+class Asked:
+    """A model, and the inputs of one call of it."""
+
+    model: Any
+    signature: list[Any]
+    """The positional arguments of the call: structures of specs."""
+    specs: list[tuple[str, Shape, str]]
+    """The tensors of the signature, flat: a name of its own for each, shape (`None` where it is open), dtype."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the caller passes on to the converter."""
+
+    def call(self, tensors: Sequence[Any], values: Sequence[tuple[Any, Any]] = ()) -> list[Any]:
+        """The model's outputs, flat, for flat inputs, with variables standing for other values."""
+        arguments = keras.tree.pack_sequence_as(self.signature, list(tensors))
+        with keras.StatelessScope(state_mapping=list(values)):
+            return list(keras.tree.flatten(self.model(*arguments, training=False)))
+
+    def with_held(self, tensors: Sequence[Any], held: Sequence[Any]) -> list[Any]:
+        """The same for tensors of which the last stand for variables."""
+        inputs = len(self.specs)
+        return self.call(tensors[:inputs], list(zip(held, tensors[inputs:], strict=True)))
+
+    def reference(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """The model's own outputs."""
+        outputs = self.call([keras.ops.convert_to_tensor(array) for array in arrays])
+        return [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
+
+    def made_up(self, batch: int) -> list[np.ndarray[Any, Any]]:
+        """Inputs with these shapes and dtypes: noise, and zeros where a number may be an index."""
+        rng = np.random.default_rng(0)
+        arrays = []
+        for _, shape, dtype in self.specs:
+            known = tuple(
+                batch if at == 0 and n is None else OTHER_SIZE if n is None else n for at, n in enumerate(shape)
+            )
+            noise = rng.normal(size=known).astype("float32") if keras_seam.is_float(dtype) else np.zeros(known)
+            arrays.append(np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(noise, dtype))))
+        return arrays
+
+    @cached_property
+    def variables(self) -> list[Any]:
+        """All that the model stores, each variable once."""
+        return list({id(variable): variable for variable in self.model.variables}.values())
+
+    @cached_property
+    def bytes(self) -> int:
+        """What storing each variable once takes."""
+        return sum(bytes_of(variable) for variable in self.variables)
+
+    @cached_property
+    def output_names(self) -> list[str]:
+        """A name for each output of the model."""
+        symbols = [
+            keras.KerasTensor((2, *shape[1:]) if shape and shape[0] is None else shape, dtype=dtype)
+            for _, shape, dtype in self.specs
+        ]
+        count = len(keras_seam.trace(lambda *tensors: self.call(tensors), *symbols))
+        found = [str(name) for name in getattr(self.model, "output_names", None) or ()]
+        taken = [name for name, _, _ in self.specs]
+        return distinct([*taken, *(found if len(found) == count else [f"output_{at}" for at in range(count)])])[
+            len(taken) :
+        ]
+
+
+def ask(model: Any, signature: Any, options: dict[str, Any]) -> Asked:
+    """What is to be exported.
+
+    Raises:
+        TetherError: It is no model, or nobody has said yet what its inputs look like.
+    """
+    if not isinstance(model, keras.Model):
+        raise TetherError(
+            "What is exported is a Keras model: `keras.Sequential([keras.Input(shape), layer])`. "
+            f"{received(model=model)}"
+        )
+    try:
+        found = keras_seam.input_signature(model) if signature is None else _as_arguments(signature)
+        specs = [(spec.name or f"input_{at}", tuple(spec.shape), spec.dtype) for at, spec in _flat(found)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TetherError(
+            "The inputs are not known. Call the model once, or say what they look like: "
+            f"`input_signature=[keras.InputSpec(shape=(None, 8), dtype='float32')]`. {error}"
+        ) from error
+    names = distinct([name for name, _, _ in specs])
+    return Asked(
+        model, found, [(name, shape, dtype) for name, (_, shape, dtype) in zip(names, specs, strict=True)], options
+    )
+
+
+def _as_arguments(signature: Any) -> list[Any]:
+    given = list(signature) if isinstance(signature, (list, tuple)) else [signature]
+    return keras.tree.map_structure(keras_seam.input_spec, given)
+
+
+def _flat(signature: Any) -> list[tuple[int, Any]]:
+    return list(enumerate(keras.tree.flatten(signature)))
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names as identifiers, each of them once."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in (re.sub(r"\W", "_", name) for name in names):
+        seen[name] = seen.get(name, -1) + 1
+        found.append(f"{name}_{seen[name]}" if seen[name] else name)
+    return found if len(set(found)) == len(found) else [f"{name}_{at}" for at, name in enumerate(found)]
+
+
+def bytes_of(variable: Any) -> int:
+    """What storing a variable takes, or the value of a view."""
+    bits = re.search(r"\d+", str(variable.dtype))
+    return int(np.prod(variable.shape, dtype=np.int64)) * (int(bits[0]) if bits else 8) // 8
+
+
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Keeps a library from logging what it logs each time."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+__all__ = ["BATCHES", "Asked", "Shape", "ask", "bytes_of", "distinct", "quiet"]

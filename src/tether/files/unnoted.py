@@ -1,0 +1,68 @@
+"""What is tied in a `.keras` file without notes, as older files are: its config says it, and not where.
+
+The notes beside the entries of a file say which layer reads what, and which entry is which weight. Where there are
+none, the model is made from the config, and says where its weights and ties would be in a file.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.errors import InvalidConfig
+from tether.files.archive import contents
+from tether.files.keras_files import Values
+from tether.files.positions import positions
+from tether.layers.tied import KEY
+from tether.layers.view import View
+from tether.weights.codec import encode
+from tether.weights.weight import Weight
+
+
+def note(path: str | os.PathLike[str], values: Values) -> None:
+    """Adds the notes that a `.keras` file could have.
+
+    Args:
+        path: The file.
+        values: What was read of it.
+
+    Raises:
+        InvalidConfig: Its config records ties, and no model can be made of it.
+    """
+    config = contents(path).config
+    if values.notes or values.uids or not _has_ties(config):
+        return
+    try:
+        model = keras.saving.deserialize_keras_object({**config, "compile_config": None})
+    except Exception as error:  # Keras, and classes of others
+        raise InvalidConfig(
+            f"{str(path)!r} has ties, without the notes beside its values that say where they are, and no model can be "
+            f"made from its config: {error} Load it with `tether.files.load_model`, and save that."
+        ) from error
+    for each in positions(model):
+        group, _, key = each.place.rpartition("/")
+        if isinstance(each.holder, Weight):
+            values.uids[each.holder.uid] = each.place
+        elif isinstance(each.target, View):
+            dtype = keras_seam.stored_dtype(each.target)
+            tie = {"dtype": dtype, "steps": encode(each.target.expression)}
+            values.notes.setdefault(group, {})[key] = tie
+
+
+def _has_ties(config: Any) -> bool:
+    waiting = [config]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, dict):
+            if KEY in entry:
+                return True
+            waiting.extend(entry.values())
+        elif isinstance(entry, list):
+            waiting.extend(entry)
+    return False
+
+
+__all__ = ["note"]

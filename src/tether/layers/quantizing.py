@@ -1,0 +1,323 @@
+"""Quantising tied layers: what is stored becomes integers and a scale, and every use of it follows.
+
+A weight `w` becomes the expression `dequantize(integers, scale)` (see `tether.weights.rounding`), so whatever is made
+of `w` goes on as it was: both users of a tie, a low-rank part that learns, what is saved, counted, drawn and planned.
+The inputs of layers stay floats.
+
+Everything is worked out before anything is changed. `Model.quantize` gets here before Keras has touched a layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import Unsupported, received
+from tether.layers import paths
+from tether.layers.state import hang_weights, state_of
+from tether.layers.view import View
+from tether.planning.products import products
+from tether.weights.expression import Expression, Node, Shape, StatefulNode, live_weights, program
+from tether.weights.operators.adapted import Adapted
+from tether.weights.operators.arithmetic import Add, MatMul, Subtract
+from tether.weights.operators.gradient import ScaleGradient, StopGradient
+from tether.weights.operators.joining import Einsum, Where
+from tether.weights.operators.quantized import Dequantize, Unpack
+from tether.weights.rounding import LARGEST, Rounded, rounded
+from tether.weights.weight import Use, Weight
+
+_NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (keras.layers.Dense, ("kernel",)),
+    (keras.layers.EinsumDense, ("kernel",)),
+    (keras.layers.Embedding, ("embeddings", "reverse_embeddings")),
+)
+"""The weights that Keras quantises, by the kind of layer."""
+
+
+# --------------------------------------------------------------------------- who asks
+
+
+def quantize_model(model: Any, mode: Any, config: Any, filters: Any) -> None:
+    """Quantises the weights of the tied layers in a model: the part of `Model.quantize` that Keras leaves out."""
+    layers = [layer for layer in keras_seam.contained_layers(model) if _is_tied(layer)]
+    asked = [
+        layer for layer in layers if keras_seam.passes(layer, filters) and (_own_matrices(layer) or _present(layer))
+    ]
+    if asked:
+        _quantize(asked, mode, config, lambda layer: keras_seam.passes(layer, filters))
+
+
+def quantize_layer(layer: Any, original: Callable[..., None], mode: Any, config: Any, **kwargs: Any) -> None:
+    """`quantize` of a tied layer. Where another user of its weights was asked before, nothing is left to do."""
+    if _own_matrices(layer) or _present(layer):
+        _quantize([layer], mode, config, lambda layer: True)
+    else:
+        original(mode, config=config, **kwargs)
+
+
+def quantize_weight(weight: Weight, mode: Any, config: Any) -> None:
+    """`Weight.quantize`."""
+    mode, block = _settings(f"the weight {weight.name!r}", mode, config)
+    if not _is_matrix(weight):
+        raise Unsupported(
+            f"The weight {weight.name!r} holds no matrix of floats, so there is nothing to quantise. "
+            f"{received(shape=weight.shape, dtype=weight.dtype)}"
+        )
+    _carry_out({weight: _rounded(weight, mode, block)})
+
+
+keras_seam.quantizers.update(model=quantize_model, weight=quantize_weight)
+
+
+def _settings(what: str, mode: Any, config: Any) -> tuple[str, int | None]:
+    """The mode, and the size of blocks."""
+    config = keras_seam.quantization_config(mode, config)
+    if config.mode not in LARGEST:
+        raise Unsupported(
+            f"{what[0].upper()}{what[1:]} is tied, and tied weights can be quantised to {' and '.join(LARGEST)}. For "
+            "another mode quantise a plain copy: `plain = tether.materialize(model); plain.quantize(...)`. Nothing "
+            f"has been changed. {received(mode=config.mode)}"
+        )
+    if config.weight_quantizer is not None:
+        raise Unsupported(
+            f"{what[0].upper()}{what[1:]} is tied, and its users share one scale, so it cannot be given a quantizer of "
+            f"one layer. Leave `weight_quantizer` out. Nothing has been changed."
+        )
+    block = getattr(config, "block_size", None)  # Keras 3.13 has none
+    return config.mode, None if block in (None, -1) else int(block)
+
+
+def _quantize(layers: list[Any], mode: Any, config: Any, passes: Callable[[Any], bool]) -> None:
+    from tether.layers.tie import weight_of
+
+    mode, block = _settings(f"the layer {layers[0].name!r}", mode, config)
+    found: dict[Weight, Rounded] = {}
+    own: list[tuple[Any, str]] = []
+    for layer in layers:
+        if _present(layer) - {mode}:
+            raise Unsupported(
+                f"The layer {layer.name!r} is quantised already ({', '.join(sorted(_present(layer)))}). Nothing has "
+                f"been changed. {received(mode=mode)}"
+            )
+    for layer in layers:
+        for variable in _own_matrices(layer):
+            if not isinstance(variable, View):
+                own.append((layer, variable.name))
+                continue
+            for weight in matrices(variable.expression):
+                if weight not in found and _is_allowed(weight, passes):
+                    found[weight] = _rounded(weight, mode, block)
+    _carry_out(found)
+    for layer, name in own:
+        weight = weight_of(layer, name)
+        _carry_out({weight: _rounded(weight, mode, block)})
+
+
+def _is_tied(layer: Any) -> bool:
+    state = state_of(layer)
+    return state is not None and bool(state.slots)
+
+
+def _is_allowed(weight: Weight, passes: Callable[[Any], bool]) -> bool:
+    left_out = [layer.name for layer in _users(weight) if not passes(layer)]
+    if left_out:
+        warnings.warn(
+            f"The weight {weight.name!r} stays as it is: the filters leave out {', '.join(map(repr, left_out))}, which "
+            "uses it too.",
+            stacklevel=2,
+        )
+    return not left_out
+
+
+def _users(weight: Weight) -> list[Any]:
+    """The layers with a use of a weight, each once."""
+    found = {id(layer): layer for layer in (use.layer() for use in weight.uses) if layer is not None}
+    return list(found.values())
+
+
+# --------------------------------------------------------------------------- what is quantised
+
+
+def _named(layer: Any) -> list[Any]:
+    """The variables and views of a layer that Keras quantises in a layer of its kind."""
+    names = [name for kind, known in _NAMES if isinstance(layer, kind) for name in known]
+    return [variable for variable in paths.own_variables(layer) if variable.name in names]
+
+
+def _own_matrices(layer: Any) -> list[Any]:
+    """Those of which something is not quantised yet."""
+    return [variable for variable in _named(layer) if _holds_a_matrix(variable)]
+
+
+def _present(layer: Any) -> set[str]:
+    """How those are quantised that are."""
+    views = [variable for variable in _named(layer) if isinstance(variable, View)]
+    return {mode for view in views for mode in _modes(view.expression)}
+
+
+def _holds_a_matrix(variable: Any) -> bool:
+    if isinstance(variable, View):
+        return bool(matrices(variable.expression))
+    return len(variable.shape) > 1 and keras_seam.is_float(keras_seam.stored_dtype(variable))
+
+
+def _is_matrix(weight: Weight) -> bool:
+    return (
+        weight.became is None
+        and len(weight.shape or ()) > 1
+        and weight.is_built
+        and keras_seam.is_float(str(weight.dtype))
+    )
+
+
+def matrices(expression: Expression) -> list[Weight]:
+    """The weights of an expression that are quantised: its matrices, but not what was added to them to learn.
+
+    Vectors (gates, lengths, strengths) stay floats. So does what was made for another part (`w.lora_a` for `w`), a
+    product beside something that is none (`a @ b` in `w + a @ b`), and what trains beside something that does not.
+    """
+    found: dict[Weight, None] = {}
+    waiting, seen = [expression], set()
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, Weight) and _is_matrix(current):
+            found[current] = None
+        elif isinstance(current, Node):
+            waiting.extend(reversed(_bases(current)))
+    return list(found)
+
+
+def _bases(node: Node) -> list[Expression]:
+    """The operands of a node without what was added to them."""
+    if isinstance(node, Dequantize):
+        return []
+    if isinstance(node, Adapted):
+        return [node.base]
+    if isinstance(node, StatefulNode):
+        return [node.operands[0]]
+    operands = [operand for operand in node.operands if operand.weights_used()]
+    operands = _unless_all(operands, lambda part: any(_is_made_for(part, other) for other in operands))
+    if isinstance(node, (Add, Subtract, Where)):
+        operands = _unless_all(operands, _is_product)
+        operands = _unless_all(operands, lambda part: any(weight.trainable for weight in live_weights(part)))
+    return operands
+
+
+def _unless_all(operands: list[Expression], is_added: Callable[[Expression], bool]) -> list[Expression]:
+    left = [operand for operand in operands if not is_added(operand)]
+    return left or operands
+
+
+def _is_made_for(part: Expression, base: Expression) -> bool:
+    """Whether every weight of a part is named after one of the base, as forms name theirs."""
+    bases = [f"{weight.name}." for weight in base.weights_used() if weight not in part.weights_used()]
+    return bool(bases) and all(weight.name.startswith(tuple(bases)) for weight in part.weights_used())
+
+
+def _is_product(part: Expression) -> bool:
+    return any(isinstance(step.expression, (MatMul, Einsum)) for step in program(part))
+
+
+# --------------------------------------------------------------------------- where the scale goes
+
+
+def _rounded(weight: Weight, mode: str, block: int | None) -> Rounded:
+    array = np.asarray(keras_seam.on_host(keras_seam.plain_tensor(weight.value)))
+    return rounded(array, mode, _inputs(weight), block)
+
+
+def _inputs(weight: Weight) -> tuple[int, ...]:
+    """The axes of a weight over which one scale goes: those of the inputs in the first layer that uses it."""
+    shape = weight.shape or ()
+    for use in weight.uses:
+        layer = use.layer()
+        outputs = None if layer is None else _output_axes(layer, use, len(use.expression.shape or ()))
+        if outputs is not None:
+            kept = _axes_behind(weight, shape, use.expression, outputs)
+            inputs = tuple(axis for axis in range(len(shape)) if kept is None or axis not in kept)
+            one_channel = sum(size > 1 for size in shape) < 2
+            if kept is not None and inputs and (kept or one_channel):
+                return inputs
+    return tuple(range(len(shape) - 1))
+
+
+def _output_axes(layer: Any, use: Use, rank: int) -> set[int] | None:
+    """The axes of a layer's weight that have one entry for each output channel (of a table: for each row)."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        _, _, kernel = layer.equation.replace(" ", "").partition("->")[0].partition(",")
+        output = layer.equation.replace(" ", "").partition("->")[2]
+        return {axis for axis, letter in enumerate(kernel) if letter in output}
+    if isinstance(layer, keras.layers.Embedding) and use.name.rpartition("/")[2] != "reverse_embeddings":
+        return {0}
+    return {rank - 1} if rank > 1 else None
+
+
+def _axes_behind(weight: Weight, shape: Shape, expression: Expression, outputs: set[int]) -> set[int] | None:
+    """The axes of a weight that become some of these axes of an expression; `None` where that cannot be said."""
+    form = products(expression)
+    found: set[int] | None = None
+    for term in form.terms:
+        labels = {label for axis in outputs for label in term.axes[axis]}
+        for factor in term.factors:
+            current = factor.expression
+            while isinstance(current, (StopGradient, ScaleGradient)) or (
+                isinstance(current, Node) and current.name == "reshape"
+            ):
+                current = current.operands[0]
+            if current is weight:
+                found = (found or set()) | _axes_of(
+                    shape, [(label, form.sizes[label]) for label in factor.labels], labels
+                )
+    return found
+
+
+def _axes_of(shape: Shape, labels: list[tuple[int, int]], wanted: set[int]) -> set[int]:
+    """Which axes of a shape have some of the wanted labels; several labels may make up one axis."""
+    rest, found = list(labels), set()
+    for axis, size in enumerate(shape):
+        while size > 1 and rest:
+            label, part = rest.pop(0)
+            size //= part
+            if label in wanted:
+                found.add(axis)
+    return found
+
+
+# --------------------------------------------------------------------------- changing
+
+
+def _carry_out(found: dict[Weight, Rounded]) -> None:
+    """Gives each weight up for its integers."""
+    new = {weight: each.expression(weight.name, str(weight.dtype)) for weight, each in found.items()}
+    replaced = []
+    layers: dict[int, Any] = {}
+    for weight, expression in new.items():
+        layers.update({id(layer): layer for layer in _users(weight)})
+        variable = weight.become(expression)
+        replaced.append((variable, [part.variable for part in expression.weights_used()]))
+    for layer in layers.values():
+        state = state_of(layer)
+        for slot in state.slots if state is not None else ():
+            slot.tie.expression = slot.view.expression
+            slot.tie.quantized = slot.tie.made_by_code and bool(_modes(slot.view.expression))
+        hang_weights(layer)
+    keras_seam.replace_torch_parameters(replaced)
+
+
+def _modes(expression: Expression) -> set[str]:
+    """How parts of an expression are quantised."""
+    found = (step.expression for step in program(expression))
+    return {
+        "int4" if isinstance(node.operands[0], Unpack) else "int8" for node in found if isinstance(node, Dequantize)
+    }
+
+
+__all__ = ["matrices", "quantize_layer", "quantize_model", "quantize_weight"]
