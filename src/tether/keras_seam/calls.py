@@ -1,0 +1,223 @@
+"""One call of a layer: its context, and the tensors in it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy
+from keras.src import backend as _backend
+from keras.src.backend.common import global_state as _global_state
+from keras.src.backend.common import stateless_scope as _stateless
+from keras.src.trainers.trainer import Trainer as _Trainer
+
+from tether.keras_seam.layers import set_untracked
+
+
+def call_owners() -> list[Any]:
+    """The objects that live as long as the calls in progress, innermost first: places for values computed once a call.
+
+    A stateless call has its scope, any other the context of its outermost layer. JAX's time loop opens
+    a scope of its own inside the call.
+    """
+    owners = []
+    scope = _stateless.get_stateless_scope()
+    while scope is not None:
+        owners.append(scope)
+        scope = getattr(scope, "original_scope", None)
+    context = _global_state.get_global_attribute("current_call_ctx")
+    if context is not None:
+        owners.append(context)
+    return owners
+
+
+def is_training_call() -> bool:
+    """Whether the outermost call in progress was told to train."""
+    context = _global_state.get_global_attribute("current_call_ctx")
+    return bool(context is not None and context.get_value("training"))
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Hands a mask on with a tensor, as a layer does that computes one in its `call`."""
+    _backend.set_keras_mask(tensor, mask)
+
+
+def refresh_call_signature(layer: Any) -> None:
+    """Makes Keras read a layer's `call` again, after its class has changed: it read the signature when it was made."""
+    signature = inspect.signature(layer.call)
+    names = [parameter.name for parameter in signature.parameters.values()]
+    for attribute, value in {
+        "_call_signature": signature,
+        "call_signature_parameters": names,
+        "_call_has_training_arg": "training" in names,
+        "_call_has_mask_arg": "mask" in names,
+        "_call_has_context_arg": {name: name in names for name in layer._call_context_args},
+    }.items():
+        set_untracked(layer, attribute, value)
+
+
+def forget_compilation(model: Any) -> None:
+    """Makes Keras ask for `compile` before a model trains on: its optimizer knows other weights than the model has.
+
+    What was traced for predicting is forgotten too.
+    """
+    if isinstance(model, _Trainer):
+        for attribute in ("train_function", "test_function", "predict_function"):
+            setattr(model, attribute, None)
+        if model.compiled:
+            model.compiled = False
+
+
+def call_parameters(layer: Any) -> list[str]:
+    """The names of what a layer's call takes, as Keras knows them."""
+    return list(layer.call_signature_parameters)
+
+
+def trace_token() -> Any:
+    """Something equal as long as values may be passed on without crossing a trace of the backend."""
+    return _trace_token()
+
+
+def _make_trace_token() -> Callable[[], Any]:
+    name = _backend.backend()
+    if name == "jax":
+        from jax.extend.core import get_opaque_trace_state
+
+        return lambda: get_opaque_trace_state(convention="flax")
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        return lambda: None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    if name == "torch":
+        import torch
+
+        return lambda: (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return lambda: None
+
+
+_trace_token = _make_trace_token()
+
+
+def _make_mutations() -> Callable[[Any], int]:
+    if _backend.backend() == "torch":
+        return lambda tensor: tensor._version
+    return lambda tensor: 0
+
+
+mutations = _make_mutations()
+"""How often a tensor was changed in place (PyTorch counts; JAX cannot, TensorFlow does not tell)."""
+
+
+ADDS_IN_PLACE = _backend.backend() == "torch"
+"""Whether adding to a tensor in place saves memory traffic: the compilers of the other backends fuse the addition."""
+
+
+def add_to_fresh(tensor: Any, other: Any) -> Any:
+    """`tensor + other`, in place where that saves one: the tensor is a result that nobody else holds."""
+    if not ADDS_IN_PLACE or tensor.dtype != other.dtype or tensor.shape[-1:] != other.shape:
+        return keras.ops.add(tensor, other)
+    if tensor.requires_grad and tensor._is_view():  # the gradient of a view that was written to costs more
+        return keras.ops.add(tensor, other)
+    return tensor.add_(other)
+
+
+def _make_is_plain_eager() -> Callable[[], bool]:
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.eager import record
+
+        return lambda: tf.executing_eagerly() and not record.could_possibly_record()
+    if name == "torch":
+        import torch
+
+        return lambda: not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return lambda: _stateless.get_stateless_scope() is None
+
+
+is_plain_eager = _make_is_plain_eager()
+"""Whether a value computed now is a plain tensor, through which no gradient flows: one that may be kept.
+
+JAX's gradients see a variable's value only in a stateless scope.
+"""
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a tensor stands for one that a compiler will know later."""
+    if _backend.backend() == "jax":
+        import jax
+
+        return isinstance(value, jax.core.Tracer)
+    return False
+
+
+def _make_is_sparse() -> Callable[[Any], bool]:
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        return lambda value: isinstance(value, (tf.SparseTensor, tf.RaggedTensor))
+    if name == "jax":
+        from jax.experimental import sparse
+
+        return lambda value: isinstance(value, sparse.JAXSparse)
+    return lambda value: False
+
+
+is_sparse = _make_is_sparse()
+"""Whether a tensor is kept as the entries that it has, so that few operations take it."""
+
+
+def is_differentiated(*values: Any) -> bool:
+    """Whether JAX is differentiating with respect to one of these tensors.
+
+    Keras's stateless calls do not tell layers without a `training` argument that they train; the tracer does.
+    """
+    return TRACES_GRADIENTS and any(type(value).__name__ in _GRADIENT_TRACERS for value in values)
+
+
+TRACES_GRADIENTS = _backend.backend() == "jax"
+_GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
+
+
+def _make_snapshot() -> Callable[[Any], Any]:
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        whole = {1: tf.uint8, 2: tf.uint16}
+
+        def of_tensorflow(value: Any) -> Any:
+            # As long as somebody holds what was read, TensorFlow writes to other memory: the address tells.
+            read = value.read_value() if hasattr(value, "read_value") else value
+            # NumPy lends no memory of dtypes that it does not know itself, such as bfloat16.
+            known = numpy.dtype(read.dtype.as_numpy_dtype).isbuiltin == 1
+            return read, memoryview(read if known else tf.bitcast(read, whole[read.dtype.size]))
+
+        return of_tensorflow
+    if name == "torch":
+        return lambda value: (value, value._version)
+    return lambda value: (value, 0)
+
+
+snapshot = _make_snapshot()
+"""What a stored value is now, to be compared later; holds on to the memory of JAX's and TensorFlow's tensors."""
+
+
+def is_same_snapshot(a: Any, b: Any) -> bool:
+    """Whether nothing was written between two snapshots of one stored value."""
+    if isinstance(a[1], memoryview) and isinstance(b[1], memoryview):
+        return _address(a[1]) == _address(b[1])
+    return a[0] is b[0] and a[1] == b[1]
+
+
+def _address(view: memoryview) -> tuple[int, int]:
+    array = numpy.asarray(view)
+    return array.__array_interface__["data"][0], array.nbytes
+
+
+def trace(function: Callable[..., Any], *specs: Any) -> Any:
+    """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
+    return _backend.compute_output_spec(function, *specs)

@@ -1,0 +1,43 @@
+"""Exports to other formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras.src import backend as _backend
+from keras.src.export import export_utils as _export_utils
+
+
+def input_signature(model: Any) -> list[Any]:
+    """The positional arguments of a model's call, as structures of specs, as Keras's exporters read them.
+
+    Raises:
+        ValueError: The model has not been called, so nobody knows.
+    """
+    return list(_export_utils.get_input_signature(model))
+
+
+def input_spec(tensor: Any) -> Any:
+    """The spec of a tensor, a symbolic tensor or a spec."""
+    return _export_utils.make_input_spec(tensor)
+
+
+def store_each_variable_once(archive: Any) -> None:
+    """Makes an export archive of the TensorFlow backend write each variable once.
+
+    It lists Keras's variables, and once more the TensorFlow variables inside them; TensorFlow takes them for two.
+    """
+    if _backend.backend() == "tensorflow":
+        for name in ("variables", "trainable_variables", "non_trainable_variables"):
+            setattr(archive._tf_trackable, name, [v.value for v in getattr(archive._tf_trackable, name)])
+
+
+def mend_tf2onnx() -> None:
+    """Makes tf2onnx work with the NumPy of today, as Keras does before it calls it."""
+    from keras.src.export.tf2onnx_lib import patch_tf2onnx
+
+    patch_tf2onnx()
+
+
+keras_version: str = keras.__version__

@@ -1,0 +1,242 @@
+"""What a file holds, and the classes that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras.src import backend as _backend
+from keras.src.backend.common import global_state as _global_state
+from keras.src.saving import object_registration as _registration
+from keras.src.saving import saving_lib as _saving_lib
+from keras.src.saving import serialization_lib as _serialization
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils import naming as _naming
+
+from tether.keras_seam.frames import _COPYING, _LOADING, _code
+from tether.keras_seam.looking import on_host
+from tether.keras_seam.names import _outside_stateless_scopes
+
+
+def saved_objects(root: Any) -> Iterator[tuple[str, Any]]:
+    """Everything that Keras writes of a model, each object once, with its place in the file, as it is written."""
+    yield from _saved_below(root, "", set())
+
+
+def _saved_below(saveable: Any, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(saveable) in seen:
+        return
+    seen.add(id(saveable))
+    yield place, saveable
+    with _outside_stateless_scopes():  # to see what an optimizer writes, Keras makes one
+        children = list(_saving_lib._walk_saveable(saveable))
+    for name, child in children:
+        inner = f"{place}/{name}" if place else name
+        if isinstance(child, KerasSaveable):
+            yield from _saved_below(child, inner, seen)
+        elif isinstance(child, (list, dict, tuple)):
+            yield from _saved_in_container(child, inner, seen, set())
+
+
+_NESTED = hasattr(_saving_lib, "_container_path_present")
+"""Whether this Keras writes what is in a container within a container."""
+
+
+def _saved_in_container(container: Any, place: str, seen: set[int], containers: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(container) in containers:
+        return
+    containers.add(id(container))
+    used: dict[str, int] = {}
+
+    def unique(name: str) -> str:
+        used[name] = used.get(name, -1) + 1
+        return f"{place}/{name}" + (f"_{used[name]}" if used[name] else "")
+
+    for child in list(container.values()) if isinstance(container, dict) else container:
+        if isinstance(child, KerasSaveable):
+            yield from _saved_below(child, unique(_naming.to_snake_case(type(child).__name__)), seen)
+        elif _NESTED and isinstance(child, (list, dict, tuple)):
+            yield from _saved_in_container(child, unique("container"), seen, containers)
+
+
+def entry_notes(store: Any) -> Any:
+    """Where notes go beside what a layer writes: attributes of its HDF5 group, which Keras never reads.
+
+    `None` of a store that has no place for them.
+    """
+    return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
+
+
+class _OpenStore(_saving_lib.H5IOStore):
+    """Keras's store, over a file that is open; what was stored from it already is not read again."""
+
+    def __init__(self, file: Any, stored: dict[str, Any]) -> None:
+        self._open, self._stored = file, stored
+        super().__init__("values", mode="r")
+
+    def _get_h5_file(self, path_or_io: Any, mode: Any = None) -> Any:
+        return self._open
+
+    def __getitem__(self, key: str) -> Any:
+        variable = self._stored.get(f"{self._h5_entry_path}/vars/{key}" if self._h5_entry_path else f"vars/{key}")
+        if variable is None:
+            return super().__getitem__(key)
+        return on_host(variable._value) if _backend.backend() == "torch" else variable._value
+
+
+def read_archive(
+    archive: Any,
+    values: Any,
+    first: Callable[[Any], dict[str, Any]],
+    *,
+    custom_objects: dict[str, Any] | None,
+    compile: bool,
+    safe_mode: bool,
+) -> Any:
+    """What `keras.saving.load_model` makes of an archive, without having all values in memory a second time.
+
+    Args:
+        archive: The archive, a `zipfile.ZipFile`.
+        values: The values in it, an `h5py.File`.
+        first: Called with the model before Keras reads values. It may store some itself, and returns their variables
+            by their places in the file.
+        custom_objects: As in `load_model`.
+        compile: As there.
+        safe_mode: As there.
+    """
+    config = archive.read(_saving_lib._CONFIG_FILENAME)
+    model = _saving_lib._model_from_config(config, custom_objects, compile, safe_mode)
+    store, assets = _OpenStore(values, first(model)), None
+    if len(archive.namelist()) > 3:
+        assets = _saving_lib.DiskIOStore(_saving_lib._ASSETS_DIRNAME, archive=archive, mode="r")
+    failed: set[int] = set()
+    errors: dict[int, Any] = {}
+    try:
+        _saving_lib._load_state(
+            model,
+            weights_store=store,
+            assets_store=assets,
+            inner_path="",
+            visited_saveables=set(),
+            failed_saveables=failed,
+            error_msgs=errors,
+        )
+    finally:
+        if assets is not None:
+            assets.close()
+    if failed:
+        _saving_lib._raise_loading_failure(errors)
+    return model
+
+
+_COPYING.add(_code(read_archive))
+_LOADING.add(_code(read_archive))
+
+
+def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
+    """What an optimizer keeps for each variable, by the variable's id: the name of the slot, and its variable.
+
+    An optimizer holds a list for each kind of slot, in the order of the variables that it was built with.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
+    found: dict[int, list[tuple[str, Any]]] = {}
+    known = list(getattr(optimizer, "_trainable_variables", None) or ())
+    for name, slots in vars(optimizer).items():
+        if name in ("_variables", "_trainable_variables") or not isinstance(slots, list) or len(slots) != len(known):
+            continue
+        for variable, slot in zip(known, slots, strict=True):
+            if isinstance(slot, keras.Variable):
+                found.setdefault(id(variable), []).append((name.strip("_"), slot))
+    for variable in known:
+        found.setdefault(id(variable), [])
+    return found
+
+
+def config_with_ids(model: Any) -> dict[str, Any]:
+    """A model's config in which every object has the key `SHARED_ID`, and not just the second mention of one.
+
+    Keras notes an object when it meets it, writes its id from the second time on, and copies the configs of graphs
+    and stacks before that time comes. In a second pass it knows all of them.
+    """
+    with _serialization.ObjectSharingScope():
+        _serialization.serialize_keras_object(model)
+        return _serialization.serialize_keras_object(model)
+
+
+SHARED_ID = "shared_object_id"
+"""Where a config holds the id of an object that the file has in several places."""
+
+
+def deserialized(config: dict[str, Any], custom_objects: dict[str, Any]) -> Any:
+    """The model of a config that this process wrote, as `load_model` makes it before it reads values."""
+    with _serialization.ObjectSharingScope():
+        return _serialization.deserialize_keras_object(config, custom_objects, safe_mode=False)
+
+
+def shared_object(identity: int) -> Any:
+    """What was made for an id so far, while a config is read."""
+    return _serialization.get_shared_object(identity)
+
+
+def calls_of(operation: Any) -> int:
+    """How many nodes of graphs an operation has: a config counts those of its own graph."""
+    return len(operation._inbound_nodes)
+
+
+def graph_of(model: Any) -> list[tuple[Any, list[Any], list[Any]]]:
+    """What a functional model's graph computes, inputs first: what is called, its input and its output tensors."""
+    depths = sorted(model._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
+    return [(node.operation, list(node.input_tensors), list(node.outputs)) for node in nodes]
+
+
+TIED_NAME = "tether>Tied"
+
+
+def register_tied(cls: type) -> None:
+    """Makes Keras write the one name of all tied classes into a config, whichever layer it is."""
+    _registration.GLOBAL_CUSTOM_NAMES[cls] = TIED_NAME
+
+
+def register_reader(reader: Any) -> None:
+    """Makes Keras hand every config of a tied layer to `reader.from_config`."""
+    _registration.GLOBAL_CUSTOM_OBJECTS[TIED_NAME] = reader
+
+
+def class_reference(cls: type) -> dict[str, Any]:
+    """How Keras names a class in a file."""
+    found = _serialization.serialize_with_public_class(cls, {})
+    return {key: found[key] for key in ("module", "class_name", "registered_name")}
+
+
+def find_class(reference: dict[str, Any]) -> Any:
+    """The class of a reference, by Keras's own rules of what a file may name."""
+    custom = {
+        **_global_state.get_global_attribute("custom_objects_scope_dict", {}),
+        **_registration.GLOBAL_CUSTOM_OBJECTS,
+    }
+    return _serialization._retrieve_class_or_fn(
+        reference["class_name"],
+        reference["registered_name"],
+        reference["module"],
+        obj_type="class",
+        full_config={**reference, "config": {}},
+        custom_objects=custom,
+    )
+
+
+def registered_function(name: str) -> Any:
+    custom = {
+        **_global_state.get_global_attribute("custom_objects_scope_dict", {}),
+        **_registration.GLOBAL_CUSTOM_OBJECTS,
+    }
+    return custom.get(name)
+
+
+def save_to(model: Any, fileobj: Any) -> None:
+    _saving_lib._save_model_to_fileobj(model, fileobj, "h5")
+
+
+def load_from(fileobj: Any, *, compile: bool) -> Any:
+    return _saving_lib._load_model_from_fileobj(fileobj, custom_objects=None, compile=compile, safe_mode=False)

@@ -1,0 +1,76 @@
+"""Variables: their stored values, and what a view is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras.src import backend as _backend
+from keras.src.backend.common import stateless_scope as _stateless
+
+Variable = _backend.Variable
+"""The backend's concrete variable class, the one that `add_weight` creates."""
+
+
+def raw_value(variable: Any) -> Any:
+    """The tensor that a variable holds now, before autocast; `None` if not initialised yet."""
+    scope = _stateless.get_stateless_scope()
+    if scope is not None:
+        value = scope.get_current_value(variable)
+        if value is not None:
+            return value
+    return variable._value
+
+
+def stored_dtype(variable: Any) -> str:
+    """The dtype of what is stored, whatever the autocast scope says."""
+    return str(keras.backend.standardize_dtype(variable._dtype))
+
+
+def _make_plain_tensor() -> Callable[[Any], Any]:
+    if _backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor
+    return lambda value: value
+
+
+plain_tensor = _make_plain_tensor()
+"""A tensor of what a variable's `value` gives: on TensorFlow its own variable, which some of `keras.ops` refuse."""
+
+
+def own_copy(tensor: Any) -> Any:
+    """A tensor whose memory nobody else holds: JAX donates buffers, and one given away twice is an error."""
+    if _backend.backend() == "jax":
+        import jax
+
+        if isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer):
+            return jax.numpy.copy(tensor)
+    return tensor
+
+
+def prepare_view(view: Any, *, name: str, path: str, shape: tuple[int, ...], dtype: str, autocast: bool) -> None:
+    """Gives a variable that owns no storage the attributes that `Variable.__init__` would set."""
+    view._name = name
+    view._path = path
+    view._shape = shape
+    view._ndim = len(shape)
+    view._dtype = dtype
+    view._autocast = autocast
+    view._initializer = None
+    view._regularizer = None
+    view._constraint = None
+    view._aggregation = "none"
+    view._synchronization = "auto"
+    view._layout = None
+    view._overwrite_with_gradient = False
+    view._value = None
+
+
+def autocasts(variable: Any) -> bool:
+    return bool(variable._autocast)
+
+
+def is_float(dtype: str) -> bool:
+    return "float" in dtype
