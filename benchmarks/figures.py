@@ -87,6 +87,17 @@ def ratios(device, part):
     table(["", *BACKENDS.values()], lines.values())
 
 
+def peers(device):
+    """How many times faster than PyTorch's own ways: a row for each size, two columns for each peer."""
+    lines: dict[str, list[str]] = {}
+    names = ("parametrize", "peft", "plain")
+    for name, row in rows_of("torch", device, "peers", "peers").items():
+        peer, size, step = name.split(" ", 1)[0], name.split(" ", 1)[1].rpartition(" ")[0], name.rpartition(" ")[2]
+        line = lines.setdefault(size, [size, *("",) * 6])
+        line[1 + 2 * names.index(peer) + (step == "training")] = f"{row['speedup']:.2f}"
+    table(["", *(f"{name} {step}" for name in names for step in ("forward", "training"))], lines.values())
+
+
 def memory(device):
     columns = ("materialize_MB", "factored_MB", "auto_MB")
     lines = [
@@ -139,6 +150,7 @@ def main(device="cpu"):
     for part in ("by hand", "serving"):
         print(part)
         ratios(device, part)
+    peers(device)
     memory(device)
 
 

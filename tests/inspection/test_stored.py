@@ -507,7 +507,7 @@ def test_links_out_of_the_file_are_not_followed(autoencoder, tmp_path, nothing_l
 
 
 def test_a_compressed_archive_that_would_fill_the_disk(autoencoder, tmp_path, nothing_left, monkeypatch):
-    monkeypatch.setattr("tether.inspection.stored.SMALL", 10_000)
+    monkeypatch.setattr("tether.files.archive.SMALL", 10_000)
     zeros = repacked(
         autoencoder, tmp_path / "m2.keras", compression=zipfile.ZIP_DEFLATED, values=lambda _: b"\0" * 10_000_000
     )
@@ -516,7 +516,7 @@ def test_a_compressed_archive_that_would_fill_the_disk(autoencoder, tmp_path, no
 
 
 def test_a_config_that_would_fill_the_memory(autoencoder, tmp_path, nothing_left, monkeypatch):
-    monkeypatch.setattr("tether.inspection.stored.MAX_CONFIG", 100)
+    monkeypatch.setattr("tether.files.archive.MAX_CONFIG", 100)
     with pytest.raises(InvalidConfig, match="larger than 100 bytes"):
         facts(autoencoder)
 

@@ -128,7 +128,7 @@ class Archive:
             yield io.BufferedReader(_Part(self._file, info))
             return
         with tempfile.TemporaryFile() as unpacked, self.zip.open(info) as source:
-            shutil.copyfileobj(source, unpacked, 2**20)
+            shutil.copyfileobj(source, unpacked, 2**16)
             unpacked.seek(0)
             yield unpacked
 
