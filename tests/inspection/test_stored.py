@@ -511,7 +511,7 @@ def test_a_compressed_archive_that_would_fill_the_disk(autoencoder, tmp_path, no
     zeros = repacked(
         autoencoder, tmp_path / "m2.keras", compression=zipfile.ZIP_DEFLATED, values=lambda _: b"\0" * 10_000_000
     )
-    with pytest.raises(InvalidConfig, match="10,000,000 bytes"):
+    with pytest.raises(InvalidConfig, match="would unpack to 10,0"):
         facts(zeros)
 
 
