@@ -55,7 +55,8 @@ def write_all(folder):
 
 
 def wholes():
-    """Rows B2, B12, B13 and C13 of the scenarios: trained, one layer in several places, in two files, resized."""
+    """Rows B2, B12, B13, C13 and C6 of the scenarios: trained, one layer in several places, in two files, resized,
+    quantised."""
     rng = np.random.default_rng(6)
     trained = randomize(autoencoder(True), rng)
     trained.compile("adam", "mse")
@@ -71,7 +72,10 @@ def wholes():
         parts[name] = keras.Model(x, layer(x), name=name)
     resized = randomize(stack(True), rng)
     tether.files.resize(tether.weight_of(resized, "embed/embeddings"), 0, 9, fill="mean", model=resized)
-    return {"trained": trained, "several": several, **parts, "resized": resized}
+    quantized = {mode: randomize(autoencoder(True), rng) for mode in ("int8", "int4")}
+    for mode, model in quantized.items():
+        model.layers[1].quantize(mode)
+    return {"trained": trained, "several": several, **parts, "resized": resized, **quantized}
 
 
 def outputs(name, model):
@@ -144,5 +148,5 @@ def read_wholes(folder):
 @pytest.mark.slow
 def test_the_writer_writes_what_it_is_asked_to(tmp_path):
     write_all(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 13 + 10
+    assert len(list(tmp_path.iterdir())) == 13 + 14
     read_wholes(tmp_path)
