@@ -20,21 +20,18 @@ from tether.keras_seam.calls import (
     forget_compilation,
     is_differentiated,
     is_plain_eager,
-    is_same_snapshot,
     is_sparse,
     is_traced,
     is_training_call,
     mutations,
     refresh_call_signature,
     set_mask,
-    snapshot,
     trace,
     trace_token,
 )
 from tether.keras_seam.exporting import (
     input_signature,
     input_spec,
-    keras_version,
     mend_tf2onnx,
     store_each_variable_once,
 )
@@ -85,17 +82,22 @@ from tether.keras_seam.looking import (
     calls_in_graph,
     decay_pattern,
     graph_outputs,
-    is_concrete,
+    inner_optimizer,
     is_excluded_from_decay,
     layout_map,
-    on_host,
     optimized_variables,
     own_attributes,
+)
+from tether.keras_seam.losses import has_compiled_loss, running_layers, training_loss, undisturbed
+from tether.keras_seam.memory import (
+    is_concrete,
+    is_same_snapshot,
+    on_host,
+    snapshot,
     stored_value,
     write,
     write_rows,
 )
-from tether.keras_seam.losses import has_compiled_loss, running_layers, training_loss, undisturbed
 from tether.keras_seam.names import current_path, is_automatic_variable_name, name_scope, outside_name_scopes, set_path
 from tether.keras_seam.quantizing import (
     WatchedSublayers,
@@ -153,14 +155,14 @@ __all__ = [
     "compiled_training", "config_with_ids", "contained_layers", "copying_scope", "counts", "current_path",
     "decay_pattern", "deserialized", "entry_notes", "find_class", "forget_attribute", "forget_compilation",
     "forget_traces", "get_autocast_scope", "give_back_quantize", "give_shape", "give_value", "graph_of",
-    "graph_outputs", "has_compiled_loss", "holds_its_layers_configs", "infer_graph", "input_signature",
-    "input_spec", "insert_tracked", "inside_bidirectional_init", "is_automatic_layer_name",
+    "graph_outputs", "has_compiled_loss", "holds_its_layers_configs", "infer_graph", "inner_optimizer",
+    "input_signature", "input_spec", "insert_tracked", "inside_bidirectional_init", "is_automatic_layer_name",
     "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated", "is_excluded_from_decay",
     "is_float", "is_known_to_the_optimizer", "is_locked", "is_nnx_enabled", "is_plain_eager",
     "is_quantizing_a_model", "is_same_snapshot", "is_sparse", "is_traced", "is_training_call",
-    "is_unknown_to_the_optimizer", "keras_version", "layout_map", "listed_variables", "load_from",
-    "loading_scope", "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope",
-    "on_host", "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",
+    "is_unknown_to_the_optimizer", "layout_map", "listed_variables", "load_from", "loading_scope",
+    "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope", "on_host",
+    "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",
     "own_trainable_flag", "passes", "plain_tensor", "prepare_view", "quantization_config", "quantizers",
     "raw_value", "read_archive", "recognize_variables", "refresh_call_signature", "refresh_torch_parameters",
     "refuse_spectral_normalization", "register_reader", "register_tied", "registered_function",

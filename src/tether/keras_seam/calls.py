@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.common import stateless_scope as _stateless
@@ -64,10 +63,15 @@ def forget_compilation(model: Any) -> None:
     What was traced for predicting is forgotten too.
     """
     if isinstance(model, _Trainer):
-        for attribute in ("train_function", "test_function", "predict_function"):
-            setattr(model, attribute, None)
+        forget_functions(model)
         if model.compiled:
             model.compiled = False
+
+
+def forget_functions(model: Any) -> None:
+    """Makes Keras trace a model's own training, testing and predicting again."""
+    for attribute in ("train_function", "test_function", "predict_function"):
+        setattr(model, attribute, None)
 
 
 def call_parameters(layer: Any) -> list[str]:
@@ -180,42 +184,6 @@ def is_differentiated(*values: Any) -> bool:
 
 TRACES_GRADIENTS = _backend.backend() == "jax"
 _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
-
-
-def _make_snapshot() -> Callable[[Any], Any]:
-    name = _backend.backend()
-    if name == "tensorflow":
-        import tensorflow as tf
-
-        whole = {1: tf.uint8, 2: tf.uint16}
-
-        def of_tensorflow(value: Any) -> Any:
-            # As long as somebody holds what was read, TensorFlow writes to other memory: the address tells.
-            read = value.read_value() if hasattr(value, "read_value") else value
-            # NumPy lends no memory of dtypes that it does not know itself, such as bfloat16.
-            known = numpy.dtype(read.dtype.as_numpy_dtype).isbuiltin == 1
-            return read, memoryview(read if known else tf.bitcast(read, whole[read.dtype.size]))
-
-        return of_tensorflow
-    if name == "torch":
-        return lambda value: (value, value._version)
-    return lambda value: (value, 0)
-
-
-snapshot = _make_snapshot()
-"""What a stored value is now, to be compared later; holds on to the memory of JAX's and TensorFlow's tensors."""
-
-
-def is_same_snapshot(a: Any, b: Any) -> bool:
-    """Whether nothing was written between two snapshots of one stored value."""
-    if isinstance(a[1], memoryview) and isinstance(b[1], memoryview):
-        return _address(a[1]) == _address(b[1])
-    return a[0] is b[0] and a[1] == b[1]
-
-
-def _address(view: memoryview) -> tuple[int, int]:
-    array = numpy.asarray(view)
-    return array.__array_interface__["data"][0], array.nbytes
 
 
 def trace(function: Callable[..., Any], *specs: Any) -> Any:

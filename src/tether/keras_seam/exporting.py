@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 from keras.src import backend as _backend
 from keras.src.export import export_utils as _export_utils
 
@@ -38,6 +37,3 @@ def mend_tf2onnx() -> None:
     from keras.src.export.tf2onnx_lib import patch_tf2onnx
 
     patch_tf2onnx()
-
-
-keras_version: str = keras.__version__

@@ -23,9 +23,8 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers.trainer import Trainer as _Trainer
 
 from tether.errors import Unsupported
-from tether.keras_seam.looking import optimized_variables
+from tether.keras_seam.looking import inner_optimizer, optimized_variables
 
-#
 # Keras has no "a copy starts here" hook. The stack says it: every clone and every load runs below
 # one outermost Keras call. State that must live exactly as long as that call is kept in the frame's
 # own local namespace: it is thread-local, it dies with the call, also when the call fails, and no
@@ -177,7 +176,7 @@ def compiled_training() -> Any:
 def is_unknown_to_the_optimizer(variable: Any) -> bool:
     """Whether a `fit` is about to begin whose optimizer was built without a variable that trains."""
     optimizer = getattr(_fitting_trainer(), "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
+    optimizer = inner_optimizer(optimizer)
     if optimizer is None or not optimizer.built:
         return False
     return optimizer._var_key(variable) not in optimizer._trainable_variables_indices

@@ -17,7 +17,6 @@ from keras.src.quantizers.utils import should_quantize_layer as _should_quantize
 from tether.keras_seam.frames import _code, _frames, _is_tracing, _namespace
 from tether.keras_seam.layers import set_untracked
 
-#
 # `Model.quantize` goes through a list of all layers and asks each one that has no sub-layers. A tied layer has some,
 # its weights, and would be passed over. When the list is made, before any layer is changed, Keras reads the sub-layers
 # of each layer, and so of each weight: that is the moment to do the work for tied layers, or to refuse.

@@ -12,7 +12,9 @@ from keras.src.models.functional import Functional
 from keras.src.models.sequential import Sequential
 from keras.src.trainers.trainer import Trainer as _Trainer
 
+from tether.keras_seam.calls import forget_functions
 from tether.keras_seam.layers import contained_layers, set_untracked
+from tether.keras_seam.looking import inner_optimizer
 from tether.keras_seam.variables import own_copy
 
 
@@ -54,7 +56,7 @@ give_value = _make_give_value()
 
 def recognize_variables(optimizer: Any) -> None:
     """Lets an optimizer know its variables again after `give_value`: TensorFlow's has other names for them then."""
-    for each in {id(found): found for found in (optimizer, getattr(optimizer, "inner_optimizer", optimizer))}.values():
+    for each in {id(found): found for found in (optimizer, inner_optimizer(optimizer))}.values():
         before = {place: key for key, place in (getattr(each, "_trainable_variables_indices", None) or {}).items()}
         if before:
             after = {place: each._var_key(variable) for place, variable in enumerate(each._trainable_variables)}
@@ -107,5 +109,4 @@ def forget_traces(model: Any) -> None:
     """Makes Keras trace a model's training, testing and predicting again; it stays compiled."""
     for layer in contained_layers(model):
         if isinstance(layer, _Trainer):
-            for attribute in ("train_function", "test_function", "predict_function"):
-                setattr(layer, attribute, None)
+            forget_functions(layer)

@@ -15,7 +15,8 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming as _naming
 
 from tether.keras_seam.frames import _COPYING, _LOADING, _code
-from tether.keras_seam.looking import on_host
+from tether.keras_seam.looking import inner_optimizer, optimized_variables
+from tether.keras_seam.memory import on_host
 from tether.keras_seam.names import _outside_stateless_scopes
 
 
@@ -139,9 +140,9 @@ def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
 
     An optimizer holds a list for each kind of slot, in the order of the variables that it was built with.
     """
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scale
+    optimizer = inner_optimizer(optimizer)
     found: dict[int, list[tuple[str, Any]]] = {}
-    known = list(getattr(optimizer, "_trainable_variables", None) or ())
+    known = optimized_variables(optimizer)
     for name, slots in vars(optimizer).items():
         if name in ("_variables", "_trainable_variables") or not isinstance(slots, list) or len(slots) != len(known):
             continue

@@ -83,7 +83,7 @@ def idle_use(context: Context) -> Iterator[Finding]:
 def many_uses(context: Context) -> Iterator[Finding]:
     """The gradient is the sum over the uses, so the step grows with them."""
     optimizer = getattr(context.model, "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    optimizer = keras_seam.inner_optimizer(optimizer)
     if optimizer is None:
         return
     clipped = optimizer.global_clipnorm is not None or optimizer.clipnorm is not None
