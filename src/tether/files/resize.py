@@ -25,7 +25,8 @@ from tether.layers.view import View
 from tether.weights.checks import as_int
 from tether.weights.expression import Expression, Shape
 from tether.weights.reshaping import shapes_with, take_shapes
-from tether.weights.weight import Use, Weight
+from tether.weights.use import Use
+from tether.weights.weight import Weight
 
 
 def resize(weight: Any, axis: int, new_size: int, *, fill: Any = "initializer", model: Any = None) -> Report:

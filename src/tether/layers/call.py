@@ -18,7 +18,7 @@ from tether.layers.tie import tie
 from tether.layers.view import View, shape_of, view_like
 from tether.weights.argument import Argument, bind
 from tether.weights.expression import Tensor
-from tether.weights.weight import Use
+from tether.weights.use import Use
 
 
 def call(

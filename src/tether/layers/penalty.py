@@ -14,7 +14,8 @@ from tether.weights.argument import Argument
 from tether.weights.constant import Constant
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor, leaves
-from tether.weights.weight import Use, Weight
+from tether.weights.use import Use
+from tether.weights.weight import Weight
 
 
 class Penalty:

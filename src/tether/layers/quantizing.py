@@ -29,7 +29,8 @@ from tether.weights.operators.gradient import ScaleGradient, StopGradient
 from tether.weights.operators.joining import Einsum, Where
 from tether.weights.operators.quantized import Dequantize, Unpack
 from tether.weights.rounding import LARGEST, Rounded, rounded
-from tether.weights.weight import Use, Weight
+from tether.weights.use import Use
+from tether.weights.weight import Weight
 
 _NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
     (keras.layers.Dense, ("kernel",)),

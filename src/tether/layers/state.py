@@ -11,7 +11,8 @@ from tether import keras_seam
 from tether.layers.view import View, stored_variables
 from tether.weights.argument import Argument
 from tether.weights.expression import Expression
-from tether.weights.weight import Use, Weight
+from tether.weights.use import Use
+from tether.weights.weight import Weight
 
 if TYPE_CHECKING:
     from tether.layers.penalty import Penalty

@@ -12,7 +12,7 @@ from tether import keras_seam
 from tether.errors import TetherError
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor
-from tether.weights.weight import Use
+from tether.weights.use import Use
 
 
 class View(keras_seam.Variable):

@@ -9,6 +9,7 @@ from tether.weights.argument import Argument, bind
 from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, StatefulNode, Term
 from tether.weights.identity import sharing
-from tether.weights.weight import Use, Weight
+from tether.weights.use import Use
+from tether.weights.weight import Weight
 
 __all__ = ["Argument", "Constant", "Expression", "Node", "StatefulNode", "Term", "Use", "Weight", "bind", "sharing"]

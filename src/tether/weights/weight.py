@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import keras
@@ -21,38 +20,10 @@ from tether.errors import (
     ValueConflict,
     received,
 )
-from tether.weights.expression import Expression, Shape, Tensor, note_replacement, resolved
+from tether.weights.expression import Expression, Shape, Tensor, note_replacement
 from tether.weights.identity import claim_path, current_scope, fresh_uid
+from tether.weights.use import Use
 from tether.weights.weight_config import check_agrees, check_config, read_start
-
-
-@dataclass(eq=False)
-class Use:
-    """One layer's attribute that reads an expression. Registered from `tie` until `untie`.
-
-    It outlives its layer, so that what trains never depends on when Python collects garbage.
-    """
-
-    name: str
-    """The layer's own name for the weight: `kernel`."""
-    expression: Expression
-    layer: weakref.ref[Any]
-    live: bool = True
-    """Whether gradient may flow through this use: the layer is trainable, and so is the attribute."""
-    regularizer: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def resolve(self) -> None:
-        """Writes out what weights in the expression have become, and tells the weights in it of the use."""
-        self.expression = resolved(self.expression)
-        for weight in self.expression.weights_used():
-            weight.add_use(self)
-
-    def reaches(self, weight: Weight) -> bool:
-        """Whether a gradient reaches the weight through this use."""
-        from tether.weights.expression import live_weights
-
-        return self.live and weight in live_weights(self.expression)
 
 
 @keras.saving.register_keras_serializable(package="tether", name="Weight")
@@ -294,10 +265,10 @@ class Weight(Expression, keras.layers.Layer):
 
         Setting it sets the weight's own flag.
         """
-        dtype = self.dtype if self._trainable_flag else None
-        if not self._trainable_flag or (dtype is not None and not keras_seam.is_float(dtype)):
+        if not self._trainable_flag or self._became is not None:
             return False
-        if self._became is not None:
+        dtype = self.dtype
+        if dtype is not None and not keras_seam.is_float(dtype):
             return False
         if self._uses:
             return any(use.reaches(self) for use in self._uses)
