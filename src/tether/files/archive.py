@@ -66,6 +66,18 @@ def contents(path: str | os.PathLike[str], *, whole: bool = False) -> Contents:
         return Contents(archive.config(), _shapes(values, source.stat().st_size))
 
 
+def dictionaries(config: Any) -> Iterator[dict[str, Any]]:
+    """The dictionaries in a config, at any depth."""
+    waiting = [config]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, dict):
+            yield entry
+            waiting.extend(entry.values())
+        elif isinstance(entry, list):
+            waiting.extend(entry)
+
+
 @contextlib.contextmanager
 def reading(path: os.PathLike[str] | str) -> Iterator[None]:
     """Turns whatever fails while a stranger's file is read into one error."""
@@ -118,7 +130,20 @@ class Archive:
         Raises:
             InvalidConfig: There is none, or it is not that of a Keras object.
         """
-        return _config(self.zip, self.path)
+        if CONFIG not in self:
+            raise InvalidConfig(f"{self.path.name!r} has no {CONFIG}, so it is no file of a Keras model.")
+        info = self.zip.getinfo(CONFIG)
+        limit = MAX_CONFIG
+        if info.compress_type != zipfile.ZIP_STORED:
+            limit = min(limit, max(SMALL_CONFIG, MAX_EXPANSION * info.compress_size))
+        if info.file_size > limit:
+            raise InvalidConfig(f"The config in {self.path.name!r} is larger than {limit:,} bytes.")
+        config = json.loads(self.zip.read(CONFIG))
+        if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
+            raise InvalidConfig(
+                f"The config in {self.path.name!r} is not that of a Keras object. {received(config=config)}"
+            )
+        return config
 
     @contextlib.contextmanager
     def entry(self, name: str) -> Iterator[Any]:
@@ -165,21 +190,6 @@ def opened_archive(path: str | os.PathLike[str], *, whole: bool = False) -> Iter
         yield Archive(source, archive, file)
 
 
-def _config(archive: zipfile.ZipFile, path: pathlib.Path) -> dict[str, Any]:
-    if CONFIG not in archive.namelist():
-        raise InvalidConfig(f"{path.name!r} has no {CONFIG}, so it is no file of a Keras model.")
-    info = archive.getinfo(CONFIG)
-    limit = MAX_CONFIG
-    if info.compress_type != zipfile.ZIP_STORED:
-        limit = min(limit, max(SMALL_CONFIG, MAX_EXPANSION * info.compress_size))
-    if info.file_size > limit:
-        raise InvalidConfig(f"The config in {path.name!r} is larger than {limit:,} bytes.")
-    config = json.loads(archive.read(CONFIG))
-    if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
-        raise InvalidConfig(f"The config in {path.name!r} is not that of a Keras object. {received(config=config)}")
-    return config
-
-
 def _shapes(file: h5py.File, size: int) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     total = 0
@@ -201,7 +211,11 @@ def _shapes(file: h5py.File, size: int) -> dict[str, tuple[int, ...]]:
 
 @contextlib.contextmanager
 def opened_values(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """The values in a `.keras` file, for reading."""
+    """The values in a `.keras` or `.weights.h5` file, for reading."""
+    if str(path).endswith(".weights.h5"):
+        with h5py.File(path, "r") as values:
+            yield values
+        return
     with opened_archive(path) as archive, archive.values() as values:
         yield values
 
@@ -249,4 +263,6 @@ def with_config(source: pathlib.Path, target: pathlib.Path, config: dict[str, An
                 shutil.copyfileobj(read, written, 2**20)
 
 
-__all__ = ["Archive", "Contents", "contents", "opened_archive", "opened_values", "reading", "with_config"]
+__all__ = [
+    "Archive", "Contents", "contents", "dictionaries", "opened_archive", "opened_values", "reading", "with_config",
+]  # fmt: skip

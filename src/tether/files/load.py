@@ -14,7 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, LostTie, TetherError
-from tether.files.archive import Contents, contents, opened_archive, reading
+from tether.files.archive import Contents, contents, dictionaries, opened_archive, reading
 from tether.files.places import places_of
 from tether.files.positions import positions
 from tether.layers import paths
@@ -143,7 +143,7 @@ def _check_ties(model: Any, config: dict[str, Any], *, path: Any) -> None:
 
 def _recorded(config: Any) -> Iterator[tuple[str, list[str]]]:
     """The names of tied layers in a config, and the paths of their ties."""
-    for entry in _dicts(config):
+    for entry in dictionaries(config):
         record, name = entry.get(KEY), entry.get("name")
         if isinstance(record, dict) and isinstance(record.get("ties"), dict) and isinstance(name, str):
             yield name, list(record["ties"])
@@ -151,21 +151,10 @@ def _recorded(config: Any) -> Iterator[tuple[str, list[str]]]:
 
 def _records(config: Any) -> Iterator[dict[str, Any]]:
     """The records of ties in a config."""
-    for entry in _dicts(config):
+    for entry in dictionaries(config):
         record = entry.get(KEY)
         if isinstance(record, dict) and isinstance(record.get("weights"), dict):
             yield record
-
-
-def _dicts(config: Any) -> Iterator[dict[str, Any]]:
-    waiting = [config]
-    while waiting:
-        entry = waiting.pop()
-        if isinstance(entry, dict):
-            yield entry
-            waiting.extend(entry.values())
-        elif isinstance(entry, list):
-            waiting.extend(entry)
 
 
 def _is_tied(layer: Any, path: str) -> bool:

@@ -7,13 +7,12 @@ none, the model is made from the config, and says where its weights and ties wou
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig
-from tether.files.archive import contents
+from tether.files.archive import dictionaries, opened_archive, reading
 from tether.files.keras_files import Values
 from tether.files.positions import positions
 from tether.layers.tied import KEY
@@ -23,7 +22,7 @@ from tether.weights.weight import Weight
 
 
 def note(path: str | os.PathLike[str], values: Values) -> None:
-    """Adds the notes that a `.keras` file could have.
+    """Adds the notes that a `.keras` file could have, if it has none.
 
     Args:
         path: The file.
@@ -32,8 +31,11 @@ def note(path: str | os.PathLike[str], values: Values) -> None:
     Raises:
         InvalidConfig: Its config records ties, and no model can be made of it.
     """
-    config = contents(path).config
-    if values.notes or values.uids or not _has_ties(config):
+    if values.notes or values.uids:
+        return
+    with reading(path), opened_archive(path) as archive:
+        config = archive.config()
+    if not any(KEY in entry for entry in dictionaries(config)):
         return
     try:
         model = keras.saving.deserialize_keras_object({**config, "compile_config": None})
@@ -50,19 +52,6 @@ def note(path: str | os.PathLike[str], values: Values) -> None:
             dtype = keras_seam.stored_dtype(each.target)
             tie = {"dtype": dtype, "steps": encode(each.target.expression)}
             values.notes.setdefault(group, {})[key] = tie
-
-
-def _has_ties(config: Any) -> bool:
-    waiting = [config]
-    while waiting:
-        entry = waiting.pop()
-        if isinstance(entry, dict):
-            if KEY in entry:
-                return True
-            waiting.extend(entry.values())
-        elif isinstance(entry, list):
-            waiting.extend(entry)
-    return False
 
 
 __all__ = ["note"]

@@ -58,7 +58,7 @@ def load_untied(model: Any, path: str | os.PathLike[str], *, resolve: Resolve = 
         if values.old is not None:
             offers, skipped = _old_offers(model, values.old, name)
             return fill(offers, wanted(model), resolve=resolve, strict=strict, skipped=skipped, what=repr(name))
-        if name.endswith(".keras") and not values.notes:
+        if name.endswith(".keras"):
             unnoted.note(path, values)
         found = list(positions(model))
         misleading = _others_weights(found, values)

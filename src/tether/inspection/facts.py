@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from tether.errors import InvalidConfig, received
+from tether.weights.constant import numpy_dtype
 
 VERSION = 1
 Shape = tuple[int, ...]
@@ -30,7 +28,7 @@ def itemsize(dtype: str) -> int:
     """Bytes of one element of a Keras dtype."""
     if dtype == "string":
         return 0
-    return np.dtype(getattr(ml_dtypes, dtype, None) or dtype).itemsize
+    return numpy_dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)

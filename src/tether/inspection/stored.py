@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
-
 from tether.errors import InvalidConfig, Unsupported, received
-from tether.files.archive import opened_archive, reading
+from tether.files.archive import opened_archive, opened_values, reading
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
 from tether.inspection.stored_config import stored_layers
 from tether.inspection.stored_layers import stored_facts
@@ -48,7 +44,7 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
 
 
 def _weights_facts(path: Path) -> Facts:
-    with h5py.File(path, "r") as file:
+    with opened_values(path) as file:
         return stored_facts(path.name, Values(file), {}, {})
 
 
@@ -58,17 +54,6 @@ def _archive_facts(path: Path) -> Facts:
     with sharing() as known:
         layers = stored_layers(config, values)
         return stored_facts(str(config["config"].get("name", path.stem)), values, layers, known)
-
-
-@contextlib.contextmanager
-def opened_values(path: Path) -> Iterator[h5py.File]:
-    """The values in a `.keras` or `.weights.h5` file, for reading."""
-    if path.name.endswith(".weights.h5"):
-        with h5py.File(path, "r") as values:
-            yield values
-        return
-    with opened_archive(path) as archive, archive.values() as values:
-        yield values
 
 
 # --------------------------------------------------------------------------- safetensors
@@ -125,4 +110,4 @@ def _named_use(name: str, weights: tuple[str, ...], shape: Shape, dtype: str, ou
 
 _READERS = {".keras": _archive_facts, ".weights.h5": _weights_facts, ".safetensors": _safetensors_facts}
 
-__all__ = ["file_facts", "opened_values"]
+__all__ = ["file_facts"]

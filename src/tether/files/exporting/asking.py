@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, received
+from tether.weights.constant import numpy_dtype
 
 BATCHES = (1, 3)
 """The batch sizes that are tried if the caller gives no inputs: an exporter may have fixed one."""
@@ -36,6 +38,14 @@ class Asked:
     """The tensors of the signature, flat: a name of its own for each, shape (`None` where it is open), dtype."""
     options: dict[str, Any] = field(default_factory=dict)
     """What the caller passes on to the converter."""
+
+    def described(self, held: Sequence[Any]) -> list[tuple[tuple[int | str, ...], str]]:
+        """Shape and dtype of each input, then of each variable that is held out, with a name for each open size."""
+        shapes = [
+            (tuple(_name_of(place, at) if n is None else n for at, n in enumerate(shape)), dtype)
+            for place, (_, shape, dtype) in enumerate(self.specs)
+        ]
+        return shapes + [(tuple(variable.shape), variable.dtype) for variable in held]
 
     def call(self, tensors: Sequence[Any], values: Sequence[tuple[Any, Any]] = ()) -> list[Any]:
         """The model's outputs, flat, for flat inputs, with variables standing for other values."""
@@ -115,6 +125,10 @@ def ask(model: Any, signature: Any, options: dict[str, Any]) -> Asked:
     )
 
 
+def _name_of(place: int, axis: int) -> str:
+    return "batch" if axis == 0 else f"size_{place}_{axis}"
+
+
 def _as_arguments(signature: Any) -> list[Any]:
     given = list(signature) if isinstance(signature, (list, tuple)) else [signature]
     return keras.tree.map_structure(keras_seam.input_spec, given)
@@ -136,8 +150,7 @@ def distinct(names: list[str]) -> list[str]:
 
 def bytes_of(variable: Any) -> int:
     """What storing a variable takes, or the value of a view."""
-    bits = re.search(r"\d+", str(variable.dtype))
-    return int(np.prod(variable.shape, dtype=np.int64)) * (int(bits[0]) if bits else 8) // 8
+    return math.prod(variable.shape) * numpy_dtype(str(variable.dtype)).itemsize
 
 
 @contextlib.contextmanager

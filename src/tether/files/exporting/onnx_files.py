@@ -94,14 +94,8 @@ def _by_jax2onnx(asked: Asked, held: list[Any]) -> Any:
     import jax
     import jax2onnx
 
-    def described(place: int, shape: Any, dtype: str) -> Any:
-        sizes = ["batch" if at == 0 else f"size_{place}_{at}" for at in range(len(shape))]
-        known = tuple(size if n is None else n for n, size in zip(shape, sizes, strict=True))
-        return jax.ShapeDtypeStruct(known, np.dtype(dtype))
-
     names = [f"held_{at}" for at in range(len(held))]
-    shapes = [described(place, shape, dtype) for place, (_, shape, dtype) in enumerate(asked.specs)]
-    shapes += [described(0, tuple(variable.shape), variable.dtype) for variable in held]
+    shapes = [jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for shape, dtype in asked.described(held)]
     options = {"opset": asked.options["opset_version"]} if "opset_version" in asked.options else {}
     model = jax2onnx.to_onnx(
         lambda *tensors: tuple(asked.with_held(tensors, held)),

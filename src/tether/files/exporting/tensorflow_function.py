@@ -38,15 +38,7 @@ def traced(asked: Asked, held: list[Any]) -> tuple[Any, list[str]]:
 def _through_jax(asked: Asked, held: list[Any], compute: Any) -> Any:
     from jax.experimental import jax2tf
 
-    def described(place: int, shape: Any) -> str:
-        sizes = [
-            "batch" if size is None and at == 0 else f"size_{place}_{at}" if size is None else str(size)
-            for at, size in enumerate(shape)
-        ]
-        return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
-
-    shapes = [described(place, shape) for place, (_, shape, _) in enumerate(asked.specs)]
-    shapes += [described(0, tuple(variable.shape)) for variable in held]
+    shapes = [f"({''.join(f'{size}, ' for size in shape)})" for shape, _ in asked.described(held)]
     return jax2tf.convert(compute, polymorphic_shapes=shapes, with_gradient=False)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tether.files.archive import opened_values
 from tether.inspection.checking.values import Array, InMemory, Shape, Values
 from tether.inspection.facts import Facts
-from tether.inspection.stored import opened_values
 
 
 class _Dataset:
