@@ -53,7 +53,7 @@ class Machine:
 # (the times are in benchmarks/results). What counts are their ratios: another CPU moves all of them together.
 _CPU = {
     "jax": Machine("CPU, JAX", flops=3.9e11, half=15.0, near=5e10, far=9e9, cache=2.5e7, start=4e-6),
-    "tensorflow": Machine("CPU, TensorFlow", flops=3.0e11, half=15.0, near=5e10, far=9e9, cache=2.5e7, start=6e-6),
+    "tensorflow": Machine("CPU, TensorFlow", flops=3.0e11, half=15.0, near=5e10, far=9e9, cache=2.5e7, start=8e-6),
     "torch": Machine(
         "CPU, PyTorch", flops=1.6e11, half=12.0, near=5e10, far=9e9, cache=2.5e7, start=1.1e-5, attach=1.2e-4
     ),

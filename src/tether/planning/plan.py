@@ -8,8 +8,10 @@ one weight first; building all of them is what the layer does without a plan.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from tether.planning.draft import Step
+from tether.planning.integers import Coded, coded
 from tether.weights.expression import Expression
 
 ASSUMED_ROWS = 32
@@ -76,11 +78,13 @@ class Plan:
         """Whether the whole weight is built."""
         return self.name == "materialize"
 
-    @property
-    def looked_up(self) -> frozenset[int]:
-        """The factors of which only some entries are needed."""
-        taken_from = (step.inputs[0] - 1 for step in self.steps if step.op == "take")
-        return frozenset(place for place in taken_from if 0 <= place < len(self.factors))
+    @cached_property
+    def reads(self) -> tuple[tuple[Expression, Coded | None], ...]:
+        """The factors, and for those stored as integers of which only some entries are needed, how."""
+        taken_from = {step.inputs[0] - 1 for step in self.steps if step.op == "take"}
+        return tuple(
+            (factor, coded(factor) if place in taken_from else None) for place, factor in enumerate(self.factors)
+        )
 
     @property
     def takes_sparse(self) -> bool:

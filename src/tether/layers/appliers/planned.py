@@ -13,7 +13,7 @@ from tether.layers.view import View
 from tether.planning import scope
 from tether.planning.execute import Convolve, execute
 from tether.planning.explanation import Noted
-from tether.planning.integers import Integers, coded
+from tether.planning.integers import Coded, Integers
 from tether.planning.plan import Plan, Problem
 from tether.planning.products import Products, products
 from tether.planning.search import make_plan
@@ -96,14 +96,12 @@ def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | Non
     plan = planner.plan(view, x, problem, training, dtype)
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
         return None
-    looked_up = plan.looked_up
-    factors = [_value(view, factor, dtype, place in looked_up) for place, factor in enumerate(plan.factors)]
+    factors = [_value(view, factor, dtype, how) for factor, how in plan.reads]
     return execute(plan, x, factors, convolve)
 
 
-def _value(view: View, factor: Expression, dtype: str, looked_up: bool) -> Any:
+def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Any:
     """A factor as the view would read it: in the view's dtype, without a gradient if the use has none."""
-    how = coded(factor) if looked_up else None
     if how is not None:
         return Integers(keras_seam.plain_tensor(view.read(how.stored)), how, dtype)
     value = keras_seam.plain_tensor(view.read(factor))
