@@ -32,6 +32,25 @@ class Kind:
         return keras.Model(x, [apply(first, x), apply(second, x)]), first, second
 
 
+@keras.saving.register_keras_serializable(package="kinds")
+class Bilinear(layers.Layer):
+    """A layer of one's own that reads a weight in its call, through a transpose, and has it in its config."""
+
+    def __init__(self, table, **kwargs):
+        super().__init__(**kwargs)
+        self.table = table
+
+    def call(self, x):
+        return keras.ops.matmul(x, self.table.T.value)
+
+    def get_config(self):
+        return {**super().get_config(), "table": keras.saving.serialize_keras_object(self.table)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("table")), **config)
+
+
 KINDS = {
     "dense": Kind(lambda: layers.Dense(3, activation="tanh"), "kernel", (4,)),
     "einsum_dense": Kind(

@@ -6,24 +6,24 @@ import pytest
 
 from tests.documents import ROOT, python_blocks, run
 
+WITH_CODE = [
+    "README.md",
+    "docs/semantics.md",
+    "docs/inheriting.md",
+    "docs/planning.md",
+    "docs/saving.md",
+    "docs/quantizing.md",
+    "docs/files.md",
+    "docs/exports.md",
+    "docs/check.md",
+    "docs/gradients.md",
+    "docs/summary.md",
+    "docs/weight-map.md",
+]
+PAGES = [*WITH_CODE, "CONTRIBUTING.md", "docs/command-line.md", "docs/design.md"]
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "docs/semantics.md",
-        "docs/inheriting.md",
-        "docs/planning.md",
-        "docs/saving.md",
-        "docs/quantizing.md",
-        "docs/files.md",
-        "docs/exports.md",
-        "docs/check.md",
-        "docs/gradients.md",
-        "docs/summary.md",
-        "docs/weight-map.md",
-    ],
-)
+
+@pytest.mark.parametrize("name", WITH_CODE)
 def test_the_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(name)
@@ -33,26 +33,7 @@ def test_the_python_blocks_run(name, tmp_path, monkeypatch):
         run(name, code, line, namespace)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/semantics.md",
-        "docs/inheriting.md",
-        "docs/planning.md",
-        "docs/saving.md",
-        "docs/quantizing.md",
-        "docs/files.md",
-        "docs/exports.md",
-        "docs/check.md",
-        "docs/gradients.md",
-        "docs/command-line.md",
-        "docs/summary.md",
-        "docs/weight-map.md",
-        "docs/design.md",
-    ],
-)
+@pytest.mark.parametrize("name", PAGES)
 def test_links_to_files_lead_somewhere(name):
     file = ROOT / name
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8"))

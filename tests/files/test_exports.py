@@ -7,6 +7,7 @@ import pytest
 import tether
 from tests.files.models import randomize
 from tests.files.running import BACKEND, ELSEWHERE, HERE, SUFFIXES, WRITTEN_ON, outputs, stored_sizes
+from tests.kinds import Bilinear
 from tests.support import numpy
 from tether.errors import TetherError, Unsupported
 from tether.files.exporting import replacing
@@ -189,21 +190,10 @@ def test_recurrent_layers_want_sizes_that_are_known_in_litert(tmp_path, rng):
     assert sum(size >= 64 * 256 for size in stored_sizes(path, "litert")) == 2
 
 
-class Scores(layers.Layer):
-    """Reads a weight in a way of its own."""
-
-    def __init__(self, table, **kwargs):
-        super().__init__(**kwargs)
-        self.table = table
-
-    def call(self, x):
-        return keras.ops.matmul(x, self.table.T.value)
-
-
 @pytest.mark.parametrize("format", HERE)
 def test_a_weight_that_a_layer_of_ones_own_reads_is_stored_once_too(format, tmp_path, rng):
     x, table = keras.Input((64,)), tether.Weight((64, 64), name="table")
-    model = scaled(keras.Model(x, Scores(table)(dense(table, 64)(x))), rng)
+    model = scaled(keras.Model(x, Bilinear(table)(dense(table, 64)(x))), rng)
     path = tmp_path / f"model{SUFFIXES[format]}"
     tether.files.export(model, path, format)
     assert_outputs(model, path, format)

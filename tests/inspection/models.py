@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 import tether
+from tests.kinds import Bilinear
 
 layers = keras.layers
 PACKAGE = "tests.inspection"
@@ -14,26 +15,6 @@ def values(*shape):
 
 
 # --------------------------------------------------------------------------- layers of a user's own
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class Bilinear(layers.Layer):
-    """Holds a Weight as an attribute, which its config carries."""
-
-    def __init__(self, table, **kwargs):
-        super().__init__(**kwargs)
-        self.table = table
-
-    def call(self, x):
-        return keras.ops.matmul(x, self.table.T.value)
-
-    def get_config(self):
-        return {**super().get_config(), "table": keras.saving.serialize_keras_object(self.table)}
-
-    @classmethod
-    def from_config(cls, config):
-        table = keras.saving.deserialize_keras_object(config.pop("table"))
-        return cls(table, **config)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -12,6 +12,7 @@ import pytest
 import safetensors
 
 import tether
+from tests.kinds import Bilinear
 from tests.support import assert_close, numpy
 from tether.errors import LostTie, NotInvertible, TetherError, Unsupported
 from tether.layers.quantizing import matrices
@@ -505,25 +506,6 @@ def test_another_process_reads_the_file_by_plain_keras(mode, rng, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
     assert np.array_equal(np.load(tmp_path / "y.npy"), model.predict(ids, verbose=0))
-
-
-@keras.saving.register_keras_serializable(package="quantizing")
-class Bilinear(layers.Layer):
-    """Reads a weight in its call, through a transpose."""
-
-    def __init__(self, table, **kwargs):
-        super().__init__(**kwargs)
-        self.table = table
-
-    def call(self, x):
-        return keras.ops.matmul(x, self.table.T.value)
-
-    def get_config(self):
-        return {**super().get_config(), "table": keras.saving.serialize_keras_object(self.table)}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(keras.saving.deserialize_keras_object(config.pop("table")), **config)
 
 
 @modes

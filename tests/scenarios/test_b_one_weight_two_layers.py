@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tether
-from tests.kinds import Kind, apply, for_each
+from tests.kinds import Bilinear, Kind, apply, for_each
 from tests.support import assert_close, gradients, numpy, paths, slot_count
 
 layers = keras.layers
@@ -549,25 +549,6 @@ def test_b3_tied_inside_build(rng):
     model.predict(batch, verbose=0)
     encoder.kernel.assign(W)
     assert_close(model.predict(batch, verbose=0), batch @ W @ W.T)
-
-
-@keras.saving.register_keras_serializable(package="scenarios_b")
-class Bilinear(layers.Layer):
-    """A layer of one's own that reads an expression in `call`."""
-
-    def __init__(self, table, **kwargs):
-        super().__init__(**kwargs)
-        self.table = table
-
-    def call(self, x):
-        return keras.ops.matmul(x, self.table.T.value)
-
-    def get_config(self):
-        return {**super().get_config(), "table": keras.saving.serialize_keras_object(self.table)}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(keras.saving.deserialize_keras_object(config.pop("table")), **config)
 
 
 def test_b3_a_layer_of_ones_own_reads_the_present_value(rng):
