@@ -90,6 +90,66 @@ def test_a_layer_may_do_what_it_likes_with_a_large_weight_that_it_reads(rng, tmp
     assert np.array_equal(numpy(again.layers[0].kernel), kernel / 2)
 
 
+@keras.saving.register_keras_serializable(package="test_load")
+class Projecting(layers.Layer):
+    """Fixed random projections that no file has: their seeds say what they are."""
+
+    def build(self, shape):
+        random = keras.initializers.RandomNormal(seed=1)
+        self.table = self.add_weight((600, 600), random, trainable=False, name="table")
+        self.fixed = keras.initializers.RandomNormal(seed=2)((600, 600))
+
+    def call(self, x):
+        return (x @ self.table) @ self.fixed
+
+    def save_own_variables(self, store):
+        pass
+
+    def load_own_variables(self, store):
+        pass
+
+
+def test_a_large_weight_that_no_file_has_starts_as_its_initializer_says(rng, tmp_path):
+    model = keras.Sequential([keras.Input((600,)), Projecting(), layers.Dense(600)])
+    tether.files.save_model(model, tmp_path / "model.keras")
+    again = tether.files.load_model(tmp_path / "model.keras")
+    x = rng.normal(size=(2, 600)).astype("float32")
+    np.testing.assert_array_equal(numpy(model(x)), numpy(again(x)))
+    assert numpy(again.layers[0].table).std() > 0.01
+
+
+def test_no_start_is_drawn_for_a_large_weight_that_the_file_has(tmp_path, monkeypatch):
+    codec, x = tether.Weight(name="codec"), keras.Input((600,))
+    h = tether.tie(layers.Dense(700), kernel=codec)(layers.Dense(600)(x))
+    model = keras.Model(x, layers.Dense(3)(tether.tie(layers.Dense(600), kernel=codec.T)(h)))
+    tether.files.save_model(model, tmp_path / "model.keras")
+    drawn, draw = [], keras.initializers.VarianceScaling.__call__
+
+    def recorded(self, shape, **kwargs):
+        drawn.append(tuple(shape))
+        return draw(self, shape, **kwargs)
+
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", recorded)
+    again = tether.files.load_model(tmp_path / "model.keras")
+    assert drawn == [(600, 3)]
+    for a, b in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(numpy(a), numpy(b))
+
+
+def test_a_large_weight_that_is_packed_in_the_file_is_read_too(rng, tmp_path):
+    model = keras.Sequential([keras.Input((600,)), layers.Dense(600)])
+    tether.files.save_model(model, tmp_path / "model.keras")
+
+    def pack(values):
+        place = "layers/dense/vars/0"
+        value = values[place][()]
+        del values[place]
+        values.create_dataset(place, data=value, compression="gzip")
+
+    again = tether.files.load_model(with_values(tmp_path / "model.keras", pack))
+    np.testing.assert_array_equal(numpy(model.layers[0].kernel), numpy(again.layers[0].kernel))
+
+
 def test_the_optimizer_comes_back_unless_it_is_not_asked_for(rng, tmp_path):
     model = tied_model()
     model.compile("adam", "mse", metrics=["mae"])

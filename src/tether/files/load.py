@@ -69,7 +69,9 @@ def load_model(
 
 def _read(path: Any, **options: Any) -> Any:
     with opened_archive(path) as archive, archive.values() as values:
-        return keras_seam.read_archive(archive.zip, values, lambda model: _stored_in_parts(model, values), **options)
+        return keras_seam.read_archive(
+            archive.zip, values, lambda model: _stored_in_parts(model, values), large=LARGE, **options
+        )
 
 
 def _stored_in_parts(model: Any, values: h5py.File) -> dict[str, Any]:

@@ -92,6 +92,7 @@ from tether.keras_seam.losses import has_compiled_loss, running_layers, training
 from tether.keras_seam.memory import (
     is_concrete,
     is_same_snapshot,
+    is_stored_in,
     on_host,
     snapshot,
     stored_value,
@@ -137,6 +138,7 @@ from tether.keras_seam.saving import (
     saved_objects,
     shared_object,
 )
+from tether.keras_seam.starting import random_starts_left_out
 from tether.keras_seam.variables import (
     Variable,
     autocasts,
@@ -159,17 +161,17 @@ __all__ = [
     "input_signature", "input_spec", "insert_tracked", "inside_bidirectional_init", "is_automatic_layer_name",
     "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated", "is_excluded_from_decay",
     "is_float", "is_known_to_the_optimizer", "is_locked", "is_nnx_enabled", "is_plain_eager",
-    "is_quantizing_a_model", "is_same_snapshot", "is_sparse", "is_traced", "is_training_call",
+    "is_quantizing_a_model", "is_same_snapshot", "is_sparse", "is_stored_in", "is_traced", "is_training_call",
     "is_unknown_to_the_optimizer", "layout_map", "listed_variables", "load_from", "loading_scope",
     "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope", "on_host",
     "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",
     "own_trainable_flag", "passes", "plain_tensor", "prepare_view", "quantization_config", "quantizers",
-    "raw_value", "read_archive", "recognize_variables", "refresh_call_signature", "refresh_torch_parameters",
-    "refuse_spectral_normalization", "register_reader", "register_tied", "registered_function",
-    "replace_torch_parameters", "running_layers", "running_methods", "save_to", "saved_objects",
-    "saving_scope", "set_build_shapes", "set_by_a_container", "set_mask", "set_own_trainable_flag",
-    "set_path", "set_untracked", "shared_object", "shield_tracker", "snapshot", "store_each_variable_once",
-    "stored_dtype", "stored_value", "sublayers", "take_over_quantize", "trace", "trace_token", "track",
-    "training_loss", "undisturbed", "unique_name", "unlock", "unlocked", "unshield_tracker", "untrack",
-    "untrack_layer", "variable_lists", "write", "write_rows",
+    "random_starts_left_out", "raw_value", "read_archive", "recognize_variables", "refresh_call_signature",
+    "refresh_torch_parameters", "refuse_spectral_normalization", "register_reader", "register_tied",
+    "registered_function", "replace_torch_parameters", "running_layers", "running_methods", "save_to",
+    "saved_objects", "saving_scope", "set_build_shapes", "set_by_a_container", "set_mask",
+    "set_own_trainable_flag", "set_path", "set_untracked", "shared_object", "shield_tracker", "snapshot",
+    "store_each_variable_once", "stored_dtype", "stored_value", "sublayers", "take_over_quantize", "trace",
+    "trace_token", "track", "training_loss", "undisturbed", "unique_name", "unlock", "unlocked",
+    "unshield_tracker", "untrack", "untrack_layer", "variable_lists", "write", "write_rows",
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy
 from keras.src import backend as _backend
 
@@ -16,6 +18,8 @@ from tether.keras_seam.calls import is_traced
 
 SMALL, PART = 1 << 20, 1 << 22
 """Bytes of a value that is stored as a whole, and of one part of a larger one."""
+ALIGNED = 64
+"""What the addresses of arrays are a multiple of whose memory the backends take as it is."""
 
 
 def stored_value(variable: Any) -> Any:
@@ -35,13 +39,47 @@ def is_concrete(value: Any) -> bool:
     return not is_traced(value) and not (hasattr(value, "is_deleted") and value.is_deleted())
 
 
+def is_stored_in(value: Any, variable: Any) -> bool:
+    """Whether a value is what a variable stores: that very tensor, or an array over its memory."""
+    if isinstance(value, numpy.ndarray) and _backend.backend() == "torch":
+        return bool(value.__array_interface__["data"][0] == variable._value.data_ptr())
+    return value is variable._value
+
+
 def _lent_by_tensorflow(tensor: Any) -> memoryview:
     """The memory of an eager tensor. NumPy knows no dtypes such as bfloat16: theirs is lent as integers."""
     import tensorflow as tf
 
     if numpy.dtype(tensor.dtype.as_numpy_dtype).isbuiltin != 1:
-        tensor = tf.bitcast(tensor, {1: tf.uint8, 2: tf.uint16}[tensor.dtype.size])
+        tensor = tf.bitcast(tensor, f"uint{8 * tensor.dtype.size}")
     return memoryview(tensor)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any, make: Callable[..., Any] = numpy.empty) -> Any:
+    size = numpy.dtype(dtype).itemsize * math.prod(shape)
+    memory = make(size + ALIGNED, "uint8")
+    first = -memory.ctypes.data % ALIGNED
+    return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def _given_to_tensorflow(array: Any) -> Any:
+    """A tensor that has an array's memory from now on; TensorFlow writes to other memory when it is first assigned."""
+    import tensorflow as tf
+
+    known = numpy.dtype(array.dtype.name).isbuiltin == 1
+    lent = array if known else array.view(f"uint{8 * array.dtype.itemsize}")
+    tensor = tf.experimental.dlpack.from_dlpack(lent.__dlpack__())
+    return tensor if known else tf.bitcast(tensor, array.dtype.name)
+
+
+def _make_untouched_zeros() -> Callable[[tuple[int, ...], str], Any]:
+    if _backend.backend() != "tensorflow":
+        return lambda shape, dtype: keras.ops.zeros(shape, dtype)
+    return lambda shape, dtype: _given_to_tensorflow(_aligned(shape, dtype, numpy.zeros))
+
+
+untouched_zeros = _make_untouched_zeros()
+"""Zeros that something else is about to take the place of; on TensorFlow they take no memory until then."""
 
 
 def _lent_to_torch(array: Any) -> Any:
@@ -65,7 +103,6 @@ def _make_on_host() -> Callable[[Any], Any]:
 
         return of_tensorflow
     if name == "torch":
-        import ml_dtypes
         import torch
 
         def of_torch(value: Any) -> Any:
@@ -140,19 +177,11 @@ def _make_write() -> Callable[[Any, Any], None]:
         with torch.no_grad():
             variable.value.copy_(_lent_to_torch(array))
 
-    def of_tensorflow(variable: Any, array: Any) -> None:
-        if array.nbytes <= PART or not array.ndim or getattr(variable, "_layout", None) is not None:
-            assign(variable, array)
-            return
-        rows = max(1, PART * len(array) // array.nbytes)
-        for start in range(0, len(array), rows):
-            variable._value[start : start + rows].assign(array[start : start + rows])
-
-    return {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, assign)
+    return {"jax": of_jax, "torch": of_torch}.get(name, assign)
 
 
 write = _make_write()
-"""Stores an array of a variable's own shape and dtype, with little memory beside the variable's where it can be."""
+"""Stores an array of a variable's own shape and dtype, without an intermediate copy."""
 
 
 def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:
@@ -212,12 +241,10 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             in_parts(variable, dtype, rows, lambda at, part: tensor[at : at + len(part)].copy_(_lent_to_torch(part)))
 
     def of_tensorflow(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
-        import tensorflow as tf
-
-        def store(start: int, array: Any) -> None:
-            variable._value.scatter_update(tf.IndexedSlices(array, numpy.arange(start, start + len(array))))
-
-        in_parts(variable, dtype, rows, store)
+        # After an assignment to some of its rows, TensorFlow copies the whole variable whenever it is read.
+        array = _aligned(tuple(variable.shape), dtype)
+        rows(array, 0)
+        variable._value.assign(_given_to_tensorflow(array))
 
     known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, whole)
 
@@ -232,6 +259,6 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
 write_rows = _make_write_rows()
 """Stores what a function gives: `rows(array, first)` fills an array with a variable's rows from the first on.
 
-For a large variable this takes the memory of a few rows at a time. If the function raises, the variable may have some
-of its new rows. On JAX its array is given away, unless somebody else has it too.
+For a large variable this takes the memory of a few rows at a time on JAX and PyTorch, and if the function raises it may
+have some of its new rows there. On JAX its array is given away, unless somebody else has it too.
 """

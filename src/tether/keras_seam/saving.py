@@ -18,6 +18,7 @@ from tether.keras_seam.frames import _COPYING, _LOADING, _code
 from tether.keras_seam.looking import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host
 from tether.keras_seam.names import _outside_stateless_scopes
+from tether.keras_seam.starting import random_starts_left_out
 
 
 def saved_objects(root: Any) -> Iterator[tuple[str, Any]]:
@@ -94,6 +95,7 @@ def read_archive(
     custom_objects: dict[str, Any] | None,
     compile: bool,
     safe_mode: bool,
+    large: int,
 ) -> Any:
     """What `keras.saving.load_model` makes of an archive, without having all values in memory a second time.
 
@@ -105,10 +107,18 @@ def read_archive(
         custom_objects: As in `load_model`.
         compile: As there.
         safe_mode: As there.
+        large: Bytes of a variable from which on nothing is drawn for it that the file has a value for.
     """
     config = archive.read(_saving_lib._CONFIG_FILENAME)
-    model = _saving_lib._model_from_config(config, custom_objects, compile, safe_mode)
-    store, assets = _OpenStore(values, first(model)), None
+    with random_starts_left_out(large) as left_out:
+        model = _saving_lib._model_from_config(config, custom_objects, compile, safe_mode)
+    stored = first(model)
+    has_value = {id(variable) for variable in stored.values()}
+    for reference, start in left_out:
+        variable = reference()
+        if variable is not None and id(variable) not in has_value:
+            variable.assign(start())
+    store, assets = _OpenStore(values, stored), None
     if len(archive.namelist()) > 3:
         assets = _saving_lib.DiskIOStore(_saving_lib._ASSETS_DIRNAME, archive=archive, mode="r")
     failed: set[int] = set()

@@ -440,7 +440,7 @@ class Weight(Expression, keras.layers.Layer):
         Raises:
             ValueConflict: The file holds two different values for this one weight.
         """
-        if id(self) not in loaded and self._variable is not None and value is keras_seam.raw_value(self._variable):
+        if id(self) not in loaded and self._variable is not None and keras_seam.is_stored_in(value, self._variable):
             loaded[id(self)] = source  # it was stored before: see `keras_seam.read_archive`
             return
         array = np.asarray(value)
