@@ -195,7 +195,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
     def in_parts(variable: Any, dtype: Any, rows: Callable[[Any, int], None], store: Callable[[int, Any], Any]) -> None:
         shape = tuple(variable.shape)
         row = numpy.dtype(dtype).itemsize * int(numpy.prod(shape[1:]))
-        memory = numpy.empty((min(max(1, PART // max(1, row)), shape[0]), *shape[1:]), dtype)
+        memory = _aligned((min(max(1, PART // max(1, row)), shape[0]), *shape[1:]), dtype)
         for start in range(0, shape[0], len(memory)):
             start = min(start, shape[0] - len(memory))  # all parts have one size, for which JAX compiles once
             rows(memory, start)
