@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tether
-from tests.support import assert_close, gradients
+from tests.support import assert_close, gradients, numpy
 from tether.errors import InvalidConfig, ShapeMismatch, UnknownShape
 from tether.weights import Weight
 
@@ -552,6 +552,17 @@ class TestCopies:
         assert first is second["again"]
         assert first is not weight
         assert other is not first
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the others take no memory of NumPy's")
+def test_a_weight_of_an_array_lies_where_pytorch_would_put_it():
+    memory = np.zeros(64 * 64 * 4 + 64, "uint8")
+    first = -memory.ctypes.data % 64 + 16
+    array = memory[first : first + 63 * 64 * 4].view("float32").reshape(63, 64)
+    variable = Weight(array, name="w").variable
+    assert variable.value.data_ptr() % 64 == 0
+    array[...] = 1
+    assert not numpy(variable).any()
 
 
 # --------------------------------------------------------------------------- inside a layer of a user's own

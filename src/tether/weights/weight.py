@@ -504,7 +504,7 @@ class Copy(keras.initializers.Initializer):
 
     def __call__(self, shape: Shape, dtype: str | None = None) -> Tensor:
         """The array as a tensor."""
-        return keras.ops.convert_to_tensor(self.array, dtype=dtype)
+        return keras_seam.own_tensor(self.array, dtype)
 
 
 def _rebuild(config: dict[str, Any], value: Any, became: Expression | None = None) -> Weight:
