@@ -64,6 +64,9 @@ def runner(module, x, step):
 
 
 def main(budget=6.0):
+    if keras.backend.backend() != "torch":
+        print("PyTorch's own ways are compared on PyTorch: KERAS_BACKEND=torch python -m benchmarks.peers")
+        return
     peers = {"plain": lambda width, rank: torch.nn.Linear(width, width), "parametrize": parametrized}
     if importlib.util.find_spec("peft"):
         peers["peft"] = with_peft
