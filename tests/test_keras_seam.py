@@ -1,6 +1,7 @@
 """Each assumption about private Keras, on the oldest and the newest supported version."""
 
 import copy
+import gc
 import io
 import warnings
 import zipfile
@@ -1411,19 +1412,42 @@ def built(units=700):
 def test_large_random_starts_are_left_out_in_one_thread_and_known():
     before = dict(vars(keras_seam.Variable))
     with keras_seam.random_starts_left_out(1 << 20) as left_out, ThreadPoolExecutor(1) as other:
-        layer = keras.layers.Dense(700)
-        layer.build((None, 600))
-        assert not keras.ops.convert_to_numpy(layer.kernel).any()
+        layer, assigned = keras.layers.Dense(700), keras.layers.Dense(700)
+        for each in (layer, assigned):
+            each.build((None, 600))
+            assert not keras.ops.convert_to_numpy(each.kernel).any()
+        assigned.kernel.assign(np.zeros((600, 700)))
         assert built(3).any() and other.submit(built).result().any()
         with keras_seam.random_starts_left_out(1 << 20) as inner:
-            assert not built().any()
-        assert len(inner) == 1
-        ((reference, start),) = left_out
-    assert reference() is layer.kernel
+            kept = keras.layers.Dense(700)
+            kept.build((None, 600))
+        ((known, _),) = inner
+        assert known() is kept.kernel
+        assert not built().any()
+        gc.collect()  # nobody has that one any more
+    ((known, start),) = left_out
+    assert known() is layer.kernel
     start = keras.ops.convert_to_numpy(start())
     assert start.shape == (600, 700) and start.std() > 0.01
     assert dict(vars(keras_seam.Variable)) == before
     assert built().any()
+
+
+class Around(keras.layers.Dense):
+    """A layer of one's own with one of Keras's in it."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.inner = keras.layers.Dense(700, kernel_initializer=self.kernel_initializer)
+        self.inner.build(shape)
+
+
+def test_starts_that_layers_of_keras_seed_are_left_out():
+    with keras_seam.random_starts_left_out(1 << 20) as left_out:
+        attention = keras.layers.MultiHeadAttention(10, 60)
+        attention.build((None, 3, 600), (None, 3, 600))
+    assert len(left_out) == 4
+    assert not keras.ops.convert_to_numpy(attention._query_dense.kernel).any()
 
 
 def test_random_starts_are_drawn_again_after_a_failure_and_where_seeds_come_in_turn():
@@ -1435,9 +1459,12 @@ def test_random_starts_are_drawn_again_after_a_failure_and_where_seeds_come_in_t
         generator = keras.random.SeedGenerator(1)
         layer = keras.layers.Dense(700, kernel_initializer=keras.initializers.RandomNormal(seed=generator))
         layer.build((None, 600))
+        own = Around(700, kernel_initializer=keras.initializers.RandomNormal(seed=1))
+        own.build((None, 600))
         zeros = keras.layers.Dense(700, kernel_initializer="zeros")
         zeros.build((None, 600))
     assert keras.ops.convert_to_numpy(layer.kernel).any()
+    assert keras.ops.convert_to_numpy(own.kernel).any() and keras.ops.convert_to_numpy(own.inner.kernel).any()
     assert left_out == []
 
 

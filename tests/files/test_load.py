@@ -92,15 +92,18 @@ def test_a_layer_may_do_what_it_likes_with_a_large_weight_that_it_reads(rng, tmp
 
 @keras.saving.register_keras_serializable(package="test_load")
 class Projecting(layers.Layer):
-    """Fixed random projections that no file has: their seeds say what they are."""
+    """Random projections that no file has."""
 
     def build(self, shape):
-        random = keras.initializers.RandomNormal(seed=1)
-        self.table = self.add_weight((600, 600), random, trainable=False, name="table")
-        self.fixed = keras.initializers.RandomNormal(seed=2)((600, 600))
+        seeded = keras.initializers.RandomNormal(seed=1)
+        self.seeded = self.add_weight((600, 600), seeded, trainable=False, name="seeded")
+        self.derived = keras.ops.sign(self.seeded.value)
+        self.given = self.add_weight((600, 600), "random_normal", trainable=False, name="given")
+        self.given.assign(np.eye(600))
+        self.drawn = self.add_weight((600, 600), "random_normal", trainable=False, name="drawn")
 
     def call(self, x):
-        return (x @ self.table) @ self.fixed
+        return x @ self.seeded @ self.derived @ self.given
 
     def save_own_variables(self, store):
         pass
@@ -109,19 +112,21 @@ class Projecting(layers.Layer):
         pass
 
 
-def test_a_large_weight_that_no_file_has_starts_as_its_initializer_says(rng, tmp_path):
+def test_a_large_weight_that_no_file_has_starts_as_its_layer_says(rng, tmp_path):
     model = keras.Sequential([keras.Input((600,)), Projecting(), layers.Dense(600)])
     tether.files.save_model(model, tmp_path / "model.keras")
     again = tether.files.load_model(tmp_path / "model.keras")
     x = rng.normal(size=(2, 600)).astype("float32")
     np.testing.assert_array_equal(numpy(model(x)), numpy(again(x)))
-    assert numpy(again.layers[0].table).std() > 0.01
+    assert numpy(again.layers[0].drawn).std() > 0.01
 
 
-def test_no_start_is_drawn_for_a_large_weight_that_the_file_has(tmp_path, monkeypatch):
-    codec, x = tether.Weight(name="codec"), keras.Input((600,))
-    h = tether.tie(layers.Dense(700), kernel=codec)(layers.Dense(600)(x))
-    model = keras.Model(x, layers.Dense(3)(tether.tie(layers.Dense(600), kernel=codec.T)(h)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_start_is_drawn_for_a_large_weight_that_the_file_has(dtype, tmp_path, monkeypatch):
+    codec, x = tether.Weight(name="codec", dtype=dtype), keras.Input((1200,))
+    h = tether.tie(layers.Dense(700, dtype=dtype), kernel=codec)(layers.Dense(1200, dtype=dtype)(x))
+    h = tether.tie(layers.Dense(1200, dtype=dtype), kernel=codec.T)(h)
+    model = keras.Model(x, layers.Dense(3, dtype=dtype)(h))
     tether.files.save_model(model, tmp_path / "model.keras")
     drawn, draw = [], keras.initializers.VarianceScaling.__call__
 
@@ -131,7 +136,7 @@ def test_no_start_is_drawn_for_a_large_weight_that_the_file_has(tmp_path, monkey
 
     monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", recorded)
     again = tether.files.load_model(tmp_path / "model.keras")
-    assert drawn == [(600, 3)]
+    assert drawn == [(1200, 3)]
     for a, b in zip(model.weights, again.weights, strict=True):
         np.testing.assert_array_equal(numpy(a), numpy(b))
 

@@ -21,6 +21,7 @@ from tether.layers import paths
 from tether.layers.state import state_of
 from tether.layers.tied import KEY
 from tether.layers.view import View
+from tether.weights.constant import numpy_dtype
 
 
 def load_model(
@@ -81,8 +82,10 @@ def _stored_in_parts(model: Any, values: h5py.File) -> dict[str, Any]:
         variable, dataset = each.target, values.get(each.place)
         if isinstance(variable, View) or not isinstance(variable, keras.Variable) or not _is_large(dataset):
             continue
-        if dataset.shape == tuple(variable.shape) and str(dataset.dtype) == keras_seam.stored_dtype(variable):
-            keras_seam.write_rows(variable, dataset.dtype, partial(_read_rows, dataset))
+        # HDF5 has no bfloat16: Keras writes such values as bytes, and says what they are.
+        dtype = str(dataset.attrs.get("dtype", dataset.dtype))
+        if dataset.shape == tuple(variable.shape) and dtype == keras_seam.stored_dtype(variable):
+            keras_seam.write_rows(variable, numpy_dtype(dtype), partial(_read_rows, dataset))
             found[each.place] = variable
     return found
 
@@ -93,7 +96,7 @@ def _is_large(dataset: Any) -> bool:
 
 
 def _read_rows(dataset: h5py.Dataset, array: Any, first: int) -> None:
-    dataset.read_direct(array, np.s_[first : first + len(array)])
+    dataset.read_direct(array.view(dataset.dtype), np.s_[first : first + len(array)])
 
 
 LARGE = 2**20

@@ -66,16 +66,26 @@ def _given_to_tensorflow(array: Any) -> Any:
     """A tensor that has an array's memory from now on; TensorFlow writes to other memory when it is first assigned."""
     import tensorflow as tf
 
-    known = numpy.dtype(array.dtype.name).isbuiltin == 1
-    lent = array if known else array.view(f"uint{8 * array.dtype.itemsize}")
-    tensor = tf.experimental.dlpack.from_dlpack(lent.__dlpack__())
-    return tensor if known else tf.bitcast(tensor, array.dtype.name)
+    bits = array.dtype.name == "bfloat16"
+    tensor = tf.experimental.dlpack.from_dlpack((array.view("uint16") if bits else array).__dlpack__())
+    return tf.bitcast(tensor, "bfloat16") if bits else tensor
+
+
+def _can_be_given(dtype: Any) -> bool:
+    name = numpy.dtype(dtype).name
+    return name == "bfloat16" or numpy.dtype(name).isbuiltin == 1  # TensorFlow makes no float8 of other bits
 
 
 def _make_untouched_zeros() -> Callable[[tuple[int, ...], str], Any]:
     if _backend.backend() != "tensorflow":
         return lambda shape, dtype: keras.ops.zeros(shape, dtype)
-    return lambda shape, dtype: _given_to_tensorflow(_aligned(shape, dtype, numpy.zeros))
+
+    def of_tensorflow(shape: tuple[int, ...], dtype: str) -> Any:
+        if not _can_be_given(dtype):
+            return keras.ops.zeros(shape, dtype)
+        return _given_to_tensorflow(_aligned(shape, dtype, numpy.zeros))
+
+    return of_tensorflow
 
 
 untouched_zeros = _make_untouched_zeros()
@@ -181,7 +191,7 @@ def _make_write() -> Callable[[Any, Any], None]:
 
 
 write = _make_write()
-"""Stores an array of a variable's own shape and dtype, without an intermediate copy."""
+"""Stores a copy of an array of a variable's own shape and dtype."""
 
 
 def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:
@@ -241,6 +251,9 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             in_parts(variable, dtype, rows, lambda at, part: tensor[at : at + len(part)].copy_(_lent_to_torch(part)))
 
     def of_tensorflow(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+        if not _can_be_given(dtype):
+            whole(variable, dtype, rows)
+            return
         # After an assignment to some of its rows, TensorFlow copies the whole variable whenever it is read.
         array = _aligned(tuple(variable.shape), dtype)
         rows(array, 0)

@@ -107,15 +107,15 @@ def read_archive(
         custom_objects: As in `load_model`.
         compile: As there.
         safe_mode: As there.
-        large: Bytes of a variable from which on nothing is drawn for it that the file has a value for.
+        large: Bytes of a variable from which on no start is drawn for it, unless `first` stores nothing in it.
     """
     config = archive.read(_saving_lib._CONFIG_FILENAME)
     with random_starts_left_out(large) as left_out:
         model = _saving_lib._model_from_config(config, custom_objects, compile, safe_mode)
     stored = first(model)
     has_value = {id(variable) for variable in stored.values()}
-    for reference, start in left_out:
-        variable = reference()
+    for known, start in left_out:
+        variable = known()
         if variable is not None and id(variable) not in has_value:
             variable.assign(start())
     store, assets = _OpenStore(values, stored), None

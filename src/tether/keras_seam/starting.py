@@ -12,9 +12,12 @@ from typing import Any
 
 import keras
 import numpy
+from keras.src import backend as _backend
 from keras.src.initializers.random_initializers import RandomInitializer as _RandomInitializer
+from keras.src.layers.layer import Layer as _Layer
 
-from tether.keras_seam.memory import untouched_zeros
+from tether.keras_seam.frames import _first_local, _frames
+from tether.keras_seam.memory import is_same_snapshot, snapshot, untouched_zeros
 from tether.keras_seam.variables import Variable
 
 Start = tuple["weakref.ref[Any]", Callable[[], Any]]
@@ -24,8 +27,10 @@ Start = tuple["weakref.ref[Any]", Callable[[], Any]]
 class _Here(threading.local):
     """What holds in one thread."""
 
-    larger_than: int | None = None
-    left_out: list[Start]
+    def __init__(self) -> None:
+        self.larger_than: int | None = None
+        self.begun: dict[int, tuple[Start, Any]] = {}
+        """The variables that exist and started at zero, by id, each with a snapshot of that zero."""
 
 
 _here = _Here()
@@ -38,23 +43,29 @@ def random_starts_left_out(larger_than: int) -> Iterator[list[Start]]:
     """Inside, large variables start at zero where they would start at random: for one who stores their values next.
 
     Drawing them takes longer than reading a file, and more memory. Keras has no place for it but the method by which a
-    variable starts, so another one stands in for it meanwhile. For other threads it changes nothing.
+    variable starts, so another one stands in for it meanwhile. For other threads it changes nothing. A layer of one's
+    own draws from a seed as ever, since what it makes of such a start in its `build` can be relied on.
 
     Args:
         larger_than: Bytes from which on a variable is large.
 
     Yields:
-        A list that gets each variable, and what makes its value.
+        A list that has, after the block, each variable in which nothing was stored in it, and what makes its value.
     """
     left_out: list[Start] = []
-    before = _here.larger_than, getattr(_here, "left_out", left_out)
+    before, begun = (_here.larger_than, _here.begun), dict[int, tuple[Start, Any]]()
     _count(1)
-    _here.larger_than, _here.left_out = larger_than, left_out
+    _here.larger_than, _here.begun = larger_than, begun
     try:
         yield left_out
     finally:
-        _here.larger_than, _here.left_out = before
+        _here.larger_than, _here.begun = before
         _count(-1)
+    for start, zero in list(begun.values()):
+        variable = start[0]()
+        if variable is not None and is_same_snapshot(zero, _snapshot(variable)):
+            left_out.append(start)
+    begun.clear()  # whose snapshots hold memory
 
 
 def _count(change: int) -> None:
@@ -63,10 +74,10 @@ def _count(change: int) -> None:
         before, _threads = _threads, _threads + change
         if before == 0:
             Variable._initialize_with_initializer = _initialize
+        elif _threads == 0 and _own is not None:
+            Variable._initialize_with_initializer = _own
         elif _threads == 0:
             del Variable._initialize_with_initializer
-            if _own is not None:
-                Variable._initialize_with_initializer = _own
 
 
 _own, _method = vars(Variable).get("_initialize_with_initializer"), Variable._initialize_with_initializer
@@ -76,9 +87,10 @@ def _initialize(variable: Any, initializer: Any) -> None:
     if not _is_left_out(variable, initializer):
         _method(variable, initializer)
         return
-    start = functools.partial(initializer, tuple(variable._shape), dtype=variable._dtype)
-    _here.left_out.append((weakref.ref(variable), start))
     _method(variable, untouched_zeros)
+    begun, key = _here.begun, id(variable)
+    start = functools.partial(initializer, tuple(variable._shape), dtype=variable._dtype)
+    begun[key] = (weakref.ref(variable, lambda _: begun.pop(key, None)), start), _snapshot(variable)
 
 
 def _is_left_out(variable: Any, initializer: Any) -> bool:
@@ -87,4 +99,27 @@ def _is_left_out(variable: Any, initializer: Any) -> bool:
     if not isinstance(initializer.seed, int):
         return False  # from a generator of seeds, which would give other numbers to the next one who draws
     size = math.prod(variable._shape) * numpy.dtype(variable._dtype).itemsize
-    return size > _here.larger_than and keras.distribution.distribution() is None
+    if size <= _here.larger_than or keras.distribution.distribution() is not None:
+        return False
+    return initializer._init_seed is None or _only_keras_builds()
+
+
+def _only_keras_builds() -> bool:
+    """Whether all layers that are being built are Keras's: those of attention seed their own parts."""
+    found = (local for local in map(_first_local, _frames()) if isinstance(local, _Layer))
+    return all(type(layer).__module__.startswith(("keras.", "tether.")) for layer in found)
+
+
+def _make_snapshot() -> Callable[[Any], Any]:
+    if _backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def of_tensorflow(variable: Any) -> Any:
+            with tf.init_scope():  # a graph may be in the making
+                return snapshot(variable._value)
+
+        return of_tensorflow
+    return lambda variable: snapshot(variable._value)
+
+
+_snapshot = _make_snapshot()

@@ -52,7 +52,7 @@ def _make_own_tensor() -> Callable[[Any, str | None], Any]:
 
 
 own_tensor = _make_own_tensor()
-"""An array as a tensor in memory of the backend's own, for a variable to start with: of a dtype, or of the array's."""
+"""An array as a tensor for a variable to start with, of a dtype or of the array's; on PyTorch in memory of its own."""
 
 
 def own_copy(tensor: Any) -> Any:

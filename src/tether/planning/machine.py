@@ -50,8 +50,8 @@ class Machine:
 
 
 # Fitted by benchmarks/calibrate.py to the times of products, sums and lookups of many sizes, on two cores of a server
-# (the times are in benchmarks/results); TensorFlow's start to the layers of benchmarks/planner.py, since single operations
-# came out too cheap. What counts are their ratios: another CPU moves all of them together.
+# (the times are in benchmarks/results); TensorFlow's start to the layers of benchmarks/planner.py, since single
+# operations came out too cheap. What counts are their ratios: another CPU moves all of them together.
 _CPU = {
     "jax": Machine("CPU, JAX", flops=3.9e11, half=15.0, near=5e10, far=9e9, cache=2.5e7, start=4e-6),
     "tensorflow": Machine("CPU, TensorFlow", flops=3.0e11, half=15.0, near=5e10, far=9e9, cache=2.5e7, start=8e-6),
