@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import tether
+from tests.kinds import Bilinear
 from tests.support import assert_close, gradients, numpy
 
 layers = keras.layers
@@ -40,18 +41,6 @@ class CopiedRecipe(layers.Layer):
         return keras.ops.matmul(x, self.kernel)
 
 
-@keras.saving.register_keras_serializable(package="found_by_check")
-class Mended(layers.Layer):
-    """The same with what the finding says: the weight is handed in, and read in `call`."""
-
-    def __init__(self, weight, **kwargs):
-        super().__init__(**kwargs)
-        self.weight = weight
-
-    def call(self, x):
-        return keras.ops.matmul(x, self.weight.T.value)
-
-
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 def test_b3_the_frozen_copy_is_found(nested, rng):
     encoder = layers.Dense(6, name="encode")
@@ -69,7 +58,7 @@ def test_b3_the_frozen_copy_is_found(nested, rng):
         assert np.abs(numpy(decoder.kernel) - numpy(encoder.kernel).T).max() > 0.1
 
     weight = tether.weight_of(encoder, "kernel")
-    mended = keras.Model(x, Mended(weight, name="decode")(h))
+    mended = keras.Model(x, Bilinear(weight, name="decode")(h))  # what the finding says
     assert not tether.check(mended)
     value = rng.normal(size=(5, 6)).astype("float32")
     encoder.kernel.assign(value)

@@ -76,20 +76,11 @@ def _can_be_given(dtype: Any) -> bool:
     return name == "bfloat16" or numpy.dtype(name).isbuiltin == 1  # TensorFlow makes no float8 of other bits
 
 
-def _make_untouched_zeros() -> Callable[[tuple[int, ...], str], Any]:
-    if _backend.backend() != "tensorflow":
-        return lambda shape, dtype: keras.ops.zeros(shape, dtype)
-
-    def of_tensorflow(shape: tuple[int, ...], dtype: str) -> Any:
-        if not _can_be_given(dtype):
-            return keras.ops.zeros(shape, dtype)
-        return _given_to_tensorflow(_aligned(shape, dtype, numpy.zeros))
-
-    return of_tensorflow
-
-
-untouched_zeros = _make_untouched_zeros()
-"""Zeros that something else is about to take the place of; on TensorFlow they take no memory until then."""
+def untouched_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """Zeros that something else is about to take the place of; on TensorFlow they take no memory until then."""
+    if _backend.backend() != "tensorflow" or not _can_be_given(dtype):
+        return keras.ops.zeros(shape, dtype)
+    return _given_to_tensorflow(_aligned(shape, dtype, numpy.zeros))
 
 
 def _lent_to_torch(array: Any) -> Any:

@@ -35,7 +35,7 @@ class _Here(threading.local):
 
 _here = _Here()
 _lock = threading.Lock()
-_threads = 0
+_scopes = 0
 
 
 @contextlib.contextmanager
@@ -58,25 +58,25 @@ def random_starts_left_out(larger_than: int) -> Iterator[list[Start]]:
     _here.larger_than, _here.begun = larger_than, begun
     try:
         yield left_out
+        for start, zero in list(begun.values()):
+            variable = start[0]()
+            if variable is not None and is_same_snapshot(zero, _snapshot(variable)):
+                left_out.append(start)
     finally:
         _here.larger_than, _here.begun = before
         _count(-1)
-    for start, zero in list(begun.values()):
-        variable = start[0]()
-        if variable is not None and is_same_snapshot(zero, _snapshot(variable)):
-            left_out.append(start)
-    begun.clear()  # whose snapshots hold memory
+        begun.clear()  # whose snapshots hold memory, also after a failure
 
 
 def _count(change: int) -> None:
-    global _threads
+    global _scopes
     with _lock:
-        before, _threads = _threads, _threads + change
+        before, _scopes = _scopes, _scopes + change
         if before == 0:
             Variable._initialize_with_initializer = _initialize
-        elif _threads == 0 and _own is not None:
+        elif _scopes == 0 and _own is not None:
             Variable._initialize_with_initializer = _own
-        elif _threads == 0:
+        elif _scopes == 0:
             del Variable._initialize_with_initializer
 
 

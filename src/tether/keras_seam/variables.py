@@ -40,19 +40,13 @@ plain_tensor = _make_plain_tensor()
 """A tensor of what a variable's `value` gives: on TensorFlow its own variable, which some of `keras.ops` refuse."""
 
 
-def _make_own_tensor() -> Callable[[Any, str | None], Any]:
-    def of_torch(array: Any, dtype: str | None) -> Any:
-        # It would take NumPy's memory, at whose addresses a matrix product may take half as long again.
-        return keras.ops.convert_to_tensor(array, dtype=dtype).clone()
+def own_tensor(array: Any, dtype: str | None) -> Any:
+    """An array as a tensor for a variable to start with, of a dtype or of the array's.
 
-    def of_others(array: Any, dtype: str | None) -> Any:
-        return keras.ops.convert_to_tensor(array, dtype=dtype)
-
-    return of_torch if _backend.backend() == "torch" else of_others
-
-
-own_tensor = _make_own_tensor()
-"""An array as a tensor for a variable to start with, of a dtype or of the array's; on PyTorch in memory of its own."""
+    PyTorch would take NumPy's memory, at whose addresses a matrix product may take half as long again.
+    """
+    tensor = keras.ops.convert_to_tensor(array, dtype=dtype)
+    return tensor.clone() if _backend.backend() == "torch" else tensor
 
 
 def own_copy(tensor: Any) -> Any:
