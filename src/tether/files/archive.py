@@ -66,18 +66,6 @@ def contents(path: str | os.PathLike[str], *, whole: bool = False) -> Contents:
         return Contents(archive.config(), _shapes(values, source.stat().st_size))
 
 
-def dictionaries(config: Any) -> Iterator[dict[str, Any]]:
-    """The dictionaries in a config, at any depth."""
-    waiting = [config]
-    while waiting:
-        entry = waiting.pop()
-        if isinstance(entry, dict):
-            yield entry
-            waiting.extend(entry.values())
-        elif isinstance(entry, list):
-            waiting.extend(entry)
-
-
 @contextlib.contextmanager
 def reading(path: os.PathLike[str] | str) -> Iterator[None]:
     """Turns whatever fails while a stranger's file is read into one error."""
@@ -264,5 +252,5 @@ def with_config(source: pathlib.Path, target: pathlib.Path, config: dict[str, An
 
 
 __all__ = [
-    "Archive", "Contents", "contents", "dictionaries", "opened_archive", "opened_values", "reading", "with_config",
+    "Archive", "Contents", "contents", "opened_archive", "opened_values", "reading", "with_config",
 ]  # fmt: skip

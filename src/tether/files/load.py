@@ -14,7 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, LostTie, TetherError
-from tether.files.archive import Contents, contents, dictionaries, opened_archive, reading
+from tether.files.archive import Contents, contents, opened_archive, reading
 from tether.files.places import places_of
 from tether.files.positions import positions
 from tether.layers import paths
@@ -22,6 +22,7 @@ from tether.layers.state import state_of
 from tether.layers.tied import KEY
 from tether.layers.view import View
 from tether.weights.constant import numpy_dtype
+from tether.weights.written import dictionaries
 
 
 def load_model(

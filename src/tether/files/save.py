@@ -13,6 +13,7 @@ from tether.errors import TetherError, received
 from tether.files.archive import contents, with_config
 from tether.files.instances import has_shared_layers, mended
 from tether.files.places import places_of
+from tether.layers.recorded import record_further_out
 
 
 def save_model(model: Any, path: str | os.PathLike[str]) -> None:
@@ -44,6 +45,7 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
         raise TetherError(f"A model is saved in a file that ends in '.keras'. {received(path=str(path))}")
     if not target.parent.is_dir():
         raise TetherError(f"The folder of the file does not exist. {received(path=str(path))}")
+    record_further_out(model)
     with written_beside(target) as beside:
         keras.saving.save_model(model, beside)
         found = contents(beside)

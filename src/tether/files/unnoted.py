@@ -12,13 +12,14 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig
-from tether.files.archive import dictionaries, opened_archive, reading
+from tether.files.archive import opened_archive, reading
 from tether.files.keras_files import Values
 from tether.files.positions import positions
 from tether.layers.tied import KEY
 from tether.layers.view import View
 from tether.weights.codec import encode
 from tether.weights.weight import Weight
+from tether.weights.written import dictionaries
 
 
 def note(path: str | os.PathLike[str], values: Values) -> None:

@@ -37,6 +37,7 @@ from tether.keras_seam.exporting import (
 )
 from tether.keras_seam.frames import (
     compiled_training,
+    copies_begun,
     copying_scope,
     inside_bidirectional_init,
     is_known_to_the_optimizer,
@@ -155,7 +156,8 @@ __all__ = [
     "ADDS_IN_PLACE", "SHARED_ID", "STORES", "TIED_NAME", "TRACES_GRADIENTS", "AutocastScope", "Functional",
     "KerasSaveable", "Sequential", "Variable", "WatchedSublayers", "add_to_fresh", "attributes", "autocasts",
     "build_shapes", "call_owners", "call_parameters", "calls_in_graph", "calls_of", "class_reference",
-    "compiled_training", "config_with_ids", "contained_layers", "copying_scope", "counts", "current_path",
+    "compiled_training", "config_with_ids", "contained_layers", "copies_begun", "copying_scope", "counts",
+    "current_path",
     "decay_pattern", "deserialized", "entry_notes", "find_class", "forget_attribute", "forget_compilation",
     "forget_traces", "get_autocast_scope", "give_back_quantize", "give_shape", "give_value", "graph_of",
     "graph_outputs", "has_compiled_loss", "holds_its_layers_configs", "infer_graph", "inner_optimizer",

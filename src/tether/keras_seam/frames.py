@@ -1,4 +1,12 @@
-"""Which of Keras's own calls is running: copying, loading, saving, fitting."""
+"""Which of Keras's own calls is running: copying, loading, saving, fitting.
+
+Keras has no "a copy starts here" hook. The call stack says it. A frame is evidence only by its code: that of a
+function of Keras, or of the method that the class of its own first argument really has. What a function is called
+plays no part, nor does how many frames there are.
+
+State that must live exactly as long as a call is kept in its frame's own local namespace: it is thread-local, it dies
+with the call, also when the call fails, and no frame is kept alive by it.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +17,29 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
+import keras
 from keras.src import backend as _backend
 from keras.src.layers.layer import Layer as _Layer
 from keras.src.layers.normalization.spectral_normalization import SpectralNormalization as _SpectralNormalization
-from keras.src.layers.rnn.bidirectional import Bidirectional as _Bidirectional
-from keras.src.models import cloning as _cloning
-from keras.src.models import functional as _functional
-from keras.src.models import model as _model
-from keras.src.saving import saving_api as _saving_api
 from keras.src.saving import saving_lib as _saving_lib
-from keras.src.saving import serialization_lib as _serialization
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers.trainer import Trainer as _Trainer
 
 from tether.errors import Unsupported
 from tether.keras_seam.looking import inner_optimizer, optimized_variables
 
-# Keras has no "a copy starts here" hook. The stack says it: every clone and every load runs below
-# one outermost Keras call. State that must live exactly as long as that call is kept in the frame's
-# own local namespace: it is thread-local, it dies with the call, also when the call fails, and no
-# frame is kept alive by it.
-
 
 def _code(function: Callable[..., Any]) -> CodeType:
     return inspect.unwrap(function).__code__
 
 
+_CLONING = _code(keras.models.clone_model)
+_READING = {_code(keras.saving.load_model), _code(_saving_lib._load_model_from_fileobj)}
+"""What makes a model of a file, or of a pickle."""
 _COPYING = {
-    _code(function)
-    for function in (
-        _cloning.clone_model,
-        _serialization.deserialize_keras_object,
-        _saving_api.load_model,
-        _saving_lib.load_model,
-        _saving_lib._load_model_from_fileobj,
-        _saving_lib._load_model_from_dir,
-        _functional.functional_from_config,
-        _model.model_from_json,
-    )
+    _CLONING,
+    *_READING,
+    *map(_code, (keras.saving.deserialize_keras_object, keras.models.model_from_json)),
 }
 _LOADING = {
     _code(function)
@@ -54,15 +47,13 @@ _LOADING = {
         _saving_lib._load_model_from_fileobj,
         _saving_lib._load_model_from_dir,
         _saving_lib.load_weights_only,
-        _saving_lib._load_state,
     )
 }
 _SAVING = {_code(_saving_lib._save_model_to_fileobj), _code(_saving_lib._save_model_to_dir)}
 _LOSSES = {_code(_Layer.losses.fget)}
-_TRAINABLE_SETTER = _code(_Layer.trainable.fset)
 _SPECTRAL_BUILD = _code(_SpectralNormalization.build)
 _RESET_METRICS = _code(_Trainer.reset_metrics)
-_BIDIRECTIONAL_INIT = _code(_Bidirectional.__init__)
+_BIDIRECTIONAL_INIT = _code(keras.layers.Bidirectional.__init__)
 
 
 def _make_is_tracing() -> Callable[[], bool]:
@@ -90,13 +81,38 @@ def _first_local(frame: FrameType) -> Any:
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 
 
+def _class_with_method(frame: FrameType, name: str) -> type | None:
+    """The class that defines the method of this name which a frame runs on its first argument, if it runs one."""
+    code = frame.f_code
+    if code.co_name != name or not code.co_argcount:  # only spares most frames the closer look
+        return None
+    first = _first_local(frame)
+    for cls in (first if isinstance(first, type) else type(first)).__mro__:
+        method = vars(cls).get(name)
+        function: Any = getattr(method, "__func__", method)  # of a classmethod
+        function = inspect.unwrap(function) if callable(function) else None
+        if inspect.isfunction(function) and function.__code__ is code:
+            return cls
+    return None
+
+
 def _is_copying(frame: FrameType) -> bool:
     if frame.f_code in _COPYING:
         return True
-    if frame.f_code.co_name != "from_config":
-        return False
-    first = _first_local(frame)
-    return isinstance(first, type) and issubclass(first, KerasSaveable)
+    cls = _first_local(frame) if _class_with_method(frame, "from_config") is not None else None
+    return isinstance(cls, type) and issubclass(cls, KerasSaveable)
+
+
+def _making(frame: FrameType) -> Any:
+    """The Keras object whose own constructor or `build` a frame runs, if it runs one."""
+    if _class_with_method(frame, "__init__") is None and _class_with_method(frame, "build") is None:
+        return None
+    made = _first_local(frame)
+    return made if isinstance(made, KerasSaveable) else None
+
+
+def _innermost(matches: Callable[[FrameType], bool]) -> FrameType | None:
+    return next((frame for frame in _frames(3) if matches(frame)), None)
 
 
 def _outermost(matches: Callable[[FrameType], bool]) -> FrameType | None:
@@ -113,25 +129,82 @@ def _namespace(frame: FrameType | None, key: str) -> dict[Any, Any] | None:
     return frame.f_locals.setdefault(key, {})
 
 
-def copying_scope() -> dict[Any, Any] | None:
-    """A dict that lives as long as the outermost active Keras call that clones or deserialises."""
-    return _namespace(_outermost(_is_copying), ".tether.copying")
+# --------------------------------------------------------------------------- copies
+
+
+class Copying(dict[str, Any]):
+    """What one call that clones or deserialises has made so far, and when the call was first noticed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+_numbers = itertools.count()
+
+
+def copies_begun() -> int:
+    """A number that grows with each call that clones or deserialises, and is larger than those of all that run now."""
+    _copying_calls()
+    return next(_numbers)
+
+
+def copying_scope(since: int = -1) -> Copying | None:
+    """What belongs to the copy in progress: the outermost call that clones or deserialises.
+
+    A model or layer may be copied while another one is read: by a constructor, for a target network. Its config is
+    that of a living object, and names what was made during the outer call. So calls that began before that do not
+    count. Nor do those around a constructor that clones, or reads a file, by itself.
+
+    Args:
+        since: What `copies_begun` said when the original was made.
+    """
+    found = None
+    for copying in _copying_calls():
+        if copying.number > since:
+            found = copying
+    return found
+
+
+def _copying_calls() -> list[Copying]:
+    """The calls that clone or deserialise, innermost first, up to a constructor that asked for a copy of its own."""
+    frames: list[FrameType] = []
+    own: int | None = None
+    whole = False
+    for frame in _frames(3):
+        if _is_copying(frame):
+            frames.append(frame)
+            whole = whole or frame.f_code is _CLONING or frame.f_code in _READING
+        elif whole and own is None and _making(frame) is not None:
+            own = len(frames)
+    calls = [_copying_of(frame) for frame in reversed(frames)][::-1]
+    return calls[:own]
+
+
+def _copying_of(frame: FrameType) -> Copying:
+    key = ".tether.copying"
+    found = frame.f_locals.get(key)
+    if found is None:
+        found = frame.f_locals.setdefault(key, Copying(next(_numbers)))
+    return found
+
+
+# --------------------------------------------------------------------------- what is read and written
 
 
 def loading_scope() -> dict[Any, Any] | None:
-    """A dict that lives as long as the outermost active Keras call that loads weights."""
-    return _namespace(_outermost(lambda frame: frame.f_code in _LOADING), ".tether.loading")
+    """A dict that lives as long as the load of weights in progress: the innermost, a constructor may load by itself."""
+    return _namespace(_innermost(lambda frame: frame.f_code in _LOADING), ".tether.loading")
 
 
 def saving_scope() -> dict[Any, Any] | None:
-    """A dict that lives as long as the outermost active write of a `.keras` archive.
+    """A dict that lives as long as the write of a `.keras` archive in progress.
 
     Its key `"root"` holds the model being saved.
     """
-    frame = _outermost(lambda frame: frame.f_code in _SAVING)
+    frame = _innermost(lambda frame: frame.f_code in _SAVING)
     namespace = _namespace(frame, ".tether.saving")
     if namespace is not None and frame is not None:
-        namespace.setdefault("root", frame.f_locals.get("model"))
+        namespace.setdefault("root", _first_local(frame))
     return namespace
 
 
@@ -141,9 +214,15 @@ def losses_scope() -> dict[Any, Any] | None:
 
 
 def set_by_a_container() -> bool:
-    """Whether a `trainable` setter runs because Keras recurses from a containing layer."""
-    callers = (frame for frame in _frames() if frame.f_code.co_name != "__setattr__")
-    return next(itertools.islice(callers, 2, 3)).f_code is _TRAINABLE_SETTER  # after this function and the setter
+    """Whether the `trainable` setter that asks runs because a containing layer's own setter passes its flag on."""
+    frame: FrameType | None = sys._getframe(1)
+    layer = _first_local(frame) if frame is not None else None
+    while frame is not None and _first_local(frame) is layer:  # the setter, and `__setattr__` on the way to it
+        frame = frame.f_back
+    container = None if frame is None else _first_local(frame)
+    flag = inspect.getattr_static(type(container), "trainable", None)
+    setter = flag.fset if isinstance(flag, property) else None
+    return frame is not None and setter is not None and frame.f_code is _code(setter)
 
 
 def inside_bidirectional_init() -> bool:
@@ -198,23 +277,19 @@ def refuse_spectral_normalization(view: Any) -> None:
 
 
 def maker(exclude: Any) -> Any:
-    """The outermost Keras object whose `__init__` or `build` is running, if any, other than `exclude`."""
+    """The outermost Keras object whose own `__init__` or `build` is running, if any, other than `exclude`."""
     found = None
     for frame in _frames():
-        if frame.f_code.co_name in ("__init__", "build"):
-            owner = _first_local(frame)
-            if isinstance(owner, KerasSaveable) and owner is not exclude:
-                found = owner
+        owner = _making(frame)
+        if owner is not None and owner is not exclude:
+            found = owner
     return found
 
 
 def running_methods(layer: Any) -> Iterator[type]:
     """The classes whose methods are at work on a layer, innermost first."""
     for frame in _frames(1):
-        code = frame.f_code
-        if code.co_argcount and _first_local(frame) is layer:
-            for cls in type(layer).__mro__:
-                function = vars(cls).get(code.co_name)
-                if inspect.isfunction(function) and _code(function) is code:
-                    yield cls
-                    break
+        if frame.f_code.co_argcount and _first_local(frame) is layer:
+            cls = _class_with_method(frame, frame.f_code.co_name)
+            if cls is not None:
+                yield cls

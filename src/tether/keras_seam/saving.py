@@ -14,7 +14,7 @@ from keras.src.saving import serialization_lib as _serialization
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming as _naming
 
-from tether.keras_seam.frames import _COPYING, _LOADING, _code
+from tether.keras_seam.frames import _COPYING, _LOADING, _READING, _code
 from tether.keras_seam.looking import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host
 from tether.keras_seam.names import _outside_stateless_scopes
@@ -141,6 +141,7 @@ def read_archive(
     return model
 
 
+_READING.add(_code(read_archive))
 _COPYING.add(_code(read_archive))
 _LOADING.add(_code(read_archive))
 

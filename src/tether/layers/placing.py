@@ -133,7 +133,10 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     refuse_misfit(layer, name, shape, constraint, expression)
     if wished:
         warn_of_initializer(layer, name, expression, initializer)
+    started = [weight for weight in expression.weights_used() if not weight.is_built]
     start_from_layer(expression, shape, dtype, initializer)
+    for weight in started if not wished else ():
+        weight.first_initializer = None  # nobody chose it, so no later layer is told that its own is not used
     store = keras_seam.STORES[0] if trainable else keras_seam.STORES[1]
     index = len(keras_seam.variable_lists(layer)[store]) + sum(slot.store == store for slot in state.slots)
     with keras_seam.name_scope(layer):

@@ -1,7 +1,7 @@
 """A layer's ties as JSON: which path reads which expression, and the weights in them.
 
 ```json
-{"version": 1, "base": {"module": ..., "class_name": ..., "registered_name": ...},
+{"needs": "...", "version": 1, "base": {"module": ..., "class_name": ..., "registered_name": ...},
  "ties": {"kernel": [{"weight": "4f1c..."}, {"op": "transpose", "of": [0], "axes": null}]},
  "weights": {"4f1c...": {"name": "codec", "shape": [784, 64], ...}}}
 ```
@@ -22,22 +22,27 @@ from tether.layers.state import State, Tie, is_serializing
 from tether.weights.argument import Argument
 from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression
-from tether.weights.identity import current_scope
+from tether.weights.identity import scope_of
 from tether.weights.weight import Weight
+from tether.weights.written import mark
 
 VERSION = 1
 
 
-def ties_to_write(layer: Any, state: State) -> dict[str, Expression]:
+NEEDS = "This file holds ties of weights. Install keras-tether (`pip install keras-tether`) and `import tether` first."
+"""The first words of a record: Keras's error prints them where Tether was not imported."""
+
+
+def ties_to_write(layer: Any, state: State) -> dict[str, Tie]:
     """The ties that this layer's config has to hold: its own, and those that no config around it will hold."""
-    ties = {"/".join(tie.path): tie.expression for tie in state.recorded}
+    ties = {"/".join(tie.path): tie for tie in state.recorded}
     elsewhere: list[tuple[str, Tie]] = [("/".join(path), tie) for path, tie in state.pending.items()]
     elsewhere += [(slot.view.use.name, slot.tie) for slot in state.slots]
     elsewhere += [("/".join(path), tie) for tie, path in state.lent]
     for path, tie in elsewhere:
         recorder = tie.recorder()
         if recorder is not layer and (recorder is None or not is_serializing(recorder)):
-            ties.setdefault(path, tie.expression)
+            ties.setdefault(path, tie)
     return ties
 
 
@@ -53,16 +58,15 @@ def penalties_to_write(layer: Any, state: State) -> list[Penalty]:
 
 def encode_ties(layer: Any, state: State) -> dict[str, Any]:
     """The `"tether"` entry of a layer's config."""
-    ties = ties_to_write(layer, state)
+    written = ties_to_write(layer, state)
+    ties = {path: tie.expression for path, tie in written.items()}
     penalties = penalties_to_write(layer, state)
     weights = {weight.uid: weight for expression in ties.values() for weight in expression.weights_used()}
     weights.update({weight.uid: weight for penalty in penalties for weight in penalty.weights})
-    scope = keras_seam.saving_scope() or {}
-    scope.setdefault("covered", set()).add(id(layer))
-    written = set(scope.get("written", ()))
-    configs = {uid: weight.get_config() for uid, weight in weights.items()}
-    scope["written"] = written  # a record names a weight; whether a layer will make it again, its own config says
-    return {
+    # A record names a weight; whether a layer makes it again, that layer's own config says. So these are not marked.
+    configs = {uid: weight.own_config() for uid, weight in weights.items()}
+    record = {
+        "needs": NEEDS,
         "version": VERSION,
         "base": keras_seam.class_reference(type(layer)._tether_base),
         "ties": {path: encode(expression) for path, expression in ties.items()},
@@ -70,6 +74,7 @@ def encode_ties(layer: Any, state: State) -> dict[str, Any]:
         **({"takes": [encode(argument)[0] for argument in state.takes]} if state.takes else {}),
         **({"penalties": [_encode_penalty(penalty) for penalty in penalties]} if penalties else {}),
     }
+    return mark(record, *written.values(), *penalties)
 
 
 _PENALTY = ("a", "b", "strength")
@@ -112,7 +117,8 @@ def read_record(record: Any) -> Record:
     Raises:
         InvalidConfig: It is not what `encode_ties` writes.
     """
-    if not isinstance(record, dict) or set(record) - {"takes", "penalties"} != {"version", "base", "ties", "weights"}:
+    known = {"needs", "takes", "penalties"}
+    if not isinstance(record, dict) or set(record) - known != {"version", "base", "ties", "weights"}:
         raise InvalidConfig(
             f"A record of ties has version, base, ties and weights. {received(record=type(record).__name__)}"
         )
@@ -127,8 +133,8 @@ def read_record(record: Any) -> Record:
     for uid, config in configs.items():
         if not isinstance(config, dict) or config.get("uid") != uid:
             raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
-        known = (current_scope() or {}).get(uid)
-        only_named = known is None or known.only_named
+        made = (scope_of(uid) or {}).get(uid)
+        only_named = made is None or made.only_named
         weights[uid] = Weight.from_config(config)
         weights[uid].only_named = only_named
     takes = record.get("takes", [])

@@ -16,11 +16,12 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import LostTie, NotInvertible, ShapeMismatch, ValueConflict
+from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.state import State, ordered_variables
 from tether.layers.view import View
 from tether.weights.codec import encode
 from tether.weights.inversion import invert
+from tether.weights.written import told_by_file
 
 
 class _Recorder(dict[str, Any]):
@@ -106,8 +107,17 @@ class FromFile:
 
 
 def save(layer: Any, state: State, store: Any, base_save: Any) -> None:
-    """Writes the layer's own variables, without those that are views."""
-    refuse_to_lose(layer, state)
+    """Writes the layer's own variables, without those that are views.
+
+    Raises:
+        LostTie: A `.keras` archive is being written, and its config does not hold a tie.
+    """
+    scope = keras_seam.saving_scope()
+    if scope is not None and "checked" not in scope:
+        from tether.layers.recorded import refuse_to_lose
+
+        refuse_to_lose(scope["root"], told_by_file())
+        scope["checked"] = True
     note_ties(store, entries(layer, state, base_save))
     with keras_seam.listed_variables(layer, ordered_variables(layer, state)):
         base_save(_WithoutViews(store))
@@ -174,58 +184,3 @@ def take(view: View, array: np.ndarray[Any, Any]) -> None:
         return
     for weight, part in parts.items():
         weight.load_value(keras.ops.convert_to_numpy(part), loaded, source=source)
-
-
-def refuse_to_lose(layer: Any, state: State) -> None:
-    """Raises if a `.keras` file is being written whose config does not hold a tie of this layer."""
-    scope = keras_seam.saving_scope()
-    if scope is None:
-        return
-    covered = scope.get("covered", set())
-    for slot in state.slots:
-        recorder = slot.tie.recorder()
-        if (slot.tie.quantized or not slot.tie.made_by_code) and (recorder is None or id(recorder) not in covered):
-            root = scope.get("root")
-            raise LostTie(lost_tie_message(slot, root))
-    saved, name = scope["root"], layer.name
-    for penalty in state.penalties:
-        if penalty.recorder() is not layer or penalty.made_by_code or penalty.is_void:
-            continue
-        if penalty.counts:
-            refuse_to_forget(penalty, saved, scope.get("written", set()))
-        if id(layer) not in covered:
-            raise LostTie(
-                f"Saving {getattr(saved, 'name', 'the model')!r} would lose a soft tie: "
-                f"{penalty.notation()} is recorded on {name!r}, whose config is not part of what is saved. "
-                "Make the soft tie from the outermost object that is saved, or inside the constructor that makes "
-                "the layer."
-            )
-
-
-def refuse_to_forget(penalty: Any, root: Any, written: set[int]) -> None:
-    """Raises if a weight of a penalty will be another one when the file is read."""
-    for weight in penalty.weights:
-        if weight not in penalty.owned and not weight.uses and id(weight) not in written:
-            raise LostTie(
-                f"Saving {getattr(root, 'name', 'the model')!r} would lose a soft tie: {penalty.notation()} names "
-                f"{weight.name!r}, which the constructor of a layer of your own makes anew. Write the weight into that "
-                "layer's `get_config` with `keras.saving.serialize_keras_object`, or make the soft tie in the same "
-                "constructor."
-            )
-
-
-def lost_tie_message(slot: Any, root: Any) -> str:
-    """Says which tie would be lost, and where to put it."""
-    name = getattr(root, "name", "the model")
-    if slot.tie.quantized:
-        return (
-            f"Saving {name!r} would lose a tie: {slot.view.path} = {slot.view.expression.notation()} was quantised, "
-            "and the constructor of a layer of your own makes it again as a float. Save the model before it is "
-            "quantised, and quantise it after loading; or give that layer a `get_config` that holds the tied layer's."
-        )
-    return (
-        f"Saving {name!r} would lose a tie: {slot.view.path} = {slot.view.expression.notation()} is recorded on a "
-        f"layer whose config is not part of the config of {name!r}. Tie from the outermost object that is saved, as in "
-        f"`tether.tie(model, {{'path/to/{slot.view.name}': ...}})`, or tie inside the constructor of the layer that "
-        "makes it, or give that layer a `get_config` that holds the tied layer's."
-    )

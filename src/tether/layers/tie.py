@@ -58,9 +58,12 @@ def tie(layer: Any, weights: Mapping[str, Any] | None = None, /, **by_name: Any)
 
 
 def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Any]) -> None:
-    """Makes the ties and penalties that a config records."""
+    """Makes the ties and penalties that a config records.
+
+    A constructor that copies a tied layer for itself makes that copy, and its ties, again wherever it runs.
+    """
     if ties:
-        _tie_all(layer, dict(ties), made_by_code=False)
+        _tie_all(layer, dict(ties), made_by_code=keras_seam.maker(layer) is not None)
     if takes:
         become_tied(layer).takes = list(takes)
         take_arguments(layer)

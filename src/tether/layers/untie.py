@@ -53,7 +53,7 @@ def untie(layer: Any, *names: str) -> Any:
             state.lent = [(tie, path) for tie, path in state.lent if _is_recorded(tie)]
     penalizing.drop_void(keras_seam.contained_layers(layer))
     for below in keras_seam.contained_layers(layer):
-        _become_plain(below)
+        become_plain(below)
     return layer
 
 
@@ -157,7 +157,7 @@ def _put_back(layer: Any, path: tuple[str, ...], variable: Any) -> None:
         paths.put_item(layer, path, variable)
 
 
-def _become_plain(layer: Any) -> None:
+def become_plain(layer: Any) -> None:
     """Returns a layer without ties to its base class."""
     state = state_of(layer)
     if state is None:

@@ -1,10 +1,13 @@
 """Which weight is which, across copies: ids, and the scopes inside which copies find each other.
 
 A tie must hold within one copy of a model and never between a copy and its original, or between two
-copies. So a weight's `uid` is fresh for every copy, and a file's uid means something only inside one
-*sharing scope*: the outermost Keras call in progress that clones or deserialises, or an explicit
-`with tether.sharing():`. The second use that names the same uid inside one scope gets the weight that
-the first one made.
+copies. So a weight's `uid` is fresh for every copy, and a uid in a config means something only inside one
+*sharing scope*: the call in progress that clones or deserialises, or an explicit `with tether.sharing():`.
+The second use that names the same uid inside one scope gets the weight that the first one made.
+
+Calls that copy may be nested: a constructor that runs while a file is read may clone a network for itself. What
+such an inner copy names was made during the outer call, so the scope is the outermost call that began after the
+named weight was made. A file's own uids are of weights that were made before, and meet in the outermost call.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from tether.weights.weight import Weight
 
 _explicit = threading.local()
+_births: weakref.WeakValueDictionary[str, Weight] = weakref.WeakValueDictionary()
 _paths: weakref.WeakValueDictionary[str, Weight] = weakref.WeakValueDictionary()
 _paths_lock = threading.Lock()
 
@@ -55,10 +59,19 @@ def sharing(known: dict[str, Weight] | None = None) -> Iterator[dict[str, Weight
         _explicit.scope = before
 
 
-def current_scope() -> dict[str, Weight] | None:
-    """The weights of the scope in progress, by the uid in the config, or `None` outside of any."""
+def born(weight: Weight) -> None:
+    """Notes when a weight was made, so that a copy of it can be told from what is made along with it."""
+    _births[weight.uid] = weight
+    weight.born = keras_seam.copies_begun()
+
+
+def scope_of(uid: str) -> dict[str, Weight] | None:
+    """The weights made so far by the copy in which a config names a uid, by uid; `None` outside of any copy."""
     explicit: dict[str, Weight] | None = getattr(_explicit, "scope", None)
-    return explicit if explicit is not None else keras_seam.copying_scope()
+    if explicit is not None:
+        return explicit
+    original = _births.get(uid)
+    return keras_seam.copying_scope(-1 if original is None else original.born)
 
 
 def claim_path(wanted: str, weight: Weight) -> str:

@@ -21,9 +21,10 @@ from tether.errors import (
     received,
 )
 from tether.weights.expression import Expression, Shape, Tensor, note_replacement
-from tether.weights.identity import claim_path, current_scope, fresh_uid
+from tether.weights.identity import born, claim_path, fresh_uid, scope_of
 from tether.weights.use import Use
 from tether.weights.weight_config import check_agrees, check_config, read_start
+from tether.weights.written import mark, told_by_file
 
 
 @keras.saving.register_keras_serializable(package="tether", name="Weight")
@@ -84,6 +85,8 @@ class Weight(Expression, keras.layers.Layer):
         self._wanted_path: str | None = None
         self.first_initializer: Any = None
         self.uid = fresh_uid()
+        self.born = 0
+        born(self)
         self.origin = self.uid
         self.generation = 0
         self.was_used = False
@@ -341,9 +344,10 @@ class Weight(Expression, keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The weight as JSON: everything but its value."""
-        scope = keras_seam.saving_scope()
-        if scope is not None:
-            scope.setdefault("written", set()).add(id(self))
+        return mark(self.own_config(), self)
+
+    def own_config(self) -> dict[str, Any]:
+        """The same for a record of ties, which names the weight: whether a file holds it, `get_config` says."""
         derived = self.initializer is None
         became = {}
         if self._became is not None:
@@ -372,8 +376,8 @@ class Weight(Expression, keras.layers.Layer):
             InvalidConfig: The config is not one that a `Weight` wrote, or another one of this uid says something else.
         """
         config = check_config(config)
-        scope = current_scope()
         uid = config.pop("uid")
+        scope = scope_of(uid)
         if scope is not None and uid in scope:
             check_agrees(config, scope[uid])
             scope[uid].only_named = False
@@ -403,8 +407,8 @@ class Weight(Expression, keras.layers.Layer):
         Raises:
             LostTie: The weight was quantised, and a constructor that knows nothing of it will make it again.
         """
-        scope = keras_seam.saving_scope() if self._became is not None else None
-        if scope is not None and id(self) not in scope.get("written", ()):
+        told = told_by_file() if self._became is not None else None
+        if told is not None and id(self) not in told:
             raise LostTie(
                 f"The weight {self.name!r} was quantised, and a layer of your own makes it in its constructor, as a "
                 "float again. Write the weight into that layer's `get_config` with "

@@ -432,6 +432,16 @@ class Named(layers.Layer):
         return x * self.a + self.b
 
 
+@fault("unrecorded-tie", "lstm/lstm_cell/kernel", mends=True)
+def a_tie_made_on_the_cell_of_a_recurrent_layer(rng, faulty):
+    x = keras.Input((4, 3))
+    lstm, flat = layers.LSTM(2, name="lstm"), layers.Dense(8, use_bias=False, name="flat")
+    model = keras.Model(x, [lstm(x), flat(x)])
+    kernel = tether.weight_of(lstm.cell, "kernel") if faulty else tether.weight_of(lstm, "cell/kernel")
+    tether.tie(flat, kernel=kernel)
+    return model, None
+
+
 @fault("path-used-twice", "outer/named/a", "warning")
 def two_weights_of_one_name(rng, faulty):
     named = Named("aa" if faulty else "ab", name="named")

@@ -11,8 +11,10 @@ import keras
 from tether import keras_seam
 from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding
+from tether.inspection.checking.mending import code_of
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.facts import StoredWeight
+from tether.layers import recorded
 
 
 @rule("path-used-twice", "one path that two variables have", file=True)
@@ -43,6 +45,27 @@ def _rename(context: Context, weight: StoredWeight) -> str:
     layer, _ = next(iter(context.uses(variable)), (None, None))
     kind = "Dense" if layer is None else type(layer).__name__
     return f"keras.layers.{kind}(..., name={'another_' + str(getattr(layer, 'name', 'name'))!r})  # a name of its own"
+
+
+@rule("unrecorded-tie", "a tie that no config holds: a file, a clone or a pickle would be untied")
+def unrecorded_tie(context: Context) -> Iterator[Finding]:
+    """It was made on a layer whose config is not part of the model's, such as the cell of a recurrent layer."""
+    try:
+        found = recorded.unrecorded(context.model)
+    except Exception:  # a class without a config of its own: Keras refuses to save or clone it, and says why
+        return
+    for lost in found:
+        where = "/".join((context.path_of(lost.layer), *lost.path))
+        yield Finding("unrecorded-tie", "error", where, recorded.message(lost, context.model), _record(context, lost))
+
+
+def _record(context: Context, lost: recorded.Unrecorded) -> str:
+    outer = recorded.recorder_for(lost, context.model)
+    if outer is None or lost.expression is None:
+        return "tether.files.save_model(model, path)  # says what to change in the layer that makes the weight"
+    layer, path = outer
+    known = {w: context.weight_code(w.variable) for w in lost.expression.weights_used() if w.is_built}
+    return f"tether.tie({context.layer_code(layer)}, {{{'/'.join(path)!r}: {code_of(lost.expression, known)}}})"
 
 
 @rule("orphan-variable", "a variable that a layer tracks and nothing reads")
