@@ -64,8 +64,6 @@ from tether.keras_seam.layers import (
     listed_variables,
     mark_like,
     own_trainable_flag,
-    refresh_torch_parameters,
-    replace_torch_parameters,
     set_own_trainable_flag,
     set_untracked,
     shield_tracker,
@@ -140,6 +138,7 @@ from tether.keras_seam.saving import (
     shared_object,
 )
 from tether.keras_seam.starting import random_starts_left_out
+from tether.keras_seam.torch_parameters import Change, list_parameters_again
 from tether.keras_seam.variables import (
     Variable,
     autocasts,
@@ -153,7 +152,7 @@ from tether.keras_seam.variables import (
 )
 
 __all__ = [
-    "ADDS_IN_PLACE", "SHARED_ID", "STORES", "TIED_NAME", "TRACES_GRADIENTS", "AutocastScope", "Functional",
+    "ADDS_IN_PLACE", "SHARED_ID", "STORES", "TIED_NAME", "TRACES_GRADIENTS", "AutocastScope", "Change", "Functional",
     "KerasSaveable", "Sequential", "Variable", "WatchedSublayers", "add_to_fresh", "attributes", "autocasts",
     "build_shapes", "call_owners", "call_parameters", "calls_in_graph", "calls_of", "class_reference",
     "compiled_training", "config_with_ids", "contained_layers", "copies_begun", "copying_scope", "counts",
@@ -165,13 +164,14 @@ __all__ = [
     "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated", "is_excluded_from_decay",
     "is_float", "is_known_to_the_optimizer", "is_locked", "is_nnx_enabled", "is_plain_eager",
     "is_quantizing_a_model", "is_same_snapshot", "is_sparse", "is_stored_in", "is_traced", "is_training_call",
-    "is_unknown_to_the_optimizer", "layout_map", "listed_variables", "load_from", "loading_scope",
-    "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope", "on_host",
+    "is_unknown_to_the_optimizer", "layout_map", "list_parameters_again", "listed_variables",
+    "load_from", "loading_scope", "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope",
+    "on_host",
     "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",
     "own_tensor", "own_trainable_flag", "passes", "plain_tensor", "prepare_view", "quantization_config",
     "quantizers", "random_starts_left_out", "raw_value", "read_archive", "recognize_variables",
-    "refresh_call_signature", "refresh_torch_parameters", "refuse_spectral_normalization", "register_reader",
-    "register_tied", "registered_function", "replace_torch_parameters", "running_layers", "running_methods",
+    "refresh_call_signature", "refuse_spectral_normalization", "register_reader",
+    "register_tied", "registered_function", "running_layers", "running_methods",
     "save_to", "saved_objects", "saving_scope", "set_build_shapes", "set_by_a_container", "set_mask",
     "set_own_trainable_flag", "set_path", "set_untracked", "shared_object", "shield_tracker", "snapshot",
     "store_each_variable_once", "stored_dtype", "stored_value", "sublayers", "take_over_quantize", "trace",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,46 +153,6 @@ def forget_attribute(layer: Any, name: str) -> None:
         return
     with contextlib.suppress(AttributeError, ValueError):
         layer._delete_tracking(name)
-
-
-def refresh_torch_parameters(layer: Any) -> None:
-    """Lets PyTorch's `parameters()` and `state_dict()` see the layer's present variables."""
-    if _backend.backend() == "torch" and layer.built:
-        layer._track_variables()
-
-
-def replace_torch_parameters(replaced: list[tuple[Any, list[Any]]]) -> None:
-    """Puts the stored variables behind a tie into the parameter lists that hold the variable it replaced.
-
-    Each module of Keras lists the parameters of all layers below it when it is built, and a layer does
-    not know the modules around it, so they are found by who refers to the parameter.
-    """
-    if _backend.backend() != "torch":
-        return
-    # Two references are the variable's own and the one being passed here: nobody else lists the parameter.
-    replaced = [(variable, stored) for variable, stored in replaced if sys.getrefcount(variable._value) > 2]
-    if not replaced:
-        return
-    import gc
-
-    import torch
-
-    successors = {id(variable._value): stored for variable, stored in replaced}
-    lists = [
-        owner
-        for owner in gc.get_referrers(*(variable._value for variable, _ in replaced))
-        if isinstance(owner, dict) and any(id(value) in successors for value in owner.values())
-    ]
-    for owner in gc.get_referrers(*lists) if lists else ():
-        module = owner if isinstance(owner, torch.nn.ParameterDict) else None
-        attributes = owner if isinstance(owner, dict) else vars(owner) if module is not None else {}
-        parameters, keys = attributes.get("_parameters"), attributes.get("_keys")
-        if isinstance(parameters, dict) and isinstance(keys, dict):
-            for name in [name for name, value in parameters.items() if id(value) in successors]:
-                stored = successors[id(parameters.pop(name))]
-                keys.pop(name, None)
-                parameters.update({variable.path: variable._value for variable in stored})
-                keys.update({variable.path: None for variable in stored})
 
 
 def is_default(method: Any) -> bool:

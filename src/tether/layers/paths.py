@@ -142,17 +142,31 @@ def put_item(layer: Any, path: Path, value: Any, *, what: str = "weight", advice
     Raises:
         Unsupported: The container is a tuple. The error names what is kept in it, and ends in the advice.
     """
-    container = vars(layer)
-    for key in path[:-1]:
-        container = _item(container, key)
-    if isinstance(container, tuple):
-        raise Unsupported(
-            f"Layer {layer.name!r} keeps the {what} in the tuple {path[0]!r}, which cannot be changed.{advice}"
-        )
+    refuse_fixed(layer, path, what=what, advice=advice)
+    container = _container(layer, path)
     if isinstance(container, list):
         list.__setitem__(container, int(path[-1]), value)
     else:
         dict.__setitem__(container, path[-1], value)
+
+
+def refuse_fixed(layer: Any, path: Path, *, what: str = "weight", advice: str = "") -> None:
+    """Raises if what an attribute, or a container in one, holds cannot be replaced: it is in a tuple.
+
+    Raises:
+        Unsupported: The error names what is kept in it, and ends in the advice.
+    """
+    if isinstance(_container(layer, path), tuple):
+        raise Unsupported(
+            f"Layer {layer.name!r} keeps the {what} in the tuple {path[0]!r}, which cannot be changed.{advice}"
+        )
+
+
+def _container(layer: Any, path: Path) -> Any:
+    container: Any = vars(layer)
+    for key in path[:-1]:
+        container = _item(container, key)
+    return container
 
 
 def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:

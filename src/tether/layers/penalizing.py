@@ -15,6 +15,7 @@ from tether import keras_seam
 from tether.layers.penalty import Penalty
 from tether.layers.placing import become_tied
 from tether.layers.state import hang_weights, state_of, weights_below
+from tether.layers.swap import swapped
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
@@ -43,10 +44,11 @@ def _may_record(layer: Any) -> bool:
 
 def attach(penalty: Penalty, recorder: Any, lent: Any = None) -> None:
     """Records a penalty on a layer; from now on it is one of its losses."""
-    become_tied(recorder).penalties.append(penalty)
-    penalty.register()
-    penalty.follow(keras_seam.own_trainable_flag(recorder))
-    hang_weights(recorder)
+    with swapped([recorder]):
+        become_tied(recorder).penalties.append(penalty)
+        penalty.register()
+        penalty.follow(keras_seam.own_trainable_flag(recorder))
+        hang_weights(recorder)
     if lent is not None:
         become_tied(lent).penalties.append(penalty)
 
@@ -57,8 +59,9 @@ def detach(penalty: Penalty, holders: list[Any]) -> None:
     for layer in holders:
         state = state_of(layer)
         if state is not None and any(other is penalty for other in state.penalties):
-            state.penalties = [other for other in state.penalties if other is not penalty]
-            hang_weights(layer)
+            with swapped([layer]):
+                state.penalties = [other for other in state.penalties if other is not penalty]
+                hang_weights(layer)
 
 
 def replace(layer: Any, found: list[tuple[Expression, Expression, Expression, tuple[Weight, ...]]]) -> None:

@@ -16,7 +16,8 @@ from tether.layers import paths
 from tether.layers.quantizing import quantize_layer
 from tether.layers.refusing import refuse_misfit, refuse_tie, refuse_unsupported
 from tether.layers.starting import start_from_layer, start_from_values, warn_of_initializer
-from tether.layers.state import STATE, Slot, State, Tie, hang_weights, new_use, ordered_variables, state_of
+from tether.layers.state import STATE, Slot, State, Tie, hang_weights, new_use, state_of
+from tether.layers.swap import exchange, swapped
 from tether.layers.tied import tied_class
 from tether.layers.view import View, view_like
 from tether.weights.expression import Expression, resolved
@@ -42,50 +43,25 @@ def become_tied(layer: Any) -> State:
 def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
     """Puts a view in the place of a variable, or of another view."""
     state, expression = become_tied(layer), asked.expression
+    start_from_values(layer, name, expression, variable)
     if isinstance(variable, View):
-        slot = next(slot for slot in state.slots if slot.view is variable)
-        start_from_values(layer, name, expression, variable)
         use = new_use(layer, name, expression, variable.use.regularizer)
         drop_use(variable.use)
-        forget(slot.tie)
+        forget(next(slot.tie for slot in state.slots if slot.view is variable))
         view = view_like(variable, use, trainable=variable.slot_trainable)
         view.frozen = variable.frozen
-        slot.view, slot.tie = view, asked
     else:
-        store, index = _position(layer, state, variable)
-        regularizer, constraint = variable.regularizer, variable.constraint
-        start_from_values(layer, name, expression, variable)
-        use = new_use(layer, name, expression, regularizer)
-        view = view_like(variable, use, trainable=store == "trainable_variables")
-        keras_seam.untrack(layer, variable)
+        own = keras_seam.variable_lists(layer)[keras_seam.STORES[0]]
+        use = new_use(layer, name, expression, variable.regularizer)
+        view = view_like(variable, use, trainable=any(variable is other for other in own))
+        constraint = variable.constraint
         variable.regularizer = None
         for weight in expression.weights_used():
             if weight.is_built and weight.variable is variable and weight.regularizer is not None:
                 variable.regularizer = weight.regularizer
         _pass_constraint(constraint, expression)
-        state.slots.append(Slot(view, store, index, asked))
-    for path in paths.holders(layer, variable):
-        _put(layer, path, view)
+    exchange(layer, state, variable, view, asked)
     _register(layer, view)
-    hang_weights(layer)
-
-
-def _position(layer: Any, state: State, variable: Any) -> tuple[str, int]:
-    for store, variables in ordered_variables(layer, state).items():
-        for index, other in enumerate(variables):
-            if other is variable:
-                return store, index
-    raise UnknownName(f"Layer {layer.name!r} does not track {variable.path!r}.")
-
-
-def _put(layer: Any, path: tuple[str, ...], view: View) -> None:
-    """Sets an attribute, or an item of a container that an attribute holds."""
-    if len(path) == 1:
-        keras_seam.forget_attribute(layer, path[0])
-        keras_seam.set_untracked(layer, path[0], view)
-    else:
-        advice = " Tie the layer before it is built, or keep its variables in a list."
-        paths.put_item(layer, path, view, what="variable", advice=advice)
 
 
 def _register(layer: Any, view: View) -> None:
@@ -134,6 +110,8 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     if wished:
         warn_of_initializer(layer, name, expression, initializer)
     started = [weight for weight in expression.weights_used() if not weight.is_built]
+    for weight in started:
+        weight.autocasts = weight.autocasts and bool(kwargs.get("autocast", True))
     start_from_layer(expression, shape, dtype, initializer)
     for weight in started if not wished else ():
         weight.first_initializer = None  # nobody chose it, so no later layer is told that its own is not used
@@ -187,6 +165,12 @@ def settle(layer: Any) -> None:
         return
     for name in state.clashes:
         paths.find_variable(layer, (name,))  # raises, now that both variables have their places
+    if state.pending:
+        with swapped(keras_seam.contained_layers(layer)):
+            _settle(layer, state)
+
+
+def _settle(layer: Any, state: State) -> None:
     for path, asked in list(state.pending.items()):
         found = paths.find_variable(layer, path)
         child = None if found is not None else paths.find_child(layer, path)

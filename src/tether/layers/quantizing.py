@@ -20,6 +20,7 @@ from tether import keras_seam
 from tether.errors import Unsupported, received
 from tether.layers import paths
 from tether.layers.state import hang_weights, state_of
+from tether.layers.swap import swapped
 from tether.layers.view import View
 from tether.planning.products import products
 from tether.weights.expression import Expression, Node, Shape, StatefulNode, live_weights, program
@@ -298,19 +299,16 @@ def _axes_of(shape: Shape, labels: list[tuple[int, int]], wanted: set[int]) -> s
 def _carry_out(found: dict[Weight, Rounded]) -> None:
     """Gives each weight up for its integers."""
     new = {weight: each.expression(weight.name, str(weight.dtype)) for weight, each in found.items()}
-    replaced = []
-    layers: dict[int, Any] = {}
-    for weight, expression in new.items():
-        layers.update({id(layer): layer for layer in _users(weight)})
-        variable = weight.become(expression)
-        replaced.append((variable, [part.variable for part in expression.weights_used()]))
-    for layer in layers.values():
-        state = state_of(layer)
-        for slot in state.slots if state is not None else ():
-            slot.tie.expression = slot.view.expression
-            slot.tie.quantized = slot.tie.made_by_code and bool(_modes(slot.view.expression))
-        hang_weights(layer)
-    keras_seam.replace_torch_parameters(replaced)
+    layers = {id(layer): layer for weight in new for layer in _users(weight)}
+    with swapped([*layers.values(), *new]):
+        for weight, expression in new.items():
+            weight.become(expression)
+        for layer in layers.values():
+            state = state_of(layer)
+            for slot in state.slots if state is not None else ():
+                slot.tie.expression = slot.view.expression
+                slot.tie.quantized = slot.tie.made_by_code and bool(_modes(slot.view.expression))
+            hang_weights(layer)
 
 
 def _modes(expression: Expression) -> set[str]:

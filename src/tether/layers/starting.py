@@ -42,6 +42,8 @@ def start_from_values(layer: Any, name: str, expression: Expression, variable: A
     missing = [weight for weight in expression.weights_used() if not weight.is_built]
     if not missing:
         return
+    for weight in missing:
+        weight.autocasts = weight.autocasts and keras_seam.autocasts(variable)
     solved = solve_shape(expression, shape)
     try:
         parts = invert(expression, variable.value) if len(expression.weights_used()) == 1 else {}

@@ -21,7 +21,7 @@ STATE = "_tether"
 WEIGHTS = "_tether_weights"
 
 
-@dataclass
+@dataclass(eq=False)
 class Tie:
     """One tie as it was asked for: where it is recorded, and by which path from there."""
 
@@ -34,7 +34,7 @@ class Tie:
     """Quantised since, of which that constructor knows nothing."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A view, and the position that its variable has or would have in the layer's lists."""
 
@@ -46,7 +46,7 @@ class Slot:
     """Whether `add_weight` handed the view out by name."""
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """The ties of one layer: those that wait for a variable, and those that have one."""
 
@@ -142,7 +142,6 @@ def hang_weights(layer: Any) -> None:
         elif WEIGHTS in vars(layer):
             object.__delattr__(layer, WEIGHTS)
             keras_seam.forget_attribute(layer, WEIGHTS)
-    keras_seam.refresh_torch_parameters(layer)
 
 
 def _held_elsewhere(layer: Any, weight: Weight) -> bool:

@@ -17,6 +17,7 @@ from tether.layers.placing import become_tied, replace
 from tether.layers.refusing import refuse_layer, refuse_tie, refuse_twice
 from tether.layers.rollback import Rollback
 from tether.layers.state import Tie, state_of
+from tether.layers.swap import swapped
 from tether.layers.tied import take_arguments
 from tether.layers.view import View
 from tether.weights.argument import Argument
@@ -150,8 +151,7 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
             involved.update({id(w): w for w in place.variable.expression.weights_used()})
     for path, place in places.items():
         refuse_tie(place.layer, place.leaf_name, place.variable, wanted[path])
-    replaced = []
-    with Rollback([*affected.values(), *involved.values()]):
+    with Rollback([*affected.values(), *involved.values()]), swapped(affected.values()):
         for path, place in places.items():
             state, recording = become_tied(place.layer), become_tied(place.recorder)
             asked = Tie(weakref.ref(place.recorder), place.recorded_path, wanted[path], made_by_code)
@@ -163,17 +163,12 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
                 state.pending[place.leaf] = asked
             else:
                 replace(place.layer, place.variable, place.leaf_name, asked)
-                replaced.append((place.variable, [w.variable for w in wanted[path].weights_used() if w.is_built]))
             if place.recorder is not layer and arguments_in(wanted[path]):
                 takes = become_tied(layer).takes
                 takes.extend(a for a in arguments_in(wanted[path]) if a not in takes)
         for taker in (layer, *(place.recorder for place in places.values())):
             if state_of(taker) is not None:
                 take_arguments(taker)
-    adopted = {id(weight.variable) for weight in involved.values() if weight.is_built}
-    keras_seam.replace_torch_parameters(
-        [(old, new) for old, new in replaced if not isinstance(old, View) and id(old) not in adopted]
-    )
 
 
 __all__ = ["restore", "tie", "weight_of"]

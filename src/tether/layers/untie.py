@@ -14,7 +14,9 @@ from tether.layers.arguments import arguments_in
 from tether.layers.lambda_layer import Lambda
 from tether.layers.placing import drop_use, forget
 from tether.layers.refusing import refuse_layer
-from tether.layers.state import STATE, Slot, State, Tie, hang_weights, state_of
+from tether.layers.rollback import Rollback
+from tether.layers.state import STATE, Slot, State, Tie, state_of
+from tether.layers.swap import exchange, swapped
 from tether.layers.tied import base_class, take_arguments
 from tether.layers.view import View
 from tether.weights.weight import Weight
@@ -35,6 +37,12 @@ def untie(layer: Any, *names: str) -> Any:
         UnknownName: A name is not tied.
     """
     refuse_layer("untie", layer)
+    with Rollback.below(layer), swapped(keras_seam.contained_layers(layer)):
+        _untie(layer, names)
+    return layer
+
+
+def _untie(layer: Any, names: tuple[str, ...]) -> None:
     if names:
         for name in names:
             _untie_one(layer, name)
@@ -54,7 +62,6 @@ def untie(layer: Any, *names: str) -> Any:
     penalizing.drop_void(keras_seam.contained_layers(layer))
     for below in keras_seam.contained_layers(layer):
         become_plain(below)
-    return layer
 
 
 def _is_recorded(asked: Tie) -> bool:
@@ -121,14 +128,9 @@ def _give_back(layer: Any, state: State, slot: Slot) -> None:
     for weight in view.expression.weights_used():
         if weight is view.expression and weight.is_built:
             variable.constraint = weight.variable.constraint
-    state.slots.remove(slot)
     drop_use(view.use)
     forget(slot.tie)
-    index = slot.index - sum(1 for other in state.slots if other.store == slot.store and other.index < slot.index)
-    keras_seam.insert_tracked(layer, slot.store, index, variable)
-    for path in paths.holders(layer, view):
-        _put_back(layer, path, variable)
-    hang_weights(layer)
+    exchange(layer, state, view, variable)
 
 
 def plain_variable(view: View) -> Any:
@@ -147,14 +149,6 @@ def plain_variable(view: View) -> Any:
     keras_seam.set_path(variable, view.path)
     variable.regularizer = view.use.regularizer
     return variable
-
-
-def _put_back(layer: Any, path: tuple[str, ...], variable: Any) -> None:
-    if len(path) == 1:
-        with keras_seam.unlocked(layer):
-            setattr(layer, path[0], variable)
-    else:
-        paths.put_item(layer, path, variable)
 
 
 def become_plain(layer: Any) -> None:

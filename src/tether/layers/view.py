@@ -9,10 +9,11 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import TetherError
+from tether.errors import TetherError, Unsupported, received
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor
 from tether.weights.use import Use
+from tether.weights.weight import Weight
 
 
 class View(keras_seam.Variable):
@@ -37,7 +38,6 @@ class View(keras_seam.Variable):
         self.use = use
         self.slot_trainable = trainable
         self.frozen = False
-        self.layout_constraint: Any = None
         self.planner: Any = None
 
     @property
@@ -110,6 +110,36 @@ class View(keras_seam.Variable):
         self.frozen = not value
         layer = self.use.layer()
         self.follow(True if layer is None else keras_seam.own_trainable_flag(layer))
+
+    @property
+    def regularizer(self) -> Any:
+        """What adds a penalty on this use's value to the losses of its layer."""
+        return self.use.regularizer
+
+    @regularizer.setter
+    def regularizer(self, value: Any) -> None:
+        if value is not None and not callable(value):
+            raise TetherError(f"A regularizer is a function of a tensor, or None. {received(regularizer=value)}")
+        self.use.regularizer = value
+
+    @property
+    def constraint(self) -> Any:
+        """What the stored weight is held to after each step; only of a use that is the weight itself."""
+        weight = self.expression
+        return weight.present_constraint if isinstance(weight, Weight) else None
+
+    @constraint.setter
+    def constraint(self, value: Any) -> None:
+        if value is not None and not callable(value):
+            raise TetherError(f"A constraint is a function of a tensor, or None. {received(constraint=value)}")
+        weight = self.expression
+        if isinstance(weight, Weight):
+            weight.present_constraint = value
+        elif value is not None:
+            raise Unsupported(
+                f"A constraint acts on what is stored, and {self.path} is {weight.notation()}. Constrain the weight, "
+                "`tether.Weight(constraint=...)`, or write the constraint into the expression."
+            )
 
     def follow(self, layer_trainable: bool) -> None:
         """Takes over the layer's flag: a use is live if layer, attribute and user all let it train."""

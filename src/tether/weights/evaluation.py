@@ -172,7 +172,7 @@ def _apply(node: Node, values: list[Tensor]) -> Tensor:
             values[place] = cast_to_scope(operand.tensor())
     if isinstance(node, StatefulNode) and _advances_now(node):
         for weight, value in node.advance(*values).items():
-            weight.variable.assign(value)
+            weight.store(value)
             for place, operand in enumerate(node.operands):
                 if operand is weight:
                     values[place] = keras_seam.plain_tensor(weight.value)

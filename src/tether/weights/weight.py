@@ -82,6 +82,7 @@ class Weight(Expression, keras.layers.Layer):
         self.regularizer = keras.regularizers.get(regularizer)
         self.constraint = keras.constraints.get(constraint)
         self._variable: Any = None
+        self.autocasts = True
         self._wanted_path: str | None = None
         self.first_initializer: Any = None
         self.uid = fresh_uid()
@@ -158,7 +159,12 @@ class Weight(Expression, keras.layers.Layer):
                 f"The weight {self.name!r} has shape {self.shape}. {received(shape=tuple(value.shape))}"
             )
         self.generation += 1
-        self.variable.assign(keras_seam.own_copy(value))
+        self.store(keras_seam.own_copy(value))
+
+    def store(self, value: Tensor) -> None:
+        """Stores a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
+        with keras_seam.AutocastScope(None):
+            self.variable.assign(value)
 
     # ------------------------------------------------------------------ how it comes to be
 
@@ -190,6 +196,7 @@ class Weight(Expression, keras.layers.Layer):
                 shape=shape,
                 dtype=dtype,
                 trainable=self.trainable,
+                autocast=self.autocasts,
                 name=path.rpartition("/")[2],
             )
         keras_seam.set_path(variable, path)
@@ -201,6 +208,7 @@ class Weight(Expression, keras.layers.Layer):
         if self.constraint is not None:
             variable.constraint = self.constraint
         self._given_shape = None
+        self.autocasts = keras_seam.autocasts(variable)
         self._variable = variable
         self.refresh()
 
@@ -254,6 +262,18 @@ class Weight(Expression, keras.layers.Layer):
         return [] if self._variable is None else [self._variable]
 
     weights = variables
+
+    @property
+    def present_constraint(self) -> Any:
+        """The constraint in force: its own, or that of the variable that it took over or was made for."""
+        return self.constraint if self._variable is None else self._variable.constraint
+
+    @present_constraint.setter
+    def present_constraint(self, value: Any) -> None:
+        if self._variable is None:
+            self.constraint = value
+        else:
+            self._variable.constraint = value
 
     # ------------------------------------------------------------------ what trains
 
@@ -365,6 +385,7 @@ class Weight(Expression, keras.layers.Layer):
             "constraint": None if self.constraint is None else keras.constraints.serialize(self.constraint),
             "uid": self.uid,
             "origin": self.origin,
+            **({} if self.autocasts else {"autocast": False}),
             **became,
         }
 
@@ -383,10 +404,10 @@ class Weight(Expression, keras.layers.Layer):
             scope[uid].only_named = False
             return scope[uid]
         origin, path, initializer = config.pop("origin"), config.pop("path"), config.pop("initializer")
-        became = config.pop("became", None)
+        became, autocasts = config.pop("became", None), config.pop("autocast", True)
         try:
             weight = cls(**config)  # without an initializer it makes no variable, which would take a name
-            weight._wanted_path = path
+            weight._wanted_path, weight.autocasts = path, autocasts
             weight.initializer = keras.initializers.get(initializer)
             if became is not None:
                 from tether.weights.codec import decode_became
@@ -516,10 +537,10 @@ def _rebuild(config: dict[str, Any], value: Any, became: Expression | None = Non
     config = check_config(config)
     config.pop("became", None)
     config.pop("uid")
-    origin, path = config.pop("origin"), config.pop("path")
+    origin, path, autocasts = config.pop("origin"), config.pop("path"), config.pop("autocast", True)
     weight = Weight(**config)
     weight.origin = origin
-    weight._wanted_path = path
+    weight._wanted_path, weight.autocasts = path, autocasts
     if value is not None:
         weight.assign(value)
     if became is not None:

@@ -74,7 +74,7 @@ def check_shape(shape: Any) -> Shape:
 def check_config(config: Any) -> dict[str, Any]:
     """A copy of a weight's config, known to be well formed."""
     keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
-    if not isinstance(config, dict) or set(config) - {"became"} != keys:
+    if not isinstance(config, dict) or set(config) - {"became", "autocast"} != keys:
         raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=config)}")
     config = dict(config)
     if config["shape"] is not None:
@@ -91,8 +91,9 @@ def check_config(config: Any) -> dict[str, Any]:
             raise InvalidConfig(f"A weight's {key} is a string. {received(**{key: config[key]})}")
     if "/" in config["name"] or not isinstance(config["path"], (str, type(None))):
         raise InvalidConfig(f"A weight's name has no '/'. {received(name=config['name'], path=config['path'])}")
-    if not isinstance(config["trainable"], bool):
-        raise InvalidConfig(f"A weight's trainable is a bool. {received(trainable=config['trainable'])}")
+    for key in ("trainable", "autocast"):
+        if not isinstance(config.get(key, True), bool):
+            raise InvalidConfig(f"A weight's {key} is a bool. {received(**{key: config[key]})}")
     for key, module, kind in (
         ("initializer", keras.initializers, keras.initializers.Initializer),
         ("regularizer", keras.regularizers, keras.regularizers.Regularizer),

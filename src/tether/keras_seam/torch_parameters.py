@@ -1,0 +1,119 @@
+"""What PyTorch knows of a layer's variables: the parameters that modules list.
+
+On the PyTorch backend Keras gives each module a list of the parameters of all layers below it, when the module is
+built. `parameters()`, `state_dict()` and PyTorch's optimizers read these lists. A layer does not know the modules
+around it, so those that have to follow a change are found by who refers to a parameter, and remembered.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keras.src import backend as _backend
+from keras.src.layers.layer import Layer as _Layer
+
+from tether.keras_seam.layers import contained_layers
+
+LIST = "_torch_params"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a layer stored before a change and stores after it, as Keras variables."""
+
+    layer: Any
+    before: Sequence[Any]
+    after: Sequence[Any]
+
+
+def list_parameters_again(changes: Iterable[Change]) -> None:
+    """Makes `parameters()` of each changed layer, and of every module around one, exactly what is stored in it."""
+    if _backend.backend() != "torch":
+        return
+    changes = list(changes)
+    for change in changes:
+        if LIST in change.layer._modules:  # Keras has taken what it no longer tracks off the layer's own list
+            change.layer._track_variables()
+            _modules.add(change.layer)
+    changed = [change for change in changes if set(map(id, change.before)) != set(map(id, change.after))]
+    _find_modules([variable for change in changed for variable in change.before])
+    for change in changed:
+        for module in list(_modules):
+            if module is not change.layer and _contains(module, change.layer):
+                _list_again(module, change)
+
+
+_modules: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The modules that are known to list parameters."""
+_below: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+"""The layers below a module, by id, as they were last found."""
+
+
+def _parameters(module: Any) -> dict[str, Any]:
+    """The parameters that a module lists, by path."""
+    listed = module._modules.get(LIST)
+    found: dict[str, Any] = {} if listed is None else listed._parameters
+    return found
+
+
+def _find_modules(variables: Sequence[Any]) -> None:
+    """Looks for modules that list one of these parameters, unless all who refer to them are known."""
+    for variable in variables:
+        if variable._value is None:
+            continue
+        known = sum(_parameters(module).get(variable.path) is variable._value for module in _modules)
+        # Further references are the variable's own and the one that is passed here.
+        if sys.getrefcount(variable._value) > known + 2:
+            break
+    else:
+        return
+    for found in gc.get_objects():
+        if issubclass(type(found), _Layer) and LIST in vars(found).get("_modules", ()):
+            _modules.add(found)
+
+
+def _contains(module: Any, layer: Any) -> bool:
+    """Whether a layer is below a module. What was found before is looked at again only where it may have grown."""
+    if not module._layers:
+        return False
+    known = _below.get(module)
+    if known is None or id(layer) not in known:
+        if known is not None and not _lists_any(module, layer):
+            return False
+        known = _below[module] = set(map(id, contained_layers(module)))
+    return id(layer) in known
+
+
+def _lists_any(module: Any, layer: Any) -> bool:
+    listed = _parameters(module)
+    return any(listed.get(variable.path) is variable._value for variable in layer.variables)
+
+
+def _list_again(module: Any, change: Change) -> None:
+    parameters, listed = _parameters(module), module._modules[LIST]
+    kept = {id(variable) for variable in change.after}
+    gone = [variable for variable in change.before if id(variable) not in kept]
+    left = set(map(id, module.variables)) if gone else set()
+    for variable in gone:
+        if id(variable) not in left:
+            for path in [path for path, value in parameters.items() if value is variable._value]:
+                del listed[path]
+    for variable in change.after:
+        present = parameters.get(variable.path)
+        if present is variable._value:
+            continue
+        if present is None or not any(value is variable._value for value in parameters.values()):
+            listed[_free_path(variable.path, parameters)] = variable._value
+
+
+def _free_path(path: str, taken: dict[str, Any]) -> str:
+    found, number = path, 0
+    while found in taken:
+        number += 1
+        found = f"{path}_{number}"
+    return found
