@@ -138,7 +138,7 @@ from tether.keras_seam.saving import (
     shared_object,
 )
 from tether.keras_seam.starting import random_starts_left_out
-from tether.keras_seam.torch_parameters import Change, list_parameters_again
+from tether.keras_seam.torch_parameters import Change, list_parameters_again, only_parameters, without_parameters
 from tether.keras_seam.variables import (
     Variable,
     autocasts,
@@ -167,7 +167,7 @@ __all__ = [
     "is_unknown_to_the_optimizer", "layout_map", "list_parameters_again", "listed_variables",
     "load_from", "loading_scope", "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope",
     "on_host",
-    "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",
+    "only_parameters", "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",
     "own_tensor", "own_trainable_flag", "passes", "plain_tensor", "prepare_view", "quantization_config",
     "quantizers", "random_starts_left_out", "raw_value", "read_archive", "recognize_variables",
     "refresh_call_signature", "refuse_spectral_normalization", "register_reader",
@@ -176,5 +176,5 @@ __all__ = [
     "set_own_trainable_flag", "set_path", "set_untracked", "shared_object", "shield_tracker", "snapshot",
     "store_each_variable_once", "stored_dtype", "stored_value", "sublayers", "take_over_quantize", "trace",
     "trace_token", "track", "training_loss", "undisturbed", "unique_name", "unlock", "unlocked",
-    "unshield_tracker", "untrack", "untrack_layer", "variable_lists", "write", "write_rows",
+    "unshield_tracker", "untrack", "untrack_layer", "variable_lists", "without_parameters", "write", "write_rows",
 ]  # fmt: skip

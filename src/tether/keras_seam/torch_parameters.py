@@ -48,6 +48,16 @@ def list_parameters_again(changes: Iterable[Change]) -> None:
                 _list_again(module, change)
 
 
+def without_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
+    """A copy of a module's parts by name (of any dict), without its list of parameters: that is always made anew."""
+    return {key: value for key, value in modules.items() if key != LIST}
+
+
+def only_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
+    """What `without_parameters` leaves out."""
+    return {key: value for key, value in modules.items() if key == LIST}
+
+
 _modules: weakref.WeakSet[Any] = weakref.WeakSet()
 """The modules that are known to list parameters."""
 _below: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()

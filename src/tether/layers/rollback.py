@@ -39,7 +39,7 @@ class _Snapshot:
             if isinstance(value, list):
                 self.contents.append((value, list(value)))
             elif isinstance(value, dict):
-                self.contents.append((value, dict(value)))
+                self.contents.append((value, keras_seam.without_parameters(value)))
             elif isinstance(value, set):
                 self.contents.append((value, set(value)))
 
@@ -67,8 +67,9 @@ def _refill(container: Any, content: Any) -> None:
         list.clear(container)
         list.extend(container, content)
     elif isinstance(container, dict):
+        listed = keras_seam.only_parameters(container)
         dict.clear(container)
-        dict.update(container, content)
+        dict.update(container, {**content, **listed})
     else:
         set.clear(container)
         set.update(container, content)
@@ -102,9 +103,16 @@ class Rollback:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             return
+        stored = [list(target.variables) for target in self.targets]
         for snapshot in self.snapshots:
             snapshot.restore()
         for state, attributes in self.states:
             state.__dict__.update(attributes)
         for container, content in self.state_contents:
             _refill(container, content)
+        keras_seam.list_parameters_again(
+            [
+                keras_seam.Change(layer, left, list(layer.variables))
+                for layer, left in zip(self.targets, stored, strict=True)
+            ]
+        )
