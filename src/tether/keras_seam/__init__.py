@@ -99,7 +99,7 @@ from tether.keras_seam.memory import (
     write,
     write_rows,
 )
-from tether.keras_seam.names import current_path, is_automatic_variable_name, name_scope, outside_name_scopes, set_path
+from tether.keras_seam.names import current_path, is_automatic_variable_name, name_scope, numbered, scope_of
 from tether.keras_seam.quantizing import (
     WatchedSublayers,
     give_back_quantize,
@@ -109,6 +109,7 @@ from tether.keras_seam.quantizing import (
     quantizers,
     take_over_quantize,
 )
+from tether.keras_seam.registering import tell_apart
 from tether.keras_seam.reshaping import (
     build_shapes,
     forget_traces,
@@ -164,15 +165,15 @@ __all__ = [
     "is_float", "is_known_to_the_optimizer", "is_locked", "is_nnx_enabled", "is_plain_eager",
     "is_quantizing_a_model", "is_same_snapshot", "is_sparse", "is_stored_in", "is_traced", "is_training_call",
     "is_unknown_to_the_optimizer", "layout_map", "listed_variables", "load_from", "loading_scope",
-    "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope", "on_host",
-    "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",
+    "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope", "numbered", "on_host",
+    "optimized_variables", "optimizer_slots", "own_attributes", "own_copy",
     "own_tensor", "own_trainable_flag", "passes", "plain_tensor", "prepare_view", "quantization_config",
     "quantizers", "random_starts_left_out", "raw_value", "read_archive", "recognize_variables",
     "refresh_call_signature", "refresh_torch_parameters", "refuse_spectral_normalization", "register_reader",
     "register_tied", "registered_function", "replace_torch_parameters", "running_layers", "running_methods",
-    "save_to", "saved_objects", "saving_scope", "set_build_shapes", "set_by_a_container", "set_mask",
-    "set_own_trainable_flag", "set_path", "set_untracked", "shared_object", "shield_tracker", "snapshot",
-    "store_each_variable_once", "stored_dtype", "stored_value", "sublayers", "take_over_quantize", "trace",
-    "trace_token", "track", "training_loss", "undisturbed", "unique_name", "unlock", "unlocked",
+    "save_to", "saved_objects", "saving_scope", "scope_of", "set_build_shapes", "set_by_a_container", "set_mask",
+    "set_own_trainable_flag", "set_untracked", "shared_object", "shield_tracker", "snapshot",
+    "store_each_variable_once", "stored_dtype", "stored_value", "sublayers", "take_over_quantize", "tell_apart",
+    "trace", "trace_token", "track", "training_loss", "undisturbed", "unique_name", "unlock", "unlocked",
     "unshield_tracker", "untrack", "untrack_layer", "variable_lists", "write", "write_rows",
 ]  # fmt: skip

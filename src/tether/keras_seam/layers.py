@@ -13,6 +13,8 @@ from keras.src.models.sequential import Sequential
 from keras.src.utils import naming as _naming
 from keras.src.utils import python_utils as _python_utils
 
+from tether.keras_seam.names import numbered
+
 
 def track(layer: Any, variable: Any) -> None:
     """Adds a stored variable to a layer, built or not."""
@@ -192,8 +194,11 @@ def replace_torch_parameters(replaced: list[tuple[Any, list[Any]]]) -> None:
             for name in [name for name, value in parameters.items() if id(value) in successors]:
                 stored = successors[id(parameters.pop(name))]
                 keys.pop(name, None)
-                parameters.update({variable.path: variable._value for variable in stored})
-                keys.update({variable.path: None for variable in stored})
+                present = {id(value) for value in parameters.values()}
+                for variable in stored:
+                    if id(variable._value) not in present:
+                        key = numbered(variable.path, parameters)
+                        parameters[key], keys[key] = variable._value, None
 
 
 def is_default(method: Any) -> bool:

@@ -133,11 +133,11 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     refuse_misfit(layer, name, shape, constraint, expression)
     if wished:
         warn_of_initializer(layer, name, expression, initializer)
-    start_from_layer(expression, shape, dtype, initializer)
-    store = keras_seam.STORES[0] if trainable else keras_seam.STORES[1]
-    index = len(keras_seam.variable_lists(layer)[store]) + sum(slot.store == store for slot in state.slots)
     with keras_seam.name_scope(layer):
         path = f"{keras_seam.current_path()}/{name}"
+    start_from_layer(expression, path, shape, dtype, initializer)
+    store = keras_seam.STORES[0] if trainable else keras_seam.STORES[1]
+    index = len(keras_seam.variable_lists(layer)[store]) + sum(slot.store == store for slot in state.slots)
     use = new_use(layer, name, expression, regularizer)
     view = View(
         use,

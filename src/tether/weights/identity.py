@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from tether.weights.weight import Weight
 
 _explicit = threading.local()
-_paths: weakref.WeakValueDictionary[str, Weight] = weakref.WeakValueDictionary()
-_paths_lock = threading.Lock()
 
 
 def fresh_uid() -> str:
@@ -59,17 +56,3 @@ def current_scope() -> dict[str, Weight] | None:
     """The weights of the scope in progress, by the uid in the config, or `None` outside of any."""
     explicit: dict[str, Weight] | None = getattr(_explicit, "scope", None)
     return explicit if explicit is not None else keras_seam.copying_scope()
-
-
-def claim_path(wanted: str, weight: Weight) -> str:
-    """A variable path that no living weight has: the wanted one, or that with a number.
-
-    On PyTorch, Keras keys parameters by path, and of two with one path one would be lost.
-    """
-    with _paths_lock:
-        path, number = wanted, 0
-        while _paths.get(path, weight) is not weight:
-            number += 1
-            path = f"{wanted}_{number}"
-        _paths[path] = weight
-        return path

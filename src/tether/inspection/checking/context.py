@@ -14,6 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError
+from tether.inspection.aliases import unique_paths
 from tether.inspection.checking.captured import Found, arguments_of, reached
 from tether.inspection.checking.values import InMemory, Values
 from tether.inspection.facts import Facts, StoredWeight
@@ -129,6 +130,14 @@ class Context:
         for variable in self.model.weights:
             found.setdefault(f"{UNSAVED}{variable.path}", variable)
         return {weight.place: found[weight.place] for weight in self.facts.weights}
+
+    @cached_property
+    def _unique_paths(self) -> dict[int, str]:
+        return unique_paths(self.model)
+
+    def unique_path(self, variable: Any) -> str:
+        """The path of a variable, with a number where another one of the model has it too."""
+        return self._unique_paths.get(id(variable), str(variable.path))
 
     @cached_property
     def _by_variable(self) -> dict[int, StoredWeight]:
@@ -308,7 +317,7 @@ class Context:
 
     def variable_code(self, variable: Any) -> str:
         """Code for a stored variable."""
-        return f"tether.inspection.aliases(model).find({'^' + variable.path + '$'!r})[0]"
+        return f"tether.inspection.aliases(model).find({'^' + self.unique_path(variable) + '$'!r})[0]"
 
     def layer_code(self, layer: Any) -> str:
         """Code for a layer."""
