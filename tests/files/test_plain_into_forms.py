@@ -72,7 +72,8 @@ def test_what_a_form_cannot_be_is_refused_and_changes_nothing(name, way, rng, tm
     model = in_a_model(kernel, case.shape[1], case.shape[0])
     before = model.get_weights()
     folder = checkpoint(np.nan_to_num(case.bad(rng, case.shape), nan=7.0).astype("float32"), tmp_path)
-    with pytest.raises(ValueError, match="differ|has no value for"):  # Keras puts what went wrong into an error of its own
+    # Keras puts what went wrong into an error of its own.
+    with pytest.raises(ValueError, match=r"differ|has no value for"):
         WAYS[way](model, folder)
     assert all(np.array_equal(one, two) for one, two in zip(before, model.get_weights(), strict=True))
 

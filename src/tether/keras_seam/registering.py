@@ -25,7 +25,7 @@ if _backend.backend() == "torch":
     _READING = {_REGISTERING, *(each for each in _REGISTERING.co_consts if isinstance(each, CodeType))}
 
 
-class _Keyed(Variable):  # type: ignore[misc]
+class _Keyed(Variable):
     """A variable whose path is another one while a model registers it that has the path already."""
 
     @property

@@ -152,6 +152,15 @@ class Context:
         """The stored weights that are none of a random generator or a metric."""
         return [weight for weight in self.facts.weights if not weight.state]
 
+    @cached_property
+    def _shared(self) -> set[int]:
+        found = keras_seam.contained_layers(self.model) if self.model is not None else ()
+        return {id(layer.variable) for layer in found if isinstance(layer, Weight) and layer.is_built}
+
+    def is_shared(self, weight: StoredWeight) -> bool:
+        """Whether a stored weight is one of Tether's, as far as that is known: of a file it is not."""
+        return bool(self._shared) and id(self.variables[weight.place]) in self._shared
+
     def name_of(self, weight: StoredWeight) -> str:
         """A name of a weight for people: that of its first use."""
         uses = self.facts.uses_of(weight)
