@@ -191,6 +191,14 @@ def own_attribute():
     return keras.Model(x, Bilinear(table, name="bilinear")(embed(x)))
 
 
+def own_attribute_alone():
+    """A weight that a layer holds, and nothing is tied to, beside a tie."""
+    x = keras.Input((4,))
+    own = tether.Weight((4, 4), "glorot_uniform", name="own")
+    dense = tether.tie(layers.Dense(4, name="dense"), kernel=tether.Weight(name="kernel"))
+    return keras.Model(x, Bilinear(own, name="bilinear")(dense(x)))
+
+
 def ties_itself():
     return keras.Sequential([keras.Input((4,)), TiesItself(name="itself"), layers.Dense(2, name="last")])
 
@@ -320,9 +328,9 @@ MODELS = {
     make.__name__: make
     for make in (
         tied_autoencoder, transposed_head, slices, low_rank_child, children_of_one_name, routed, extended, nested,
-        block, attention, attention_after_build, own_attribute, ties_itself, private_sharing, reversible_embedding,
-        batch_normalization, recurrent, bidirectional, time_distributed, unbuilt, shared_layer, frozen_use, soft_tie,
-        with_state, bfloat16, float32_weight_in_bfloat16, plain, more_than_unshared,
+        block, attention, attention_after_build, own_attribute, own_attribute_alone, ties_itself, private_sharing,
+        reversible_embedding, batch_normalization, recurrent, bidirectional, time_distributed, unbuilt, shared_layer,
+        frozen_use, soft_tie, with_state, bfloat16, float32_weight_in_bfloat16, plain, more_than_unshared,
     )
 }  # fmt: skip
 

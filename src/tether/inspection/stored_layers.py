@@ -183,10 +183,11 @@ class _Reading:
                 self.held.append((holder, attribute, weight))
         for holder, attribute, weight in self.held:
             below = f"{holder}/" if holder else ""
-            if weight not in places or any(user == holder or user.startswith(below) for user in users[weight]):
+            of_ties = users.get(weight, [])
+            if weight not in places or any(user == holder or user.startswith(below) for user in of_ties):
                 continue
             layer = self._around(holder)
-            free = layer.trainable if layer is not None and not users[weight] else None
+            free = layer.trainable if layer is not None and not of_ties else None
             use = UseOf(
                 layer=layer_path(holder, self.values.names),
                 attribute=attribute,
