@@ -4,8 +4,6 @@ import keras
 import numpy as np
 import pytest
 
-from tether.weights import identity
-
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
@@ -25,7 +23,6 @@ def pytest_report_header(config):
 @pytest.fixture(autouse=True)
 def seeded():
     keras.utils.set_random_seed(7)
-    identity._paths.clear()  # weights of other tests that are not collected yet keep no names
     yield
     keras.config.set_dtype_policy("float32")
 

@@ -58,7 +58,7 @@ def trained(data):
 
 def test_only_the_adapter_learns_and_off_is_the_base_to_the_last_bit(trained, data):
     model, before, after = trained
-    assert {w.name for w in model.trainable_weights} == {"lora_a", "lora_b"}
+    assert {w.name for w in model.trainable_weights} == {"kernel_lora_a", "kernel_lora_b"}
     assert len(model.trainable_weights) == 4
     assert np.max(np.abs(after - before)) > 1e-3
     adapters.activate(model)
@@ -105,7 +105,7 @@ def test_one_is_removed_and_another_loaded(trained, data, tmp_path):
     adapters.load(model, file, name="again")
     assert adapters.names(model) == ["again"]
     np.testing.assert_array_equal(predict(model, data), after)
-    assert {w.name.rstrip("_0123456789") for w in model.trainable_weights} == {"lora_a", "lora_b"}
+    assert {w.name for w in model.trainable_weights} == {"kernel_lora_a", "kernel_lora_b"}
 
 
 def test_the_file_holds_the_adapter_alone_and_fits_another_process_model(trained, data, tmp_path):
@@ -205,7 +205,7 @@ def test_a_merged_model_is_plain_until_it_is_taken_apart(trained, data, tmp_path
             wrong()
     adapters.unmerge(model)
     np.testing.assert_array_equal(predict(model, data), after)
-    assert {w.name for w in model.trainable_weights} == {"lora_a", "lora_b"}
+    assert {w.name for w in model.trainable_weights} == {"kernel_lora_a", "kernel_lora_b"}
     with pytest.raises(TetherError, match="not merged"):
         adapters.unmerge(model)
 

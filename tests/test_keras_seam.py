@@ -205,14 +205,22 @@ def test_bidirectional_copies_its_argument_inside_its_constructor(spied):
         assert heard("config") and True not in heard("config")
 
 
-def test_variables_made_outside_name_scopes_have_bare_paths():
-    with keras.name_scope("outer"):
-        with keras_seam.outside_name_scopes():
-            inside = keras.Variable(np.ones(2), name="bare")
+@pytest.mark.parametrize("path", ["bare", "dense/bare", "a/dense/bare", "a/b/c/dense/bare"])
+def test_a_variable_is_made_under_a_path_whatever_scopes_are_open(path):
+    """Known when the variable is made: a layout map looks it up then."""
+    seen = []
+
+    def start(shape, dtype=None):
+        seen.append(keras_seam.current_path())
+        return np.ones(shape, dtype)
+
+    layer = keras.layers.Dense(2, name="inner")
+    with keras.name_scope("outer"), keras_seam.name_scope(layer):
+        with keras_seam.path_scope(path):
+            inside = keras.Variable(start, shape=(2,), name="bare")
         again = keras.Variable(np.ones(2), name="scoped")
-    assert inside.path == "bare" and again.path == "outer/scoped"
-    keras_seam.set_path(inside, "other/bare")
-    assert inside.path == "other/bare"
+    assert inside.path == path and again.path == "outer/inner/scoped"
+    assert seen == [path.rpartition("/")[0]]
 
 
 def test_the_path_of_a_new_weight_is_that_of_the_open_scopes():

@@ -116,7 +116,7 @@ def _adapt(
     found = named_weights(model)
     with Rollback.below(model):
         frozen = frozen_weights(found)
-        factor = Weight(np.array(strength, "float32"), trainable=False, name=f"{name}.strength")
+        factor = Weight(np.array(strength, "float32"), trainable=False, name=f"{name}.strength", role="strength")
         ties = {}
         for path, part in parts.items():
             base, others = _taken_apart(weight_of(model, path))

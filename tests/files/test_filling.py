@@ -7,7 +7,7 @@ import pytest
 import tether
 from tests.support import numpy
 from tether.errors import ShapeMismatch, TetherError, ValueConflict
-from tether.files.filling import Offer, Wanted, base_of, fill
+from tether.files.filling import Offer, Wanted, fill
 
 layers = keras.layers
 
@@ -125,13 +125,3 @@ def test_a_report_is_for_people():
     ]
     with pytest.raises(AttributeError):
         report.loaded = ()
-
-
-def test_the_base_of_an_adapter_is_found_and_no_other():
-    w, v = tether.Weight((2, 3), "zeros", name="w"), tether.Weight((2, 3), "zeros", name="v")
-    still = w.stop_gradient()
-    assert base_of(w) is base_of(still) is base_of(w.scale_gradient(0.1)) is w
-    assert base_of(still + tether.low_rank(1)) is w
-    assert base_of(still + tether.low_rank(1, start="pissa")) is w
-    for none in (w + v, w.T, 2 * w, w + 1.0, still + v):
-        assert base_of(none) is None

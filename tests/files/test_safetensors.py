@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -139,12 +141,109 @@ def test_a_stored_weight_under_a_formula_has_a_name_of_its_own(rng, tmp_path):
 
     source, target = randomize(make(), rng), make()
     path = saved(source, tmp_path)
-    assert "encode.kernel.stored" in tensors(path)[0]
+    assert "encode.kernel_1" in tensors(path)[0]
     tether.files.load_safetensors(target, path)
     assert np.array_equal(numpy(target.layers[1].kernel), numpy(source.layers[1].kernel))
     untied = autoencoder(False)
     tether.files.load_safetensors(untied, path)
     assert_close(untied.layers[1].kernel, source.layers[1].kernel)
+
+
+def rewritten(path, rename, ties=True):
+    """A file with other names of its tensors, in the plan too."""
+    found = load_file(path)
+    plan = json.loads(tensors(path)[1]["tether"])
+    plan["weights"] = {uid: rename(name) for uid, name in plan["weights"].items()}
+    metadata = {"format": "pt", **({"tether": json.dumps(plan)} if ties else {})}
+    save_file({rename(name): value for name, value in found.items()}, path, metadata=metadata)
+    return path
+
+
+def with_forms(**forms):
+    """An autoencoder whose kernels have forms."""
+    model = autoencoder(False)
+    return tether.tie(
+        model, {f"{layer}/kernel": form(tether.weight_of(model, f"{layer}/kernel")) for layer, form in forms.items()}
+    )
+
+
+MODELS = {
+    "low rank": lambda: with_forms(encode=tether.low_rank(2), decode=tether.low_rank(1)),
+    "dora": lambda: with_forms(encode=tether.forms.dora(2)),
+    "a formula": lambda: with_forms(encode=lambda w: w * w, decode=lambda w: w @ w.T @ w),
+    "a shared low rank": lambda: shared(tether.low_rank(2)),
+    "integers": lambda: quantized(autoencoder(True)),
+}
+
+
+def drawn(model, rng):
+    for variable in model.weights:
+        is_whole = variable.dtype == "int8"
+        value = rng.integers(-9, 9, variable.shape) if is_whole else rng.normal(size=variable.shape)
+        variable.assign(value.astype(variable.dtype))
+
+
+def shared(form):
+    model = autoencoder(False)
+    kernel = form(tether.weight_of(model, "encode/kernel"))
+    return tether.tie(model, {"encode/kernel": kernel, "decode/kernel": kernel.T})
+
+
+def quantized(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.quantize("int8")
+    return model
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_where_the_structure_is_the_same_names_play_no_part(what, rng, tmp_path):
+    source, target = MODELS[what](), MODELS[what]()
+    drawn(source, rng)
+    path = saved(source, tmp_path)
+    shared_names = set(json.loads(tensors(path)[1]["tether"])["weights"].values())
+    rewritten(path, lambda name: f"z{len(name)}.{name[::-1]}" if name in shared_names else name)
+    report = tether.files.load_safetensors(target, path)
+    assert not report.missing and not report.skipped and not report.conflicting
+    assert values(target) == values(source)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("what", MODELS)
+def test_the_names_of_0_1_0_are_read(what, ties, rng, tmp_path):
+    """There a form's part had a dot before what it adds, and a name that was taken got `.stored`."""
+    source, target = MODELS[what](), MODELS[what]()
+    drawn(source, rng)
+
+    def before(name):
+        return re.sub(
+            r"kernel_1$", "kernel.stored", re.sub(r"(kernel|codec)_(lora|magnitude|int8|scale)", r"\1.\2", name)
+        )
+
+    path = rewritten(saved(source, tmp_path), before, ties)
+    assert any(name != before(name) for name in tensors(saved(source, tmp_path, "new.safetensors"))[0])
+    assert not tether.files.load_safetensors(target, path).missing
+    assert values(target) == values(source)
+
+
+def test_weights_of_one_path_are_told_apart_by_the_models_order(rng, tmp_path):
+    def make(keep=[]):  # noqa: B006
+        model = autoencoder(False)
+        a, b = (tether.Weight((5, 3), "normal", name="factor") for _ in range(2))
+        keep.append(model)  # what else lives plays no part
+        return tether.tie(model, {"encode/kernel": a * b, "decode/kernel": (a - b).T})
+
+    source, target = make(), make()
+    randomize(source, rng)
+    path = saved(source, tmp_path)
+    assert {"factor", "factor_1"} <= set(tensors(path)[0])
+    assert set(tensors(saved(target, tmp_path, "other.safetensors"))[0]) == set(tensors(path)[0])
+    tether.files.load_safetensors(target, path)
+    assert values(target) == values(source)
+    clone = keras.models.clone_model(target)
+    rewritten(path, lambda name: name, ties=False)
+    tether.files.load_safetensors(clone, path)
+    assert values(clone) == values(source)
 
 
 # --------------------------------------------------------------------------- names

@@ -20,7 +20,7 @@ class Case:
 
     make: Callable[[], Any]
     value: Callable[..., Any]
-    """The value in NumPy: of the base and the form's own weights by the last part of their names."""
+    """The value in NumPy: of the base and the form's own weights by what their names add."""
     notation: str
     trains: frozenset[str] = frozenset()
     """Its own weights that train."""
@@ -95,53 +95,53 @@ CASES = {
     "low_rank": Case(
         lambda: forms.low_rank(2, alpha=4, seed=1),
         lambda w, lora_a, lora_b: w + 2 * lora_a @ lora_b,
-        "w.stop_gradient() + 2.0 * (w.lora_a @ w.lora_b)",
+        "w.stop_gradient() + 2.0 * (w_lora_a @ w_lora_b)",
         LORA,
     ),
     "low_rank, pissa": Case(
         lambda: forms.low_rank(2, start="pissa"),
         lambda w, lora_a, lora_b, pissa_a, pissa_b: w + lora_a @ lora_b - pissa_a @ pissa_b,
-        "w.stop_gradient() + w.lora_a @ w.lora_b - w.pissa_a @ w.pissa_b",
+        "w.stop_gradient() + w_lora_a @ w_lora_b - w_pissa_a @ w_pissa_b",
         LORA,
         frozenset({"pissa_a", "pissa_b"}),
     ),
     "dora": Case(
         lambda: forms.dora(2, seed=1),
         lambda w, lora_a, lora_b, magnitude: magnitude * (w + lora_a @ lora_b) / norms(w + lora_a @ lora_b),
-        "magnitude(w.magnitude, w.stop_gradient() + w.lora_a @ w.lora_b)",
+        "magnitude(w_magnitude, w.stop_gradient() + w_lora_a @ w_lora_b)",
         LORA | {"magnitude"},
     ),
     "vera": Case(
         lambda: forms.vera(3, seed=1),
         lambda w, vera_d, vera_b, a, b: w + (a * vera_d) @ (b * vera_b),
-        "w.stop_gradient() + (vera_bases.a * w.vera_d) @ (vera_bases.b * w.vera_b)",
+        "w.stop_gradient() + (vera_bases.a * w_vera_d) @ (vera_bases.b * w_vera_b)",
         frozenset({"vera_d", "vera_b"}),
         frozenset({"a", "b"}),
     ),
     "vera, size": Case(
         lambda: forms.vera(3, size=(9, 7), seed=1),
         lambda w, vera_d, vera_b, a, b: w + (a[: len(w)] * vera_d) @ (b[:, : w.shape[1]] * vera_b),
-        "w.stop_gradient() + (vera_bases.a[:6] * w.vera_d) @ (vera_bases.b[:, :4] * w.vera_b)",
+        "w.stop_gradient() + (vera_bases.a[:6] * w_vera_d) @ (vera_bases.b[:, :4] * w_vera_b)",
         frozenset({"vera_d", "vera_b"}),
         frozenset({"a", "b"}),
         any_axes=False,
     ),
     "scale": Case(
-        lambda: forms.scale(), lambda w, scale: w * scale, "w.stop_gradient() * w.scale", frozenset({"scale"})
+        lambda: forms.scale(), lambda w, scale: w * scale, "w.stop_gradient() * w_scale", frozenset({"scale"})
     ),
     "scale, inputs": Case(
-        lambda: forms.scale(axis=0), lambda w, scale: w * scale, "w.stop_gradient() * w.scale", frozenset({"scale"})
+        lambda: forms.scale(axis=0), lambda w, scale: w * scale, "w.stop_gradient() * w_scale", frozenset({"scale"})
     ),
     "gate": Case(
         lambda: forms.gate(start=0.75),
         lambda w, gate, own: sigmoid(gate) * w + (1 - sigmoid(gate)) * own,
-        "w.stop_gradient() + sigmoid(-w.gate) * (w.own - w.stop_gradient())",
+        "w.stop_gradient() + sigmoid(-w_gate) * (w_own - w.stop_gradient())",
         frozenset({"gate", "own"}),
     ),
     "gate, output": Case(
         lambda: forms.gate(per="output"),
         lambda w, gate, own: sigmoid(gate) * w + (1 - sigmoid(gate)) * own,
-        "w.stop_gradient() + sigmoid(-w.gate) * (w.own - w.stop_gradient())",
+        "w.stop_gradient() + sigmoid(-w_gate) * (w_own - w.stop_gradient())",
         frozenset({"gate", "own"}),
     ),
     "masked": Case(
@@ -155,32 +155,32 @@ CASES = {
     "masked, parent": Case(
         lambda: forms.masked(MASK, outside="parent"),
         lambda w, own: np.where(MASK, own, w),
-        "where(array[6, 4], w.own, w.stop_gradient())",
+        "where(array[6, 4], w_own, w.stop_gradient())",
         frozenset({"own"}),
         any_axes=False,
     ),
     "hadamard": Case(
         lambda: forms.hadamard(2, alpha=4, seed=1),
         lambda w, loha_a1, loha_b1, loha_a2, loha_b2: w + 2 * (loha_a1 @ loha_b1) * (loha_a2 @ loha_b2),
-        "w.stop_gradient() + 2.0 * (w.loha_a1 @ w.loha_b1 * (w.loha_a2 @ w.loha_b2))",
+        "w.stop_gradient() + 2.0 * (w_loha_a1 @ w_loha_b1 * (w_loha_a2 @ w_loha_b2))",
         frozenset({"loha_a1", "loha_b1", "loha_a2", "loha_b2"}),
     ),
     "kronecker": Case(
         lambda: forms.kronecker(seed=1),
         lambda w, lokr_c, lokr_d: w + np.kron(lokr_c, lokr_d),
-        "w.stop_gradient() + einsum('ab,cd->acbd', w.lokr_c, w.lokr_d).reshape(6, 4)",
+        "w.stop_gradient() + einsum('ab,cd->acbd', w_lokr_c, w_lokr_d).reshape(6, 4)",
         frozenset({"lokr_c", "lokr_d"}),
     ),
     "kronecker, rank": Case(
         lambda: forms.kronecker(1, alpha=2, seed=1),
         lambda w, lokr_c, lokr_a, lokr_b: w + 2 * np.kron(lokr_c, lokr_a @ lokr_b),
-        "w.stop_gradient() + 2.0 * einsum('ab,cd->acbd', w.lokr_c, w.lokr_a @ w.lokr_b).reshape(6, 4)",
+        "w.stop_gradient() + 2.0 * einsum('ab,cd->acbd', w_lokr_c, w_lokr_a @ w_lokr_b).reshape(6, 4)",
         frozenset({"lokr_c", "lokr_a", "lokr_b"}),
     ),
     "weight_norm": Case(
         forms.weight_norm,
         lambda w, g: g * w / norms(w),
-        "magnitude(w.g, w)",
+        "magnitude(w_g, w)",
         frozenset({"g"}),
         reparametrizes=True,
         good=any_value,
@@ -217,7 +217,7 @@ CASES = {
     "orthogonal, cayley": Case(
         lambda: forms.orthogonal("cayley"),
         cayley,
-        "cayley(w, w.before)",
+        "cayley(w, w_before)",
         holds=frozenset({"before"}),
         starts_equal=False,
         reparametrizes=True,
@@ -228,7 +228,7 @@ CASES = {
     "orthogonal, cayley, wide": Case(
         lambda: forms.orthogonal("cayley"),
         cayley,
-        "cayley(w, w.before)",
+        "cayley(w, w_before)",
         holds=frozenset({"before"}),
         starts_equal=False,
         reparametrizes=True,
@@ -272,8 +272,9 @@ def expression_of(name, base=None):
 
 
 def own_weights(expression, base):
-    """What the form has brought, by the last part of the names."""
-    return {weight.name.rpartition(".")[2]: weight for weight in expression.weights_used() if weight is not base}
+    """What the form has brought, by what their names add to the base's."""
+    brought = (weight for weight in expression.weights_used() if weight is not base)
+    return {weight.name.removeprefix(f"{base.name}_").removeprefix("vera_bases."): weight for weight in brought}
 
 
 def model_of(name, **dense):

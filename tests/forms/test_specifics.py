@@ -227,7 +227,7 @@ def test_a_mask_too_large_for_a_config_is_stored(tmp_path):
     expression = forms.masked(mask)(base)
     stored = own_weights(expression, base)["mask"]
     assert not stored.trainable
-    assert expression.notation() == "where(w.mask, w, 0.0)"
+    assert expression.notation() == "where(w_mask, w, 0.0)"
     layer = tether.tie(keras.layers.Dense(shape[1], use_bias=False), kernel=expression)
     model = keras.Sequential([keras.Input((1024,)), layer])
     model.save(tmp_path / "model.keras")

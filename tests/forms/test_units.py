@@ -113,10 +113,10 @@ def test_the_notation_of_the_childrens_weights():
     parent = keras.layers.Dense(4, name="parent")
     parent.build((None, 3))
     composed = tether.inherit(parent, forms.compose(2))
-    assert composed.kernel.expression.notation() == "parent.kernel @ parent.kernel.compose"
-    assert composed.bias.expression.notation() == "parent.bias @ parent.kernel.compose + parent.bias.own"
+    assert composed.kernel.expression.notation() == "parent.kernel @ parent.kernel_compose"
+    assert composed.bias.expression.notation() == "parent.bias @ parent.kernel_compose + parent.bias_own"
     longer = tether.inherit(parent, forms.concatenate(2))
-    assert longer.kernel.expression.notation() == "concatenate([parent.kernel, parent.kernel.own], axis=-1)"
+    assert longer.kernel.expression.notation() == "concatenate([parent.kernel, parent.kernel_own], axis=-1)"
 
 
 def test_children_of_a_child():

@@ -222,17 +222,6 @@ def test_the_file_is_read_without_making_the_model(tmp_path, monkeypatch):
     assert not diff(expected, facts(path))
 
 
-def test_weights_of_a_file_take_no_names(tmp_path):
-    model = models.tied_autoencoder()
-    path, _ = saved(model, tmp_path)
-    del model
-    facts(path)
-    assert tether.Weight((2, 2), "ones", name="codec").variable.path in ("codec", "codec_1")
-    before = [tether.Weight((2, 2), "ones", name="fresh")]
-    facts(path)
-    assert before[0].variable.path == "fresh"
-
-
 @contextlib.contextmanager
 def growth():
     tracemalloc.start()

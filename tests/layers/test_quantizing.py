@@ -113,8 +113,8 @@ def test_integers_take_the_place_of_floats(mode):
     quantize(model, mode)
     rows = 21 if mode == "int8" else 11
     stored = {v.path: (tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for v in model.weights}
-    assert stored[f"codec/{mode}"] == ((rows, 7), "int8")
-    assert stored["codec/scale"] == ((1, 7), "float32")
+    assert stored[f"codec_{mode}"] == ((rows, 7), "int8")
+    assert stored["codec_scale"] == ((1, 7), "float32")
     assert not any(path == "codec" for path in stored)
     assert all(v.path.endswith("bias") for v in model.trainable_weights)
     assert codec.shape == (21, 7) and codec.dtype == "float32" and not codec.trainable
@@ -375,8 +375,8 @@ def test_a_low_rank_part_goes_on_learning(mode, frozen, rng):
         trained(model, x, y)
         model.fit(x, y, epochs=1, verbose=0)  # the first factor gets a gradient once the second is not zero
     changed = {v.path for v in model.weights if not np.array_equal(before[v.path], numpy(v.value))}
-    names = {"/".join(path.rstrip("_0123456789").split("/")[-2:]) for path in changed}
-    assert names == {"w/lora_a", "w/lora_b", "first/bias", "second/bias"}
+    names = {path if path[0] == "w" else path.partition("/")[2] for path in changed}
+    assert names == {"w_lora_a", "w_lora_b", "first/bias", "second/bias"}
 
 
 def test_a_named_adapter_goes_on_learning_and_a_saved_one_fits_the_quantised_base(rng, tmp_path):
@@ -729,9 +729,9 @@ def test_what_looks_at_the_model_shows_integers_shared_by_both(mode, tmp_path):
     model, _ = autoencoder()
     quantize(model, mode)
     text = str(tether.summary(model))
-    assert f"codec.{mode}" in text.replace("/", ".") and "2 uses" in text and "dequantize(" in text
+    assert f"codec_{mode}" in text and "2 uses" in text and "dequantize(" in text
     assert not [finding for finding in tether.check(model) if finding.rule == "quantized-beside-float"]
     tether.plot(model, tmp_path / "weights.html")
-    assert "codec/scale" in (tmp_path / "weights.html").read_text()
+    assert "codec_scale" in (tmp_path / "weights.html").read_text()
     model.save(tmp_path / "m.keras")
-    assert f"codec/{mode}" in str(tether.summary(tmp_path / "m.keras"))
+    assert f"codec_{mode}" in str(tether.summary(tmp_path / "m.keras"))

@@ -18,17 +18,18 @@ def became_integers(rng, shape=(3, 2)):
     weight = Weight(rng.normal(size=shape).astype("float32"), name="w")
     twice = 2.0 * weight.T
     _ = twice.numpy(), live_weights(twice), is_view(weight.T)  # what is remembered of it must be found again
-    weight.become(rounded(weight.numpy(), "int8", (0,)).expression("w", "float32"))
+    weight.become(rounded(weight.numpy(), "int8", (0,)).expression(weight, "float32"))
     return weight, twice
 
 
 def test_an_expression_written_before_is_made_of_the_new_weights(rng):
     weight, twice = became_integers(rng)
     parts = weight.became.weights_used()
-    assert [part.name for part in parts] == ["w.int8", "w.scale"]
+    assert [part.name for part in parts] == [part.path for part in parts] == ["w_int8", "w_scale"]
+    assert [part.role for part in parts] == ["integers", "scale"]
     assert twice.weights_used() == parts == (2.0 * weight.T).weights_used()
     assert not any(step.expression is weight for step in program(twice))
-    assert twice.notation() == "2.0 * dequantize(w.int8, w.scale).T"
+    assert twice.notation() == "2.0 * dequantize(w_int8, w_scale).T"
     assert not is_view(weight) and not is_view(weight.T)
     assert np.array_equal(twice.numpy(), 2 * (numpy(parts[0].value) * numpy(parts[1].value)).T)
     assert (weight.shape, weight.dtype, twice.shape) == ((3, 2), "float32", (2, 3))
@@ -47,7 +48,8 @@ def test_what_it_has_become_is_written_out_where_it_is_asked_for(rng):
 def test_a_copy_has_integers_of_its_own(rng, how):
     weight, _ = became_integers(rng)
     again = copy.deepcopy(weight) if how == "copy" else Weight.from_config(weight.get_config())
-    assert [part.name for part in again.became.weights_used()] == ["w.int8", "w.scale"]
+    assert [part.name for part in again.became.weights_used()] == ["w_int8", "w_scale"]
+    assert [part.role for part in again.became.weights_used()] == ["integers", "scale"]
     assert not set(again.became.weights_used()) & set(weight.became.weights_used())
     assert (again.shape, again.dtype) == (weight.shape, weight.dtype)
     if how == "copy":
@@ -126,7 +128,7 @@ def test_a_value_cannot_be_assigned_through_the_integers(rng):
 @pytest.mark.parametrize("inputs", [(0,), (1,), (0, 1), (0, 2), (1, 2)])
 def test_the_grid_of_each_channel_reaches_as_far_as_its_values(mode, inputs, rng):
     array = rng.normal(size=(5, 3, 7)).astype("float32")
-    expression = rounded(array, mode, inputs).expression("w", "float32")
+    expression = rounded(array, mode, inputs).expression(Weight(array, name="w"), "float32")
     scale = expression.weights_used()[1].numpy()
     largest = {"int8": 127, "int4": 7}[mode]
     np.testing.assert_allclose(scale, np.abs(array).max(axis=inputs, keepdims=True) / largest, rtol=1e-6)
@@ -145,7 +147,7 @@ def test_blocks_have_one_size(count, block, blocks, rng):
     array = rng.normal(size=(count, 2)).astype("float32")
     found = rounded(array, "int4", (0,), block)
     assert found.scale.size == 2 * blocks
-    expression = found.expression("w", "float32")
+    expression = found.expression(Weight(array, name="w"), "float32")
     assert isinstance(expression, Dequantize) and expression.shape == array.shape
     steps = np.repeat(found.scale.reshape(blocks, 2), count // blocks, axis=0)
     assert np.all(np.abs(expression.numpy() - array) <= steps / 2 + 1e-6)

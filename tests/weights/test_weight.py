@@ -1,7 +1,6 @@
 """What a Weight is: how it comes to be, what it holds, what it is called, and how it travels."""
 
 import copy
-import gc
 import json
 import pickle
 import threading
@@ -12,7 +11,7 @@ import pytest
 
 import tether
 from tests.support import assert_close, gradients, numpy
-from tether.errors import InvalidConfig, ShapeMismatch, UnknownShape
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownShape
 from tether.weights import Weight
 from tether.weights.weight import Copy
 
@@ -301,29 +300,89 @@ def test_the_path_of_its_variable_is_its_name_whoever_builds_it():
     assert holder.early.variable.path == "early_of_the_path_test"
 
 
-def test_paths_are_unique_among_the_living():
-    first, second, third = (Weight(VALUE, name="twin") for _ in range(3))
-    assert first.name == second.name == "twin"
-    assert [w.variable.path for w in (first, second, third)] == ["twin", "twin_1", "twin_2"]
-    assert len({w.variable.name for w in (first, second, third)}) == 3
-    del second
-    gc.collect()
-    assert Weight(VALUE, name="twin").variable.path == "twin_1"
+def test_what_else_lives_plays_no_part_in_a_path():
+    first, second = (Weight(VALUE, name="twin") for _ in range(2))
+    assert [(w.name, w.path, w.variable.path, w.variable.name) for w in (first, second)] == [("twin",) * 4] * 2
+    assert Weight.from_config(first.get_config()).variable.path == copy.deepcopy(first).variable.path == "twin"
 
 
-def test_paths_are_unique_across_threads():
-    made, barrier = [], threading.Barrier(8, timeout=30)
+@pytest.mark.parametrize(
+    ("name", "path"), [("block.codec", "block/codec"), (".a..b.", "a/b"), ("...", "weight"), ("codec", "codec")]
+)
+def test_dots_of_a_name_are_slashes_of_the_path(name, path):
+    waiting, made = Weight(name=name), Weight((2,), "zeros", name=name)
+    assert waiting.path == made.path == made.variable.path == path
+    with keras.name_scope("outer"):
+        assert Weight((2,), "zeros", name=name).variable.path == path
 
-    def make():
-        barrier.wait()
-        made.extend(Weight(VALUE, name="threaded") for _ in range(5))
 
-    threads = [threading.Thread(target=make) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({weight.variable.path for weight in made}) == len(made) == 40
+def test_a_weight_without_a_name_has_the_path_of_the_first_variable_that_it_stands_for():
+    """As the variable would have it that the layer makes: whatever was made in the process before."""
+    early, late = Weight(), Weight()
+    built = keras.layers.Dense(2, name="built")
+    built.build((None, 3))
+    tether.tie(built, kernel=early)
+    layer = tether.tie(keras.layers.Dense(2, name="inner"), kernel=late)
+    other = tether.tie(keras.layers.Dense(2, name="other"), kernel=late)
+    plain = keras.Sequential([keras.layers.Dense(2, name="inner"), keras.layers.Dense(2)], name="outer")
+    for model in (plain, keras.Sequential([layer, other], name="outer")):
+        model.build((None, 2))
+    assert early.path == "built/kernel"
+    assert late.path == late.variable.path == plain.layers[0].kernel.path
+
+
+def test_the_promoted_weight_of_a_layer_that_is_not_built_gets_the_path_of_its_variable():
+    layer = keras.layers.Dense(2, name="inner")
+    weight = tether.weight_of(layer, "kernel")
+    assert weight.name == "inner.kernel"
+    model, plain = (keras.Sequential([each], name="outer") for each in (layer, keras.layers.Dense(2, name="inner")))
+    clone = keras.models.clone_model(model)
+    for each in (plain, model, clone):
+        each.build((None, 3))
+    assert weight.path == clone.layers[0].kernel.expression.path == plain.layers[0].kernel.path
+
+
+# --------------------------------------------------------------------------- roles
+
+
+def test_a_role_is_written_and_read():
+    for role in ("part", "strength", "state", "integers", "scale"):
+        weight = Weight((2,), "zeros", name="w", role=role)
+        assert weight.role == weight.get_config()["role"] == Weight.from_config(weight.get_config()).role == role
+        assert copy.deepcopy(weight).role == pickle.loads(pickle.dumps(weight)).role == role
+    with pytest.raises(AttributeError):
+        weight.role = "part"
+    assert Weight((2,), "zeros").role is None and "role" not in Weight((2,), "zeros").get_config()
+
+
+def test_a_role_that_there_is_not_is_refused():
+    with pytest.raises(TetherError, match=r"role is one of 'part'.*Received: role='base'"):
+        Weight((2,), "zeros", role="base")
+    for role in ("base", 3, ["part"]):
+        with pytest.raises(InvalidConfig, match="role is one of"):
+            Weight.from_config({**Weight((2,), "zeros").get_config(), "role": role})
+    part = Weight((2,), "zeros", role="part").get_config()
+    with tether.sharing(), pytest.raises(InvalidConfig, match="differ in role"):
+        Weight.from_config(part)
+        Weight.from_config({**part, "role": "state"})
+
+
+def test_a_weight_beside_another_has_its_name_and_path_with_a_suffix():
+    base = keras.layers.Dense(4, name="query")
+    with keras.name_scope("block"):
+        base.build((None, 3))
+    kernel = tether.weight_of(base, "kernel")
+    part = Weight.beside(kernel, "lora_a", np.ones((3, 2)), dtype="float32")
+    assert (part.name, part.path) == ("query.kernel_lora_a", "block/query/kernel_lora_a")
+    assert part.variable.path == part.path and part.variable.name == "kernel_lora_a"
+    waiting = Weight.beside(Weight(name="late.kernel"), "g", "ones", (2,), dtype="float16", role="state")
+    assert (waiting.name, waiting.path, waiting.dtype, waiting.role) == (
+        "late.kernel_g",
+        "late/kernel_g",
+        "float16",
+        "state",
+    )
+    np.testing.assert_array_equal(waiting.numpy(), np.ones(2))
 
 
 def test_a_name_is_made_up_if_none_is_given():
@@ -402,7 +461,7 @@ def test_its_constraint_holds_after_a_step():
 
 
 def settings(config):
-    return {key: value for key, value in config.items() if key not in ("uid", "path", "origin")}
+    return {key: value for key, value in config.items() if key not in ("uid", "origin")}
 
 
 def test_a_config_is_json_and_gives_a_weight_of_the_same_settings():
@@ -423,7 +482,7 @@ def test_a_config_is_json_and_gives_a_weight_of_the_same_settings():
     assert isinstance(revived.initializer, keras.initializers.RandomUniform)
     assert isinstance(revived.regularizer, keras.regularizers.L1)
     assert isinstance(revived.constraint, keras.constraints.MaxNorm)
-    assert revived.variable.path == "travels_1"
+    assert revived.variable.path == "travels"
 
 
 @pytest.mark.parametrize("make", [lambda: Weight(), lambda: Weight((3, 4)), lambda: Weight(initializer="ones")])
@@ -532,7 +591,7 @@ class TestCopies:
         copied = duplicate(weight)
         assert settings(copied.get_config()) == settings(weight.get_config())
         np.testing.assert_array_equal(copied.numpy(), weight.numpy())
-        assert copied.variable.path != weight.variable.path
+        assert copied.variable.path == weight.variable.path == "many"
 
     def test_a_copy_has_storage_of_its_own(self, duplicate):
         weight = Weight(VALUE)

@@ -35,6 +35,7 @@ _NORMS = {
     "self_attention_layer_norm": "attention.output.LayerNorm",
     "feedforward_layer_norm": "output.LayerNorm",
 }
+_LEAVES = {"kernel", "bias", "gamma", "beta", "output_bias"}
 _BLOCK = re.compile(r"transformer_layer_(\d+)\.(.+)\.(kernel|bias|gamma|beta)")
 _SPARE = re.compile(r"(.*\.)?embeddings\.position_ids|cls\..*|(.*\.)?pooler\..*|classifier\..*")
 
@@ -52,6 +53,8 @@ def names(name: str, known: frozenset[str]) -> Any:
     if name in _OUTER:
         return _of(_OUTER[name])
     owner, _, leaf = name.rpartition(".")
+    if leaf not in _LEAVES:  # what a form has added
+        return None
     if owner == "embeddings_layer_norm":
         return _norm("embeddings.LayerNorm", leaf)
     if owner == "pooled_dense":

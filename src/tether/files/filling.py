@@ -2,14 +2,15 @@
 
 A file offers a value for a *target*: a stored variable, a `tether.Weight`, or the view that a tied layer has in
 the place of a variable. A value for a view is pushed back through its expression to the weights that it is made
-of. So one stored weight may be offered several values, which are compared, and resolved if they differ. A view
-whose expression has no inverse is compared with what the other entries made of it. Everything is planned and
-checked before anything is assigned.
+of; where that has no inverse, to the base that others were added to (`tether.weights.base`), unless the file has a
+value of the base's own. So one stored weight may be offered several values, which are compared, and resolved if they
+differ. A view that is left is compared with what the other entries made of it. Everything is planned and checked
+before anything is assigned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +23,16 @@ from tether.files.comparing import difference_of, tolerance_of
 from tether.files.entries import Array, Rows
 from tether.files.report import Conflict, Loaded, Report
 from tether.layers.view import View, shape_of
+from tether.weights.base import as_it_is, base_of, put
 from tether.weights.constant import numpy_dtype
 from tether.weights.expression import Expression
 from tether.weights.inversion import invert
-from tether.weights.operators.adapted import Adapted
-from tether.weights.operators.arithmetic import Add, Subtract
-from tether.weights.operators.gradient import ScaleGradient, StopGradient
 from tether.weights.weight import Weight
 
 Resolve = str | Callable[[str, list[Array]], Any]
+
+_Way = Callable[[Expression, Any], dict[Weight, Any]]
+"""From a value of an expression to values of its weights."""
 
 RULES = ("error", "first", "mean")
 
@@ -72,30 +74,6 @@ def check_resolve(resolve: Any) -> None:
         )
 
 
-def base_of(expression: Expression) -> Weight | None:
-    """The weight that an adapter was added to: `w` of `w.stop_gradient() + a @ b`, or of `w` itself.
-
-    Only parts that were made for the weight count as an adapter, which their names tell (`kernel.lora_a`), and
-    those that have names as adapters. A sum of two weights of equal rank has no base.
-    """
-    current, parts = expression, []
-    while not isinstance(current, Weight):
-        if isinstance(current, (StopGradient, ScaleGradient)):
-            current = current.operands[0]
-        elif isinstance(current, Adapted):
-            current = current.base
-        elif isinstance(current, (Add, Subtract)):
-            parts.append(current.operands[1])
-            current = current.operands[0]
-        else:
-            return None
-    made_for_it = all(
-        part.weights_used() and all(weight.name.startswith(f"{current.name}.") for weight in part.weights_used())
-        for part in parts
-    )
-    return current if made_for_it else None
-
-
 # --------------------------------------------------------------------------- the plan
 
 
@@ -123,35 +101,54 @@ class Plan:
         self.rows: dict[int, Rows | None] = {}
         """The same in parts, of what is in the file as it is in memory."""
         self.conflicts: list[Conflict] = []
-        for offer in offers:
-            self._add(offer)
+        for_bases = [offer for offer in offers if not self._add(offer)]
+        known = set(self.candidates)
+        for offer in for_bases:
+            self._add_to_base(offer, known)
 
-    def _add(self, offer: Offer) -> None:
+    def _add(self, offer: Offer) -> bool:
+        """Takes an offer for what its target is; says whether that can be told without looking for a base."""
         target = offer.target
         _check_fit(offer)
-        if not isinstance(target, View):
-            self._take(target, offer)
-            return
-        weight = base_of(target.expression)
-        if weight is not None and tuple(weight.shape or ()) == offer.shape:
-            self._take(weight, offer)
-            return
-        try:
-            weights = list(self._inverted(offer))
-        except NotInvertible:
-            self.to_compare.append(offer)
-            return
-        for each in weights:
-            self._take_as(each, _Candidate(offer.source, self._part_reader(offer, each), offer, None))
+        stored = as_it_is(target.expression) if isinstance(target, View) else target
+        if stored is not None:
+            self._take(stored, offer)
+            return True
+        return base_of(target.expression) is None and self._take_through(offer, invert)
 
-    def _inverted(self, offer: Offer) -> dict[Weight, Any]:
+    def _add_to_base(self, offer: Offer, known: set[int]) -> None:
+        """Takes an offer for the base of its target, unless the file has a value of the base's own.
+
+        Args:
+            offer: An offer for a view whose expression has no inverse.
+            known: The ids of the variables for which the file has values of their own.
+        """
+        weight = base_of(offer.target.expression)
+        if weight is not None and id(weight.variable) not in known:
+            self._take(weight, offer)
+        elif weight is not None or not self._take_through(offer, put, known):
+            self.to_compare.append(offer)
+
+    def _take_through(self, offer: Offer, way: _Way, known: Container[int] = ()) -> bool:
+        """Takes an offer for the weights of its view, if there is a way to them and none of them is known."""
+        try:
+            weights = list(self._parts(offer, way))
+        except NotInvertible:
+            return False
+        if any(id(weight.variable) in known for weight in weights):
+            return False
+        for each in weights:
+            self._take_as(each, _Candidate(offer.source, self._part_reader(offer, way, each), offer, None))
+        return True
+
+    def _parts(self, offer: Offer, way: _Way) -> dict[Weight, Any]:
         view = offer.target
         value = _cast(offer.read(), keras_seam.stored_dtype(view), offer)
-        return invert(view.expression, keras.ops.convert_to_tensor(value))
+        return way(view.expression, keras.ops.convert_to_tensor(value))
 
-    def _part_reader(self, offer: Offer, weight: Weight) -> Callable[[], Array]:
+    def _part_reader(self, offer: Offer, way: _Way, weight: Weight) -> Callable[[], Array]:
         def read() -> Array:
-            part = keras_seam.on_host(keras_seam.plain_tensor(self._inverted(offer)[weight]))
+            part = keras_seam.on_host(keras_seam.plain_tensor(self._parts(offer, way)[weight]))
             return _cast(np.asarray(part), str(weight.dtype), offer)
 
         return read
@@ -387,5 +384,5 @@ def _conflict_message(conflicts: Sequence[Conflict]) -> str:
 
 
 __all__ = [
-    "RULES", "Array", "Offer", "Plan", "Report", "Resolve", "Wanted", "base_of", "check_resolve", "fill",
+    "RULES", "Array", "Offer", "Plan", "Report", "Resolve", "Wanted", "check_resolve", "fill",
 ]  # fmt: skip

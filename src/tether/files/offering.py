@@ -12,6 +12,7 @@ from tether.files.entries import Entry, StoredTie
 from tether.files.filling import Offer
 from tether.files.positions import Position
 from tether.layers.view import View
+from tether.weights.expression import Expression, program
 from tether.weights.weight import Weight
 
 
@@ -47,6 +48,33 @@ def offers_of(
     return offers, taken
 
 
+def of_one_structure(views: Mapping[str, View], ties: Mapping[str, StoredTie]) -> dict[int, list[Entry]]:
+    """The entries of weights by their ids, where the file's tie computes the same of its weights as the model's.
+
+    So what the weights are called, there and here, plays no part.
+    """
+    found: dict[int, dict[str, Entry]] = {}
+    for place, view in views.items():
+        if place in ties:
+            for mine, theirs in _pairs(view.expression, ties[place].expression).items():
+                entry = ties[place].weights[theirs]
+                found.setdefault(id(mine), {})[entry.name] = entry
+    return {key: list(named.values()) for key, named in found.items()}
+
+
+def _pairs(mine: Expression, theirs: Expression) -> dict[Weight, Weight]:
+    """The weights of one expression with those of another; none if the two differ in more than these."""
+    steps, others = program(mine), program(theirs)
+    pairs: dict[Weight, Weight] = {}
+    for step, other in zip(steps, others, strict=False):
+        one, two = step.expression, other.expression
+        if isinstance(one, Weight) and isinstance(two, Weight) and one.shape == two.shape:
+            pairs[one] = two
+        elif not step.same_as(other):
+            return {}
+    return pairs if len(steps) == len(others) else {}
+
+
 def weights_of(position: Position) -> list[Weight]:
     """The stored weights behind a position, if it has weights of Tether's."""
     for each in (position.target, position.holder):
@@ -73,4 +101,4 @@ def _check_target(position: Position) -> None:
         )
 
 
-__all__ = ["as_offer", "offers_of", "weights_of"]
+__all__ = ["as_offer", "of_one_structure", "offers_of", "weights_of"]

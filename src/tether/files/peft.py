@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ from tether.atomic import written_beside
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.files.archive import reading
 from tether.files.entries import Array, Entry
-from tether.files.filling import Offer, Plan, base_of
+from tether.files.filling import Offer, Plan
 from tether.files.naming import Names, Naming
 from tether.files.positions import check_built, dotted
 from tether.files.report import Report
@@ -34,10 +34,11 @@ from tether.layers.named import Named, frozen_weights, named_weights, train_only
 from tether.layers.rollback import Rollback
 from tether.layers.tie import tie, weight_of
 from tether.layers.view import View
+from tether.weights.base import split
 from tether.weights.constant import Constant
 from tether.weights.expression import Expression
 from tether.weights.operators.adapted import Adapted
-from tether.weights.operators.arithmetic import Add, MatMul, Multiply
+from tether.weights.operators.arithmetic import Add, MatMul, Multiply, Subtract
 from tether.weights.operators.structure import Reshape
 from tether.weights.weight import Weight
 
@@ -221,11 +222,11 @@ def _inputs_of(place: _Place, a: Entry, b: Entry) -> int:
 
 def _without_part(expression: Expression, name: str) -> Expression:
     """What an adapter is added to: the expression, without a low-rank part that it may have."""
-    if _has_factors(expression):
-        return expression.operands[0]
-    base = base_of(expression)
-    if base is None or expression.weights_used() == (base,):
+    found = split(expression) if isinstance(expression, (Add, Subtract, Adapted)) else None
+    if found is None:
         return expression
+    if isinstance(expression, Add) and len(found.added) == 1 and _taken_apart(found.added[0]) is not None:
+        return found.base
     raise Unsupported(f"{name} = {expression.notation()} has an adapter of another kind. Remove it first.")
 
 
@@ -331,14 +332,12 @@ def _parts(model: Any, names: Names, adapter: str | None) -> dict[str, tuple[flo
     found = {}
     for place in _places(model, names):
         view = place.named.variable
-        if not isinstance(view, View) or not isinstance(view.expression, (Add, Adapted)):
+        if not isinstance(view, View) or not isinstance(view.expression, (Add, Subtract, Adapted)):
             continue
-        if isinstance(view.expression, Add) and base_of(view.expression) is None and not _has_factors(view.expression):
-            continue  # a sum of weights, and no adapter
-        part, scale = _part_of(view.expression, adapter)
-        if part is None:
-            continue
-        taken = _taken_apart(part)
+        parts, scale = _parts_of(view.expression, adapter)
+        if not parts:
+            continue  # a sum of weights, and no adapter, or none of this name
+        taken = _taken_apart(parts[0]) if len(parts) == 1 else None
         if taken is None:
             raise Unsupported(
                 f"{place.named.name} = {view.expression.notation()} is no base with the product of two factors, which "
@@ -349,23 +348,18 @@ def _parts(model: Any, names: Names, adapter: str | None) -> dict[str, tuple[flo
     return found
 
 
-def _part_of(expression: Add | Adapted, adapter: str | None) -> tuple[Expression | None, float]:
+def _parts_of(expression: Add | Subtract | Adapted, adapter: str | None) -> tuple[tuple[Expression, ...], float]:
     """What is added to the base, and by which strength."""
-    if isinstance(expression, Add):
-        return expression.operands[1], 1.0
+    if not isinstance(expression, Adapted):
+        found = split(expression)
+        return () if found is None else found.added, 1.0
     parts = expression.parts
     if adapter is None and len(parts) > 1:
         raise TetherError(f"The model has several adapters. Say which: `adapter=...`, one of {', '.join(parts)}.")
     if adapter is not None and adapter not in parts:
-        return None, 1.0
+        return (), 1.0
     strength, part = parts[adapter] if adapter is not None else next(iter(parts.values()))
-    return part, float(strength.numpy())
-
-
-def _has_factors(expression: Expression) -> TypeGuard[Add]:
-    """Whether an expression is a sum of something, and of two factors that were made for it."""
-    taken = _taken_apart(expression.operands[1]) if isinstance(expression, Add) else None
-    return taken is not None and all(weight.name.endswith(("lora_a", "lora_b")) for weight in taken[1:])
+    return (part,), float(strength.numpy())
 
 
 def _taken_apart(part: Expression) -> tuple[float, Weight, Weight] | None:

@@ -11,12 +11,13 @@ import keras
 
 from tether import keras_seam
 from tether.errors import TetherError
-from tether.files.filling import Wanted, base_of
+from tether.files.filling import Wanted
 from tether.layers.named import Named, named_weights
 from tether.layers.refusing import refuse_layer
 from tether.layers.state import ordered_variables, state_of, weights_below
 from tether.layers.tied import own_entries
-from tether.layers.view import View
+from tether.layers.view import View, stored_variables
+from tether.weights.base import added_weights, base_of
 from tether.weights.weight import Weight
 
 
@@ -55,8 +56,9 @@ def positions(model: Any) -> Iterator[Position]:
 def stored_names(model: Any, named: Sequence[Named] | None = None) -> dict[int, str]:
     """The name under which a file by names has each stored weight, by the variable's id.
 
-    It is that of the first layer that uses the weight as it is; else of the first one in which only an adapter is
-    added to it; else the weight's own. `named` are the weights of its layers, if they were found already.
+    It is that of the first layer that uses the weight as it is; else of the first one of which it is the base; else
+    the weight's path. If that is taken, it gets a number in the model's order. `named` are the weights of its layers,
+    if they were found already.
     """
     found: dict[int, str] = {}
     later: list[tuple[int, str]] = []
@@ -73,16 +75,10 @@ def stored_names(model: Any, named: Sequence[Named] | None = None) -> dict[int, 
     for key, name in later:
         found.setdefault(key, name)
     taken = {name for _, name in names}
-    owners = _owners(model)
     for variable in model.weights:
         if id(variable) not in found:
-            owner = owners.get(id(variable))
-            # The path of a weight's variable has a number if another model has one of the same name.
-            name = dotted(str(variable.path) if owner is None else owner.name)
-            while name in taken:
-                name += ".stored"
-            taken.add(name)
-            found[id(variable)] = name
+            found[id(variable)] = keras_seam.numbered(dotted(str(variable.path)), taken)
+            taken.add(found[id(variable)])
     return found
 
 
@@ -103,19 +99,19 @@ def named_positions(model: Any, named: Sequence[Named]) -> list[Position]:
     for each, name in _position_names(named):
         found.setdefault(name, Position(name, each.layer, each.variable))
     for weight in owners.values():
-        name = dotted(weight.name)
-        found.setdefault(name, Position(name, weight, weight))
+        for name in (dotted(weight.name), dotted(weight.path)):
+            found.setdefault(name, Position(name, weight, weight))
     return list(found.values())
 
 
-def tied_names(model: Any) -> dict[str, View]:
-    """What layers call their views, where the name is not that of a stored weight."""
-    found = named_weights(model)
+def tied_names(model: Any, named: Sequence[Named] | None = None) -> dict[str, View]:
+    """What layers call their views, but those that read the stored weight of that name as it is."""
+    found = named or named_weights(model)
     names = set(stored_names(model, found).values())
     return {
-        name: named.variable
-        for named, name in _position_names(found)
-        if isinstance(named.variable, View) and name not in names
+        name: each.variable
+        for each, name in _position_names(found)
+        if isinstance(each.variable, View) and not (name in names and isinstance(each.variable.expression, Weight))
     }
 
 
@@ -137,22 +133,15 @@ def wanted(model: Any, named: Sequence[Named] | None = None) -> list[Wanted]:
 
 
 def _of_adapters(weights: Sequence[Named]) -> set[int]:
-    """The variables that only adapters use."""
+    """The variables that were only added to others."""
     found: set[int] = set()
-    bases: set[int] = set()
+    others: set[int] = set()
     for named in weights:
-        if isinstance(named.variable, View):
-            expression = named.variable.expression
-            base = base_of(expression)
-            used = {id(weight.variable) for weight in expression.weights_used()}
-            if base is None:
-                bases |= used
-            else:
-                bases.add(id(base.variable))
-                found |= used - {id(base.variable)}
-        else:
-            bases.add(id(named.variable))
-    return found - bases
+        is_view = isinstance(named.variable, View)
+        added = {id(weight.variable) for weight in added_weights(named.variable.expression)} if is_view else set()
+        found |= added
+        others |= {id(variable) for variable in stored_variables(named.variable)} - added
+    return found - others
 
 
 def in_old_order(model: Any) -> list[tuple[str, list[Any]]]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,14 +18,15 @@ from tether.files import bert
 from tether.files.entries import Array, Entry, StoredTie, stored_ties
 from tether.files.filling import Resolve, check_resolve, fill
 from tether.files.naming import Names, Naming, to_file
-from tether.files.offering import offers_of
-from tether.files.positions import check_built, named_positions, stored_names, tied_names, wanted
+from tether.files.offering import of_one_structure, offers_of
+from tether.files.positions import Position, check_built, named_positions, stored_names, tied_names, wanted
 from tether.files.report import Conflict, Report
 from tether.files.tensors import opened_tensors, write_tensors
 from tether.layers.named import named_weights
 from tether.layers.state import weights_below
 from tether.layers.view import shape_of
 from tether.weights.codec import encode
+from tether.weights.weight import Weight
 
 PLAN = "tether"
 """The key of the header's metadata under which the sharing plan is."""
@@ -41,8 +43,9 @@ _PAIRS = (
 def save_safetensors(model: Any, path: str | os.PathLike[str], *, names: Names = None) -> None:
     """Writes the weights of a model, each once and in its own dtype, as safetensors.
 
-    A weight has the name of the first layer that uses it as it is, with dots (`encoder.dense.kernel`). What else is
-    made of it is in the header, so that `load_safetensors` can fill models that are tied otherwise. Any reader of
+    A weight has the name of the first layer that uses it as it is, with dots (`encoder.dense.kernel`), or that adds
+    to it (`w + tether.low_rank(8)`); others have their paths. What is made of weights is in the header, so that
+    `load_safetensors` can fill models that are tied otherwise, or whose weights have other names. Any reader of
     safetensors reads the file. It is written beside the target, tensor by tensor, and renamed.
 
     Args:
@@ -145,6 +148,10 @@ def load_safetensors(
     with opened_tensors(target) as (tensors, metadata):
         ties = _ties_of(metadata, tensors, target.name)
         entries = {each.place: naming.find(each.place, tuple(each.target.shape), tensors) for each in found}
+        structure = of_one_structure(tied_names(model, named), ties)
+        entries.update({each.place: structure[id(each.target)] for each in found if id(each.target) in structure})
+        if names is None:
+            entries.update(_of_older_names(found, entries, tensors))
         offers, taken = offers_of(_each_once(found, entries), entries, ties)
         left = [(name, not naming.spare(name)) for name in tensors if name not in taken]
         report = fill(
@@ -154,6 +161,29 @@ def load_safetensors(
     return (
         report if flag is None else Report(report.loaded, report.skipped, report.missing, (*report.conflicting, flag))
     )
+
+
+def _of_older_names(
+    found: list[Position], entries: Mapping[str, list[Entry]], tensors: Mapping[str, Entry]
+) -> dict[str, list[Entry]]:
+    """The entries of weights under the names that 0.1.0 gave them, by their places.
+
+    It put a dot before what a form adds (`dense.kernel.lora_a`), and `.stored` behind a name that was taken.
+    """
+    taken = {entry.name for each in entries.values() for entry in each}
+    left: dict[str, list[str]] = {}
+    for name in sorted(tensors, key=len):
+        if name not in taken:
+            left.setdefault(re.sub(r"(\.stored)+$", "", name).replace(".", "_"), []).append(name)
+    older: dict[str, list[Entry]] = {}
+    filled = {id(each.target) for each in found if entries[each.place]}
+    for each in found:
+        if isinstance(each.target, Weight) and id(each.target) not in filled:
+            names = left.get(each.target.name.replace(".", "_"), [])
+            if names and tensors[names[0]].shape == each.target.shape:
+                older[each.place] = [tensors[names.pop(0)]]
+                filled.add(id(each.target))
+    return older
 
 
 def _each_once(found: list[Any], entries: Mapping[str, list[Entry]]) -> list[Any]:

@@ -233,22 +233,35 @@ def from_matrix(matrix: Expression, rows: Shape, columns: Shape) -> Expression:
     return matrix if len(rows) == len(columns) == 1 else matrix.reshape(*rows, *columns)
 
 
-def part(base: Expression, suffix: str, start: Any, shape: Shape | None = None, *, trainable: bool = True) -> Weight:
-    """A weight of a form's own, named after the base: `dense.kernel.lora_a`.
+def part(
+    base: Expression,
+    suffix: str,
+    start: Any,
+    shape: Shape | None = None,
+    *,
+    dtype: str | None = None,
+    trainable: bool = True,
+    role: str = "part",
+) -> Weight:
+    """A weight of a form's own, which stands beside the base: `dense/kernel_lora_a`.
 
     Args:
         base: What names it and gives the dtype.
         suffix: The rest of its name.
         start: An initializer or its name (with `shape`), or an array of its start values.
         shape: Its shape, with an initializer.
+        dtype: Its dtype, if that is not the base's.
         trainable: Whether it may train.
+        role: What it is for: `"state"` if calls that train advance it.
     """
     first = next(iter(base.weights_used()), None)
-    name = suffix if first is None else f"{first.name}.{suffix}"
-    dtype = base.dtype if base.dtype is not None and keras_seam.is_float(base.dtype) else keras.config.floatx()
-    if shape is None:
-        return Weight(np.asarray(start), dtype=dtype, trainable=trainable, name=name)
-    return Weight(shape, start, dtype=dtype, trainable=trainable, name=name)
+    dtype = part_dtype(base) if dtype is None else dtype
+    return Weight.beside(first, suffix, start, shape, dtype=dtype, trainable=trainable, role=role)
+
+
+def part_dtype(base: Expression) -> str:
+    """The dtype of the weights that a form adds to a base."""
+    return base.dtype if base.dtype is not None and keras_seam.is_float(base.dtype) else keras.config.floatx()
 
 
 def start_value(base: Expression) -> np.ndarray[Any, Any]:

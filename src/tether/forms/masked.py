@@ -19,7 +19,6 @@ from tether.errors import ShapeMismatch, TetherError, received
 from tether.forms.form import Form, base_of, constant, part, shape_of, start_value
 from tether.weights.constant import MAX_ELEMENTS
 from tether.weights.expression import Expression
-from tether.weights.weight import Weight
 
 __all__ = ["masked"]
 
@@ -52,8 +51,7 @@ class Masked(Form):
         if self.mask.size <= MAX_ELEMENTS:
             mask = constant(self.mask)
         else:  # too large for a config: stored, once
-            name = next((f"{weight.name}.mask" for weight in base.weights_used()), "mask")
-            mask = Weight(self.mask, dtype="bool", trainable=False, name=name)
+            mask = part(base, "mask", self.mask, dtype="bool", trainable=False)
         if self.outside == "zero":
             return ops.where(mask, base, 0.0)
         return ops.where(mask, part(base, "own", start_value(base)), base.stop_gradient())

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, received
-from tether.forms.form import AddedForm, as_rank, from_matrix, part, rows_and_columns, shape_of
+from tether.forms.form import AddedForm, as_rank, from_matrix, part, part_dtype, rows_and_columns, shape_of
 from tether.weights.checks import as_ints
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
@@ -53,10 +53,10 @@ class Vera(AddedForm):
         if self._bases is None:
             self.size = (n, m)
             start = [keras.initializers.HeUniform(None if self.seed is None else self.seed + k) for k in (0, 1)]
-            dtype = part(base, "dtype", np.zeros(())).dtype
+            kept: dict[str, Any] = {"dtype": part_dtype(base), "trainable": False, "role": "part"}
             self._bases = (
-                Weight((n, self.rank), start[0], dtype=dtype, trainable=False, name="vera_bases.a"),
-                Weight((self.rank, m), start[1], dtype=dtype, trainable=False, name="vera_bases.b"),
+                Weight((n, self.rank), start[0], name="vera_bases.a", **kept),
+                Weight((self.rank, m), start[1], name="vera_bases.b", **kept),
             )
         a, b = self._bases
         return (a if rows == n else a[:rows]), (b if columns == m else b[:, :columns])

@@ -36,6 +36,16 @@ class Aliases(Mapping[str, tuple[str, ...]]):
         return f"Aliases({self._names!r})"
 
 
+def unique_paths(model: Any) -> dict[int, str]:
+    """The path of each stored variable by its id; where several have one, the later ones with a number."""
+    found: dict[int, str] = {}
+    taken: set[str] = set()
+    for variable in model.weights:
+        found[id(variable)] = keras_seam.numbered(variable.path, taken)
+        taken.add(found[id(variable)])
+    return found
+
+
 def aliases(model: Any) -> Aliases:
     """Every name under which a model's stored variables are known.
 
@@ -46,22 +56,21 @@ def aliases(model: Any) -> Aliases:
         model: A layer or model.
 
     Returns:
-        A mapping from the path of each stored variable to all its names, its own first.
+        A mapping from the path of each stored variable to all its names, its own first. Where several of the model have
+        one path, the later ones have it with a number.
 
     Example:
     ```python
     optimizer.exclude_from_weight_decay(var_list=tether.inspection.aliases(model).find("lm_head"))
     ```
     """
-    names: dict[str, list[str]] = {}
-    variables: dict[str, Any] = {}
-    for variable in model.weights:
-        names.setdefault(variable.path, [variable.path])
-        variables.setdefault(variable.path, variable)
+    keys = unique_paths(model)
+    variables = {keys[id(variable)]: variable for variable in model.weights}
+    names = {key: [key] for key in variables}
     for layer in keras_seam.contained_layers(model):
         state = state_of(layer)
         for slot in state.slots if state is not None else ():
             for stored in stored_variables(slot.view):
-                if stored.path in names and slot.view.path not in names[stored.path]:
-                    names[stored.path].append(slot.view.path)
+                if id(stored) in keys and slot.view.path not in names[keys[id(stored)]]:
+                    names[keys[id(stored)]].append(slot.view.path)
     return Aliases({path: tuple(found) for path, found in names.items()}, variables)

@@ -13,6 +13,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
+from tether.inspection.aliases import unique_paths
 from tether.inspection.shares import ELSEWHERE, Shares, shares
 from tether.weights.expression import Tensor
 
@@ -186,11 +187,10 @@ def gradients(model: Any, x: Any, y: Any = None, *, loss: Loss | None = None) ->
     value, found = shares(model, lambda: of(model(x, **training)))
     if examples is not None:
         words = f"{words} on {examples} example{'s' if examples != 1 else ''}"
+    paths = unique_paths(model)
     weights: dict[str, WeightGradient] = {}
     for share in found:
-        path = share.variable.path
-        same = sum(1 for known in weights if known == path or known.startswith(f"{path} ("))
-        weights[path if not same else f"{path} ({same + 1})"] = _measured(share)
+        weights[paths[id(share.variable)]] = _measured(share)
     return Gradients(model.name, words, value, weights)
 
 

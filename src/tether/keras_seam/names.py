@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Container, Iterator
 from typing import Any
 
+import keras
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.utils import naming as _naming
@@ -13,15 +15,13 @@ from keras.src.utils import naming as _naming
 from tether.keras_seam.variables import Variable
 
 
-@contextlib.contextmanager
-def outside_name_scopes() -> Iterator[None]:
-    """Creates variables at the root of the name scopes, whichever layer is being built."""
-    stack = _global_state.get_global_attribute("name_scope_stack")
-    _global_state.set_global_attribute("name_scope_stack", [])
-    try:
-        yield
-    finally:
-        _global_state.set_global_attribute("name_scope_stack", stack)
+def path_scope(path: str) -> Any:
+    """The name scope in which a variable of the path's last name is created under the path, whatever scopes are open.
+
+    A layout map looks a variable up while it is created, so a path that is set afterwards comes too late.
+    """
+    *above, scope = path.split("/")[:-1] or [""]
+    return keras.name_scope(scope, override_parent="/".join(above))
 
 
 @contextlib.contextmanager
@@ -44,8 +44,10 @@ def current_path() -> str:
     return str(_backend.common.name_scope.current_path())
 
 
-def set_path(variable: Any, path: str) -> None:
-    variable._path = path
+def numbered(name: str, taken: Container[str]) -> str:
+    """A name, with a number if it is taken: how things of one name in one model are told apart, in its order."""
+    numbers = (f"{name}_{number}" for number in itertools.count(1))
+    return next(each for each in itertools.chain([name], numbers) if each not in taken)
 
 
 def is_automatic_variable_name(name: str) -> bool:

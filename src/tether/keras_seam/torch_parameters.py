@@ -18,6 +18,7 @@ from keras.src import backend as _backend
 from keras.src.layers.layer import Layer as _Layer
 
 from tether.keras_seam.layers import contained_layers
+from tether.keras_seam.names import numbered
 
 LIST = "_torch_params"
 
@@ -118,12 +119,4 @@ def _list_again(module: Any, change: Change) -> None:
         if present is variable._value:
             continue
         if present is None or not any(value is variable._value for value in parameters.values()):
-            listed[_free_path(variable.path, parameters)] = variable._value
-
-
-def _free_path(path: str, taken: dict[str, Any]) -> str:
-    found, number = path, 0
-    while found in taken:
-        number += 1
-        found = f"{path}_{number}"
-    return found
+            listed[numbered(variable.path, parameters)] = variable._value

@@ -22,7 +22,7 @@ from tether.layers.tie import tie, weight_of
 from tether.layers.view import View, numpy_of
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
-from tether.weights.weight import Weight
+from tether.weights.weight import Copy, Weight
 
 
 def inherit(
@@ -259,7 +259,9 @@ class _Heir:
             raise ShapeMismatch(f"{weight.name!r}: {error}") from error
 
     def _of_copy(self, weight: Named, value: np.ndarray[Any, Any], change: Any) -> Expression:
-        own = Weight(value, dtype=keras_seam.stored_dtype(weight.variable), name=_label(self.child, weight))
+        own = Weight(name=_label(self.child, weight))
+        own.find_path()
+        own.give_start(value.shape, keras_seam.stored_dtype(weight.variable), Copy(value), path=weight.variable.path)
         expression = changed(change, own, weight.name)
         if expression is not own:
             try:

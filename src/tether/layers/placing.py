@@ -112,13 +112,13 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     started = [weight for weight in expression.weights_used() if not weight.is_built]
     for weight in started:
         weight.autocasts = weight.autocasts and bool(kwargs.get("autocast", True))
-    start_from_layer(expression, shape, dtype, initializer)
+    with keras_seam.name_scope(layer):
+        path = f"{keras_seam.current_path()}/{name}"
+    start_from_layer(expression, path, shape, dtype, initializer)
     for weight in started if not wished else ():
         weight.first_initializer = None  # nobody chose it, so no later layer is told that its own is not used
     store = keras_seam.STORES[0] if trainable else keras_seam.STORES[1]
     index = len(keras_seam.variable_lists(layer)[store]) + sum(slot.store == store for slot in state.slots)
-    with keras_seam.name_scope(layer):
-        path = f"{keras_seam.current_path()}/{name}"
     use = new_use(layer, name, expression, regularizer)
     view = View(
         use,

@@ -23,11 +23,11 @@ from tether.layers.state import hang_weights, state_of
 from tether.layers.swap import swapped
 from tether.layers.view import View
 from tether.planning.products import products
-from tether.weights.expression import Expression, Node, Shape, StatefulNode, live_weights, program
-from tether.weights.operators.adapted import Adapted
-from tether.weights.operators.arithmetic import Add, MatMul, Subtract
+from tether.weights.base import MADE, split
+from tether.weights.expression import Expression, Node, Shape, live_weights, program
+from tether.weights.operators.arithmetic import Add, Subtract
 from tether.weights.operators.gradient import ScaleGradient, StopGradient
-from tether.weights.operators.joining import Einsum, Where
+from tether.weights.operators.joining import Where
 from tether.weights.operators.quantized import Dequantize, Unpack
 from tether.weights.rounding import LARGEST, Rounded, rounded
 from tether.weights.use import Use
@@ -180,8 +180,8 @@ def _is_matrix(weight: Weight) -> bool:
 def matrices(expression: Expression) -> list[Weight]:
     """The weights of an expression that are quantised: its matrices, but not what was added to them to learn.
 
-    Vectors (gates, lengths, strengths) stay floats. So does what was made for another part (`w.lora_a` for `w`), a
-    product beside something that is none (`a @ b` in `w + a @ b`), and what trains beside something that does not.
+    Vectors (gates, lengths, strengths) stay floats. So does what was added to a base (see `tether.weights.base`), what
+    a form made for another weight, and what trains beside something that does not.
     """
     found: dict[Weight, None] = {}
     waiting, seen = [expression], set()
@@ -201,14 +201,12 @@ def _bases(node: Node) -> list[Expression]:
     """The operands of a node without what was added to them."""
     if isinstance(node, Dequantize):
         return []
-    if isinstance(node, Adapted):
-        return [node.base]
-    if isinstance(node, StatefulNode):
-        return [node.operands[0]]
+    found = split(node)
+    if found is not None:
+        return [found.base]
     operands = [operand for operand in node.operands if operand.weights_used()]
-    operands = _unless_all(operands, lambda part: any(_is_made_for(part, other) for other in operands))
+    operands = _unless_all(operands, lambda part: all(weight.role in MADE for weight in part.weights_used()))
     if isinstance(node, (Add, Subtract, Where)):
-        operands = _unless_all(operands, _is_product)
         operands = _unless_all(operands, lambda part: any(weight.trainable for weight in live_weights(part)))
     return operands
 
@@ -216,16 +214,6 @@ def _bases(node: Node) -> list[Expression]:
 def _unless_all(operands: list[Expression], is_added: Callable[[Expression], bool]) -> list[Expression]:
     left = [operand for operand in operands if not is_added(operand)]
     return left or operands
-
-
-def _is_made_for(part: Expression, base: Expression) -> bool:
-    """Whether every weight of a part is named after one of the base, as forms name theirs."""
-    bases = [f"{weight.name}." for weight in base.weights_used() if weight not in part.weights_used()]
-    return bool(bases) and all(weight.name.startswith(tuple(bases)) for weight in part.weights_used())
-
-
-def _is_product(part: Expression) -> bool:
-    return any(isinstance(step.expression, (MatMul, Einsum)) for step in program(part))
 
 
 # --------------------------------------------------------------------------- where the scale goes
@@ -298,7 +286,7 @@ def _axes_of(shape: Shape, labels: list[tuple[int, int]], wanted: set[int]) -> s
 
 def _carry_out(found: dict[Weight, Rounded]) -> None:
     """Gives each weight up for its integers."""
-    new = {weight: each.expression(weight.name, str(weight.dtype)) for weight, each in found.items()}
+    new = {weight: each.expression(weight, str(weight.dtype)) for weight, each in found.items()}
     layers = {id(layer): layer for weight in new for layer in _users(weight)}
     with swapped([*layers.values(), *new]):
         for weight, expression in new.items():

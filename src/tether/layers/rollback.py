@@ -23,7 +23,7 @@ class _Snapshot:
             self.tracker = dict(vars(tracker))
             self._keep_contents(tracker.stored_ids.values())
             self._keep_contents([tracker.stored_ids, tracker.config])
-        self.flags: list[tuple[Any, bool, Any, Any, str]] = []
+        self.flags: list[tuple[Any, bool, Any, Any]] = []
         for variables in (self.attributes.get("_trainable_variables"), self.attributes.get("_non_trainable_variables")):
             for variable in variables or ():
                 self._keep_flags(variable)
@@ -32,7 +32,7 @@ class _Snapshot:
             self._keep_flags(held)
 
     def _keep_flags(self, variable: Any) -> None:
-        self.flags.append((variable, variable.trainable, variable.regularizer, variable.constraint, variable.path))
+        self.flags.append((variable, variable.trainable, variable.regularizer, variable.constraint))
 
     def _keep_contents(self, values: Any) -> None:
         for value in values:
@@ -52,9 +52,7 @@ class _Snapshot:
             _refill(container, content)
         if hasattr(self, "tracker"):
             self.attributes["_tracker"].__dict__.update(self.tracker)
-        for variable, trainable, regularizer, constraint, path in self.flags:
-            if variable.path != path:
-                keras_seam.set_path(variable, path)
+        for variable, trainable, regularizer, constraint in self.flags:
             if variable.trainable != trainable:
                 variable.trainable = trainable
             variable.regularizer, variable.constraint = regularizer, constraint

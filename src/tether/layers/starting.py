@@ -77,13 +77,13 @@ class _Through(keras.initializers.Initializer):
             return self.initializer(shape, dtype=dtype)
 
 
-def start_from_layer(expression: Expression, shape: tuple[int, ...], dtype: str, initializer: Any) -> None:
+def start_from_layer(expression: Expression, path: str, shape: tuple[int, ...], dtype: str, initializer: Any) -> None:
     """Gives weights without a variable what the layer's own initializer would have given its variable."""
     missing = [weight for weight in expression.weights_used() if not weight.is_built]
     solved = solve_shape(expression, shape)
     for weight in missing:
         if weight is expression:
-            weight.give_start(shape, dtype, initializer)
+            weight.give_start(shape, dtype, initializer, path=path)
         elif solved is not None and solved[0] is weight:
             weight.give_start(solved[1], dtype, _Through(expression, weight, shape, initializer))
         else:

@@ -8,8 +8,9 @@ file written before the tie has values under the left-out keys, and they go to t
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -19,8 +20,10 @@ from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.state import State, ordered_variables
 from tether.layers.view import View
+from tether.weights.base import put
 from tether.weights.codec import encode
 from tether.weights.inversion import invert
+from tether.weights.weight import Weight
 from tether.weights.written import told_by_file
 
 
@@ -170,9 +173,8 @@ def take(view: View, array: np.ndarray[Any, Any]) -> None:
     scope = keras_seam.loading_scope()
     loaded = {} if scope is None else scope.setdefault("loaded", {})
     source = f"the entry of {view.path}"
-    try:
-        parts = invert(view.expression, keras.ops.convert_to_tensor(array))
-    except NotInvertible:
+    parts = _parts(view, array, loaded)
+    if not parts:
         present = keras.ops.convert_to_numpy(view.value).astype("float64")
         difference = float(np.max(np.abs(present - array.astype("float64")))) if array.size else 0.0
         if difference > 1e-6:
@@ -180,7 +182,18 @@ def take(view: View, array: np.ndarray[Any, Any]) -> None:
                 f"The file has a value of its own for {view.path}, which is {view.expression.notation()} here and "
                 f"differs from it by up to {difference:.3g}; that expression cannot be assigned. Load the file before "
                 f"the tie, or assign {', '.join(weight.name for weight in view.expression.weights_used())}."
-            ) from None
+            )
         return
     for weight, part in parts.items():
         weight.load_value(keras.ops.convert_to_numpy(part), loaded, source=source)
+
+
+def _parts(view: View, array: np.ndarray[Any, Any], loaded: Container[int]) -> dict[Weight, Any]:
+    """The values that a view's weights take: through its inverse, else its base if nothing was loaded for that."""
+    value = keras.ops.convert_to_tensor(array)
+    with contextlib.suppress(NotInvertible):
+        return invert(view.expression, value)
+    with contextlib.suppress(NotInvertible):
+        parts = put(view.expression, value)
+        return {} if any(id(weight) in loaded for weight in parts) else parts
+    return {}

@@ -106,6 +106,7 @@ def weight_of(layer: Any, name: str) -> Any:
         return state.pending[place.leaf].expression
     label = f"{place.layer.name}.{place.leaf_name}".replace("/", ".")
     weight = Weight(name=label)
+    weight.find_path()  # of a layer that is not built, it is the one that the layer gives its variable
     _tie_all(layer, {name: weight}, made_by_code=keras_seam.maker(layer) is not None)
     return weight
 

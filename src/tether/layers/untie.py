@@ -138,7 +138,7 @@ def plain_variable(view: View) -> Any:
     value = keras.ops.convert_to_numpy(view.value)
     if value.shape != tuple(view.shape):
         raise TetherError(f"{view.path} has shape {tuple(view.shape)}. {received(value=value.shape)}")
-    with keras_seam.outside_name_scopes():
+    with keras_seam.path_scope(view.path):
         variable = keras.Variable(
             value.copy(),
             dtype=keras_seam.stored_dtype(view),
@@ -146,7 +146,6 @@ def plain_variable(view: View) -> Any:
             autocast=keras_seam.autocasts(view),
             name=view.name,
         )
-    keras_seam.set_path(variable, view.path)
     variable.regularizer = view.use.regularizer
     return variable
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _explicit = threading.local()
 _births: weakref.WeakValueDictionary[str, Weight] = weakref.WeakValueDictionary()
-_paths: weakref.WeakValueDictionary[str, Weight] = weakref.WeakValueDictionary()
-_paths_lock = threading.Lock()
 
 
 def fresh_uid() -> str:
@@ -72,17 +70,3 @@ def scope_of(uid: str) -> dict[str, Weight] | None:
         return explicit
     original = _births.get(uid)
     return keras_seam.copying_scope(-1 if original is None else original.born)
-
-
-def claim_path(wanted: str, weight: Weight) -> str:
-    """A variable path that no living weight has: the wanted one, or that with a number.
-
-    On PyTorch, Keras keys parameters by path, and of two with one path one would be lost.
-    """
-    with _paths_lock:
-        path, number = wanted, 0
-        while _paths.get(path, weight) is not weight:
-            number += 1
-            path = f"{wanted}_{number}"
-        _paths[path] = weight
-        return path

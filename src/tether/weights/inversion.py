@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
 from tether.errors import NotInvertible, ShapeMismatch
-from tether.weights.expression import Expression, Node, Shape, Tensor, known_shape, leaves, program
+from tether.weights.expression import Expression, Node, Shape, Step, Tensor, known_shape, leaves, program
 from tether.weights.weight import Weight
 
 
@@ -24,8 +25,15 @@ def assign(expression: Expression, value: Any) -> None:
         weight.assign(part)
 
 
-def invert(expression: Expression, value: Tensor) -> dict[Weight, Tensor]:
+def invert(
+    expression: Expression, value: Tensor, otherwise: Callable[[Node], tuple[Expression, ...]] | None = None
+) -> dict[Weight, Tensor]:
     """The weights' values that make the expression evaluate to `value`.
+
+    Args:
+        expression: What shall have the value.
+        value: The value.
+        otherwise: Says which parts of a node take its value if the node has no inverse.
 
     Raises:
         NotInvertible: A part of the expression has no inverse, or one weight would need two values.
@@ -46,6 +54,12 @@ def invert(expression: Expression, value: Tensor) -> dict[Weight, Tensor]:
             found[current] = values[0]
         else:
             parts = current.inverse(values[0]) if isinstance(current, Node) else None
+            if parts is None and otherwise is not None and isinstance(current, Node):
+                heirs = otherwise(current)
+                for heir in heirs:
+                    wanted.setdefault(_place_of(heir, current, place, steps), []).append(values[0])
+                if heirs:
+                    continue
             if parts is None:
                 raise NotInvertible(
                     f"{expression.notation()} cannot be assigned: {current.notation()} has no inverse. Assign to the "
@@ -56,6 +70,17 @@ def invert(expression: Expression, value: Tensor) -> dict[Weight, Tensor]:
                 if part is not None:
                     wanted.setdefault(operand, []).append(part)
     return found
+
+
+def _place_of(part: Expression, root: Expression, place: int, steps: tuple[Step, ...]) -> int:
+    """Where a part of an expression stands in a program that has the expression at a place."""
+    waiting = [(root, place)]
+    while True:
+        current, place = waiting.pop()
+        if current is part:
+            return place
+        if isinstance(current, Node):
+            waiting += zip(current.operands, steps[place].operands, strict=True)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

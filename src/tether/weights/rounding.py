@@ -38,10 +38,10 @@ class Rounded:
     """For 4 bits: how many integers there are along it."""
     shape: Shape
 
-    def expression(self, name: str, dtype: str) -> Expression:
-        """What the array was, over two new weights that do not train."""
-        codes = Weight(self.codes, dtype="int8", trainable=False, name=f"{name}.{self.mode}")
-        scale = Weight(self.scale, dtype="float32", trainable=False, name=f"{name}.scale")
+    def expression(self, of: Weight, dtype: str) -> Expression:
+        """What the array was, over two new weights that do not train, beside the one that they stand for."""
+        codes = Weight.beside(of, self.mode, self.codes, dtype="int8", trainable=False, role="integers")
+        scale = Weight.beside(of, "scale", self.scale, dtype="float32", trainable=False, role="scale")
         integers: Expression = codes if self.mode == "int8" else Unpack(codes, axis=self.axis, size=self.size)
         shape = None if integers.shape == self.shape else self.shape
         return Dequantize(integers, scale, dtype=dtype, shape=shape)

@@ -21,9 +21,9 @@ from tether.errors import (
     received,
 )
 from tether.weights.expression import Expression, Shape, Tensor, note_replacement
-from tether.weights.identity import born, claim_path, fresh_uid, scope_of
+from tether.weights.identity import born, fresh_uid, scope_of
 from tether.weights.use import Use
-from tether.weights.weight_config import check_agrees, check_config, read_start
+from tether.weights.weight_config import check_agrees, check_config, check_role, read_start
 from tether.weights.written import mark, told_by_file
 
 
@@ -44,10 +44,13 @@ class Weight(Expression, keras.layers.Layer):
             never do.
         regularizer: A Keras regularizer of the stored value, counted once however many uses there are.
         constraint: A Keras constraint, applied to the stored value after each step.
-        name: Its name, also its variable's path (made unique by a number if another weight has it).
+        name: Its name, also its variable's path, with "/" for dots. Left out, the path is that of the first layer's
+            variable that the weight stands for.
+        role: What it is for, where it is no weight of its own: `"part"` of a form, which is added to another weight;
+            the `"strength"` of an adapter; `"state"` that training calls advance; `"integers"` and their `"scale"`.
 
     Raises:
-        TetherError: `shape` is a `keras.Variable`, or the arguments contradict each other.
+        TetherError: `shape` is a `keras.Variable`, the role is unknown, or the arguments contradict each other.
 
     Example:
     ```python
@@ -67,6 +70,7 @@ class Weight(Expression, keras.layers.Layer):
         regularizer: Any = None,
         constraint: Any = None,
         name: str | None = None,
+        role: str | None = None,
     ) -> None:
         shape, initializer, start = read_start(shape, initializer, dtype)
         dtype = None if dtype is None else keras.backend.standardize_dtype(dtype)
@@ -83,7 +87,8 @@ class Weight(Expression, keras.layers.Layer):
         self.constraint = keras.constraints.get(constraint)
         self._variable: Any = None
         self.autocasts = True
-        self._wanted_path: str | None = None
+        self._wanted_path = "" if name is None else path_of(name)
+        self._role = check_role(role)
         self.first_initializer: Any = None
         self.uid = fresh_uid()
         self.born = 0
@@ -102,7 +107,54 @@ class Weight(Expression, keras.layers.Layer):
         elif shape is not None and self.initializer is not None:
             self._create(self.initializer, shape, self._given_dtype)
 
+    @classmethod
+    def beside(
+        cls,
+        base: Weight | None,
+        suffix: str,
+        start: Any,
+        shape: Shape | None = None,
+        *,
+        dtype: str,
+        trainable: bool = True,
+        role: str = "part",
+    ) -> Weight:
+        """A weight that belongs to another one, and has its name and its path with a suffix: `dense/kernel_lora_a`.
+
+        Args:
+            base: The other weight. Without one, the suffix is the name.
+            suffix: The rest of the name.
+            start: An initializer or its name (with `shape`), or an array of the start values.
+            shape: Its shape, with an initializer.
+            dtype: The stored dtype.
+            trainable: Whether it may train.
+            role: What it is for.
+        """
+        if shape is None:
+            start = np.asarray(start)
+            shape = start.shape
+        name = suffix if base is None else f"{base.name}_{suffix}"
+        weight = cls(shape, dtype=dtype, trainable=trainable, name=name, role=role)
+        if base is not None:
+            weight._wanted_path = f"{base.path}_{suffix}"
+        if isinstance(start, np.ndarray):
+            weight._create(Copy(start), shape, dtype)
+        else:
+            weight.initializer = keras.initializers.get(start)
+            weight._create(weight.initializer, shape, dtype)
+        return weight
+
     # ------------------------------------------------------------------ what it holds
+
+    @property
+    def role(self) -> str | None:
+        """What it is for, where it is no weight of its own."""
+        return self._role
+
+    @property
+    def path(self) -> str:
+        """The path of its variable, or the one that it will have as far as that is known."""
+        return str(self._variable.path) if self.is_built else self._wanted_path or path_of(self.name)
 
     @property
     def shape(self) -> Shape | None:
@@ -168,10 +220,18 @@ class Weight(Expression, keras.layers.Layer):
 
     # ------------------------------------------------------------------ how it comes to be
 
-    def give_start(self, shape: Shape, dtype: str, initializer: Any) -> None:
-        """Makes the variable from what the first tie says, unless it was made or the arguments say otherwise."""
+    def give_start(self, shape: Shape, dtype: str, initializer: Any, *, path: str | None = None) -> None:
+        """Makes the variable from what the first tie says, unless it was made or the arguments say otherwise.
+
+        The path is that of the variable that the weight stands for, for one that has none of its own.
+        """
         if self._variable is None:
+            self._wanted_path = self._wanted_path or path or ""
             self._create(self.initializer or initializer, self._given_shape or shape, self._given_dtype or dtype)
+
+    def find_path(self) -> None:
+        """Gives up the path that its name says: it will have that of the first variable that it stands for."""
+        self._wanted_path = ""
 
     def can_adopt(self, dtype: str) -> bool:
         """Whether it has no variable yet and nothing speaks against one of this dtype."""
@@ -181,25 +241,21 @@ class Weight(Expression, keras.layers.Layer):
         """Takes over a variable that exists: the very object, so that optimizers that know it stay valid."""
         if self._variable is not None:
             raise TetherError(f"The weight {self.name!r} has a variable already.")
-        keras_seam.set_path(variable, claim_path(variable.path, self))
         self._hold(variable)
 
     def _create(self, initializer: Any, shape: Shape, dtype: str | None) -> None:
         dtype = dtype or keras.config.floatx()
         initializer = initializer or ("glorot_uniform" if keras_seam.is_float(dtype) else "zeros")
-        # PyTorch allows no dots in the names of parameters.
-        path = claim_path(self._wanted_path or self.name.strip(".").replace(".", "/") or "weight", self)
         self._given_dtype = keras.backend.standardize_dtype(dtype)
-        with keras_seam.outside_name_scopes():
+        with keras_seam.path_scope(self.path):
             variable = keras.Variable(
                 keras.initializers.get(initializer),
                 shape=shape,
                 dtype=dtype,
                 trainable=self.trainable,
                 autocast=self.autocasts,
-                name=path.rpartition("/")[2],
+                name=self.path.rpartition("/")[2],
             )
-        keras_seam.set_path(variable, path)
         self._hold(variable)
 
     def _hold(self, variable: Any) -> None:
@@ -209,6 +265,7 @@ class Weight(Expression, keras.layers.Layer):
             variable.constraint = self.constraint
         self._given_shape = None
         self.autocasts = keras_seam.autocasts(variable)
+        keras_seam.tell_apart(variable)
         self._variable = variable
         self.refresh()
 
@@ -216,6 +273,7 @@ class Weight(Expression, keras.layers.Layer):
         """Gives the variable back, as if it had never been made or adopted (the undo of a failed tie)."""
         variable, shape = self._variable, self.shape
         if variable is not None:
+            self._wanted_path = variable.path
             keras_seam.untrack(self, variable)
             keras_seam.set_untracked(self, "_variable", None)
             self._given_shape = shape
@@ -376,7 +434,7 @@ class Weight(Expression, keras.layers.Layer):
             became["became"] = encode_became(self._became)
         return {
             "name": self.name,
-            "path": self._variable.path if self._variable is not None else self._wanted_path,
+            "path": self.path if self.is_built else self._wanted_path,
             "shape": None if self.shape is None else list(self.shape),
             "dtype": self.dtype,
             "trainable": self._trainable_flag,
@@ -386,6 +444,7 @@ class Weight(Expression, keras.layers.Layer):
             "uid": self.uid,
             "origin": self.origin,
             **({} if self.autocasts else {"autocast": False}),
+            **({} if self._role is None else {"role": self._role}),
             **became,
         }
 
@@ -406,8 +465,9 @@ class Weight(Expression, keras.layers.Layer):
         origin, path, initializer = config.pop("origin"), config.pop("path"), config.pop("initializer")
         became, autocasts = config.pop("became", None), config.pop("autocast", True)
         try:
-            weight = cls(**config)  # without an initializer it makes no variable, which would take a name
-            weight._wanted_path, weight.autocasts = path, autocasts
+            weight = cls(**config)  # without an initializer it makes no variable, whose path is not known yet
+            weight._wanted_path = path_of(weight.name) if path is None else path
+            weight.autocasts = autocasts
             weight.initializer = keras.initializers.get(initializer)
             if became is not None:
                 from tether.weights.codec import decode_became
@@ -452,12 +512,17 @@ class Weight(Expression, keras.layers.Layer):
         keys = list(store.keys())
         if keys:
             self.load_value(store["0"], loaded, source="the file's own entry of the weight")
-        elif self._variable is not None and id(self) not in loaded:
+        elif self._variable is not None and id(self) not in loaded and not self._is_added():
             raise TetherError(
                 f"The file holds no value for the weight {self.name!r}. It was written before the tie, and no layer "
                 f"that uses {self.name} as it is has a value of its own in it. "
                 f"Uses: {', '.join(f'{use.name} = {use.expression.notation()}' for use in self._uses) or 'none'}."
             )
+
+    def _is_added(self) -> bool:
+        from tether.weights.base import is_added
+
+        return is_added(self)
 
     def load_value(self, value: Any, loaded: dict[int, Any], *, source: str) -> None:
         """Takes a value from a file, once; a second one in the same load must be equal.
@@ -521,6 +586,11 @@ class Weight(Expression, keras.layers.Layer):
         return (_rebuild, (self.get_config(), value, self._became))
 
 
+def path_of(name: str) -> str:
+    """The path of a weight's variable by its name. PyTorch allows no dots in the names of parameters."""
+    return "/".join(filter(None, name.split("."))) or "weight"
+
+
 class Copy(keras.initializers.Initializer):
     """Starts a variable at a copy of an array."""
 
@@ -540,7 +610,8 @@ def _rebuild(config: dict[str, Any], value: Any, became: Expression | None = Non
     origin, path, autocasts = config.pop("origin"), config.pop("path"), config.pop("autocast", True)
     weight = Weight(**config)
     weight.origin = origin
-    weight._wanted_path, weight.autocasts = path, autocasts
+    weight._wanted_path = path_of(weight.name) if path is None else path
+    weight.autocasts = autocasts
     if value is not None:
         weight.assign(value)
     if became is not None:

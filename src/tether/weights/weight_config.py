@@ -14,6 +14,20 @@ from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
 from tether.weights.checks import as_dtype
 from tether.weights.expression import MAX_ELEMENTS, Expression, Shape
 
+ROLES = ("part", "strength", "state", "integers", "scale")
+"""What a weight may be for, where it is no weight of its own."""
+
+
+def check_role(role: Any) -> str | None:
+    """A role, or `None`.
+
+    Raises:
+        TetherError: It is no role that there is.
+    """
+    if role is not None and (not isinstance(role, str) or role not in ROLES):
+        raise TetherError(f"A weight's role is one of {', '.join(map(repr, ROLES))}, or None. {received(role=role)}")
+    return role
+
 
 def read_start(shape: Any, initializer: Any, dtype: Any) -> tuple[Shape | None, Any, Any]:
     """Tells a shape from an array: returns shape, initializer, start value."""
@@ -74,7 +88,7 @@ def check_shape(shape: Any) -> Shape:
 def check_config(config: Any) -> dict[str, Any]:
     """A copy of a weight's config, known to be well formed."""
     keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
-    if not isinstance(config, dict) or set(config) - {"became", "autocast"} != keys:
+    if not isinstance(config, dict) or set(config) - {"became", "autocast", "role"} != keys:
         raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=config)}")
     config = dict(config)
     if config["shape"] is not None:
@@ -91,6 +105,12 @@ def check_config(config: Any) -> dict[str, Any]:
             raise InvalidConfig(f"A weight's {key} is a string. {received(**{key: config[key]})}")
     if "/" in config["name"] or not isinstance(config["path"], (str, type(None))):
         raise InvalidConfig(f"A weight's name has no '/'. {received(name=config['name'], path=config['path'])}")
+    if config["path"] is not None:
+        config["path"] = "/".join(filter(None, config["path"].split("/")))
+    try:
+        check_role(config.get("role"))
+    except TetherError as error:
+        raise InvalidConfig(str(error)) from None
     for key in ("trainable", "autocast"):
         if not isinstance(config.get(key, True), bool):
             raise InvalidConfig(f"A weight's {key} is a bool. {received(**{key: config[key]})}")
@@ -124,6 +144,7 @@ def check_agrees(config: dict[str, Any], weight: Any) -> None:
         "trainable": (weight._trainable_flag, config["trainable"]),
         "regularizer": (_as_text(weight.regularizer), _as_text(config["regularizer"])),
         "constraint": (_as_text(weight.constraint), _as_text(config["constraint"])),
+        "role": (weight.role, config.get("role")),
     }
     for key, (known, said) in pairs.items():
         if known != said and not (key in ("shape", "dtype") and None in (known, said)):

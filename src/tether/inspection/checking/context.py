@@ -14,6 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError
+from tether.inspection.aliases import unique_paths
 from tether.inspection.checking.captured import Found, arguments_of, reached
 from tether.inspection.checking.values import InMemory, Values
 from tether.inspection.facts import Facts, StoredWeight
@@ -131,6 +132,14 @@ class Context:
         return {weight.place: found[weight.place] for weight in self.facts.weights}
 
     @cached_property
+    def _unique_paths(self) -> dict[int, str]:
+        return unique_paths(self.model)
+
+    def unique_path(self, variable: Any) -> str:
+        """The path of a variable, with a number where another one of the model has it too."""
+        return self._unique_paths.get(id(variable), str(variable.path))
+
+    @cached_property
     def _by_variable(self) -> dict[int, StoredWeight]:
         return {id(self.variables[weight.place]): weight for weight in self.facts.weights}
 
@@ -142,6 +151,15 @@ class Context:
     def weights(self) -> list[StoredWeight]:
         """The stored weights that are none of a random generator or a metric."""
         return [weight for weight in self.facts.weights if not weight.state]
+
+    @cached_property
+    def _shared(self) -> set[int]:
+        found = keras_seam.contained_layers(self.model) if self.model is not None else ()
+        return {id(layer.variable) for layer in found if isinstance(layer, Weight) and layer.is_built}
+
+    def is_shared(self, weight: StoredWeight) -> bool:
+        """Whether a stored weight is one of Tether's, as far as that is known: of a file it is not."""
+        return bool(self._shared) and id(self.variables[weight.place]) in self._shared
 
     def name_of(self, weight: StoredWeight) -> str:
         """A name of a weight for people: that of its first use."""
@@ -308,7 +326,7 @@ class Context:
 
     def variable_code(self, variable: Any) -> str:
         """Code for a stored variable."""
-        return f"tether.inspection.aliases(model).find({'^' + variable.path + '$'!r})[0]"
+        return f"tether.inspection.aliases(model).find({'^' + self.unique_path(variable) + '$'!r})[0]"
 
     def layer_code(self, layer: Any) -> str:
         """Code for a layer."""

@@ -121,7 +121,7 @@ def name_misses_alias(context: Context) -> Iterator[Finding]:
     """A stored weight has one path; the name of a user matches nothing, and nothing says so."""
     names = aliases(context.model)
     shared = {path: others for path, others in names.items() if len(others) > 1}
-    variables = {variable.path: variable for variable in context.model.weights}
+    variables = {context.unique_path(variable): variable for variable in context.model.weights}
     for where, optimizer in context.optimizers:
         pattern = keras_seam.decay_pattern(optimizer)
         for path, others in shared.items():
@@ -142,16 +142,16 @@ def name_misses_alias(context: Context) -> Iterator[Finding]:
                     f"optimizer.exclude_from_weight_decay(var_list=tether.inspection.aliases(model).find("
                     f"{pattern.pattern!r}))  # before the optimizer is built",
                 )
-    yield from _missed_by_layouts(shared)
+    yield from _missed_by_layouts({path: (variables[path].path, *others[1:]) for path, others in shared.items()})
 
 
 def _missed_by_layouts(shared: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
     layouts = keras_seam.layout_map()
-    for path, others in shared.items() if layouts is not None else ():
+    for path, *others in shared.values() if layouts is not None else ():
         if any(key == path or re.fullmatch(key, path) for key in layouts):
             continue
         for key in layouts:
-            missed = next((name for name in others[1:] if key == name or re.fullmatch(key, name)), None)
+            missed = next((name for name in others if key == name or re.fullmatch(key, name)), None)
             if missed is not None:
                 yield Finding(
                     "name-misses-alias",

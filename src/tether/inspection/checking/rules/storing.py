@@ -19,7 +19,7 @@ from tether.layers import recorded
 
 @rule("path-used-twice", "one path that two variables have", file=True)
 def path_used_twice(context: Context) -> Iterator[Finding]:
-    """On PyTorch one of them is missing in `state_dict`; whatever goes by path cannot tell them apart."""
+    """Whatever goes by path cannot tell them apart; on PyTorch one of two of Keras's own is missing in `state_dict`."""
     by_path: dict[str, list[StoredWeight]] = defaultdict(list)
     for weight in context.weights:
         if weight.path is not None:
@@ -27,18 +27,21 @@ def path_used_twice(context: Context) -> Iterator[Finding]:
     for path, weights in by_path.items():
         if len(weights) > 1:
             names = [context.name_of(weight) for weight in weights]
+            lost = sum(not context.is_shared(weight) for weight in weights) > 1
+            missing = "On PyTorch all but one of them are missing in `state_dict()` and `named_parameters()`, and what"
             yield Finding(
                 "path-used-twice",
                 "warning",
                 path,
-                f"{len(weights)} variables have this path: {', '.join(dict.fromkeys(names))}. On PyTorch all but one "
-                "of them are missing in `state_dict()` and `named_parameters()`, and what goes by path (a layout map, "
-                "a table of weights) cannot tell them apart.",
+                f"{len(weights)} variables have this path: {', '.join(dict.fromkeys(names))}. "
+                f"{missing if lost else 'What'} goes by path (a layout map, `get_state_tree`) cannot tell them apart.",
                 _rename(context, weights[-1]),
             )
 
 
 def _rename(context: Context, weight: StoredWeight) -> str:
+    if context.is_shared(weight):
+        return f"tether.Weight(..., name={'another_' + context.variables[weight.place].name!r})  # a name of its own"
     if context.file is not None:
         return "# give the layers names of their own: keras.layers.Dense(..., name='...')"
     variable = context.variables[weight.place]

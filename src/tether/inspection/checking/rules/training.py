@@ -52,7 +52,7 @@ def no_gradient(context: Context) -> Iterator[Finding]:
 
 
 def _freeze(context: Context, path: str) -> str:
-    variable = next((v for v in context.model.trainable_variables if v.path == path), None)
+    variable = next((v for v in context.model.trainable_variables if context.unique_path(v) == path), None)
     if variable is None:
         return "layer.trainable = False"
     return f"{context.variable_code(variable)}.trainable = False"
@@ -63,14 +63,15 @@ def idle_use(context: Context) -> Iterator[Finding]:
     """The layer is not called, or what it computes does not reach the loss."""
     found = context.gradients
     for weight in context.facts.shared() if found is not None else ():
-        measured = found.weights.get(weight.path)
+        path = context.unique_path(context.variables[weight.place])
+        measured = found.weights.get(path)
         if measured is None or measured.norm == 0:
             continue
         live = {use.where for use in context.facts.uses_of(weight) if use.tied and use.reaches(weight)}
         for place, use in enumerate(measured.uses):
             if use.where not in live or use.norm != 0:
                 continue
-            if context.shaken_gradients.weights[weight.path].uses[place].norm == 0:
+            if context.shaken_gradients.weights[path].uses[place].norm == 0:
                 why = (
                     f"{use.where} = {use.expression} passes no gradient to {weight.path!r} on this batch, and other "
                     "uses do. The layer is not called, or what it computes does not reach the loss."
@@ -134,7 +135,7 @@ def _measured(context: Context, weight: StoredWeight) -> str:
     """The measured norms, if there is data."""
     if context.data is None or context.gradients is None:
         return ""
-    found = context.gradients.weights.get(weight.path)
+    found = context.gradients.weights.get(context.unique_path(context.variables[weight.place]))
     if found is None or not found.uses:
         return ""
     norms = ", ".join(f"{use.where} {use.norm:.3g}" for use in found.uses)

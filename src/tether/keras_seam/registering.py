@@ -1,0 +1,64 @@
+"""The names under which PyTorch has a model's parameters.
+
+Keras registers them by path, so of two variables of one path one would be no parameter of the model: no optimizer of
+PyTorch's would train it, and no `state_dict` have it. A variable does not know what else a model holds; the stack says
+which model is registering its variables. Those of weights then give their paths with numbers, in the model's order.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType, FrameType
+from typing import Any
+
+from keras.src import backend as _backend
+
+from tether.keras_seam.names import numbered
+from tether.keras_seam.variables import Variable
+
+if _backend.backend() == "torch":
+    from keras.src.backend.torch.layer import TorchLayer as _TorchLayer
+    from torch.compiler import is_compiling as _is_compiling
+
+    _REGISTERING = _TorchLayer._track_variables.__code__
+    # Before Python 3.12 the comprehension in it has a frame of its own.
+    _READING = {_REGISTERING, *(each for each in _REGISTERING.co_consts if isinstance(each, CodeType))}
+
+
+class _Keyed(Variable):
+    """A variable whose path is another one while a model registers it that has the path already."""
+
+    @property
+    def path(self) -> str:
+        """Its path; asked by Keras for the key of a parameter, one that no other variable of the model has."""
+        path = str(self._path)
+        if _is_compiling():  # there are no frames then
+            return path
+        frame: FrameType | None = sys._getframe(1)
+        if frame is None or frame.f_code not in _READING:
+            return path
+        while frame is not None and frame.f_code is not _REGISTERING:
+            frame = frame.f_back
+        if frame is None:
+            return path
+        keys = frame.f_locals.setdefault(".tether.keys", {})
+        if not keys:
+            keys.update(_keys(frame.f_locals["self"].variables))
+        return str(keys.get(id(self), path))
+
+
+def _keys(variables: list[Any]) -> dict[int, str]:
+    """What the variables of weights are called among all of a model's, by their ids."""
+    found: dict[int, str] = {}
+    taken = {variable.path for variable in variables if not isinstance(variable, _Keyed)}
+    for variable in variables:
+        if isinstance(variable, _Keyed):
+            found[id(variable)] = numbered(variable.path, taken)
+            taken.add(found[id(variable)])
+    return found
+
+
+def tell_apart(variable: Any) -> None:
+    """Lets a stored variable be a parameter of its own, whatever else in a model has its path."""
+    if _backend.backend() == "torch":
+        variable.__class__ = _Keyed

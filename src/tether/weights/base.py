@@ -1,0 +1,214 @@
+"""Which weight of an expression is the base, and what was added to it.
+
+A layer may compute with more than the weight that it had: `w + a @ b`, `w * s`, a mixture, a mask. Who loads a plain
+layer's value, quantises, or takes a low-rank part out has to know which of the stored weights is the one that the
+layer had. Structure tells it, never a name:
+
+- Named parts (`Adapted`) are added to their base.
+- Weights with a role (`Weight.role`) were made for those that have none.
+- What has not the whole shape is spread over what has it: a scale for each output, a shift.
+- A product of weights was added to what is none.
+- If several are left, the base is the one that gets no gradient.
+
+If none of this tells, there is no base: neither of `a + b` is it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tether import keras_seam
+from tether.weights.expression import Expression, Node, Shape, Tensor, live_weights, program
+from tether.weights.inversion import invert
+from tether.weights.operators.adapted import Adapted
+from tether.weights.operators.arithmetic import Add, Divide, MatMul, Multiply, Negative, Subtract
+from tether.weights.operators.gradient import ScaleGradient, StopGradient
+from tether.weights.operators.joining import Einsum, Where
+from tether.weights.operators.quantized import Dequantize
+from tether.weights.operators.structure import Cast
+from tether.weights.weight import Weight
+
+MADE = ("part", "strength", "state")
+"""The roles of what was made for another weight. Integers and their scale are the weight that they stand for."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a node is made of."""
+
+    base: Expression
+    added: tuple[Expression, ...]
+    """What was added to the base, or multiplied with it; what is subtracted, as its negative."""
+    copies: tuple[Expression, ...]
+    """What stands in for the base: where it has the base's value, the node has it too."""
+
+
+def split(expression: Expression) -> Split | None:
+    """The base of a node and what was added to it; `None` if that cannot be told, or nothing was."""
+    if isinstance(expression, Adapted):
+        return _split(expression.base, list(expression.operands[1:]))
+    if isinstance(expression, (Add, Subtract, Multiply, Divide)):
+        is_sum = isinstance(expression, (Add, Subtract))
+        parts = list(_terms(expression) if is_sum else expression.operands)
+        may_be = parts[:1] if isinstance(expression, Divide) else [p for p in parts if not isinstance(p, Negative)]
+        base = _base_of(may_be, parts, expression.shape)
+        added = [part for part in parts if part is not base]
+        if base is None or not added or not all(_has_more(part, base) for part in added):
+            return None  # a constant, or the base again: what the base is then is a matter of arithmetic
+        return _split(base, added)
+    if isinstance(expression, Where):
+        condition, *chosen = expression.operands
+        base = _base_of(chosen, chosen, expression.shape)
+        others = tuple(each for each in chosen if each is not base and each.weights_used())
+        return None if base is None else Split(base, (condition,), others)
+    return None
+
+
+def _split(base: Expression, added: list[Expression]) -> Split:
+    compared = (_compared(part, base) for part in added)
+    return Split(base, tuple(added), tuple(each for each in compared if each is not None))
+
+
+def _has_more(part: Expression, base: Expression) -> bool:
+    return not set(part.weights_used()) <= set(base.weights_used())
+
+
+def _terms(expression: Expression) -> Iterator[Expression]:
+    """The terms of a sum, those that are subtracted as negatives. A sum with a constant is one term."""
+    if isinstance(expression, (Add, Subtract)) and all(part.weights_used() for part in expression.operands):
+        left, right = expression.operands
+        yield from _terms(left)
+        for term in _terms(right):
+            yield term if isinstance(expression, Add) else -term
+    else:
+        yield expression
+
+
+def _base_of(may_be: list[Expression], parts: list[Expression], shape: Shape | None) -> Expression | None:
+    """The one of several parts of a node that is the base."""
+    left = [part for part in parts if part.weights_used()]
+    left = [part for part in left if not _is_made_for(part, left)] or left
+    left = [part for part in left if part.shape == shape]
+    left = [part for part in left if not _is_product(part)] or left
+    left = [part for part in left if _is_of_one(part)] or left
+    if len(left) > 1:
+        left = [part for part in left if not live_weights(part)]
+    return left[0] if len(left) == 1 and any(left[0] is part for part in may_be) else None
+
+
+def _is_made_for(part: Expression, parts: list[Expression]) -> bool:
+    """Whether weights of a part have a role, and the others in it are those of parts without such weights."""
+    made = {weight for weight in part.weights_used() if weight.role in MADE}
+    without = (other.weights_used() for other in parts if not any(w.role in MADE for w in other.weights_used()))
+    plain = {weight for weights in without for weight in weights}
+    return bool(made) and set(part.weights_used()) <= made | plain
+
+
+def _is_of_one(part: Expression) -> bool:
+    """Whether a part is made of one weight; integers and their scale are one."""
+    integers = sum(isinstance(step.expression, Dequantize) for step in program(part))
+    return len(part.weights_used()) - integers == 1
+
+
+def _is_product(part: Expression) -> bool:
+    return any(isinstance(step.expression, (MatMul, Einsum)) for step in program(part))
+
+
+def _compared(part: Expression, base: Expression) -> Expression | None:
+    """The `x` of a part `f * (x - base)`, which is nothing where `x` is the base."""
+    names = set(base.weights_used())
+    while not isinstance(part, Subtract):
+        if isinstance(part, (StopGradient, ScaleGradient, Negative)):
+            part = part.operands[0]
+        elif isinstance(part, Multiply):
+            holding = [factor for factor in part.operands if names & set(factor.weights_used())]
+            if len(holding) != 1:
+                return None
+            part = holding[0]
+        else:
+            return None
+    compared, other = part.operands
+    return compared if _valued(other) == _valued(base) and compared.shape == base.shape else None
+
+
+def _valued(expression: Expression) -> Expression:
+    """The same value, with its own gradient."""
+    while isinstance(expression, (StopGradient, ScaleGradient)):
+        expression = expression.operands[0]
+    return expression
+
+
+# --------------------------------------------------------------------------- what follows from it
+
+
+def as_it_is(expression: Expression) -> Weight | None:
+    """The stored weight that an expression is, whatever gradient flows to it."""
+    found = _valued(expression)
+    return found if isinstance(found, Weight) and found.became is None else None
+
+
+def base_of(expression: Expression) -> Weight | None:
+    """The weight to which all else in an expression was added: `w` of `w.stop_gradient() + a @ b`, or of `w` itself.
+
+    A value that the plain layer had is a value for it, as it is, and for nothing else.
+    """
+    current = expression
+    while not isinstance(current, Weight):
+        if isinstance(current, (StopGradient, ScaleGradient)) or _is_between_floats(current):
+            current = current.operands[0]  # type: ignore[attr-defined]
+            continue
+        found = split(current)
+        if found is None or found.copies:
+            return None
+        current = found.base
+    return current if current.became is None and current.shape == expression.shape else None
+
+
+def _is_between_floats(expression: Expression) -> bool:
+    return isinstance(expression, Cast) and all(
+        each.dtype is not None and keras_seam.is_float(each.dtype) for each in (expression, *expression.operands)
+    )
+
+
+def put(expression: Expression, value: Tensor) -> dict[Weight, Tensor]:
+    """Values for the weights of an expression that make it the value of a plain layer, with what was added on top.
+
+    Where an expression has an inverse, it is as assigned. Else the base takes the value.
+
+    Raises:
+        NotInvertible: It has no inverse, and no base.
+    """
+    return invert(expression, value, otherwise=_heirs)
+
+
+def _heirs(node: Node) -> tuple[Expression, ...]:
+    """The parts of a node without an inverse that take its value."""
+    found = split(node)
+    return () if found is None or found.base.shape != node.shape else (found.base, *found.copies)
+
+
+def added_weights(expression: Expression) -> set[Weight]:
+    """The weights that were only added: those to which no value of a plain layer goes."""
+    added: set[Weight] = set()
+    kept: set[Weight] = set()
+    waiting = [expression]
+    while waiting:
+        current = waiting.pop()
+        found = split(current)
+        if isinstance(current, Weight):
+            kept.add(current)
+        elif found is not None:
+            added.update(weight for part in found.added for weight in part.weights_used())
+            waiting += [found.base, *found.copies]
+        elif isinstance(current, Node):
+            waiting += current.operands
+    return added - kept
+
+
+def is_added(weight: Weight) -> bool:
+    """Whether a weight was only added to others, wherever it is used."""
+    return bool(weight.uses) and all(weight in added_weights(use.expression) for use in weight.uses)
+
+
+__all__ = ["MADE", "Split", "added_weights", "as_it_is", "base_of", "is_added", "put", "split"]
