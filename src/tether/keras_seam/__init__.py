@@ -5,11 +5,8 @@ underscore. Each function below states the assumption it makes, and `tests/test_
 checks each one against the oldest and the newest supported Keras.
 """
 
-from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
-from keras.src.backend.config import is_nnx_enabled
-from keras.src.models.functional import Functional
-from keras.src.models.sequential import Sequential
-from keras.src.saving.keras_saveable import KerasSaveable
+from keras import Sequential
+from keras.config import is_nnx_enabled
 
 from tether.keras_seam.calls import (
     ADDS_IN_PLACE,
@@ -29,6 +26,7 @@ from tether.keras_seam.calls import (
     trace,
     trace_token,
 )
+from tether.keras_seam.classes import Functional, KerasSaveable
 from tether.keras_seam.exporting import (
     input_signature,
     input_spec,
@@ -138,6 +136,7 @@ from tether.keras_seam.saving import (
     shared_object,
 )
 from tether.keras_seam.starting import random_starts_left_out
+from tether.keras_seam.threads import AutocastScope, get_autocast_scope
 from tether.keras_seam.torch_parameters import Change, list_parameters_again
 from tether.keras_seam.variables import (
     Variable,
