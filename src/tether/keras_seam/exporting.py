@@ -9,6 +9,7 @@ from keras import backend as _backend
 from tether.keras_seam.private import private
 
 _get_input_signature = private("keras.src.export.export_utils.get_input_signature", "Exporting a model")
+_patch_tf2onnx = private("keras.src.export.tf2onnx_lib.patch_tf2onnx", "An ONNX file of the TensorFlow backend")
 _make_input_spec = private("keras.src.export.export_utils.make_input_spec", "Exporting a model")
 
 
@@ -38,4 +39,4 @@ def store_each_variable_once(archive: Any) -> None:
 
 def mend_tf2onnx() -> None:
     """Makes tf2onnx work with the NumPy of today, as Keras does before it calls it."""
-    private("keras.src.export.tf2onnx_lib.patch_tf2onnx", "An ONNX file of the TensorFlow backend")()
+    _patch_tf2onnx()

@@ -24,6 +24,11 @@ def untrack(layer: Any, variable: Any) -> None:
     layer._untrack_variable(variable)
 
 
+def own_tracker(layer: Any) -> Any:
+    """What sorts the variables and layers that are set as attributes; `None` before a layer's constructor has begun."""
+    return vars(layer).get("_tracker")
+
+
 @contextlib.contextmanager
 def unlocked(layer: Any) -> Iterator[None]:
     """Allows a layer that is built to take new sub-layers and variables."""

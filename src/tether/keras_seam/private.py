@@ -18,6 +18,18 @@ from tether.errors import Unsupported
 OLDEST, NEWEST = (3, 13), (3, 15)
 """The oldest and the newest Keras, by their first two numbers, on which every test of Tether's seam is run."""
 
+OVERRIDDEN: dict[str, str] = {
+    "_check_quantize_args": "a weight quantises itself, though Keras knows it as no kind of layer that does",
+    "_get_own_losses": "a tied layer adds the penalties on its uses to the losses of the model",
+    "_layers": "a weight notices that a model is about to be quantised, before any layer is",
+    "_lock_state": "a tied layer places its weights when its build is over",
+    "_trackable_children": "a checkpoint of the TensorFlow backend holds a tied layer's weights and not its views",
+}
+"""What is private to Keras and classes of Tether define again, and what happens because Keras uses it."""
+
+LOOKED_UP: dict[str, str] = {}
+"""The private objects that were looked up, and what each is needed for."""
+
 
 def private(path: str, feature: str) -> Any:
     """A private object of Keras.
@@ -29,6 +41,7 @@ def private(path: str, feature: str) -> Any:
     Returns:
         The object, or if this Keras has none, one that raises an error when it is used.
     """
+    LOOKED_UP[path] = feature
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

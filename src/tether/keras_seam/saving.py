@@ -17,7 +17,7 @@ from tether.keras_seam.frames import _COPYING, _LOADING, _READING, _code
 from tether.keras_seam.looking import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host
 from tether.keras_seam.names import _outside_stateless_scopes
-from tether.keras_seam.private import private
+from tether.keras_seam.private import is_missing, private
 from tether.keras_seam.starting import random_starts_left_out
 
 _walk_saveable = private("keras.src.saving.saving_lib._walk_saveable", "Reading what a file holds")
@@ -53,7 +53,7 @@ def _saved_below(saveable: Any, place: str, seen: set[int]) -> Iterator[tuple[st
             yield from _saved_in_container(child, inner, seen, set())
 
 
-_NESTED = hasattr(_H5IOStore, "has_path")
+_NESTED = is_missing(_H5IOStore) or hasattr(_H5IOStore, "has_path")
 """Whether this Keras writes what is in a container within a container."""
 
 
