@@ -25,6 +25,9 @@ endif
 OLDEST_KERAS := 3.13.0
 OLDEST := $(VENV)/oldest
 
+# What Keras will be next, laid over it in the same way. Not pinned: `make nightly` gets the newest.
+NIGHTLY := $(VENV)/nightly
+
 # The demo runs on JAX unless KERAS_BACKEND says otherwise; the other backends come with the tests' set-up.
 DEMO_BACKEND := $(or $(KERAS_BACKEND),jax)
 DEMO_STAMP := $(if $(filter jax,$(DEMO_BACKEND)),$(VENV)/.demo-stamp,$(VENV)/.test-stamp)
@@ -38,7 +41,7 @@ PYTEST := $(PY) -m pytest --timeout 600
 # More for pytest: make test BACKEND=jax PYTEST_ARGS='-k freeze -x'
 PYTEST_ARGS ?=
 
-.PHONY: help setup browser demo test test-all lint types contracts format bench clean distclean
+.PHONY: help setup browser demo test test-all nightly lint types contracts format bench clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -123,6 +126,18 @@ test-all: browser lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the s
 	$(call on_each_backend,--run-slow)
 	$(call on_the_oldest_keras,--run-slow)
 endif
+
+# The warning that this Keras is not tested is let through. $(CHOSEN): all backends, or the one that BACKEND says.
+nightly: $(VENV)/.test-stamp ## the seam's tests and a smoke test on the newest keras-nightly (not part of `make test`)
+	@echo "Installing keras-nightly in $(NIGHTLY)"
+	@rm -rf $(NIGHTLY)
+	@$(PIP) --no-deps --pre --target $(NIGHTLY) keras-nightly
+	@for b in $(CHOSEN); do \
+		export PYTHONPATH="$(CURDIR)/$(NIGHTLY)" KERAS_BACKEND=$$b $(TEST_ENV); \
+		$(PY) -W ignore -c 'import keras; v = keras.__version__; assert "dev" in v, f"Keras {v} was imported"; \
+			print("== the seam and a smoke test on Keras", v, keras.backend.backend())' || exit 1; \
+		$(PYTEST) -W 'ignore:Keras' $(PYTEST_ARGS) tests/test_smoke.py tests/test_keras_seam.py || exit 1; \
+	done
 
 lint: $(VENV)/.test-stamp ## ruff: rules and format
 	@echo "== lint"

@@ -2,10 +2,17 @@
 
 import copy
 import gc
+import importlib
 import io
+import json
+import pkgutil
+import re
+import subprocess
+import sys
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import h5py
 import keras
@@ -13,8 +20,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import tether
 from tests.support import gradients
 from tether import keras_seam
+from tether.keras_seam import private
 
 
 def dense():
@@ -1529,3 +1538,167 @@ def test_tf2onnx_is_mended_for_the_numpy_of_today():
 
     keras_seam.mend_tf2onnx()
     assert tf2onnx.tfonnx.rewrite_constant_fold.__module__.startswith("keras.")
+
+
+# --------------------------------------------------------------------------- what is private, and another Keras
+
+ROOT = Path(__file__).parents[1]
+NEEDED_BY_EVERY_TIE = {"get_global_attribute", "set_global_attribute", "current_path", "GLOBAL_CUSTOM_NAMES"}
+
+
+def test_a_private_name_that_is_gone_costs_its_feature_and_not_the_package():
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.missing_names"],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    outcomes = json.loads(ran.stdout.splitlines()[-1])
+    assert set(outcomes) == set(private.LOOKED_UP)
+    refused = {path: found for path, found in outcomes.items() if isinstance(found, str)}
+    assert {path.rpartition(".")[2] for path in refused} == NEEDED_BY_EVERY_TIE
+    for path, message in refused.items():
+        assert message.startswith(
+            f"{private.LOOKED_UP[path]} needs {path}, which Keras {keras.__version__} does not have"
+        )
+        assert "is tested on Keras 3." in message
+    assert all(difference < 1e-5 for path, difference in outcomes.items() if path not in refused)
+
+
+@pytest.mark.parametrize("path", sorted(private.LOOKED_UP))
+def test_every_private_name_is_there(path):
+    assert not private.is_missing(private.private(path, "A test"))
+
+
+def test_what_is_missing_says_so_when_it_is_used():
+    for path in ("keras.src.saving.saving_lib._no_such", "keras.src.no_such_module.name"):
+        missing = private.private(path, "A feature")
+        del private.LOOKED_UP[path]
+        assert private.is_missing(missing) and not hasattr(missing, "__code__")
+        for use in (missing, lambda missing=missing: missing.attribute):
+            with pytest.raises(
+                tether.TetherError, match=rf"A feature needs {re.escape(path)}.*tested on Keras 3\.13 to"
+            ):
+                use()
+    missing = private.private_method(keras.Layer, "_no_such", "A feature")
+    with pytest.raises(tether.TetherError, match=r"A feature needs Layer\._no_such"):
+        missing()
+
+
+def test_private_methods_of_classes_are_there():
+    assert not private.is_missing(private.private_method(keras.Variable, "_initialize_with_initializer", ""))
+    assert not private.is_missing(private.private_method(keras_seam.KerasSaveable, "_unpickle_model", ""))
+
+
+def test_without_the_method_by_which_variables_start_they_start_as_ever(monkeypatch):
+    from tether.keras_seam import starting
+
+    monkeypatch.setattr(starting, "_method", private.private_method(keras.Variable, "_no_such", "A start"))
+    with keras_seam.random_starts_left_out(larger_than=0) as left_out:
+        layer = dense()
+    assert left_out == [] and np.any(keras.ops.convert_to_numpy(layer.kernel))
+
+
+@pytest.mark.parametrize("version", ["3.12.9", "3.16.0.dev2026102704", "4.0", "unknown"])
+def test_an_untested_keras_gets_a_warning_with_the_versions(version):
+    with pytest.warns(UserWarning, match=rf"Keras {re.escape(version)} is installed.*tested on Keras 3\.13 to 3\."):
+        private.warn_of_an_untested_keras(version)
+
+
+@pytest.mark.parametrize("version", ["3.13.0", "3.14.1", "3.15.99"])
+def test_a_tested_keras_gets_none(version):
+    private.warn_of_an_untested_keras(version)
+
+
+def test_the_oldest_and_the_newest_keras_are_those_that_the_tests_run_on():
+    oldest = re.search(r"^OLDEST_KERAS := (\d+)\.(\d+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    newest = re.search(r"^keras==(\d+)\.(\d+)", (ROOT / "requirements/test.txt").read_text(encoding="utf-8"), re.M)
+    assert tuple(map(int, oldest.groups())) == private.OLDEST
+    assert tuple(map(int, newest.groups())) == private.NEWEST
+
+
+def test_tether_defines_no_private_method_of_keras_again_but_those_that_are_listed():
+    for module in pkgutil.walk_packages(tether.__path__, "tether."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    kinds = (keras.layers.Dense, keras.layers.LSTMCell, keras.layers.Embedding)
+    tied = [tether.layers.tied.tied_class(kind) for kind in kinds]
+    found = set()
+    for cls in {
+        *tied,
+        *below(keras_seam.KerasSaveable),
+        *below(keras.Variable),
+        *below(keras.initializers.Initializer),
+    }:
+        mine = [base for base in cls.__mro__ if base.__module__.startswith("tether.")]
+        theirs = [base for base in cls.__mro__ if base.__module__.startswith("keras.")]
+        for name in {name for base in mine for name in vars(base) if re.fullmatch(r"_(?!tether)[a-z]\w*", name)}:
+            if any(name in vars(base) for base in theirs):
+                found.add(name)
+    # The list of sub-layers is an attribute of Keras's instances, and hidden methods are those of another backend.
+    assert found | {"_layers", "_trackable_children"} == set(private.OVERRIDDEN)
+
+
+def below(cls):
+    children = type.__subclasses__(cls)
+    return {*children, *(found for child in children for found in below(child))}
+
+
+def test_the_losses_of_a_model_ask_each_layer_for_its_own(spied):
+    model = model_of(Spy(3))
+    Spy.seen = []
+    assert model.losses == [] and len(heard("losses")) == 1
+
+
+def test_a_layer_keeps_its_sublayers_in_the_attribute_that_a_weight_watches():
+    layer = keras.layers.Layer()
+    layer.inner = keras.layers.Dense(2)
+    assert vars(layer)["_layers"] == [layer.inner]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the others have no checkpoints of their own")
+def test_a_checkpoint_of_tensorflow_asks_a_layer_for_what_is_in_it(tmp_path):
+    import tensorflow as tf
+
+    asked = []
+
+    class Asked(keras.layers.Dense):
+        def _trackable_children(self, *args, **kwargs):
+            asked.append(self)
+            return super()._trackable_children(*args, **kwargs)
+
+    layer = Asked(2)
+    layer.build((None, 2))
+    tf.train.Checkpoint(layer=layer).write(str(tmp_path / "checkpoint"))
+    assert layer in asked
+
+
+def test_classes_without_a_public_name_are_found_by_those_that_have_one():
+    saveable = keras_seam.KerasSaveable
+    for kind in (keras.Layer, keras.Loss, keras.Metric, keras.Optimizer):
+        assert issubclass(kind, saveable)
+    assert saveable.__name__ == "KerasSaveable" and not issubclass(keras.Variable, saveable)
+    x = keras.Input((2,))
+    assert type(keras.Model(x, x)) is keras_seam.Functional and keras_seam.Functional.__name__ == "Functional"
+    assert not isinstance(keras.Sequential(), keras_seam.Functional)
+    from tether.keras_seam.classes import RandomInitializer
+
+    drawing = (keras.initializers.GlorotUniform, keras.initializers.Orthogonal, keras.initializers.TruncatedNormal)
+    assert all(issubclass(kind, RandomInitializer) for kind in drawing)
+    assert not issubclass(keras.initializers.Zeros, RandomInitializer)
+    assert type(keras.layers.Dense(2).add_weight(shape=(1,))) is keras_seam.Variable
+
+
+def test_automatic_names_are_made_of_classes_as_keras_makes_them():
+    from tether.keras_seam.classes import to_snake_case
+
+    for name in ("Dense", "LSTMCell", "Conv2DTranspose", "RMSNormalization", "My_Layer", "ABTest2D"):
+        made = type(name, (keras.layers.Layer,), {})().name
+        assert re.fullmatch(rf"{to_snake_case(name)}(_\d+)?", made), (name, made)
+
+
+def test_an_error_in_a_traced_function_comes_out_as_it_is():
+    def wrong(x):
+        raise tether.TetherError("as it is")
+
+    with pytest.raises(tether.TetherError, match=r"^as it is"):
+        keras_seam.trace(wrong, keras.KerasTensor((2,)))

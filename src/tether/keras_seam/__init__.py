@@ -5,11 +5,8 @@ underscore. Each function below states the assumption it makes, and `tests/test_
 checks each one against the oldest and the newest supported Keras.
 """
 
-from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
-from keras.src.backend.config import is_nnx_enabled
-from keras.src.models.functional import Functional
-from keras.src.models.sequential import Sequential
-from keras.src.saving.keras_saveable import KerasSaveable
+from keras import Sequential
+from keras.config import is_nnx_enabled
 
 from tether.keras_seam.calls import (
     ADDS_IN_PLACE,
@@ -29,6 +26,7 @@ from tether.keras_seam.calls import (
     trace,
     trace_token,
 )
+from tether.keras_seam.classes import Functional, KerasSaveable
 from tether.keras_seam.exporting import (
     input_signature,
     input_spec,
@@ -63,6 +61,7 @@ from tether.keras_seam.layers import (
     is_locked,
     listed_variables,
     mark_like,
+    own_tracker,
     own_trainable_flag,
     set_own_trainable_flag,
     set_untracked,
@@ -139,6 +138,7 @@ from tether.keras_seam.saving import (
     shared_object,
 )
 from tether.keras_seam.starting import random_starts_left_out
+from tether.keras_seam.threads import AutocastScope, get_autocast_scope
 from tether.keras_seam.torch_parameters import Change, list_parameters_again, only_parameters, without_parameters
 from tether.keras_seam.variables import (
     Variable,
@@ -167,14 +167,14 @@ __all__ = [
     "is_stored_in", "is_traced", "is_training_call", "is_unknown_to_the_optimizer", "layout_map",
     "list_parameters_again", "listed_variables", "load_from", "loading_scope", "losses_scope", "maker",
     "mark_like", "mend_tf2onnx", "mutations", "name_scope", "numbered", "on_host", "only_parameters",
-    "optimized_variables", "optimizer_slots", "own_attributes", "own_copy", "own_tensor", "own_trainable_flag",
-    "passes", "path_scope", "plain_tensor", "prepare_view", "quantization_config", "quantizers",
-    "random_starts_left_out", "raw_value", "read_archive", "recognize_variables", "refresh_call_signature",
-    "refuse_spectral_normalization", "register_reader", "register_tied", "registered_function",
-    "running_layers", "running_methods", "save_to", "saved_objects", "saving_scope", "set_build_shapes",
-    "set_by_a_container", "set_mask", "set_own_trainable_flag", "set_untracked", "shared_object",
-    "shield_tracker", "snapshot", "store_each_variable_once", "stored_dtype", "stored_value", "sublayers",
-    "take_over_quantize", "tell_apart", "trace", "trace_token", "track", "training_loss", "undisturbed",
-    "unique_name", "unlock", "unlocked", "unshield_tracker", "untrack", "untrack_layer", "variable_lists",
-    "without_parameters", "write", "write_rows",
+    "optimized_variables", "optimizer_slots", "own_attributes", "own_copy", "own_tensor", "own_tracker",
+    "own_trainable_flag", "passes", "path_scope", "plain_tensor", "prepare_view", "quantization_config",
+    "quantizers", "random_starts_left_out", "raw_value", "read_archive", "recognize_variables",
+    "refresh_call_signature", "refuse_spectral_normalization", "register_reader", "register_tied",
+    "registered_function", "running_layers", "running_methods", "save_to", "saved_objects", "saving_scope",
+    "set_build_shapes", "set_by_a_container", "set_mask", "set_own_trainable_flag", "set_untracked",
+    "shared_object", "shield_tracker", "snapshot", "store_each_variable_once", "stored_dtype", "stored_value",
+    "sublayers", "take_over_quantize", "tell_apart", "trace", "trace_token", "track", "training_loss",
+    "undisturbed", "unique_name", "unlock", "unlocked", "unshield_tracker", "untrack", "untrack_layer",
+    "variable_lists", "without_parameters", "write", "write_rows",
 ]  # fmt: skip

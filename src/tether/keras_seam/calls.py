@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras.src import backend as _backend
-from keras.src.backend.common import global_state as _global_state
-from keras.src.backend.common import stateless_scope as _stateless
-from keras.src.trainers.trainer import Trainer as _Trainer
+from keras import Model as _Trainer
+from keras import backend as _backend
 
 from tether.keras_seam.layers import set_untracked
+from tether.keras_seam.private import private
+from tether.keras_seam.threads import of_this_thread
+
+_set_keras_mask = private("keras.src.backend.common.masking.set_keras_mask", "A mask from an Embedding applied by plan")
 
 
 def call_owners() -> list[Any]:
@@ -22,11 +24,11 @@ def call_owners() -> list[Any]:
     a scope of its own inside the call.
     """
     owners = []
-    scope = _stateless.get_stateless_scope()
+    scope = of_this_thread("stateless_scope")
     while scope is not None:
         owners.append(scope)
         scope = getattr(scope, "original_scope", None)
-    context = _global_state.get_global_attribute("current_call_ctx")
+    context = of_this_thread("current_call_ctx")
     if context is not None:
         owners.append(context)
     return owners
@@ -34,13 +36,13 @@ def call_owners() -> list[Any]:
 
 def is_training_call() -> bool:
     """Whether the outermost call in progress was told to train."""
-    context = _global_state.get_global_attribute("current_call_ctx")
+    context = of_this_thread("current_call_ctx")
     return bool(context is not None and context.get_value("training"))
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
     """Hands a mask on with a tensor, as a layer does that computes one in its `call`."""
-    _backend.set_keras_mask(tensor, mask)
+    _set_keras_mask(tensor, mask)
 
 
 def refresh_call_signature(layer: Any) -> None:
@@ -138,7 +140,7 @@ def _make_is_plain_eager() -> Callable[[], bool]:
         import torch
 
         return lambda: not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return lambda: _stateless.get_stateless_scope() is None
+    return lambda: of_this_thread("stateless_scope") is None
 
 
 is_plain_eager = _make_is_plain_eager()
@@ -188,4 +190,29 @@ _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
 
 def trace(function: Callable[..., Any], *specs: Any) -> Any:
     """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
-    return _backend.compute_output_spec(function, *specs)
+    return _Traced(function).output_spec(*specs)
+
+
+class _Traced(keras.Operation):
+    """A function as one of Keras's operations, which are traced on every backend."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(name="traced")
+        self.function = function
+        self.error: Exception | None = None
+
+    def call(self, *specs: Any) -> Any:
+        """Runs the function. Keras puts an error of its own around one that is raised: it is kept."""
+        try:
+            return self.function(*specs)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def output_spec(self, *specs: Any) -> Any:
+        try:
+            return self.compute_output_spec(*specs)
+        except Exception:
+            if self.error is not None:
+                raise self.error from None
+            raise

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras.src import backend as _backend
-from keras.src.export import export_utils as _export_utils
+from keras import backend as _backend
+
+from tether.keras_seam.private import private
+
+_get_input_signature = private("keras.src.export.export_utils.get_input_signature", "Exporting a model")
+_patch_tf2onnx = private("keras.src.export.tf2onnx_lib.patch_tf2onnx", "An ONNX file of the TensorFlow backend")
+_make_input_spec = private("keras.src.export.export_utils.make_input_spec", "Exporting a model")
 
 
 def input_signature(model: Any) -> list[Any]:
@@ -14,12 +19,12 @@ def input_signature(model: Any) -> list[Any]:
     Raises:
         ValueError: The model has not been called, so nobody knows.
     """
-    return list(_export_utils.get_input_signature(model))
+    return list(_get_input_signature(model))
 
 
 def input_spec(tensor: Any) -> Any:
     """The spec of a tensor, a symbolic tensor or a spec."""
-    return _export_utils.make_input_spec(tensor)
+    return _make_input_spec(tensor)
 
 
 def store_each_variable_once(archive: Any) -> None:
@@ -34,6 +39,4 @@ def store_each_variable_once(archive: Any) -> None:
 
 def mend_tf2onnx() -> None:
     """Makes tf2onnx work with the NumPy of today, as Keras does before it calls it."""
-    from keras.src.export.tf2onnx_lib import patch_tf2onnx
-
-    patch_tf2onnx()
+    _patch_tf2onnx()

@@ -18,15 +18,15 @@ from types import CodeType, FrameType
 from typing import Any
 
 import keras
-from keras.src import backend as _backend
-from keras.src.layers.layer import Layer as _Layer
-from keras.src.layers.normalization.spectral_normalization import SpectralNormalization as _SpectralNormalization
-from keras.src.saving import saving_lib as _saving_lib
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.trainers.trainer import Trainer as _Trainer
+from keras import Layer as _Layer
+from keras import Model as _Trainer
+from keras import backend as _backend
+from keras.layers import SpectralNormalization as _SpectralNormalization
 
 from tether.errors import Unsupported
+from tether.keras_seam.classes import KerasSaveable, unpickle
 from tether.keras_seam.looking import inner_optimizer, optimized_variables
+from tether.keras_seam.private import is_missing
 
 
 def _code(function: Callable[..., Any]) -> CodeType:
@@ -34,22 +34,16 @@ def _code(function: Callable[..., Any]) -> CodeType:
 
 
 _CLONING = _code(keras.models.clone_model)
-_READING = {_code(keras.saving.load_model), _code(_saving_lib._load_model_from_fileobj)}
+_UNPICKLING = set() if is_missing(unpickle) else {_code(unpickle)}
+_READING = {_code(keras.saving.load_model), *_UNPICKLING}
 """What makes a model of a file, or of a pickle."""
 _COPYING = {
     _CLONING,
     *_READING,
     *map(_code, (keras.saving.deserialize_keras_object, keras.models.model_from_json)),
 }
-_LOADING = {
-    _code(function)
-    for function in (
-        _saving_lib._load_model_from_fileobj,
-        _saving_lib._load_model_from_dir,
-        _saving_lib.load_weights_only,
-    )
-}
-_SAVING = {_code(_saving_lib._save_model_to_fileobj), _code(_saving_lib._save_model_to_dir)}
+_LOADING = {*_READING, _code(keras.saving.load_weights)}
+_SAVING = {_code(keras.saving.save_model), _code(KerasSaveable.__reduce__)}
 _LOSSES = {_code(_Layer.losses.fget)}
 _SPECTRAL_BUILD = _code(_SpectralNormalization.build)
 _RESET_METRICS = _code(_Trainer.reset_metrics)

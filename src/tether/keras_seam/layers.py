@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from keras.src import backend as _backend
-from keras.src.models.functional import Functional, functional_like_constructor
-from keras.src.models.sequential import Sequential
-from keras.src.utils import naming as _naming
-from keras.src.utils import python_utils as _python_utils
+import keras
+from keras import Sequential
+from keras import backend as _backend
+
+from tether.keras_seam.classes import Functional, to_snake_case
 
 
 def track(layer: Any, variable: Any) -> None:
@@ -21,6 +22,11 @@ def track(layer: Any, variable: Any) -> None:
 
 def untrack(layer: Any, variable: Any) -> None:
     layer._untrack_variable(variable)
+
+
+def own_tracker(layer: Any) -> Any:
+    """What sorts the variables and layers that are set as attributes; `None` before a layer's constructor has begun."""
+    return vars(layer).get("_tracker")
 
 
 @contextlib.contextmanager
@@ -156,13 +162,13 @@ def forget_attribute(layer: Any, name: str) -> None:
 
 
 def is_default(method: Any) -> bool:
-    return bool(_python_utils.is_default(method))
+    return bool(getattr(method, "_is_default", False))
 
 
 def mark_like(function: Any, other: Any) -> Any:
     """Keeps Keras's mark of a method that was not overridden (`get_config` made from `__init__`)."""
     if is_default(other):
-        _python_utils.default(function)
+        function._is_default = True
     return function
 
 
@@ -172,19 +178,26 @@ def holds_its_layers_configs(model: Any) -> bool:
     if isinstance(model, Sequential):
         return cls.get_config is Sequential.get_config
     if isinstance(model, Functional):
-        return cls.get_config is Functional.get_config and functional_like_constructor(cls)
+        return cls.get_config is Functional.get_config and _takes_a_graph(cls)
     return False
+
+
+def _takes_a_graph(cls: type) -> bool:
+    """Whether Keras hands inputs and outputs to a class that it makes again, by what the constructor takes."""
+    given = inspect.getfullargspec(cls.__init__)  # type: ignore[misc]
+    return given.args == inspect.getfullargspec(Functional.__init__).args or bool(given.varargs and given.varkw)
 
 
 def is_automatic_layer_name(layer: Any) -> bool:
     """Whether Keras made the layer's name up from its class (`dense`, `dense_3`)."""
-    stem = _naming.to_snake_case(type(layer).__name__)
+    stem = to_snake_case(type(layer).__name__)
     return layer.name == stem or (layer.name.startswith(f"{stem}_") and layer.name[len(stem) + 1 :].isdigit())
 
 
 def unique_name(prefix: str) -> str:
     """A layer name that Keras has not given yet: the prefix, or the prefix and a number."""
-    return str(_naming.uniquify(prefix))
+    number = keras.backend.get_uid(prefix) - 1
+    return f"{prefix}_{number}" if number else prefix
 
 
 def contained_layers(layer: Any) -> list[Any]:

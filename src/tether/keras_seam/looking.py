@@ -6,10 +6,10 @@ import functools
 from typing import Any
 
 import keras
-from keras.src.layers.layer import Layer as _Layer
-from keras.src.models.functional import Functional
-from keras.src.models.sequential import Sequential
+from keras import Layer as _Layer
+from keras import Sequential
 
+from tether.keras_seam.classes import Functional
 from tether.keras_seam.layers import attributes
 
 

@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from keras.src.backend.common import global_state as _global_state
-from keras.src.layers.layer import Layer as _Layer
+from keras import Layer as _Layer
 
 from tether.keras_seam.layers import contained_layers, set_untracked
+from tether.keras_seam.threads import of_this_thread
 
 
 def running_layers() -> Iterator[Any]:
     """The layers whose calls are in progress on this thread, innermost first."""
-    for scope in reversed(_global_state.get_global_attribute("name_scope_stack") or ()):
+    for scope in reversed(of_this_thread("name_scope_stack") or ()):
         if isinstance(scope.caller, _Layer):
             yield scope.caller
 

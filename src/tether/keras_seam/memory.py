@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import ml_dtypes
 import numpy
-from keras.src import backend as _backend
+from keras import backend as _backend
 
 from tether.keras_seam.calls import is_traced
 

@@ -8,11 +8,13 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 import keras
-from keras.src import backend as _backend
-from keras.src.backend.common import global_state as _global_state
-from keras.src.utils import naming as _naming
 
+from tether.keras_seam.classes import to_snake_case
+from tether.keras_seam.private import private
+from tether.keras_seam.threads import of_this_thread, set_in_this_thread
 from tether.keras_seam.variables import Variable
+
+_current_path = private("keras.src.backend.common.name_scope.current_path", "A path for a variable")
 
 
 def path_scope(path: str) -> Any:
@@ -27,21 +29,21 @@ def path_scope(path: str) -> Any:
 @contextlib.contextmanager
 def _outside_stateless_scopes() -> Iterator[None]:
     """Allows new variables, which Keras refuses in a stateless scope."""
-    scope = _global_state.get_global_attribute("stateless_scope")
-    _global_state.set_global_attribute("stateless_scope", None)
+    scope = of_this_thread("stateless_scope")
+    set_in_this_thread("stateless_scope", None)
     try:
         yield
     finally:
-        _global_state.set_global_attribute("stateless_scope", scope)
+        set_in_this_thread("stateless_scope", scope)
 
 
 def name_scope(layer: Any) -> Any:
     """The name scope that `add_weight` opens around a new variable of `layer`."""
-    return _backend.name_scope(layer.name, caller=layer)
+    return keras.name_scope(layer.name, caller=layer)
 
 
 def current_path() -> str:
-    return str(_backend.common.name_scope.current_path())
+    return str(_current_path())
 
 
 def numbered(name: str, taken: Container[str]) -> str:
@@ -53,4 +55,4 @@ def numbered(name: str, taken: Container[str]) -> str:
 def is_automatic_variable_name(name: str) -> bool:
     """Whether Keras made the variable's name up (`variable`, `jax_variable_3`)."""
     stem = name.rstrip("0123456789").rstrip("_")
-    return stem in {"variable", _naming.to_snake_case(Variable.__name__)}
+    return stem in {"variable", to_snake_case(Variable.__name__)}

@@ -9,13 +9,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from keras.src.layers.layer import Layer as _Layer
-from keras.src.models import model as _model
-from keras.src.quantizers.quantization_config import validate_and_resolve_config as _resolve_quantization
-from keras.src.quantizers.utils import should_quantize_layer as _should_quantize_layer
+import keras
+from keras import Layer as _Layer
 
 from tether.keras_seam.frames import _code, _frames, _is_tracing, _namespace
 from tether.keras_seam.layers import set_untracked
+from tether.keras_seam.private import private
+
+_resolve_quantization = private(
+    "keras.src.quantizers.quantization_config.validate_and_resolve_config", "Quantising a tied layer"
+)
+_should_quantize_layer = private("keras.src.quantizers.utils.should_quantize_layer", "Quantising a model with ties")
 
 # `Model.quantize` goes through a list of all layers and asks each one that has no sub-layers. A tied layer has some,
 # its weights, and would be passed over. When the list is made, before any layer is changed, Keras reads the sub-layers
@@ -25,7 +29,7 @@ from tether.keras_seam.layers import set_untracked
 quantizers: dict[str, Callable[..., None]] = {}
 """What quantises ties: `"model"`, of a model, mode, config and filters; `"weight"`, of a weight, mode and config."""
 
-_MODEL_QUANTIZE = _code(_model.Model.quantize)
+_MODEL_QUANTIZE = _code(keras.Model.quantize)
 _FLATTEN_LAYERS = _code(_Layer._flatten_layers)
 
 

@@ -11,18 +11,22 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
-from keras.src import backend as _backend
+import keras
 
 from tether.keras_seam.names import numbered
+from tether.keras_seam.private import is_missing, private_method
 from tether.keras_seam.variables import Variable
 
-if _backend.backend() == "torch":
-    from keras.src.backend.torch.layer import TorchLayer as _TorchLayer
+_REGISTERING: CodeType | None = None
+_READING: set[CodeType] = set()
+if keras.backend.backend() == "torch":
     from torch.compiler import is_compiling as _is_compiling
 
-    _REGISTERING = _TorchLayer._track_variables.__code__
-    # Before Python 3.12 the comprehension in it has a frame of its own.
-    _READING = {_REGISTERING, *(each for each in _REGISTERING.co_consts if isinstance(each, CodeType))}
+    _track = private_method(keras.Layer, "_track_variables", "Two parameters of one path in one model of PyTorch's")
+    if not is_missing(_track):
+        _REGISTERING = _track.__code__
+        # Before Python 3.12 the comprehension in it has a frame of its own.
+        _READING = {_REGISTERING, *(each for each in _REGISTERING.co_consts if isinstance(each, CodeType))}
 
 
 class _Keyed(Variable):
@@ -60,5 +64,5 @@ def _keys(variables: list[Any]) -> dict[int, str]:
 
 def tell_apart(variable: Any) -> None:
     """Lets a stored variable be a parameter of its own, whatever else in a model has its path."""
-    if _backend.backend() == "torch":
+    if _REGISTERING is not None:
         variable.__class__ = _Keyed

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras.src import backend as _backend
-from keras.src.models.functional import Functional
-from keras.src.models.sequential import Sequential
-from keras.src.trainers.trainer import Trainer as _Trainer
+from keras import Model as _Trainer
+from keras import Sequential
+from keras import backend as _backend
 
 from tether.keras_seam.calls import forget_functions
+from tether.keras_seam.classes import Functional
 from tether.keras_seam.layers import contained_layers, set_untracked
 from tether.keras_seam.looking import inner_optimizer
 from tether.keras_seam.variables import own_copy

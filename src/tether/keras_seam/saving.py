@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import json
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras.src import backend as _backend
-from keras.src.backend.common import global_state as _global_state
-from keras.src.saving import object_registration as _registration
-from keras.src.saving import saving_lib as _saving_lib
-from keras.src.saving import serialization_lib as _serialization
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.utils import naming as _naming
+from keras import backend as _backend
 
+from tether.keras_seam.classes import KerasSaveable, to_snake_case, unpickle
 from tether.keras_seam.frames import _COPYING, _LOADING, _READING, _code
 from tether.keras_seam.looking import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host
 from tether.keras_seam.names import _outside_stateless_scopes
+from tether.keras_seam.private import is_missing, private
 from tether.keras_seam.starting import random_starts_left_out
+
+_walk_saveable = private("keras.src.saving.saving_lib._walk_saveable", "Reading what a file holds")
+_load_state = private("keras.src.saving.saving_lib._load_state", "Loading an archive")
+_H5IOStore = private("keras.src.saving.saving_lib.H5IOStore", "Loading an archive")
+_DiskIOStore = private("keras.src.saving.saving_lib.DiskIOStore", "Loading an archive that has assets")
+_ObjectSharingScope = private("keras.src.saving.serialization_lib.ObjectSharingScope", "Reading a config")
+_get_shared_object = private(
+    "keras.src.saving.serialization_lib.get_shared_object", "A model in several places of a file"
+)
+_name_class = private("keras.src.saving.serialization_lib.serialize_with_public_class", "Naming a tied layer's class")
+_retrieve_class = private("keras.src.saving.serialization_lib._retrieve_class_or_fn", "Finding a tied layer's class")
+_names_of_classes = private("keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES", "Naming a tied layer's class")
 
 
 def saved_objects(root: Any) -> Iterator[tuple[str, Any]]:
@@ -32,7 +44,7 @@ def _saved_below(saveable: Any, place: str, seen: set[int]) -> Iterator[tuple[st
     seen.add(id(saveable))
     yield place, saveable
     with _outside_stateless_scopes():  # to see what an optimizer writes, Keras makes one
-        children = list(_saving_lib._walk_saveable(saveable))
+        children = list(_walk_saveable(saveable))
     for name, child in children:
         inner = f"{place}/{name}" if place else name
         if isinstance(child, KerasSaveable):
@@ -41,7 +53,7 @@ def _saved_below(saveable: Any, place: str, seen: set[int]) -> Iterator[tuple[st
             yield from _saved_in_container(child, inner, seen, set())
 
 
-_NESTED = hasattr(_saving_lib, "_container_path_present")
+_NESTED = is_missing(_H5IOStore) or hasattr(_H5IOStore, "has_path")
 """Whether this Keras writes what is in a container within a container."""
 
 
@@ -57,7 +69,7 @@ def _saved_in_container(container: Any, place: str, seen: set[int], containers: 
 
     for child in list(container.values()) if isinstance(container, dict) else container:
         if isinstance(child, KerasSaveable):
-            yield from _saved_below(child, unique(_naming.to_snake_case(type(child).__name__)), seen)
+            yield from _saved_below(child, unique(to_snake_case(type(child).__name__)), seen)
         elif _NESTED and isinstance(child, (list, dict, tuple)):
             yield from _saved_in_container(child, unique("container"), seen, containers)
 
@@ -70,21 +82,25 @@ def entry_notes(store: Any) -> Any:
     return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
 
 
-class _OpenStore(_saving_lib.H5IOStore):
-    """Keras's store, over a file that is open; what was stored from it already is not read again."""
+@functools.cache
+def _open_store() -> Any:
+    class OpenStore(_H5IOStore):  # type: ignore[misc, valid-type]
+        """Keras's store, over a file that is open; what was stored from it already is not read again."""
 
-    def __init__(self, file: Any, stored: dict[str, Any]) -> None:
-        self._open, self._stored = file, stored
-        super().__init__("values", mode="r")
+        def __init__(self, file: Any, stored: dict[str, Any]) -> None:
+            self._open, self._stored = file, stored
+            super().__init__("values", mode="r")
 
-    def _get_h5_file(self, path_or_io: Any, mode: Any = None) -> Any:
-        return self._open
+        def _get_h5_file(self, path_or_io: Any, mode: Any = None) -> Any:
+            return self._open
 
-    def __getitem__(self, key: str) -> Any:
-        variable = self._stored.get(f"{self._h5_entry_path}/vars/{key}" if self._h5_entry_path else f"vars/{key}")
-        if variable is None:
-            return super().__getitem__(key)
-        return on_host(variable._value) if _backend.backend() == "torch" else variable._value
+        def __getitem__(self, key: str) -> Any:
+            variable = self._stored.get(f"{self._h5_entry_path}/vars/{key}" if self._h5_entry_path else f"vars/{key}")
+            if variable is None:
+                return super().__getitem__(key)
+            return on_host(variable._value) if _backend.backend() == "torch" else variable._value
+
+    return OpenStore
 
 
 def read_archive(
@@ -109,22 +125,24 @@ def read_archive(
         safe_mode: As there.
         large: Bytes of a variable from which on no start is drawn for it, unless `first` stores nothing in it.
     """
-    config = archive.read(_saving_lib._CONFIG_FILENAME)
+    config = json.loads(archive.read(_CONFIG))
+    if not compile:
+        config["compile_config"] = None
     with random_starts_left_out(large) as left_out:
-        model = _saving_lib._model_from_config(config, custom_objects, compile, safe_mode)
+        model = _deserialized(config, custom_objects, safe_mode=safe_mode)
     stored = first(model)
     has_value = {id(variable) for variable in stored.values()}
     for known, start in left_out:
         variable = known()
         if variable is not None and id(variable) not in has_value:
             variable.assign(start())
-    store, assets = _OpenStore(values, stored), None
+    store, assets = _open_store()(values, stored), None
     if len(archive.namelist()) > 3:
-        assets = _saving_lib.DiskIOStore(_saving_lib._ASSETS_DIRNAME, archive=archive, mode="r")
+        assets = _DiskIOStore("assets", archive=archive, mode="r")
     failed: set[int] = set()
     errors: dict[int, Any] = {}
     try:
-        _saving_lib._load_state(
+        _load_state(
             model,
             weights_store=store,
             assets_store=assets,
@@ -137,7 +155,9 @@ def read_archive(
         if assets is not None:
             assets.close()
     if failed:
-        _saving_lib._raise_loading_failure(errors)
+        objects = ", ".join(str(saveable) for saveable, _ in errors.values())
+        error = next(iter(errors.values()))[1]
+        raise ValueError(f"{len(errors)} objects could not be loaded: {objects}. The first of their errors: {error}")
     return model
 
 
@@ -171,10 +191,13 @@ def config_with_ids(model: Any) -> dict[str, Any]:
     Keras notes an object when it meets it, writes its id from the second time on, and copies the configs of graphs
     and stacks before that time comes. In a second pass it knows all of them.
     """
-    with _serialization.ObjectSharingScope():
-        _serialization.serialize_keras_object(model)
-        return _serialization.serialize_keras_object(model)
+    with _ObjectSharingScope():
+        keras.saving.serialize_keras_object(model)
+        return keras.saving.serialize_keras_object(model)
 
+
+_CONFIG = "config.json"
+"""The file in an archive that has the config."""
 
 SHARED_ID = "shared_object_id"
 """Where a config holds the id of an object that the file has in several places."""
@@ -182,13 +205,17 @@ SHARED_ID = "shared_object_id"
 
 def deserialized(config: dict[str, Any], custom_objects: dict[str, Any]) -> Any:
     """The model of a config that this process wrote, as `load_model` makes it before it reads values."""
-    with _serialization.ObjectSharingScope():
-        return _serialization.deserialize_keras_object(config, custom_objects, safe_mode=False)
+    return _deserialized(config, custom_objects, safe_mode=False)
+
+
+def _deserialized(config: dict[str, Any], custom_objects: dict[str, Any] | None, *, safe_mode: bool) -> Any:
+    with _ObjectSharingScope():
+        return keras.saving.deserialize_keras_object(config, custom_objects, safe_mode=safe_mode)
 
 
 def shared_object(identity: int) -> Any:
     """What was made for an id so far, while a config is read."""
-    return _serialization.get_shared_object(identity)
+    return _get_shared_object(identity)
 
 
 def calls_of(operation: Any) -> int:
@@ -208,47 +235,54 @@ TIED_NAME = "tether>Tied"
 
 def register_tied(cls: type) -> None:
     """Makes Keras write the one name of all tied classes into a config, whichever layer it is."""
-    _registration.GLOBAL_CUSTOM_NAMES[cls] = TIED_NAME
+    _names_of_classes.update({cls: TIED_NAME})
 
 
 def register_reader(reader: Any) -> None:
     """Makes Keras hand every config of a tied layer to `reader.from_config`."""
-    _registration.GLOBAL_CUSTOM_OBJECTS[TIED_NAME] = reader
+    keras.saving.get_custom_objects()[TIED_NAME] = reader
 
 
 def class_reference(cls: type) -> dict[str, Any]:
     """How Keras names a class in a file."""
-    found = _serialization.serialize_with_public_class(cls, {})
+    found = _name_class(cls, {})
     return {key: found[key] for key in ("module", "class_name", "registered_name")}
 
 
 def find_class(reference: dict[str, Any]) -> Any:
     """The class of a reference, by Keras's own rules of what a file may name."""
-    custom = {
-        **_global_state.get_global_attribute("custom_objects_scope_dict", {}),
-        **_registration.GLOBAL_CUSTOM_OBJECTS,
-    }
-    return _serialization._retrieve_class_or_fn(
+    return _retrieve_class(
         reference["class_name"],
         reference["registered_name"],
         reference["module"],
         obj_type="class",
         full_config={**reference, "config": {}},
-        custom_objects=custom,
+        custom_objects={},  # those of the open scopes are known
     )
 
 
 def registered_function(name: str) -> Any:
-    custom = {
-        **_global_state.get_global_attribute("custom_objects_scope_dict", {}),
-        **_registration.GLOBAL_CUSTOM_OBJECTS,
-    }
-    return custom.get(name)
+    return keras.saving.get_registered_object(name)
 
 
 def save_to(model: Any, fileobj: Any) -> None:
-    _saving_lib._save_model_to_fileobj(model, fileobj, "h5")
+    """Writes the archive that a Keras model or layer is pickled as."""
+    _, (archive,) = KerasSaveable.__reduce__(model)
+    fileobj.write(archive.getbuffer())
 
 
 def load_from(fileobj: Any, *, compile: bool) -> Any:
-    return _saving_lib._load_model_from_fileobj(fileobj, custom_objects=None, compile=compile, safe_mode=False)
+    """The model or layer of an archive that this process wrote."""
+    return unpickle(fileobj if compile else _without_compile_config(fileobj))
+
+
+def _without_compile_config(fileobj: Any) -> io.BytesIO:
+    copy = io.BytesIO()
+    with zipfile.ZipFile(fileobj) as archive, zipfile.ZipFile(copy, "w") as written:
+        for name in archive.namelist():
+            data = archive.read(name)
+            if name == _CONFIG:
+                data = json.dumps({**json.loads(data), "compile_config": None}).encode()
+            written.writestr(name, data)
+    copy.seek(0)
+    return copy

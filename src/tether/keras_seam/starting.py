@@ -12,12 +12,13 @@ from typing import Any
 
 import keras
 import numpy
-from keras.src import backend as _backend
-from keras.src.initializers.random_initializers import RandomInitializer as _RandomInitializer
-from keras.src.layers.layer import Layer as _Layer
+from keras import Layer as _Layer
+from keras import backend as _backend
 
+from tether.keras_seam.classes import RandomInitializer as _RandomInitializer
 from tether.keras_seam.frames import _first_local, _frames
 from tether.keras_seam.memory import is_same_snapshot, snapshot, untouched_zeros
+from tether.keras_seam.private import is_missing, private_method
 from tether.keras_seam.variables import Variable
 
 Start = tuple["weakref.ref[Any]", Callable[[], Any]]
@@ -53,6 +54,9 @@ def random_starts_left_out(larger_than: int) -> Iterator[list[Start]]:
         A list that has, after the block, each variable in which nothing was stored in it, and what makes its value.
     """
     left_out: list[Start] = []
+    if is_missing(_method):  # then every variable starts as Keras has it
+        yield left_out
+        return
     before, begun = (_here.larger_than, _here.begun), dict[int, tuple[Start, Any]]()
     _count(1)
     _here.larger_than, _here.begun = larger_than, begun
@@ -80,7 +84,8 @@ def _count(change: int) -> None:
             del Variable._initialize_with_initializer
 
 
-_own, _method = vars(Variable).get("_initialize_with_initializer"), Variable._initialize_with_initializer
+_own = vars(Variable).get("_initialize_with_initializer")
+_method = private_method(Variable, "_initialize_with_initializer", "A start without random numbers")
 
 
 def _initialize(variable: Any, initializer: Any) -> None:

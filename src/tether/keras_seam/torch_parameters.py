@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keras.src import backend as _backend
-from keras.src.layers.layer import Layer as _Layer
+from keras import Layer as _Layer
+from keras import backend as _backend
 
 from tether.keras_seam.layers import contained_layers
 from tether.keras_seam.names import numbered

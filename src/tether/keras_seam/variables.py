@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras.src import backend as _backend
-from keras.src.backend.common import stateless_scope as _stateless
+from keras import backend as _backend
 
-Variable = _backend.Variable
+from tether.keras_seam.threads import of_this_thread
+
+Variable = keras.Variable
 """The backend's concrete variable class, the one that `add_weight` creates."""
 
 
 def raw_value(variable: Any) -> Any:
     """The tensor that a variable holds now, before autocast; `None` if not initialised yet."""
-    scope = _stateless.get_stateless_scope()
+    scope = of_this_thread("stateless_scope")
     if scope is not None:
         value = scope.get_current_value(variable)
         if value is not None:

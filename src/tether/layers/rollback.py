@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tether import keras_seam
@@ -18,14 +19,13 @@ class _Snapshot:
         self.attributes = dict(vars(target))
         self.contents: list[tuple[Any, Any]] = []
         self._keep_contents(self.attributes.values())
-        tracker = self.attributes.get("_tracker")
+        self.flags: list[tuple[Any, bool, Any, Any]] = []
+        tracker = keras_seam.own_tracker(target)
+        self.tracker = (tracker, {} if tracker is None else dict(vars(tracker)))
         if tracker is not None:
-            self.tracker = dict(vars(tracker))
             self._keep_contents(tracker.stored_ids.values())
             self._keep_contents([tracker.stored_ids, tracker.config])
-        self.flags: list[tuple[Any, bool, Any, Any]] = []
-        for variables in (self.attributes.get("_trainable_variables"), self.attributes.get("_non_trainable_variables")):
-            for variable in variables or ():
+            for variable in itertools.chain(*keras_seam.variable_lists(target).values()):
                 self._keep_flags(variable)
         held = self.attributes.get("_variable")
         if isinstance(target, Weight) and held is not None:
@@ -50,8 +50,9 @@ class _Snapshot:
         attributes.update(self.attributes)
         for container, content in self.contents:
             _refill(container, content)
-        if hasattr(self, "tracker"):
-            self.attributes["_tracker"].__dict__.update(self.tracker)
+        tracker, of_tracker = self.tracker
+        if tracker is not None:
+            tracker.__dict__.update(of_tracker)
         for variable, trainable, regularizer, constraint in self.flags:
             if variable.trainable != trainable:
                 variable.trainable = trainable

@@ -1,0 +1,95 @@
+"""The private names of Keras that Tether uses, and the versions of Keras on which that is tested.
+
+A private name may move or go with any release. Each is looked up when Tether is imported, and one that is gone costs
+what it is needed for: an error then says so, and the rest of Tether works.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from typing import Any, NoReturn
+
+import keras
+
+from tether.errors import Unsupported
+
+OLDEST, NEWEST = (3, 13), (3, 15)
+"""The oldest and the newest Keras, by their first two numbers, on which every test of Tether's seam is run."""
+
+OVERRIDDEN: dict[str, str] = {
+    "_check_quantize_args": "a weight quantises itself, though Keras knows it as no kind of layer that does",
+    "_get_own_losses": "a tied layer adds the penalties on its uses to the losses of the model",
+    "_layers": "a weight notices that a model is about to be quantised, before any layer is",
+    "_lock_state": "a tied layer places its weights when its build is over",
+    "_trackable_children": "a checkpoint of the TensorFlow backend holds a tied layer's weights and not its views",
+}
+"""What is private to Keras and classes of Tether define again, and what happens because Keras uses it."""
+
+LOOKED_UP: dict[str, str] = {}
+"""The private objects that were looked up, and what each is needed for."""
+
+
+def private(path: str, feature: str) -> Any:
+    """A private object of Keras.
+
+    Args:
+        path: Its module and name.
+        feature: What does not work without it, as the start of a sentence.
+
+    Returns:
+        The object, or if this Keras has none, one that raises an error when it is used.
+    """
+    LOOKED_UP[path] = feature
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return _Missing(f"{feature} needs {path}")
+
+
+def private_method(cls: type, name: str, feature: str) -> Any:
+    """A private method of a Keras class, or one that raises an error when it is called."""
+    return getattr(cls, name, None) or _Missing(f"{feature} needs {cls.__name__}.{name}")
+
+
+def is_missing(found: Any) -> bool:
+    """Whether Keras has no such object."""
+    return isinstance(found, _Missing)
+
+
+class _Missing:
+    """What stands for something that Keras does not have."""
+
+    def __init__(self, need: str) -> None:
+        self._need = need
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise Unsupported(
+            f"{self._need}, which Keras {keras.__version__} does not have. Tether is tested on Keras {_tested()}. "
+            "Install one of these, or a newer Tether."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # those of Python's protocols, which others ask for by themselves
+            raise AttributeError(name)
+        self()
+
+
+def _tested() -> str:
+    return f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+
+
+def warn_of_an_untested_keras(version: str) -> None:
+    """Warns if a version of Keras is older than the oldest, or newer than the newest that is tested."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
+        warnings.warn(
+            f"Keras {version} is installed, and Tether is tested on Keras {_tested()}. What Tether needs of Keras may "
+            "work differently there.",
+            stacklevel=2,
+        )
+
+
+warn_of_an_untested_keras(keras.__version__)
