@@ -907,6 +907,17 @@ def test_a_function_is_traced_without_values():
     assert found.shape == (5, 3)
 
 
+def test_the_error_of_a_traced_function_is_its_own():
+    error = KeyError("its own")
+
+    def fails(x):
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        keras_seam.trace(fails, keras.KerasTensor((5, 2)))
+    assert caught.value is error
+
+
 def test_a_mask_goes_with_a_tensor():
     x = keras.ops.ones((2, 3, 2))
     keras_seam.set_mask(x, keras.ops.convert_to_tensor([[True, True, False], [True, False, False]]))

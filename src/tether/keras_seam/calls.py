@@ -186,6 +186,23 @@ TRACES_GRADIENTS = _backend.backend() == "jax"
 _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
 
 
+class _Traced(keras.Operation):
+    """A function as an operation, of which Keras finds what it returns."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(name="traced")
+        self.function = function
+
+    def call(self, *tensors: Any) -> Any:
+        return self.function(*tensors)
+
+
 def trace(function: Callable[..., Any], *specs: Any) -> Any:
-    """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
-    return _backend.compute_output_spec(function, *specs)
+    """Runs a function on tensors of the backend that have a shape and no values, as Keras does when it builds a graph.
+
+    An error of the function comes as it was raised, without what Keras says of operations.
+    """
+    try:
+        return _Traced(function).compute_output_spec(*specs)
+    except Exception as error:
+        raise error.__context__ or error from None
