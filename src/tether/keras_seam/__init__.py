@@ -138,7 +138,7 @@ from tether.keras_seam.saving import (
     saved_objects,
     shared_object,
 )
-from tether.keras_seam.starting import random_starts_left_out
+from tether.keras_seam.starting import is_random, random_starts_left_out
 from tether.keras_seam.variables import (
     Variable,
     autocasts,
@@ -161,8 +161,8 @@ __all__ = [
     "graph_outputs", "has_compiled_loss", "holds_its_layers_configs", "infer_graph", "inner_optimizer",
     "input_signature", "input_spec", "insert_tracked", "inside_bidirectional_init", "is_automatic_layer_name",
     "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated", "is_excluded_from_decay",
-    "is_float", "is_known_to_the_optimizer", "is_locked", "is_nnx_enabled", "is_plain_eager",
-    "is_quantizing_a_model", "is_same_snapshot", "is_sparse", "is_stored_in", "is_traced", "is_training_call",
+    "is_float", "is_known_to_the_optimizer", "is_locked", "is_nnx_enabled", "is_plain_eager", "is_quantizing_a_model",
+    "is_random", "is_same_snapshot", "is_sparse", "is_stored_in", "is_traced", "is_training_call",
     "is_unknown_to_the_optimizer", "layout_map", "listed_variables", "load_from", "loading_scope",
     "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope", "on_host",
     "optimized_variables", "optimizer_slots", "outside_name_scopes", "own_attributes", "own_copy",

@@ -77,7 +77,7 @@ class Weight(Expression, keras.layers.Layer):
         self._given_dtype = (
             None if dtype is None and start is None else dtype or keras.backend.standardize_dtype(start.dtype)
         )
-        self.initializer = keras.initializers.get(initializer)
+        self.initializer = initializer
         self.regularizer = keras.regularizers.get(regularizer)
         self.constraint = keras.constraints.get(constraint)
         self._variable: Any = None
