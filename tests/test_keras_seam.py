@@ -917,11 +917,28 @@ def test_a_bias_is_added_to_a_fresh_result_with_the_value_and_the_gradients_of_a
         keras.tree.map_structure(np.testing.assert_array_equal, found, wanted)
 
 
+def test_initializers_that_draw_at_random_are_known():
+    drawn = ("glorot_uniform", "random_normal", "truncated_normal", "orthogonal", "he_normal")
+    assert all(keras_seam.is_random(keras.initializers.get(name)) for name in drawn)
+    assert not any(keras_seam.is_random(keras.initializers.get(name)) for name in ("zeros", "ones", "identity", None))
+
+
 def test_a_function_is_traced_without_values():
     layer = dense()
     found = keras_seam.trace(layer, keras.KerasTensor((5, 2)))
     assert isinstance(found, keras.KerasTensor)
     assert found.shape == (5, 3)
+
+
+def test_the_error_of_a_traced_function_is_its_own():
+    error = KeyError("its own")
+
+    def fails(x):
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        keras_seam.trace(fails, keras.KerasTensor((5, 2)))
+    assert caught.value is error
 
 
 def test_a_mask_goes_with_a_tensor():

@@ -113,15 +113,15 @@ def scale_gradient(x: Any, scale: float) -> Expression:
 
 
 def apply(function_: Callable[..., Any], *xs: Any) -> Expression:
-    """`function_(*xs)`, for a function of `keras.ops` calls that a file can name.
+    """`function_(*xs)`, for a function of ordinary Keras code that a file can name.
 
     Args:
         function_: A function of `keras.ops`, or one decorated with
-            `@keras.saving.register_keras_serializable()`. It gets tensors and returns one tensor whose
-            shape follows from theirs.
+            `@keras.saving.register_keras_serializable()`. It gets tensors (a Python number stays one) and returns
+            one tensor whose shape follows from their shapes. Once, it is run on tensors without values.
         *xs: Its arguments.
 
     Raises:
-        TetherError: The function is a lambda, or is not registered.
+        TetherError: The function is a lambda, is not registered, or fails for these shapes.
     """
     return function.apply(function_, *xs)

@@ -22,6 +22,7 @@ from tether.keras_seam.calls import (
     is_training_call,
     mutations,
     refresh_call_signature,
+    refuse_to_be_looked_into,
     set_mask,
     trace,
     trace_token,
@@ -137,7 +138,7 @@ from tether.keras_seam.saving import (
     saved_objects,
     shared_object,
 )
-from tether.keras_seam.starting import random_starts_left_out
+from tether.keras_seam.starting import is_random, random_starts_left_out
 from tether.keras_seam.threads import AutocastScope, get_autocast_scope
 from tether.keras_seam.torch_parameters import Change, list_parameters_again, only_parameters, without_parameters
 from tether.keras_seam.variables import (
@@ -163,18 +164,18 @@ __all__ = [
     "infer_graph", "inner_optimizer", "input_signature", "input_spec", "insert_tracked",
     "inside_bidirectional_init", "is_automatic_layer_name", "is_automatic_variable_name", "is_concrete",
     "is_default", "is_differentiated", "is_excluded_from_decay", "is_float", "is_known_to_the_optimizer",
-    "is_locked", "is_nnx_enabled", "is_plain_eager", "is_quantizing_a_model", "is_same_snapshot", "is_sparse",
-    "is_stored_in", "is_traced", "is_training_call", "is_unknown_to_the_optimizer", "layout_map",
+    "is_locked", "is_nnx_enabled", "is_plain_eager", "is_quantizing_a_model", "is_random", "is_same_snapshot",
+    "is_sparse", "is_stored_in", "is_traced", "is_training_call", "is_unknown_to_the_optimizer", "layout_map",
     "list_parameters_again", "listed_variables", "load_from", "loading_scope", "losses_scope", "maker",
     "mark_like", "mend_tf2onnx", "mutations", "name_scope", "numbered", "on_host", "only_parameters",
     "optimized_variables", "optimizer_slots", "own_attributes", "own_copy", "own_tensor", "own_tracker",
     "own_trainable_flag", "passes", "path_scope", "plain_tensor", "prepare_view", "quantization_config",
     "quantizers", "random_starts_left_out", "raw_value", "read_archive", "recognize_variables",
-    "refresh_call_signature", "refuse_spectral_normalization", "register_reader", "register_tied",
-    "registered_function", "running_layers", "running_methods", "save_to", "saved_objects", "saving_scope",
-    "set_build_shapes", "set_by_a_container", "set_mask", "set_own_trainable_flag", "set_untracked",
-    "shared_object", "shield_tracker", "snapshot", "store_each_variable_once", "stored_dtype", "stored_value",
-    "sublayers", "take_over_quantize", "tell_apart", "trace", "trace_token", "track", "training_loss",
-    "undisturbed", "unique_name", "unlock", "unlocked", "unshield_tracker", "untrack", "untrack_layer",
-    "variable_lists", "without_parameters", "write", "write_rows",
+    "refresh_call_signature", "refuse_spectral_normalization", "refuse_to_be_looked_into", "register_reader",
+    "register_tied", "registered_function", "running_layers", "running_methods", "save_to", "saved_objects",
+    "saving_scope", "set_build_shapes", "set_by_a_container", "set_mask", "set_own_trainable_flag",
+    "set_untracked", "shared_object", "shield_tracker", "snapshot", "store_each_variable_once", "stored_dtype",
+    "stored_value", "sublayers", "take_over_quantize", "tell_apart", "trace", "trace_token", "track",
+    "training_loss", "undisturbed", "unique_name", "unlock", "unlocked", "unshield_tracker", "untrack",
+    "untrack_layer", "variable_lists", "without_parameters", "write", "write_rows",
 ]  # fmt: skip

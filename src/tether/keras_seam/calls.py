@@ -216,3 +216,29 @@ class _Traced(keras.Operation):
             if self.error is not None:
                 raise self.error from None
             raise
+
+
+def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], None]:
+    if keras.backend.backend() == "torch":
+        from torch.utils import _pytree as torch_tree
+
+        return lambda cls, refuse: torch_tree.register_pytree_node(cls, refuse, _nothing_was_flattened)
+
+    import optree
+
+    def with_optree(cls: type, refuse: Callable[[Any], Any]) -> None:
+        optree.register_pytree_node(cls, refuse, _nothing_was_flattened, namespace="keras")
+
+    return with_optree
+
+
+def _nothing_was_flattened(*_: Any) -> Any:
+    raise TypeError("There is nothing to put together again.")
+
+
+refuse_to_be_looked_into = _make_refuse_to_be_looked_into()
+"""Has `keras.tree` call `refuse(x)`, which raises, for an object of exactly this class.
+
+Keras looks for its symbolic tensors in what each operation, layer and node of a graph is given: before anything else
+reads the object, and on every backend.
+"""

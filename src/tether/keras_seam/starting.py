@@ -25,6 +25,10 @@ Start = tuple["weakref.ref[Any]", Callable[[], Any]]
 """A variable, and what makes the value that it would have started with."""
 
 
+def is_random(initializer: Any) -> bool:
+    return isinstance(initializer, _RandomInitializer)
+
+
 class _Here(threading.local):
     """What holds in one thread."""
 
@@ -99,7 +103,7 @@ def _initialize(variable: Any, initializer: Any) -> None:
 
 
 def _is_left_out(variable: Any, initializer: Any) -> bool:
-    if _here.larger_than is None or not isinstance(initializer, _RandomInitializer):
+    if _here.larger_than is None or not is_random(initializer):
         return False
     if not isinstance(initializer.seed, int):
         return False  # from a generator of seeds, which would give other numbers to the next one who draws

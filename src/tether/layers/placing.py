@@ -54,6 +54,8 @@ def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
         own = keras_seam.variable_lists(layer)[keras_seam.STORES[0]]
         use = new_use(layer, name, expression, variable.regularizer)
         view = view_like(variable, use, trainable=any(variable is other for other in own))
+        by_itself = keras_seam.own_trainable_flag(layer) and not variable.trainable  # whatever the layer is
+        view.frozen = by_itself and view.slot_trainable
         constraint = variable.constraint
         variable.regularizer = None
         for weight in expression.weights_used():

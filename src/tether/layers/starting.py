@@ -78,22 +78,30 @@ class _Through(keras.initializers.Initializer):
 
 
 def start_from_layer(expression: Expression, path: str, shape: tuple[int, ...], dtype: str, initializer: Any) -> None:
-    """Gives weights without a variable what the layer's own initializer would have given its variable."""
+    """Gives weights without a variable what the layer's own initializer would have given its variable.
+
+    What stores integers or truth values starts at zero where the layer's variable is one of floats, which its
+    initializer draws.
+    """
     missing = [weight for weight in expression.weights_used() if not weight.is_built]
     solved = solve_shape(expression, shape)
     for weight in missing:
-        if weight is expression:
-            weight.give_start(shape, dtype, initializer, path=path)
-        elif solved is not None and solved[0] is weight:
-            weight.give_start(solved[1], dtype, _Through(expression, weight, shape, initializer))
-        else:
-            through = None if len(expression.weights_used()) > 1 else _Through(expression, weight, shape, initializer)
-            weight.give_start(known_shape(weight), dtype, _invertible_or_none(through))
-        weight.first_initializer = initializer
+        start: Any = initializer
+        own_shape = shape
+        if weight is not expression:
+            start = _Through(expression, weight, shape, initializer)
+            if solved is not None and solved[0] is weight:
+                own_shape = solved[1]
+            else:
+                own_shape = known_shape(weight)
+                start = None if len(expression.weights_used()) > 1 else _invertible_or_none(start)
+        floats = keras_seam.is_float(weight.dtype or dtype) or not keras_seam.is_float(dtype)
+        weight.give_start(own_shape, dtype, start if floats else "zeros", path=path if weight is expression else None)
+        weight.first_initializer = initializer if floats else None
 
 
-def _invertible_or_none(through: _Through | None) -> _Through | None:
-    return through if through is not None and is_invertible(through.expression) else None
+def _invertible_or_none(through: _Through) -> _Through | None:
+    return through if is_invertible(through.expression) else None
 
 
 def warn_of_initializer(layer: Any, name: str, expression: Expression, initializer: Any) -> None:

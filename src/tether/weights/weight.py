@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import keras
 import numpy as np
@@ -82,7 +82,7 @@ class Weight(Expression, keras.layers.Layer):
         self._given_dtype = (
             None if dtype is None and start is None else dtype or keras.backend.standardize_dtype(start.dtype)
         )
-        self.initializer = keras.initializers.get(initializer)
+        self.initializer = initializer
         self.regularizer = keras.regularizers.get(regularizer)
         self.constraint = keras.constraints.get(constraint)
         self._variable: Any = None
@@ -217,6 +217,18 @@ class Weight(Expression, keras.layers.Layer):
         """Stores a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
         with keras_seam.AutocastScope(None):
             self.variable.assign(value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A weight computes nothing with inputs, although it is a Keras layer.
+
+        Raises:
+            TetherError: Always; it says what to write.
+        """
+        raise TetherError(
+            f"The weight {self.name!r} was called. It is one stored value, which a layer of your own reads in its "
+            "`call` as `w.value`. A layer that computes with it: `tether.tie(layer, kernel=w)`, or "
+            "`tether.Lambda(lambda x, w: x @ w, w=w)`."
+        )
 
     # ------------------------------------------------------------------ how it comes to be
 

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
 from tether.weights.checks import as_dtype
 from tether.weights.expression import MAX_ELEMENTS, Expression, Shape
@@ -61,6 +62,12 @@ def read_start(shape: Any, initializer: Any, dtype: Any) -> tuple[Shape | None, 
         if start.dtype == np.int64 and dtype is None and np.array_equal(start.astype("int32"), start):
             start = start.astype("int32")
         return None, None, start
+    initializer = keras.initializers.get(initializer)
+    if dtype is not None and keras_seam.is_random(initializer) and not keras_seam.is_float(as_dtype(dtype)):
+        raise TetherError(
+            f"{type(initializer).__name__} draws floats, and the weight is to store {as_dtype(dtype)}. Give it its "
+            "values, or 'zeros'."
+        )
     return None if shape is None else check_shape(shape), initializer, None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, TetherError, received
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression
 from tether.weights.operators.registry import register
 
@@ -44,6 +46,25 @@ def _name_of(function: Any) -> str:
     return str(registered)
 
 
+@functools.lru_cache(maxsize=256)
+def _traced(function: Callable[..., Any], operands: tuple[Any, ...], floatx: str) -> Any:
+    """What a function returns for constants and for tensors of a shape and a dtype: a symbolic tensor, or a type.
+
+    Remembered, because an expression whose weights got their shapes late is asked for its dtype again and again; so
+    `floatx`, which a function may read, is given too.
+    """
+    returned: list[Any] = []
+
+    def call(*tensors: Tensor) -> Tensor:
+        rest = iter(tensors)
+        returned[:] = [function(*(o.tensor() if isinstance(o, Constant) else next(rest) for o in operands))]
+        return returned[0]
+
+    specs = [keras.KerasTensor(o[0], dtype=o[1]) for o in operands if not isinstance(o, Constant)]
+    output = keras_seam.trace(call, *specs)
+    return output if keras.ops.is_tensor(returned[0]) else type(returned[0])
+
+
 @register
 class Apply(Node):
     """`function(*operands)`, for a function of `keras.ops` calls."""
@@ -58,24 +79,26 @@ class Apply(Node):
         return {"function": function}
 
     def _spec(self, shapes: tuple[Shape, ...], dtypes: tuple[str, ...]) -> Any:
-        function = _find(self.parameters["function"])
-        inputs = [
-            keras.KerasTensor(shape, dtype=dtype if dtype not in ("int", "float") else keras.config.floatx())
-            for shape, dtype in zip(shapes, dtypes, strict=True)
-        ]
+        floatx = keras.config.floatx()
+        numbers = {"int": "int32", "float": floatx}
+        operands = tuple(
+            operand if isinstance(operand, Constant) else (shape, numbers.get(dtype, dtype))
+            for operand, shape, dtype in zip(self.operands, shapes, dtypes, strict=True)
+        )
         try:
-            output = function(*inputs)
+            output = _traced(_find(self.parameters["function"]), operands, floatx)
         except Exception as error:
             raise TetherError(
-                f"The shape of {self.notation()} could not be found: {error} "
-                "A function for `apply` is written with `keras.ops`, which also take symbolic tensors."
+                f"The shape of {self.notation()} could not be found: {type(error).__name__}: {error} A function for "
+                "`apply` computes with what it is given and with `keras.ops`, on tensors that have a shape and no "
+                "values yet."
             ) from error
         if not isinstance(output, keras.KerasTensor) or None in output.shape:
             raise TetherError(f"A function for `apply` returns one tensor of a known shape. {received(output=output)}")
         return output
 
     def infer_shape(self, *shapes: Shape) -> Shape:
-        """The shape of what the function returns for symbolic tensors."""
+        """The shape of what the function returns for tensors without values."""
         dtypes = tuple(operand.dtype or keras.config.floatx() for operand in self.operands)
         return tuple(self._spec(shapes, dtypes).shape)
 
@@ -86,8 +109,19 @@ class Apply(Node):
         return str(self._spec(known, dtypes).dtype) if len(known) == len(shapes) else None
 
     def compute(self, *values: Tensor) -> Tensor:
-        """What the function returns."""
-        return _find(self.parameters["function"])(*values)
+        """What the function returns.
+
+        Raises:
+            ShapeMismatch: Its shape depends on the values.
+        """
+        value = _find(self.parameters["function"])(*values)
+        found = tuple(value.shape)
+        if self.shape is not None and None not in found and found != self.shape:
+            raise ShapeMismatch(
+                f"{self.notation()} has shape {self.shape}, as the function returned it for tensors without values, "
+                f"and now it returned another: a shape must not depend on values. {received(shape=found)}"
+            )
+        return value
 
     def format(self, *terms: Term) -> Term:
         """`function(a, b)`."""
