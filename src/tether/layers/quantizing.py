@@ -298,6 +298,7 @@ def _axes_of(shape: Shape, labels: list[tuple[int, int]], wanted: set[int]) -> s
 def _carry_out(found: dict[Weight, Rounded]) -> None:
     """Gives each weight up for its integers."""
     new = {weight: each.expression(weight.name, str(weight.dtype)) for weight, each in found.items()}
+    keras_seam.before_change([*found, *(layer for weight in found for layer in _users(weight))])
     replaced = []
     layers: dict[int, Any] = {}
     for weight, expression in new.items():

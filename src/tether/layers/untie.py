@@ -35,6 +35,7 @@ def untie(layer: Any, *names: str) -> Any:
         UnknownName: A name is not tied.
     """
     refuse_layer("untie", layer)
+    keras_seam.before_change([below for below in keras_seam.contained_layers(layer) if state_of(below) is not None])
     if names:
         for name in names:
             _untie_one(layer, name)
