@@ -53,8 +53,8 @@ _MERGED = "_tether_merged"
 def add(model: Any, name: str, changes: Mapping[str, Any], /, *, freeze: bool = True) -> Any:
     """Adds a named adapter to weights of a model, in place. Its strength is 1.
 
-    What was frozen in the model stays frozen, and the adapter learns all the same. A compiled model has to be
-    compiled again before it trains on: the optimizer does not know the new weights.
+    What was frozen in the model stays frozen, and the adapter learns all the same. A model that has trained has to
+    be compiled again before it trains on: its optimizer does not know the new weights.
 
     Args:
         model: A built Keras model or layer.
@@ -105,7 +105,6 @@ def remove(model: Any, name: str) -> Any:
             ties[path] = _adapted(adapted.base, parts)
     with Rollback.below(model):
         tie(model, ties)
-    keras_seam.forget_compilation(model)
     return model
 
 
@@ -149,7 +148,6 @@ def _retie(model: Any, ties: Mapping[str, Expression], found: list[Named], froze
         train_only(model, found, {path for path, expression in ties.items() if live_weights(expression)}, frozen)
     else:
         tie(model, ties)
-    keras_seam.forget_compilation(model)
 
 
 # --------------------------------------------------------------------------- what there is
@@ -268,7 +266,6 @@ def merge(model: Any) -> Any:
         with Rollback.below(model):
             untie(model, *adapted)
             keras_seam.set_untracked(model, _MERGED, dict(adapted))
-        keras_seam.forget_compilation(model)
     return model
 
 
@@ -284,7 +281,6 @@ def unmerge(model: Any) -> Any:
     with Rollback.below(model):
         tie(model, merged)
         keras_seam.set_untracked(model, _MERGED, {})
-    keras_seam.forget_compilation(model)
     return model
 
 

@@ -124,7 +124,6 @@ def load_peft(model: Any, folder: str | os.PathLike[str], *, names: Names = None
             plan = Plan([_factor_offer(weight, entry) for weight, entry in values], "error")
             plan.check()
         loaded = plan.carry_out()
-    keras_seam.forget_compilation(model)
     return Report(loaded=loaded)
 
 

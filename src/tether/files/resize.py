@@ -206,6 +206,9 @@ class _Plan:
         Raises:
             Unsupported: A layer of the model's graph cannot take what it would get.
         """
+        users = [layer for layer in (use.layer() for use in self.weight.uses) if layer is not None]
+        resized = [change.variable for change in self.changes.values()]
+        keras_seam.before_change([self.weight, *users], resized=resized, adjusted=model)
         undo: Undo = []
         try:
             self._carry_out(model, undo)
@@ -218,8 +221,6 @@ class _Plan:
                     f"cannot follow: {_plainly(error)} Nothing has changed."
                 ) from error
             raise
-        if model is not None:
-            keras_seam.forget_traces(model)
 
     def _carry_out(self, model: Any, undo: Undo) -> None:
         optimizer = getattr(model, "optimizer", None)
@@ -254,7 +255,8 @@ class _Plan:
             keras_seam.infer_graph(model, undo)
             inputs = getattr(model, "inputs", None)
             if inputs:
-                keras_seam.trace(lambda *x: model(keras.tree.pack_sequence_as(model.input, x)), *inputs)
+                structure = inputs[0] if isinstance(model, keras_seam.Sequential) else model.input
+                keras_seam.trace(lambda *x: model(keras.tree.pack_sequence_as(structure, x)), *inputs)
 
 
 def _plainly(error: Exception) -> str:

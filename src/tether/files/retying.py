@@ -76,8 +76,6 @@ def retie(*models: Any, resolve: Resolve = "error") -> Report:
             if ties:
                 tie(model, ties)
             _check_gone(model, replaced)
-    for model in models:
-        keras_seam.forget_compilation(model)
     plan.carry_out()
     loaded = [
         Loaded(found[0][1].name, tuple(f"{_name(model)}: {weight.name}" for model, weight in found))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import Model as _Trainer
 from keras import backend as _backend
 
 from tether.keras_seam.layers import set_untracked
@@ -57,23 +56,6 @@ def refresh_call_signature(layer: Any) -> None:
         "_call_has_context_arg": {name: name in names for name in layer._call_context_args},
     }.items():
         set_untracked(layer, attribute, value)
-
-
-def forget_compilation(model: Any) -> None:
-    """Makes Keras ask for `compile` before a model trains on: its optimizer knows other weights than the model has.
-
-    What was traced for predicting is forgotten too.
-    """
-    if isinstance(model, _Trainer):
-        forget_functions(model)
-        if model.compiled:
-            model.compiled = False
-
-
-def forget_functions(model: Any) -> None:
-    """Makes Keras trace a model's own training, testing and predicting again."""
-    for attribute in ("train_function", "test_function", "predict_function"):
-        setattr(model, attribute, None)
 
 
 def call_parameters(layer: Any) -> list[str]:

@@ -19,18 +19,27 @@ from typing import Any
 
 import keras
 from keras import Layer as _Layer
-from keras import Model as _Trainer
 from keras import backend as _backend
 from keras.layers import SpectralNormalization as _SpectralNormalization
 
 from tether.errors import Unsupported
 from tether.keras_seam.classes import KerasSaveable, unpickle
-from tether.keras_seam.looking import inner_optimizer, optimized_variables
 from tether.keras_seam.private import is_missing
 
 
 def _code(function: Callable[..., Any]) -> CodeType:
     return inspect.unwrap(function).__code__
+
+
+def _methods(cls: type, *names: str) -> list[Callable[..., Any]]:
+    """The functions of these names that a class and its bases have."""
+    found = (vars(base).get(name) for base in cls.__mro__ for name in names)
+    return [method for method in found if inspect.isfunction(method)]
+
+
+def _nested(*functions: Callable[..., Any]) -> tuple[CodeType, ...]:
+    """The functions that are made while other functions run."""
+    return tuple(code for one in functions for code in _code(one).co_consts if isinstance(code, CodeType))
 
 
 _CLONING = _code(keras.models.clone_model)
@@ -46,7 +55,9 @@ _LOADING = {*_READING, _code(keras.saving.load_weights)}
 _SAVING = {_code(keras.saving.save_model), _code(KerasSaveable.__reduce__)}
 _LOSSES = {_code(_Layer.losses.fget)}
 _SPECTRAL_BUILD = _code(_SpectralNormalization.build)
-_RESET_METRICS = _code(_Trainer.reset_metrics)
+OF_LAYERS = _nested(*_methods(_Layer, "_initialize_tracker"))
+"""The functions that are made for each layer when it is made: its tracker asks them what an attribute is."""
+_OF_LAYERS = {id(code) for code in OF_LAYERS}
 _BIDIRECTIONAL_INIT = _code(keras.layers.Bidirectional.__init__)
 
 
@@ -224,44 +235,13 @@ def inside_bidirectional_init() -> bool:
     return any(frame.f_code is _BIDIRECTIONAL_INIT for frame in _frames())
 
 
-def _fitting_trainer() -> Any:
-    """The model whose metrics are being reset, when that is why the metrics of a layer below it are read.
-
-    It is the one thing that every backend does at the start of each epoch with every layer of a model.
-    """
-    if _is_tracing():
-        return None
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(8):  # a plain loop: every weight asks at every step
-        if frame is None:
-            return None
-        if frame.f_code is _RESET_METRICS:
-            return _first_local(frame)
-        frame = frame.f_back
-    return None
-
-
-def compiled_training() -> Any:
-    """Which compiled training function is about to run, if a `fit` is what reads the metrics of all layers."""
-    return getattr(_fitting_trainer(), "train_function", None)
-
-
-def is_unknown_to_the_optimizer(variable: Any) -> bool:
-    """Whether a `fit` is about to begin whose optimizer was built without a variable that trains."""
-    optimizer = getattr(_fitting_trainer(), "optimizer", None)
-    optimizer = inner_optimizer(optimizer)
-    if optimizer is None or not optimizer.built:
-        return False
-    return optimizer._var_key(variable) not in optimizer._trainable_variables_indices
-
-
-def is_known_to_the_optimizer(variable: Any) -> bool:
-    """Whether a `fit` is about to begin whose optimizer was built with a variable."""
-    return any(variable is known for known in optimized_variables(getattr(_fitting_trainer(), "optimizer", None)))
-
-
 def refuse_spectral_normalization(view: Any) -> None:
-    """Raises while Keras's SpectralNormalization takes a view: it assigns to it at every training step."""
+    """Raises while Keras's SpectralNormalization takes a view: it assigns to it at every training step.
+
+    The view is asked whether it trains. Only if a layer's tracker asks is somebody taking it.
+    """
+    if _is_tracing() or id(sys._getframe(2).f_code) not in _OF_LAYERS:
+        return
     for frame in itertools.islice(_frames(), 8):
         if frame.f_code is _SPECTRAL_BUILD:
             raise Unsupported(

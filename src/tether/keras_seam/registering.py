@@ -19,9 +19,13 @@ from tether.keras_seam.variables import Variable
 
 _REGISTERING: CodeType | None = None
 _READING: set[CodeType] = set()
+_RESERVED: set[str] = set()
+"""What a list of parameters has as attributes of its own, such as `half`: no parameter can be called so."""
 if keras.backend.backend() == "torch":
     from torch.compiler import is_compiling as _is_compiling
+    from torch.nn import ParameterDict as _ParameterDict
 
+    _RESERVED = set(dir(_ParameterDict()))
     _track = private_method(keras.Layer, "_track_variables", "Two parameters of one path in one model of PyTorch's")
     if not is_missing(_track):
         _REGISTERING = _track.__code__
@@ -54,7 +58,7 @@ class _Keyed(Variable):
 def _keys(variables: list[Any]) -> dict[int, str]:
     """What the variables of weights are called among all of a model's, by their ids."""
     found: dict[int, str] = {}
-    taken = {variable.path for variable in variables if not isinstance(variable, _Keyed)}
+    taken = {variable.path for variable in variables if not isinstance(variable, _Keyed)} | _RESERVED
     for variable in variables:
         if isinstance(variable, _Keyed):
             found[id(variable)] = numbered(variable.path, taken)

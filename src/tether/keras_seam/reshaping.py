@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import Model as _Trainer
 from keras import Sequential
 from keras import backend as _backend
 
-from tether.keras_seam.calls import forget_functions
 from tether.keras_seam.classes import Functional
-from tether.keras_seam.layers import contained_layers, set_untracked
+from tether.keras_seam.layers import set_untracked
 from tether.keras_seam.looking import inner_optimizer
 from tether.keras_seam.variables import own_copy
 
@@ -103,10 +101,3 @@ def infer_graph(model: Any, undo: list[Callable[[], None]]) -> None:
                 if tensor._shape != found.shape:
                     undo.append(functools.partial(setattr, tensor, "_shape", tensor._shape))
                     tensor._shape = found.shape
-
-
-def forget_traces(model: Any) -> None:
-    """Makes Keras trace a model's training, testing and predicting again; it stays compiled."""
-    for layer in contained_layers(model):
-        if isinstance(layer, _Trainer):
-            forget_functions(layer)

@@ -61,10 +61,13 @@ class Penalty:
 
     def follow(self, layer_trainable: bool) -> None:
         """Takes over the flag of the layer that records it."""
+        if any(use.live != layer_trainable for use in self.uses):
+            keras_seam.before_freezing()
         for use in self.uses:
             use.live = layer_trainable
         for weight in self.owned:
-            weight.refresh()
+            for use in self.uses:
+                weight.refresh(use)
 
     @property
     def weights(self) -> tuple[Weight, ...]:

@@ -67,13 +67,9 @@ def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
 
 
 def _register(layer: Any, view: View) -> None:
-    view.use.live = True
-    for weight in view.expression.weights_used():
-        weight.add_use(view.use)
-    view.use.live = False  # so that `follow` sees a change and refreshes
     view.follow(keras_seam.own_trainable_flag(layer))
     for weight in view.expression.weights_used():
-        weight.refresh()
+        weight.add_use(view.use)
 
 
 def drop_use(use: Any) -> None:
@@ -132,6 +128,7 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
         trainable=trainable,
     )
     _pass_constraint(constraint, expression)
+    keras_seam.note_new_use()
     state.slots.append(Slot(view, store, index, asked, named=True))
     _register(layer, view)
     hang_weights(layer)

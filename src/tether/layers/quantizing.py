@@ -288,6 +288,7 @@ def _carry_out(found: dict[Weight, Rounded]) -> None:
     """Gives each weight up for its integers."""
     new = {weight: each.expression(weight, str(weight.dtype)) for weight, each in found.items()}
     layers = {id(layer): layer for weight in new for layer in _users(weight)}
+    keras_seam.before_change([*new, *layers.values()])
     with swapped([*layers.values(), *new]):
         for weight, expression in new.items():
             weight.become(expression)

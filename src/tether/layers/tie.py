@@ -64,7 +64,7 @@ def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument], p
     A constructor that copies a tied layer for itself makes that copy, and its ties, again wherever it runs.
     """
     if ties:
-        _tie_all(layer, dict(ties), made_by_code=keras_seam.maker(layer) is not None)
+        _tie_all(layer, dict(ties), made_by_code=keras_seam.maker(layer) is not None, is_new=True)
     if takes:
         become_tied(layer).takes = list(takes)
         take_arguments(layer)
@@ -140,7 +140,7 @@ def _wanted(layer: Any, weights: Any, by_name: dict[str, Any]) -> dict[str, Expr
     return wanted
 
 
-def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -> None:
+def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool, is_new: bool = False) -> None:
     places = {path: paths.locate(layer, paths.split(path)) for path in wanted}
     refuse_twice(layer, places)
     affected = {id(layer): layer, **{id(place.layer): place.layer for place in places.values()}}
@@ -152,6 +152,8 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool) -
             involved.update({id(w): w for w in place.variable.expression.weights_used()})
     for path, place in places.items():
         refuse_tie(place.layer, place.leaf_name, place.variable, wanted[path])
+    if not is_new:
+        keras_seam.before_change([place.layer for place in places.values() if place.variable is not None])
     with Rollback([*affected.values(), *involved.values()]), swapped(affected.values()):
         for path, place in places.items():
             state, recording = become_tied(place.layer), become_tied(place.recorder)

@@ -128,6 +128,7 @@ class Tied:
     @property
     def trainable(self) -> bool:
         """The layer's flag. Setting it decides for this layer's uses of its weights, not for the weights."""
+        keras_seam.notice_compiling()
         return keras_seam.own_trainable_flag(self)
 
     @trainable.setter

@@ -37,6 +37,7 @@ def untie(layer: Any, *names: str) -> Any:
         UnknownName: A name is not tied.
     """
     refuse_layer("untie", layer)
+    keras_seam.before_change([below for below in keras_seam.contained_layers(layer) if state_of(below) is not None])
     with Rollback.below(layer), swapped(keras_seam.contained_layers(layer)):
         _untie(layer, names)
     return layer

@@ -145,9 +145,10 @@ class View(keras_seam.Variable):
         """Takes over the layer's flag: a use is live if layer, attribute and user all let it train."""
         live = layer_trainable and self.slot_trainable and not self.frozen
         if live != self.use.live:
+            keras_seam.before_freezing()
             self.use.live = live
             for weight in self.expression.weights_used():
-                weight.refresh()
+                weight.refresh(self.use)
 
     def __repr__(self) -> str:
         return f"<View {self.path} = {self.expression.notation()}, shape={tuple(self.shape)}, dtype={self.dtype}>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any
 
@@ -50,9 +49,9 @@ class SoftTie:
         """Ends it: the penalty is no longer among the model's losses. A second time does nothing."""
         model, recorder = self._model(), self._penalty.recorder()
         holders = [] if model is None else list(keras_seam.contained_layers(model))
-        penalizing.detach(self._penalty, [*holders, *([] if recorder is None else [recorder])])
-        if model is not None:
-            _warn_if_compiled(model)
+        holders += [] if recorder is None else [recorder]
+        keras_seam.before_change([] if recorder is None else [recorder])
+        penalizing.detach(self._penalty, holders)
 
     def __repr__(self) -> str:
         return f"<SoftTie {self._penalty.notation()}>"
@@ -105,9 +104,9 @@ def soft_tie(model: Any, a: Any, b: Any, strength: Any) -> SoftTie:
         present = _weights_of_layers(model)
         owned = tuple(weight for weight in weights if weight not in present)
         made_by_code = keras_seam.maker(model) is not None
+        keras_seam.before_change([recorder] if recorder.built else [])
         penalty = Penalty(recorder, left, right, scale, owned, made_by_code=made_by_code)
         penalizing.attach(penalty, recorder, lent)
-    _warn_if_compiled(model)
     return SoftTie(model, penalty)
 
 
@@ -167,12 +166,3 @@ def _weights_of_layers(model: Any) -> set[Weight]:
             children = (child for child in keras_seam.sublayers(layer) if isinstance(child, Weight))
             found.update(child for child in children if paths.holders(layer, child))
     return found
-
-
-def _warn_if_compiled(model: Any) -> None:
-    if getattr(model, "train_function", None) is not None:
-        warnings.warn(
-            f"The soft ties of {model.name!r} have changed since it was compiled. Compile the model again, or the "
-            "change does not take effect on every backend.",
-            stacklevel=3,
-        )

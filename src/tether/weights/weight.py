@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from typing import Any, NoReturn, cast
 
 import keras
@@ -98,9 +96,9 @@ class Weight(Expression, keras.layers.Layer):
         self.was_used = False
         self.only_named = False
         keras_seam.set_untracked(self, "_became", None)
-        keras_seam.set_untracked(self, "_instead_of", None)
-        keras_seam.set_untracked(self, "_uses", [])
-        keras_seam.set_untracked(self, "_compiled", None)
+        keras_seam.set_untracked(self, "_uses", {})
+        keras_seam.set_untracked(self, "_reached", 0)
+        keras_seam.see(self)
         self.built = True
         if start is not None:
             self._create(Copy(start), tuple(start.shape), self._given_dtype)
@@ -314,11 +312,10 @@ class Weight(Expression, keras.layers.Layer):
         keras_seam.set_untracked(self, "_became", expression)
         with keras_seam.unlocked(self):
             self.parts = list(expression.weights_used())
-        for part in self.parts if variable is not None else ():
-            keras_seam.set_untracked(part, "_instead_of", weakref.ref(variable))
         note_replacement()
         uses = list(self._uses)
         self._uses.clear()
+        keras_seam.set_untracked(self, "_reached", 0)
         for use in uses:
             use.resolve()
         self.refresh()
@@ -358,14 +355,13 @@ class Weight(Expression, keras.layers.Layer):
 
         Setting it sets the weight's own flag.
         """
+        keras_seam.notice_compiling()
         if not self._trainable_flag or self._became is not None:
             return False
         dtype = self.dtype
         if dtype is not None and not keras_seam.is_float(dtype):
             return False
-        if self._uses:
-            return any(use.reaches(self) for use in self._uses)
-        return bool(self._container_flag)
+        return self._reached > 0 if self._uses else bool(self._container_flag)
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -373,7 +369,8 @@ class Weight(Expression, keras.layers.Layer):
             return
         if keras_seam.set_by_a_container():
             self._container_flag = bool(value)
-        else:
+        elif self._trainable_flag != bool(value):
+            keras_seam.before_freezing()
             self._trainable_flag = bool(value)
         self.refresh()
 
@@ -382,52 +379,33 @@ class Weight(Expression, keras.layers.Layer):
         """The weight's own flag, whatever its uses say."""
         return bool(self._trainable_flag)
 
-    def refresh(self) -> None:
-        """Sets the variable's flag to what flag and uses say."""
+    def refresh(self, use: Use | None = None) -> None:
+        """Sets the variable's flag to what flag and uses say, after one of its uses may have changed."""
+        if use is not None and use in self._uses:
+            reaches = use.reaches(self)
+            keras_seam.set_untracked(self, "_reached", self._reached + reaches - self._uses[use])
+            self._uses[use] = reaches
         trainable = self.trainable
-        keras_seam.set_own_trainable_flag(self, trainable)
+        if keras_seam.own_trainable_flag(self) != trainable:
+            keras_seam.set_own_trainable_flag(self, trainable)
         if self._variable is not None and self._variable.trainable != trainable:
             self._variable.trainable = trainable
 
     @property
     def metrics(self) -> list[Any]:
-        """No metrics. Keras asks for them when it starts to fit: the moment to notice what it will not."""
-        training = keras_seam.compiled_training()
-        if training is not None:
-            before = None if self._instead_of is None else self._instead_of()
-            if before is not None and keras_seam.is_known_to_the_optimizer(before):
-                raise TetherError(
-                    f"What {self.name!r} stands for was quantised after the model was trained, and no longer trains, "
-                    "but the optimizer knows it as it was. Compile the model again before `fit`: `model.compile(...)`."
-                )
-            flags = (self._trainable_flag, *(use.live for use in self._uses))
-            compiled = self._compiled
-            if compiled is None and self.trainable and keras_seam.is_unknown_to_the_optimizer(self._variable):
-                raise TetherError(
-                    f"The weight {self.name!r} was tied to the model after the model was compiled and trained, so its "
-                    "optimizer does not know it. Compile the model again before `fit`: `model.compile(...)`."
-                )
-            if compiled is not None and compiled[0]() is training and compiled[1] != flags:
-                warnings.warn(
-                    f"What trains of the weight {self.name!r} has changed since the model was compiled (a layer that "
-                    "uses it, or the weight itself, was frozen or unfrozen). Compile the model again, or the change "
-                    "does not take effect on every backend.",
-                    stacklevel=2,
-                )
-            keras_seam.set_untracked(self, "_compiled", (weakref.ref(training), flags))
+        """None, whatever `Layer` would look for below it: Keras asks for each use at every step."""
         return []
 
     def add_use(self, use: Use) -> None:
         """Registers a use."""
-        if use not in self._uses:
-            self._uses.append(use)
-        self.was_used = True
-        self.refresh()
+        self._uses.setdefault(use, False)
+        if not self.was_used:
+            self.was_used = True
+        self.refresh(use)
 
     def remove_use(self, use: Use) -> None:
         """Forgets a use."""
-        if use in self._uses:
-            self._uses.remove(use)
+        keras_seam.set_untracked(self, "_reached", self._reached - self._uses.pop(use, False))
         self.refresh()
 
     # ------------------------------------------------------------------ configs and files

@@ -531,6 +531,18 @@ def a_list_that_names_a_weight_twice(rng, faulty):
     return model, None
 
 
+@fault("decays-frozen-use", "w", "warning", mends=True)
+def a_weight_that_only_another_model_trains(rng, faulty):
+    w = tether.Weight(normal(rng, 6, 6), name="w")
+    tether.tie(layers.Dense(6, name="elsewhere"), kernel=w).build((None, 6))
+    reads = tether.tie(layers.Dense(6, name="reads"), kernel=w.stop_gradient())
+    model = keras.Sequential([keras.Input((6,)), reads, layers.Dense(6, name="own")])
+    model.optimizer = keras.optimizers.AdamW(1e-3)
+    if not faulty:
+        model.compile(model.optimizer, "mse")
+    return model, None
+
+
 @fault("misfit-slot", "optimizer", "warning", mends=True)
 def slots_of_another_shape(rng, faulty):
     model = trained(keras.Sequential([keras.Input((6,)), layers.Dense(6, name="dense")]), rng)

@@ -13,6 +13,7 @@ from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.facts import Shape, Slot
+from tether.layers.training import still
 
 MOST_MISSED = 20
 """Findings of one rule name at most so many names."""
@@ -30,12 +31,12 @@ def compiled_before_tied(context: Context) -> Iterator[Finding]:
     if known and missing:
         why = (
             f"The optimizer was built without {_listed(missing)}: what trains was tied, untied or unfrozen after the "
-            "model had trained. The next step of training fails, or leaves it as it is."
+            "model had trained. `fit` asks for `compile`; a step by hand fails, or leaves it as it is."
         )
     elif gone:
         why = (
             f"The optimizer was built with {_listed(gone)}, which the model no longer has: it was tied after it had "
-            "trained. The optimizer keeps slots for nothing, and on JAX the next step of training fails."
+            "trained. The optimizer keeps slots for nothing. `fit` asks for `compile`; on JAX a step by hand fails."
         )
     else:
         return
@@ -111,6 +112,34 @@ def _slot_name(slot: Slot) -> str:
 
 def _mend_slots(context: Context) -> str:
     return _compile_again(context) if context.model is not None else "model = keras.saving.load_model(path)"
+
+
+@rule("decays-frozen-use", "an optimizer that decays a weight that trains elsewhere, and is only read here")
+def decays_frozen_use(context: Context) -> Iterator[Finding]:
+    """A model that is compiled hands it only what it trains. An optimizer that is called by hand gets everything."""
+    only_read = still(context.model)
+    for where, optimizer in context.optimizers if only_read else ():
+        inner, pattern = keras_seam.inner_optimizer(optimizer), keras_seam.decay_pattern(optimizer)
+        known = {id(variable) for variable in keras_seam.optimized_variables(optimizer)}
+        if not getattr(inner, "weight_decay", None) or keras_seam.is_given_what_trains(optimizer, context.model):
+            continue
+        for variable in only_read:
+            if keras_seam.is_excluded_from_decay(optimizer, variable) or (known and id(variable) not in known):
+                continue
+            if pattern is not None and pattern.search(variable.name):
+                continue
+            code = "model.optimizer" if where == "optimizer" else f"model.{where.replace('/', '.')}"
+            yield Finding(
+                "decays-frozen-use",
+                "warning",
+                variable.path,
+                f"It trains elsewhere, and every use of it in this model is frozen or under `stop_gradient`. Keras has "
+                f"one flag for a variable, so it is among `trainable_variables`, and `{where}` decays it: on JAX its "
+                "gradient is zero and not missing.",
+                f"{code} = type({code}).from_config({code}.get_config())\n"
+                f"{code}.exclude_from_weight_decay(var_list=[{context.variable_code(variable)}])\n"
+                f"# or let the model train: `model.compile({code}, ...)` hands its optimizer what the model trains",
+            )
 
 
 # --------------------------------------------------------------------------- names

@@ -1,0 +1,409 @@
+"""Models that are trained, while what they compute with or what trains in them changes.
+
+Keras traces a model's step once, and its optimizer keeps slots for the variables that trained when it was built. A
+change to a layer reaches neither, and no layer knows the models around it. So the *change* finds the models. Those that
+hold ties are known since their `compile`; others are looked for in memory, but only if some layer in the process has
+not been seen before. From a change until the model is used again a *gate* stands before the methods that make its
+traced functions, which `fit`, `train_on_batch`, `evaluate` and `predict` call first on every backend. It forgets what
+was traced, and lets training pass if the optimizer knows what trains. Nothing is asked at every step.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import Any
+
+import keras
+
+from tether.errors import TetherError
+from tether.keras_seam.frames import (
+    OF_LAYERS,
+    _code,
+    _first_local,
+    _frames,
+    _is_tracing,
+    _methods,
+    _nested,
+    maker,
+    saving_scope,
+)
+from tether.keras_seam.layers import contained_layers, set_untracked
+from tether.keras_seam.looking import inner_optimizer, optimized_variables
+
+answers: dict[str, Callable[..., Any]] = {}
+"""What those who know ties say of a model: `"is_tied"`, whether it holds any; `"live"`, which of its uses let a
+gradient through; `"differences"`, the names of the weights of which that has changed since; `"still"`, the variables
+that train elsewhere, and that the model holds in frozen uses only."""
+
+_TRACES = ("train_function", "test_function", "predict_function")
+_MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
+_RUNNERS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
+_GUARDED = (*_MAKERS, "get_compile_config")
+_GATE = "_tether_gate"
+
+
+_RUNNING = {id(code): code for code in map(_code, _methods(keras.Model, *_RUNNERS))}
+_COMPILE = _code(keras.Model.compile)
+_IN_COMPILE = {id(code): code for code in (_COMPILE, *_nested(keras.Model.compile))}
+
+
+# --------------------------------------------------------------------------- which models there are
+
+
+_models: weakref.WeakSet[Any] = weakref.WeakSet()
+_tied: weakref.WeakSet[Any] = weakref.WeakSet()
+_layers: weakref.WeakSet[Any] = weakref.WeakSet()
+_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What has been seen, of what is alive: models, those of them that hold ties, layers of any kind, optimizers."""
+
+# A function that is made holds its code, and each layer and each optimizer holds functions that were made for it alone.
+# So to know how many there are in the whole process, the references to that code are read, which takes no time.
+_OF_OPTIMIZERS = _nested(*_methods(keras.optimizers.Optimizer, "__init__"))
+_OF_TRACES = _nested(*_methods(keras.Model, "_make_function", *_MAKERS))
+
+
+def _makes_one() -> Callable[[], None]:
+    return lambda: None
+
+
+_OF_NOBODY = _nested(_makes_one)
+
+
+def _count(codes: tuple[CodeType, ...]) -> int:
+    """How many are alive of the function of which most are, of those with these codes."""
+    (none,) = map(sys.getrefcount, _OF_NOBODY)
+    return max(map(sys.getrefcount, codes)) - none if codes else sys.maxsize
+
+
+def _look_around() -> None:
+    """Goes through memory for what has not been seen: what was made last, then everything."""
+    wanted = _with_subclasses(keras.layers.Layer) | _with_subclasses(keras.optimizers.Optimizer)
+    is_wanted = set(map(id, wanted)).__contains__
+    for generation in (0, 1, None):
+        everything = gc.get_objects(generation)
+        found = list(itertools.compress(everything, map(is_wanted, map(id, map(type, everything)))))
+        del everything
+        _optimizers.update(one for one in found if isinstance(one, keras.optimizers.Optimizer))
+        _layers.update(one for one in found if isinstance(one, keras.layers.Layer))
+        for model in [one for one in found if isinstance(one, keras.Model) and one not in _models]:
+            _models.add(model)
+            if vars(model).get("compiled") and answers["is_tied"](model):
+                hand_over_what_trains(model)
+        if _count(OF_LAYERS) <= len(_layers) and _count(_OF_OPTIMIZERS) <= len(_optimizers):
+            return
+
+
+def _with_subclasses(cls: type) -> set[type]:
+    found = {cls}
+    children: list[type] = type.__subclasses__(cls)
+    for child in children:
+        found |= _with_subclasses(child)
+    return found
+
+
+def see(layer: Any) -> None:
+    """Counts a layer as seen."""
+    _layers.add(layer)
+
+
+def notice_compiling() -> None:
+    """Called where a layer of Tether's is asked whether it trains, as `compile` asks every layer of a model."""
+    if _is_tracing():
+        return
+    frame = sys._getframe(2)
+    if id(frame.f_code) in _IN_COMPILE:
+        outer = frame if frame.f_code is _COMPILE else frame.f_back  # before Python 3.12 a comprehension has a frame
+        if outer is not None and outer.f_code is _COMPILE:
+            model = _first_local(outer)
+            _models.add(model)
+            gate = vars(model).get(_GATE)
+            if gate is not None:
+                gate.live = None
+            hand_over_what_trains(model)
+
+
+# --------------------------------------------------------------------------- what changes
+
+
+_changes = 0
+
+
+def note_new_use() -> None:
+    """Called when a layer that is being built begins to use weights."""
+    global _changes
+    _changes += 1
+    if _count(_OF_OPTIMIZERS) > len(_optimizers):  # a model may have been compiled before it was given the layer
+        _look_around()
+
+
+def before_freezing() -> None:
+    """Called before a use, or a weight, starts or stops to train."""
+    global _changes
+    _changes += 1
+    for model in list(_tied):
+        if vars(model).get("train_function") is not None or _is_built(vars(model).get("optimizer")):
+            _gate_of(model).remember(model)
+
+
+def before_change(layers: Iterable[Any], *, resized: Iterable[Any] = (), adjusted: Any = None) -> None:
+    """Called before layers that are built get other variables, or other expressions to compute with.
+
+    Args:
+        layers: Those layers, or whatever else of Keras's the models contain.
+        resized: Variables that will have other shapes.
+        adjusted: The model whose optimizer will get slots of the new shapes.
+
+    Raises:
+        TetherError: A model that contains one of them is at work: this runs in one of its callbacks.
+    """
+    global _changes
+    _changes += 1
+    changed, resized = {id(layer): layer for layer in layers}, list(resized)
+    if not changed or not (_count(_OF_OPTIMIZERS) or _count(_OF_TRACES)):
+        return
+    _layers.update(layer for layer in changed.values() if isinstance(layer, keras.layers.Layer))
+    if _count(OF_LAYERS) > len(_layers):
+        _look_around()
+    concerned = [model for model in list(_models) if _is_concerned(model, changed, again=bool(resized))]
+    if concerned:
+        _refuse_at_work(concerned)
+    for model in concerned:
+        _tied.add(model)
+        gate = _gate_of(model)
+        gate.remember(model, model.trainable_variables)
+        gate.is_stale = True
+        if model is not adjusted:
+            gate.resized += map(weakref.ref, resized)
+
+
+def _is_concerned(model: Any, changed: dict[int, Any], *, again: bool) -> bool:
+    """Whether a model has been compiled or traced, contains one of what is changed, and is not known to."""
+    attributes = vars(model)
+    gate = attributes.get(_GATE)
+    if gate is not None and gate.is_stale and not again:
+        return False
+    if not attributes.get("compiled") and all(attributes.get(trace) is None for trace in _TRACES):
+        return False
+    return not changed.keys().isdisjoint(map(id, contained_layers(model)))
+
+
+def _refuse_at_work(models: list[Any]) -> None:
+    for frame in _frames():
+        if id(frame.f_code) in _RUNNING:
+            at_work = _first_local(frame)
+            if any(model is at_work for model in models) and maker(None) is None:
+                raise TetherError(
+                    f"The model {at_work.name!r} is at work on its data, with what was to be changed now. Change it "
+                    f"before or after `{frame.f_code.co_name}`, and not in a callback. Nothing was changed."
+                )
+
+
+def _is_built(optimizer: Any) -> bool:
+    return bool(getattr(inner_optimizer(optimizer), "built", False))
+
+
+def _gate_of(model: Any) -> _Gate:
+    gate = vars(model).get(_GATE)
+    return _Gate(model) if gate is None else gate
+
+
+class _Gate:
+    """What has to be seen to before a model is used again, since something in it has changed."""
+
+    def __init__(self, model: Any) -> None:
+        self.is_stale = False
+        """Whether what was traced may compute something else than the model does now."""
+        self.resized: list[weakref.ref[Any]] = []
+        self.optimizer: weakref.ref[Any] | None = None
+        self.trained: list[weakref.ref[Any]] | None = None
+        self.live: Any = None
+        set_untracked(model, _GATE, self)
+        for name in _GUARDED:
+            set_untracked(model, name, _Guarded(model, name))
+
+    def remember(self, model: Any, trained: list[Any] | None = None) -> None:
+        """Notes how things are before the first change, given what trains if that is not in the middle of changing."""
+        optimizer = vars(model).get("optimizer")
+        if _is_built(optimizer) and (self.optimizer is None or self.optimizer() is not optimizer):
+            self.optimizer, self.trained = weakref.ref(optimizer), None
+        if self.optimizer is not None and self.trained is None and trained is not None:
+            self.trained = [weakref.ref(variable) for variable in trained]
+        if self.live is None and vars(model).get("train_function") is not None:
+            self.live = answers["live"](model)
+
+    def forget_traces(self, model: Any) -> None:
+        """Has everything traced again, if it may be another thing than it was."""
+        if self.is_stale:
+            self.is_stale = False
+            for trace in _TRACES:
+                setattr(model, trace, None)
+            if vars(model).get("compiled"):
+                hand_over_what_trains(model)
+
+    def let_train(self, model: Any) -> None:
+        """Takes the gate away, or refuses to.
+
+        Raises:
+            TetherError: The optimizer was built for other variables than those that train now.
+        """
+        if not self.fits(model):
+            known = set(map(id, optimized_variables(model.optimizer)))
+            new = [variable.path for variable in model.trainable_variables if id(variable) not in known]
+            unknown = f": not {_listed(new)}" if new else ""
+            raise TetherError(
+                f"The model {model.name!r} was changed after it was trained (a tie, an adapter, a freeze or the like), "
+                f"and its optimizer knows other weights than those that train now{unknown}. "
+                "Compile the model again before `fit`, with a new optimizer: `model.compile(...)`."
+            )
+        differences = [] if self.live is None else answers["differences"](model, self.live)
+        for name in (_GATE, *_GUARDED):
+            vars(model).pop(name, None)
+        if differences:
+            model.train_function = None
+            warnings.warn(
+                f"What trains of the weight {_listed(differences)} has changed since the model {model.name!r} was "
+                "compiled (a layer that uses it, or the weight itself, was frozen or unfrozen). It takes effect now, "
+                "with what the optimizer has kept so far. Compile the model again after a change, and it starts anew.",
+                stacklevel=5,
+            )
+
+    def fits(self, model: Any) -> bool:
+        """Whether the optimizer may go on, or begin, with what trains now."""
+        optimizer, now = vars(model).get("optimizer"), model.trainable_variables
+        known = optimized_variables(optimizer) if _is_built(optimizer) else now
+        is_the_same = self.optimizer is not None and self.optimizer() is optimizer
+        if is_the_same and any(_is_among(reference(), known) for reference in self.resized):
+            return False
+        if type(model).train_step is keras.Model.train_step:
+            return _are_the_same(known, now)
+        # A step of the user's own may give the optimizer what it likes, as long as that goes on as before.
+        return not is_the_same or self.trained is None or _are_the_same([one() for one in self.trained], now)
+
+
+def _is_among(variable: Any, variables: list[Any]) -> bool:
+    return any(variable is one for one in variables)
+
+
+def _are_the_same(variables: list[Any], others: list[Any]) -> bool:
+    """Whether two lists have the same variables in the same order: JAX goes by the order."""
+    return len(variables) == len(others) and all(a is b for a, b in zip(variables, others, strict=True))
+
+
+class _Guarded:
+    """Stands in the place of a method of a model."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = weakref.ref(model), name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        gate = vars(model)[_GATE]
+        if self.name in _MAKERS:
+            gate.forget_traces(model)
+            if self.name == "make_train_function":
+                gate.let_train(model)
+        elif saving_scope() is not None and not gate.fits(model):
+            return {}  # a copy whose optimizer would not take the state that is saved beside it
+        return getattr(type(model), self.name)(model, *args, **kwargs)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# --------------------------------------------------------------------------- what an optimizer gets
+
+
+def hand_over_what_trains(model: Any) -> None:
+    """Keeps from the optimizer of a compiled model what only trains in other models.
+
+    Keras has one flag for a variable, so it gives the optimizer a weight that trains elsewhere and of which the model
+    holds frozen uses only. On JAX its gradient is zero and not missing, and the weight is decayed, or worse.
+    """
+    _tied.add(model)
+    optimizer = vars(model).get("optimizer")
+    if optimizer is not None:
+        _optimizers.update((optimizer, inner_optimizer(optimizer)))
+        for part in _parts(optimizer):
+            _optimizers.add(part)
+            step = vars(part).get("apply")
+            if not isinstance(step, _Step):
+                step = _Step(part)
+            step.models.add(model)
+
+
+def is_given_what_trains(optimizer: Any, model: Any) -> bool:
+    """Whether an optimizer gets only what trains in a model."""
+    steps = (vars(part).get("apply") for part in _parts(optimizer))
+    return any(isinstance(step, _Step) and model in step.models for step in steps)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers that make the steps of an optimizer: it may scale a loss for one, or be made of several."""
+    inner = inner_optimizer(optimizer)
+    return [inner, *inner.optimizers] if _is_of_several(inner) else [inner]
+
+
+def _is_of_several(optimizer: Any) -> bool:
+    return isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ()))
+
+
+class _Step:
+    """Stands in the place of an optimizer's `apply`: passes on what trains in the model that it optimises."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.models: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._found: tuple[Any, frozenset[int]] = (None, frozenset())
+        set_untracked(optimizer, "apply", self)
+        set_untracked(optimizer, "finalize_variable_values", self.finalize)
+
+    def __call__(self, grads: Any, trainable_variables: Any = None) -> Any:
+        optimizer: Any = self.optimizer()
+        still = self._still(optimizer)
+        if not still or len(grads) == 0:
+            return type(optimizer).apply(optimizer, grads, trainable_variables)
+        variables = optimized_variables(optimizer) if trainable_variables is None else list(trainable_variables)
+        if not optimizer.built:
+            with keras.name_scope(optimizer.name):
+                optimizer.build(variables)
+        if _is_of_several(optimizer):  # each of them is asked in its turn
+            for model in list(self.models):
+                hand_over_what_trains(model)
+            return type(optimizer).apply(optimizer, grads, variables)
+        pairs = [pair for pair in zip(grads, variables, strict=True) if id(pair[1]) not in still]
+        kept = self._values(optimizer, still) if getattr(optimizer, "ema_overwrite_frequency", None) else []
+        result = type(optimizer).apply(optimizer, [gradient for gradient, _ in pairs], [one for _, one in pairs])
+        _put_back(kept)
+        return result
+
+    def finalize(self, var_list: Any) -> None:
+        """Gives averages to what trained."""
+        optimizer: Any = self.optimizer()
+        kept = self._values(optimizer, self._still(optimizer)) if getattr(optimizer, "use_ema", False) else []
+        type(optimizer).finalize_variable_values(optimizer, var_list)
+        _put_back(kept)
+
+    def _values(self, optimizer: Any, still: frozenset[int]) -> list[tuple[Any, Any]]:
+        """An average of a weight that does not train is of what it was: it must not take the weight's place."""
+        return [(one, keras.ops.copy(one.value)) for one in optimized_variables(optimizer) if id(one) in still]
+
+    def _still(self, optimizer: Any) -> frozenset[int]:
+        """The ids of the variables that none of the models trains."""
+        models = [model for model in self.models if any(one is optimizer for one in _parts(model.optimizer))]
+        state = (_changes, *(tuple(map(id, model.layers)) for model in models))
+        if self._found[0] != state:
+            each = [frozenset(map(id, answers["still"](model))) for model in models]
+            self._found = (state, frozenset.intersection(*each) if each else frozenset())
+        return self._found[1]
+
+
+def _put_back(values: list[tuple[Any, Any]]) -> None:
+    for variable, value in values:
+        variable.assign(value)
