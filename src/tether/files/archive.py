@@ -24,13 +24,12 @@ from typing import Any, BinaryIO
 import h5py
 
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
+from tether.files.hdf5 import MAX_EXPANSION, objects, refuse_bomb
 
 CONFIG, VALUES = "config.json", "model.weights.h5"
 MAX_CONFIG, SMALL_CONFIG = 2**28, 2**24
 """Bytes of a config. Those of the largest models have a few megabytes, and more if ties hold arrays; packed ones less,
 since a text of brackets packs well and takes twenty times its size when it is read."""
-SMALL, MAX_EXPANSION = 2**28, 100
-"""What unpacks to more than this many bytes may have at most this many times its size in the file."""
 _ENCRYPTED = 1
 
 
@@ -105,12 +104,7 @@ def _check_entries(archive: zipfile.ZipFile, path: pathlib.Path) -> None:
             raise InvalidConfig(f"An entry of {path.name!r} is encrypted. {received(name=info.filename)}")
         if info.header_offset + info.compress_size > size:
             raise InvalidConfig(f"{path.name!r} ends before its entry {info.filename!r} does.")
-    _refuse_bomb(path.name, sum(info.file_size for info in archive.infolist()), size)
-
-
-def _refuse_bomb(what: str, unpacked: int, size: int) -> None:
-    if unpacked > max(SMALL, MAX_EXPANSION * size):
-        raise InvalidConfig(f"{what!r} would unpack to {unpacked:,} bytes, from {size:,}: no model is packed as much.")
+    refuse_bomb(path.name, sum(info.file_size for info in archive.infolist()), size)
 
 
 @dataclass(frozen=True)
@@ -191,22 +185,11 @@ def opened_archive(path: str | os.PathLike[str], *, whole: bool = False) -> Iter
 
 
 def _shapes(file: h5py.File, size: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    total = 0
-
-    def visit(place: str, item: Any) -> None:
-        nonlocal total
-        if isinstance(item, h5py.Dataset):
-            if item.dtype.kind not in "biufcV":
-                raise InvalidConfig(f"{place!r} in the file holds no numbers. {received(dtype=str(item.dtype))}")
-            if item.shape is None:
-                raise InvalidConfig(f"{place!r} in the file holds nothing.")
-            found[place] = tuple(int(n) for n in item.shape)
-            total += math.prod(found[place]) * item.dtype.itemsize
-
-    file.visititems(visit)
-    _refuse_bomb(VALUES, total, size)
-    return found
+    return {
+        place: tuple(int(n) for n in item.shape)
+        for place, item in objects(file, size)
+        if isinstance(item, h5py.Dataset)
+    }
 
 
 @contextlib.contextmanager

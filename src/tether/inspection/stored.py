@@ -45,12 +45,12 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
 
 def _weights_facts(path: Path) -> Facts:
     with opened_values(path) as file:
-        return stored_facts(path.name, Values(file), {}, {})
+        return stored_facts(path.name, Values(file, path.stat().st_size), {}, {})
 
 
 def _archive_facts(path: Path) -> Facts:
     with opened_archive(path) as archive, archive.values() as opened:
-        config, values = archive.config(), Values(opened)
+        config, values = archive.config(), Values(opened, path.stat().st_size)
     with sharing() as known:
         layers = stored_layers(config, values)
         return stored_facts(str(config["config"].get("name", path.stem)), values, layers, known)
