@@ -13,7 +13,7 @@ from typing import Any
 
 import h5py
 
-from tether.errors import InvalidConfig, Unsupported, received
+from tether.errors import InvalidConfig, received
 from tether.weights.checks import NUMERIC
 from tether.weights.constant import numpy_dtype
 
@@ -109,24 +109,27 @@ def _bytes(dataset: Any, place: str) -> int:
 def dtype_of(dataset: Any) -> str:
     """Keras's name of a dataset's dtype.
 
-    HDF5 knows no bfloat16 and no float8. Keras writes their bytes, and beside those of bfloat16 what they are.
+    HDF5 knows no bfloat16 and no float8. Keras writes their bytes, and beside those of bfloat16 what they are. Bytes of
+    which it says nothing are of the one float8 that NumPy gives to HDF5.
 
     Raises:
-        Unsupported: The file does not say what the bytes are.
-        InvalidConfig: It says what they cannot be.
+        InvalidConfig: They are something else.
     """
     stored, said = dataset.dtype, dataset.attrs.get("dtype")
-    is_bytes = stored.kind == "V"
-    if said is None and is_bytes:
-        raise Unsupported(
-            f"{dataset.name[1:]!r} holds bytes, and the file does not say of which dtype: Keras writes float8 so. Load "
-            "the model with `tether.files.load_model`, or keep its weights as safetensors."
-        )
     if said is None:
-        return str(stored.newbyteorder("=").name)
-    if not isinstance(said, str) or said not in NUMERIC or (is_bytes and numpy_dtype(said).itemsize != stored.itemsize):
-        raise InvalidConfig(f"{dataset.name[1:]!r} holds no {said!r}. {received(dtype=str(stored))}")
-    return said
+        said = ("float8_e4m3fn" if stored.itemsize == 1 else None) if is_bytes(dataset) else stored.name
+    fits = isinstance(said, str) and said in _NUMBERS
+    if not fits or (is_bytes(dataset) and numpy_dtype(said).itemsize != stored.itemsize):
+        raise InvalidConfig(f"{dataset.name[1:]!r} holds no numbers. {received(dtype=said or str(stored))}")
+    return str(said)
+
+
+_NUMBERS = NUMERIC | {"complex64", "complex128"}
+
+
+def is_bytes(dataset: Any) -> bool:
+    """Whether a dataset is of a dtype that HDF5 does not know."""
+    return bool(dataset.dtype.kind == "V")
 
 
 def refuse_bomb(what: str, unpacked: int, size: int, expansion: int = MAX_EXPANSION) -> None:
@@ -135,4 +138,4 @@ def refuse_bomb(what: str, unpacked: int, size: int, expansion: int = MAX_EXPANS
         raise InvalidConfig(f"{what!r} would unpack to {unpacked:,} bytes, from {size:,}: no model is packed as much.")
 
 
-__all__ = ["MAX_EXPANSION", "SMALL", "dtype_of", "objects", "refuse_bomb"]
+__all__ = ["MAX_EXPANSION", "SMALL", "dtype_of", "is_bytes", "objects", "refuse_bomb"]

@@ -142,6 +142,7 @@ from tether.keras_seam.starting import random_starts_left_out
 from tether.keras_seam.variables import (
     Variable,
     autocasts,
+    held_dtype,
     is_float,
     own_copy,
     own_tensor,
@@ -158,7 +159,7 @@ __all__ = [
     "compiled_training", "config_with_ids", "contained_layers", "copying_scope", "counts", "current_path",
     "decay_pattern", "deserialized", "entry_notes", "find_class", "forget_attribute", "forget_compilation",
     "forget_traces", "get_autocast_scope", "give_back_quantize", "give_shape", "give_value", "graph_of",
-    "graph_outputs", "has_compiled_loss", "holds_its_layers_configs", "infer_graph", "inner_optimizer",
+    "graph_outputs", "has_compiled_loss", "held_dtype", "holds_its_layers_configs", "infer_graph", "inner_optimizer",
     "input_signature", "input_spec", "insert_tracked", "inside_bidirectional_init", "is_automatic_layer_name",
     "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated", "is_excluded_from_decay",
     "is_float", "is_known_to_the_optimizer", "is_locked", "is_nnx_enabled", "is_plain_eager",

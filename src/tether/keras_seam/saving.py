@@ -70,6 +70,10 @@ def entry_notes(store: Any) -> Any:
     return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
 
 
+_NOT_FROM_NUMPY = ("float8_e4m3fn", "float8_e5m2")
+"""What Keras cannot make a tensor of on PyTorch."""
+
+
 class _OpenStore(_saving_lib.H5IOStore):
     """Keras's store, over a file that is open; what was stored from it already is not read again."""
 
@@ -84,7 +88,10 @@ class _OpenStore(_saving_lib.H5IOStore):
         variable = self._stored.get(f"{self._h5_entry_path}/vars/{key}" if self._h5_entry_path else f"vars/{key}")
         if variable is None:
             return super().__getitem__(key)
-        return on_host(variable._value) if _backend.backend() == "torch" else variable._value
+        if _backend.backend() != "torch":
+            return variable._value
+        value = on_host(variable._value)
+        return variable._value.detach() if value.dtype.name in _NOT_FROM_NUMPY else value
 
 
 def read_archive(
