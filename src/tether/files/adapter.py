@@ -13,6 +13,7 @@ from tether.errors import InvalidConfig, TetherError, received
 from tether.files.archive import reading
 from tether.files.entries import Entry, entry_of
 from tether.files.filling import Plan
+from tether.files.making import making
 from tether.files.offering import as_offer
 from tether.files.tensors import TensorFile, write_tensors
 from tether.weights.codec import encode
@@ -71,7 +72,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Weight
         with reading(target):
             file = TensorFile(opened, target.name)
             header = _header(file.metadata, target)
-        return header, _weights_of(header, file.entries)
+        with making(target, header["weights"], what="adapter"):
+            return header, _weights_of(header, file.entries)
 
 
 def _header(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:

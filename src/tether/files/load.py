@@ -14,8 +14,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, LostTie, TetherError
-from tether.files.archive import Contents, contents, dictionaries, opened_archive, reading
+from tether.files.archive import Contents, contents, dictionaries, opened_archive
 from tether.files.hdf5 import dtype_of, is_bytes
+from tether.files.making import making
 from tether.files.places import places_of
 from tether.files.positions import positions
 from tether.layers import paths
@@ -58,7 +59,7 @@ def load_model(
     ```
     """
     found = contents(path, whole=True)
-    with reading(path):
+    with making(path, found.config, custom_objects, written_by=found.written_by, takes_custom_objects=True):
         _check_plan(found, path=path)
         with warnings.catch_warnings():
             # Keras warns of some values that it does not find, and goes on; here that becomes an error below.

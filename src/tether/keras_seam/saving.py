@@ -129,7 +129,7 @@ def read_archive(
     if len(archive.namelist()) > 3:
         assets = _saving_lib.DiskIOStore(_saving_lib._ASSETS_DIRNAME, archive=archive, mode="r")
     failed: set[int] = set()
-    errors: dict[int, Any] = {}
+    errors: dict[int, tuple[Any, Exception]] = {}
     try:
         _saving_lib._load_state(
             model,
@@ -144,7 +144,8 @@ def read_archive(
         if assets is not None:
             assets.close()
     if failed:
-        _saving_lib._raise_loading_failure(errors)
+        _, error = next(iter(errors.values()))
+        raise error  # as it was raised, and not as one of Keras's that has its text
     return model
 
 
