@@ -455,6 +455,22 @@ def test_classes_of_ones_own_are_imported_on_request(name, custom, own_class):
     assert "Nothing found" in done("check", f"{name}.keras", "--load", "--custom", custom)
 
 
+@keras.saving.register_keras_serializable("test_cli")
+class Guarded(keras.layers.Dense):
+    """A class that cannot locate what it needs, and says so in words that Keras has for something else."""
+
+    @classmethod
+    def from_config(cls, config):
+        raise ValueError("unsafe: Could not locate the key")
+
+
+def test_what_a_class_says_is_not_taken_for_what_keras_says(folder):
+    keras.Sequential([keras.Input((2,)), Guarded(3)]).save("guarded.keras")
+    line = refused("check", "guarded.keras", "--load")
+    assert "guarded.keras cannot be loaded: unsafe: Could not locate the key" in line
+    assert "brings Python code" not in line and "--custom" not in line
+
+
 def test_modules_that_cannot_be_imported_are_named(own_class):
     load = ("summary", "Doubled.keras", "--load", "--custom")
     assert "No module named 'nowhere'" in refused(*load, "nowhere")

@@ -29,21 +29,31 @@ def load(path: Path, custom: dict[str, Any], *, compile: bool) -> Any:
         with busy(f"Loading {path.name}"):
             return keras.saving.load_model(path, custom_objects=custom, compile=compile, safe_mode=True)
     except Exception as error:  # a file may make Keras fail in any way
-        raise Failed(_why_not(path, error)) from error
+        raise Failed(_why_not(path, error, custom)) from error
 
 
-def _why_not(path: Path, error: Exception) -> str:
-    text = str(error)
-    if "safe_mode" in text or "unsafe" in text:
+def _why_not(path: Path, error: Exception, custom: dict[str, Any]) -> str:
+    if "safe_mode=False" in str(error):
         return (
             f"{path} brings Python code of whoever made it (a Lambda layer, or a function), which is not run here. If "
             "you trust it, do in Python what you want: "
             f"model = keras.saving.load_model({str(path)!r}, safe_mode=False); print(tether.check(model))"
         )
     said = one_line(error).partition(" Full object config")[0]
-    if "Could not locate" in text or "cannot be found" in text:
+    if _names_what_nobody_knows(path, error, custom):
         return f"{path} cannot be loaded: {said} Name the class, or the module that registers it: --custom module:Class"
     return f"{path} cannot be loaded: {said}"
+
+
+def _names_what_nobody_knows(path: Path, error: Exception, custom: dict[str, Any]) -> bool:
+    from tether.errors import TetherError
+    from tether.files.archive import contents
+    from tether.files.making import missing_names
+
+    try:
+        return bool(missing_names(error, contents(path).config, custom))
+    except TetherError:  # it has no config that can be read
+        return False
 
 
 def target(path: Path, *, inputs: tuple[Path, ...], force: bool, folder: bool = False) -> Path:

@@ -229,6 +229,70 @@ def runs(marker):
     }
 
 
+# --------------------------------------------------------------------------- values that are no tree
+
+
+def loop(values):
+    """A group in itself."""
+    values["layers/dense/vars/loop"] = values["layers/dense/vars"]
+
+
+def loop_to_the_top(values):
+    values["layers/dense/again"] = values["/"]
+
+
+def one_group_twice(values):
+    values["layers/dense_2"] = values["layers/dense"]
+
+
+def trillions_of_paths(values):
+    """Two names lead from each of forty groups to the next."""
+    group = values.create_group("layers/dag")
+    for _ in range(40):
+        below = group.create_group("a")
+        group["b"] = below
+        group = below
+
+
+def deep(values):
+    group = values["layers"].id
+    for _ in range(20_000):
+        group = h5py.h5g.create(group, b"a")
+
+
+def long_names(values):
+    group = values["layers"]
+    for _ in range(20):
+        group = group.create_group("n" * 60_000)
+
+
+def many_groups(values):
+    group = values.create_group("layers/many").id
+    for number in range(120_000):
+        h5py.h5g.create(group, str(number).encode())
+
+
+def linked(link):
+    """A value that is another name for something."""
+    return lambda values: values.__setitem__("layers/dense/vars/9", link)
+
+
+NO_TREES = {
+    "loop": loop,
+    "loop to the top": loop_to_the_top,
+    "one group twice": one_group_twice,
+    "trillions of paths": trillions_of_paths,
+    "deep": deep,
+    "long names": long_names,
+    "many groups": many_groups,
+    "a soft link": linked(h5py.SoftLink("/layers/dense/vars/0")),
+    "a soft link to a group": linked(h5py.SoftLink("/layers")),
+    "an external link": linked(h5py.ExternalLink("secret.h5", "vars/0")),
+    "a link to nowhere": linked(h5py.SoftLink("/nowhere")),
+    "a type": lambda values: values.__setitem__("layers/dense/vars/9", np.dtype("float32")),
+}
+
+
 # --------------------------------------------------------------------------- what unpacks to too much
 
 ZEROS = b"\x00" * 2**20

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -92,6 +93,88 @@ def test_what_unpacks_to_too_much_is_refused_before_it_does(tmp_path):
         if not name.startswith("facts of") or "dataset" not in name:  # facts read no values
             assert found["error"].startswith("InvalidConfig"), (name, found)
         assert found["grown"] < 200 * 2**20, (name, found)
+
+
+SLOW_TO_MAKE = ("many groups",)
+trees = [pytest.param(tree, marks=pytest.mark.slow) if tree in SLOW_TO_MAKE else tree for tree in hostile.NO_TREES]
+
+
+@pytest.mark.parametrize("tree", trees)
+def test_values_that_are_no_tree_are_refused_by_every_reader_at_once(tree, copy):
+    """HDF5 holds graphs, whose paths may have no end, and names of other files."""
+    weights, target = copy.with_name("model.weights.h5"), hostile.tied_model()
+    target.save_weights(weights)
+    before = [numpy(variable).tobytes() for variable in target.weights]
+    hostile.with_values(hostile.NO_TREES[tree])(copy)
+    with h5py.File(weights, "r+") as values:
+        hostile.NO_TREES[tree](values)
+    (index := copy.with_name("model.weights.json")).write_text(json.dumps({"weight_map": {"": [weights.name]}}))
+    for path in (copy, weights, index):
+        for reader, read in {**READERS, "untied": lambda path: tether.files.load_untied(target, path)}.items():
+            if path is copy or reader == "untied" or (reader == "facts" and path is weights):
+                with pytest.raises(InvalidConfig, match=r"another place|link|levels|names|neither") as error:
+                    read(path)
+                assert len(str(error.value)) < 6000, (path.name, reader)
+    assert [numpy(variable).tobytes() for variable in target.weights] == before
+
+
+@pytest.mark.parametrize("tree", ["loop to the top", "trillions of paths", "a soft link"])
+def test_old_files_that_are_no_tree_are_refused_at_once(tree, tmp_path):
+    def layer(values, name, weights=("kernel:0", "bias:0")):
+        group = values.create_group(name)
+        group.attrs["weight_names"] = [weight.encode() for weight in weights]
+        for weight, shape in zip(weights, ((4, 3), (3,)), strict=True):
+            group[weight] = np.zeros(shape, "float32")
+        return group
+
+    model, path = plain_model(), tmp_path / "old.h5"
+    with h5py.File(path, "w") as values:
+        values.attrs["layer_names"] = [b"dense"]
+        layer(values, "dense")
+        values.create_group("layers/dense/vars")
+    tether.files.load_untied(model, path)
+    with h5py.File(path, "r+") as values:
+        hostile.NO_TREES[tree](values)
+    with pytest.raises(InvalidConfig, match=r"another place|link"):
+        tether.files.load_untied(model, path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "weights"),
+    [
+        (["dense"] * 2, ["kernel"]),
+        (["dense"], ["kernel"] * 2),
+        (["nowhere"], []),
+        (["dense"], ["../x"]),
+        (["dense"], ["sub"]),
+        (["dense/kernel"], []),
+    ],
+)
+def test_old_files_that_name_what_they_do_not_have_are_refused(layers, weights, tmp_path):
+    with h5py.File(tmp_path / "old.h5", "w") as values:
+        values.attrs["layer_names"] = [name.encode() for name in layers]
+        values["dense/kernel"] = np.zeros((4, 3))
+        values.create_group("dense/sub")
+        values["dense"].attrs["weight_names"] = [name.encode() for name in weights]
+    with pytest.raises(InvalidConfig, match=r"which it names|names one thing twice"):
+        tether.files.load_untied(plain_model(), tmp_path / "old.h5")
+
+
+def test_one_value_in_two_places_is_a_value_for_each(copy):
+    """A hard link to values costs nobody anything."""
+
+    def share(values):
+        del values["layers/dense_1/vars/0"]
+        values.move("layers/dense/vars/0", "layers/dense_1/vars/0")
+        values["layers/dense/vars/0"] = values["layers/dense_1/vars/0"]
+
+    model, path = keras.Sequential([keras.Input((3,)), *(keras.layers.Dense(3) for _ in "ab")]), copy
+    tether.files.save_model(model, path)
+    hostile.with_values(share)(path)
+    again = tether.files.load_model(path)
+    for layer in again.layers:
+        assert np.array_equal(numpy(layer.kernel), numpy(model.layers[0].kernel))
+    assert [weight.bytes for weight in tether.inspection.facts(path).weights] == [36, 12, 36, 12]
 
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
-import numpy as np
-
-from tether import keras_seam
-from tether.atomic import written_beside
 from tether.errors import InvalidConfig, TetherError, received
+from tether.files.archive import reading
+from tether.files.entries import Entry, entry_of
+from tether.files.filling import Plan
+from tether.files.making import making
+from tether.files.offering import as_offer
+from tether.files.tensors import TensorFile, write_tensors
 from tether.weights.codec import encode
 from tether.weights.expression import Expression
 from tether.weights.identity import sharing
@@ -40,8 +42,6 @@ def write(
         parts: What it adds, by the weight's path.
         bases: The weights of what it adds to, by the same paths. Their values are not written.
     """
-    from safetensors.numpy import save_file
-
     weights: dict[str, Weight] = {}
     for place, part in parts.items():
         of_base = {weight.uid for weight in bases[place]}
@@ -54,15 +54,8 @@ def write(
         "bases": {place: [weight.uid for weight in base] for place, base in bases.items()},
         "weights": {uid: weight.get_config() for uid, weight in weights.items()},
     }
-    tensors = {uid: _storable(weight) for uid, weight in weights.items()}
-    with written_beside(target) as beside:
-        save_file(tensors, beside, metadata={"format": _FORMAT, "adapter": json.dumps(header)})
-
-
-def _storable(weight: Weight) -> np.ndarray[Any, Any]:
-    """The value in a dtype that NumPy has: 16-bit floats are kept exactly as 32 bits."""
-    value = keras.ops.convert_to_numpy(keras_seam.raw_value(weight.variable))
-    return np.ascontiguousarray(value.astype("float32") if value.dtype.itemsize == 2 else value)
+    tensors = [entry_of(weight.variable, uid) for uid, weight in weights.items()]
+    write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Weight]]:
@@ -72,39 +65,35 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Weight
         InvalidConfig: The file is damaged, or holds no adapter.
         TetherError: There is no file.
     """
-    header, tensors = _read(path)
-    return header, _weights_of(header, tensors)
+    target = pathlib.Path(path)
+    if not target.is_file():
+        raise TetherError(f"There is no file {str(path)!r}.")
+    with open(target, "rb", buffering=0) as opened:
+        with reading(target):
+            file = TensorFile(opened, target.name)
+            header = _header(file.metadata, target)
+        with making(target, header["weights"], what="adapter"):
+            return header, _weights_of(header, file.entries)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and arrays of a file that a stranger may have written."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(os.fspath(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            text = metadata.get("adapter", "")
-            if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
-                raise InvalidConfig(f"{path} holds no adapter of Tether's.")
-            header = json.loads(text)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise TetherError(f"There is no file {str(path)!r}.") from error
-    except (SafetensorError, json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"{path} cannot be read as an adapter: {error}") from error
+def _header(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
+    text = metadata.get("adapter", "")
+    if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
+        raise InvalidConfig(f"{str(path)!r} holds no adapter of Tether's.")
+    header = json.loads(text)
     kinds = {"name": str, "strength": float, "ties": dict, "bases": dict, "weights": dict}
     if (
         not isinstance(header, dict)
         or header.get("version") != VERSION
         or not all(isinstance(header.get(key), kind) for key, kind in kinds.items())
         or not header["ties"]
-        or not np.isfinite(header["strength"])
+        or not math.isfinite(header["strength"])
     ):
-        raise InvalidConfig(f"{path} holds no adapter of version {VERSION}.")
-    return header, tensors
+        raise InvalidConfig(f"{str(path)!r} holds no adapter of version {VERSION}.")
+    return header
 
 
-def _weights_of(header: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Weight]:
+def _weights_of(header: dict[str, Any], tensors: Mapping[str, Entry]) -> dict[str, Weight]:
     if set(header["weights"]) != set(tensors):
         raise InvalidConfig("The file's header names other weights than it holds.")
     weights = {}
@@ -113,8 +102,10 @@ def _weights_of(header: dict[str, Any], tensors: dict[str, Any]) -> dict[str, We
             if not isinstance(config, dict) or config.get("uid") != uid:
                 raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
             weight = Weight.from_config(config)
-            if weight.shape != tuple(tensors[uid].shape):
+            if weight.shape != tensors[uid].shape:
                 raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
-            weight.assign(keras.ops.cast(tensors[uid], weight.dtype))
             weights[uid] = weight
+    plan = Plan([as_offer(weight, tensors[uid]) for uid, weight in weights.items()], "error")
+    plan.check()
+    plan.carry_out()
     return weights

@@ -7,6 +7,7 @@ against the file's own size first.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -24,13 +25,13 @@ from typing import Any, BinaryIO
 import h5py
 
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
+from tether.files.hdf5 import MAX_EXPANSION, objects, refuse_bomb
 
-CONFIG, VALUES = "config.json", "model.weights.h5"
+CONFIG, VALUES, METADATA = "config.json", "model.weights.h5", "metadata.json"
+MAX_METADATA = 2**16
 MAX_CONFIG, SMALL_CONFIG = 2**28, 2**24
 """Bytes of a config. Those of the largest models have a few megabytes, and more if ties hold arrays; packed ones less,
 since a text of brackets packs well and takes twenty times its size when it is read."""
-SMALL, MAX_EXPANSION = 2**28, 100
-"""What unpacks to more than this many bytes may have at most this many times its size in the file."""
 _ENCRYPTED = 1
 
 
@@ -41,6 +42,8 @@ class Contents:
     config: dict[str, Any]
     values: dict[str, tuple[int, ...]]
     """The shapes of the stored values, by their places in the file."""
+    written_by: str | None = None
+    """The version of Keras that wrote it, if it says so."""
 
     @property
     def elements(self) -> int:
@@ -63,18 +66,32 @@ def contents(path: str | os.PathLike[str], *, whole: bool = False) -> Contents:
     if not source.is_file():
         raise TetherError(f"There is no file {str(path)!r}.")
     with reading(source), opened_archive(source, whole=whole) as archive, archive.values() as values:
-        return Contents(archive.config(), _shapes(values, source.stat().st_size))
+        return Contents(archive.config(), _shapes(values, source.stat().st_size), archive.written_by())
 
 
 @contextlib.contextmanager
 def reading(path: os.PathLike[str] | str) -> Iterator[None]:
-    """Turns whatever fails while a stranger's file is read into one error."""
+    """Turns whatever fails while the bytes of a stranger's file are read into one error.
+
+    Nothing belongs inside that runs code of Keras's layers, of a backend or of a user: what fails there is no damage,
+    see `tether.files.making`.
+    """
     try:
         yield
     except (TetherError, PermissionError):
         raise
-    except Exception as error:  # zipfile, h5py, json and Keras may fail in any way
-        raise InvalidConfig(f"{str(path)!r} is damaged, or not what its name says: {error}") from error
+    except Exception as error:  # zipfile, h5py and json may fail in any way
+        raise damaged(path, error) from error
+
+
+def damaged(path: os.PathLike[str] | str, error: Exception) -> TetherError:
+    """What to raise for an error of what reads bytes: that the file is damaged, unless the system is what failed."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
+        return TetherError(f"{str(path)!r} could not be read: {str(error) or 'there is not enough memory.'}")
+    return InvalidConfig(f"{str(path)!r} is damaged, or not what its name says: {error}")
+
+
+_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE}
 
 
 def _check_entries(archive: zipfile.ZipFile, path: pathlib.Path) -> None:
@@ -93,12 +110,7 @@ def _check_entries(archive: zipfile.ZipFile, path: pathlib.Path) -> None:
             raise InvalidConfig(f"An entry of {path.name!r} is encrypted. {received(name=info.filename)}")
         if info.header_offset + info.compress_size > size:
             raise InvalidConfig(f"{path.name!r} ends before its entry {info.filename!r} does.")
-    _refuse_bomb(path.name, sum(info.file_size for info in archive.infolist()), size)
-
-
-def _refuse_bomb(what: str, unpacked: int, size: int) -> None:
-    if unpacked > max(SMALL, MAX_EXPANSION * size):
-        raise InvalidConfig(f"{what!r} would unpack to {unpacked:,} bytes, from {size:,}: no model is packed as much.")
+    refuse_bomb(path.name, sum(info.file_size for info in archive.infolist()), size)
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,17 @@ class Archive:
                 f"The config in {self.path.name!r} is not that of a Keras object. {received(config=config)}"
             )
         return config
+
+    def written_by(self) -> str | None:
+        """The version of Keras that wrote the archive, if it says so."""
+        if METADATA not in self or self.zip.getinfo(METADATA).file_size > MAX_METADATA:
+            return None
+        try:
+            said = json.loads(self.zip.read(METADATA))
+        except (ValueError, RecursionError):  # nothing is made of it
+            return None
+        version = said.get("keras_version") if isinstance(said, dict) else None
+        return version[:40] if isinstance(version, str) else None
 
     @contextlib.contextmanager
     def entry(self, name: str) -> Iterator[Any]:
@@ -179,22 +202,11 @@ def opened_archive(path: str | os.PathLike[str], *, whole: bool = False) -> Iter
 
 
 def _shapes(file: h5py.File, size: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    total = 0
-
-    def visit(place: str, item: Any) -> None:
-        nonlocal total
-        if isinstance(item, h5py.Dataset):
-            if item.dtype.kind not in "biufcV":
-                raise InvalidConfig(f"{place!r} in the file holds no numbers. {received(dtype=str(item.dtype))}")
-            if item.shape is None:
-                raise InvalidConfig(f"{place!r} in the file holds nothing.")
-            found[place] = tuple(int(n) for n in item.shape)
-            total += math.prod(found[place]) * item.dtype.itemsize
-
-    file.visititems(visit)
-    _refuse_bomb(VALUES, total, size)
-    return found
+    return {
+        place: tuple(int(n) for n in item.shape)
+        for place, item in objects(file, size)
+        if isinstance(item, h5py.Dataset)
+    }
 
 
 @contextlib.contextmanager
@@ -252,5 +264,5 @@ def with_config(source: pathlib.Path, target: pathlib.Path, config: dict[str, An
 
 
 __all__ = [
-    "Archive", "Contents", "contents", "opened_archive", "opened_values", "reading", "with_config",
+    "Archive", "Contents", "contents", "damaged", "opened_archive", "opened_values", "reading", "with_config",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ def difference_of(a: Array, b: Array) -> float | None:
     """The largest difference of two arrays of one shape, `nan` if one has a NaN where the other has none."""
     if np.array_equal(a, b):
         return None
-    first, second = a.astype("float64"), b.astype("float64")
+    wide = "complex128" if a.dtype.kind == "c" else "float64"
+    first, second = a.astype(wide), b.astype(wide)
     if np.array_equal(first, second, equal_nan=True):
         return None
     both = np.isnan(first) & np.isnan(second)

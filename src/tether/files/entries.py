@@ -43,6 +43,16 @@ class Entry:
         return array
 
 
+def entry_of(variable: Any, name: str) -> Entry:
+    """What a variable holds, as a file has it: in the dtype of the tensor that is really there."""
+
+    def read() -> Array:
+        return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(keras_seam.raw_value(variable))))
+
+    shape = tuple(int(n) for n in variable.shape)
+    return Entry(name, shape, keras_seam.held_dtype(variable), read)
+
+
 @dataclass(frozen=True)
 class StoredTie:
     """What a layer that was tied computed with where the file has no entry, over other entries."""
@@ -97,4 +107,4 @@ def stored_ties(notes: Mapping[str, Any], weights: Mapping[str, Entry]) -> dict[
     return found
 
 
-__all__ = ["Array", "Entry", "Rows", "StoredTie", "stored_ties"]
+__all__ = ["Array", "Entry", "Rows", "StoredTie", "entry_of", "stored_ties"]

@@ -149,7 +149,7 @@ class Plan:
     def _part_reader(self, offer: Offer, way: _Way, weight: Weight) -> Callable[[], Array]:
         def read() -> Array:
             part = keras_seam.on_host(keras_seam.plain_tensor(self._parts(offer, way)[weight]))
-            return _cast(np.asarray(part), str(weight.dtype), offer)
+            return _cast(np.asarray(part), _dtype_of(weight), offer)
 
         return read
 
@@ -259,7 +259,7 @@ class Plan:
         if rows is None:
             keras_seam.write(variable, self.values[key]())
         else:
-            keras_seam.write_rows(variable, numpy_dtype(keras_seam.stored_dtype(variable)), rows)
+            keras_seam.write_rows(variable, numpy_dtype(keras_seam.held_dtype(variable)), rows)
         return Loaded(self.name_of(key), tuple(each.source for each in self.candidates[key]))
 
 
@@ -321,7 +321,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _dtype_of(target: Any) -> str:
-    return str(target.dtype) if isinstance(target, Weight) else keras_seam.stored_dtype(target)
+    """The dtype of what is stored in a target: of the tensor that is there, which may be narrower than asked for."""
+    if isinstance(target, View):
+        return keras_seam.stored_dtype(target)
+    return keras_seam.held_dtype(target.variable if isinstance(target, Weight) else target)
 
 
 def _check_fit(offer: Offer) -> None:
@@ -339,6 +342,8 @@ def _check_fit(offer: Offer) -> None:
 
 
 def _kind(dtype: str) -> str:
+    if dtype.startswith("complex"):
+        return "complex"
     return "float" if keras_seam.is_float(dtype) else "bool" if dtype == "bool" else "integer"
 
 
@@ -347,9 +352,14 @@ def _cast(array: Array, dtype: str, offer: Offer) -> Array:
     if str(array.dtype) == dtype:
         return array
     found = array.astype(numpy_dtype(dtype))
-    if _kind(dtype) == "integer" and not np.array_equal(found.astype("int64"), array.astype("int64")):
+    if _kind(dtype) == "integer" and not _is_same(found, array):
         raise TetherError(f"{offer.source!r} has numbers that {dtype} cannot hold. Nothing was changed.")
     return found
+
+
+def _is_same(found: Array, array: Array) -> bool:
+    """Whether integers of two dtypes are the same numbers."""
+    return np.array_equal(found.astype(array.dtype), array) and np.array_equal(found < 0, array < 0)
 
 
 def _mean(name: str, arrays: list[Array]) -> Array:

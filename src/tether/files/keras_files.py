@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +23,15 @@ import numpy as np
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.archive import VALUES, opened_archive, reading
 from tether.files.entries import Entry, StoredTie, stored_ties
+from tether.files.hdf5 import dtype_of, objects, refuse_bomb
 from tether.files.npz import read_npz
 from tether.weights.constant import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 
 NPZ = "model.weights.npz"
-SMALL = 1 << 28
-"""Bytes that a dataset may have however little of it is in the file."""
+MAX_EXPANSION = 1000
+"""How many times their size in the file values may have: here people pack them."""
 MAX_SHARDS = 10_000
 
 
@@ -87,14 +89,16 @@ def _archive(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
     archive = stack.enter_context(opened_archive(path, whole=True))
     if VALUES not in archive and NPZ in archive:
         return _of_npz(stack.enter_context(archive.entry(NPZ)), stack)
-    return _of_h5([stack.enter_context(archive.values())])
+    return _of_h5(_tree(stack.enter_context(archive.values()), path))
 
 
 def _h5(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
     file = stack.enter_context(h5py.File(path, "r"))
+    tree = _tree(file, path)
     if "layer_names" in file.attrs or "model_weights" in file:
-        return Values(old=_old_layers(file if "layer_names" in file.attrs else _group(file, "model_weights")))
-    return _of_h5([file])
+        found = dict(tree)
+        return Values(old=_old_layers(found, "" if "layer_names" in file.attrs else "model_weights"))
+    return _of_h5(tree)
 
 
 def _shards(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
@@ -105,7 +109,8 @@ def _shards(path: pathlib.Path, stack: contextlib.ExitStack) -> Values:
     missing = [name for name in names if not path.with_name(name).is_file()]
     if missing:
         raise TetherError(f"The shard {missing[0]!r} of {path.name!r} is not beside it.")
-    return _of_h5([stack.enter_context(h5py.File(path.with_name(name), "r")) for name in names])
+    found = [path.with_name(name) for name in names]
+    return _of_h5(*(_tree(stack.enter_context(h5py.File(each, "r")), each) for each in found))
 
 
 def _is_plain(name: str) -> bool:
@@ -133,30 +138,20 @@ def _of_npz(file: io.IOBase, stack: contextlib.ExitStack) -> Values:
 # --------------------------------------------------------------------------- HDF5
 
 
-def _of_h5(files: list[Any]) -> Values:
+def _tree(file: Any, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    return objects(file, path.stat().st_size, expansion=MAX_EXPANSION)
+
+
+def _of_h5(*trees: Iterable[tuple[str, Any]]) -> Values:
     values = Values()
-    for file in files:
-        _visit(file, "", values)
+    for place, item in itertools.chain(*trees):
+        if isinstance(item, h5py.Dataset):
+            # Keras 2.13 had another name for the layers of a model.
+            known = place.replace("_layer_checkpoint_dependencies", "layers")
+            values.entries[known] = _entry(known, item)
+        else:
+            _read_notes(item, place, values)
     return values
-
-
-def _visit(group: Any, place: str, values: Values) -> None:
-    waiting = [(group, place)]
-    while waiting:
-        current, at = waiting.pop()
-        _read_notes(current, at, values)
-        for name in current:
-            inner = f"{at}/{name}" if at else name
-            link = current.get(name, getclass=True, getlink=True)
-            if link is not h5py.HardLink:
-                raise InvalidConfig(f"{inner!r} is a link to somewhere else, which is not followed.")
-            item = current[name]
-            if isinstance(item, h5py.Group):
-                waiting.append((item, inner))
-            elif isinstance(item, h5py.Dataset):
-                # Keras 2.13 had another name for the layers of a model.
-                known = inner.replace("_layer_checkpoint_dependencies", "layers")
-                values.entries[known] = _entry(known, item)
 
 
 def _read_notes(group: Any, place: str, values: Values) -> None:
@@ -174,13 +169,9 @@ def _read_notes(group: Any, place: str, values: Values) -> None:
 
 
 def _entry(name: str, dataset: Any) -> Entry:
-    if dataset.external or dataset.is_virtual:
-        raise InvalidConfig(f"{name!r} is kept in another file, which is not followed.")
-    dtype = str(dataset.attrs.get("dtype", dataset.dtype))
+    dtype = dtype_of(dataset)
     shape = tuple(int(n) for n in dataset.shape)
-    size = int(np.prod(shape, dtype="float64")) * dataset.dtype.itemsize
-    if size > max(SMALL, 1000 * dataset.id.get_storage_size()):
-        raise InvalidConfig(f"{name!r} would have {size:,} bytes and the file holds next to nothing of it.")
+    refuse_bomb(name, dataset.nbytes, dataset.id.get_storage_size(), MAX_EXPANSION)
     if dataset.chunks is not None:
         dataset[()]  # what is compressed may be damaged inside: that must show before anything is assigned
 
@@ -193,36 +184,29 @@ def _entry(name: str, dataset: Any) -> Entry:
     return Entry(name, shape, dtype, read)
 
 
-def _group(parent: Any, name: str) -> Any:
-    if parent.get(name, getclass=True, getlink=True) is not h5py.HardLink or not isinstance(parent[name], h5py.Group):
-        raise InvalidConfig(f"The file has no group {name!r} of its own.")
-    return parent[name]
-
-
-def _old_layers(root: Any) -> list[tuple[str, list[Entry]]]:
+def _old_layers(tree: Mapping[str, Any], top: str) -> list[tuple[str, list[Entry]]]:
     """The layers with weights of a Keras 2 file, in order; the model's own weights last, under `""`."""
-    found = [(name, _old_weights(_inner(root, name), name)) for name in _names(root, "layer_names")]
-    if "top_level_model_weights" in root:
-        own = _old_weights(_group(root, "top_level_model_weights"), "top_level_model_weights")
-        found.append(("", own))
+    root = _one(tree, top, h5py.Group)
+    found = [(name, _old_weights(tree, _join(top, name), name)) for name in _names(root, "layer_names")]
+    own = "top_level_model_weights"
+    if _join(top, own) in tree:
+        found.append(("", _old_weights(tree, _join(top, own), own)))
     return [(name, entries) for name, entries in found if entries]
 
 
-def _old_weights(group: Any, layer: str) -> list[Entry]:
-    entries = []
-    for name in _names(group, "weight_names"):
-        parent = _inner(group, name.rpartition("/")[0]) if "/" in name else group
-        leaf = name.rpartition("/")[2]
-        if parent.get(leaf, getclass=True, getlink=True) is not h5py.HardLink:
-            raise InvalidConfig(f"The file has no {name!r} of its own.")
-        entries.append(_entry(f"{layer}/{name}", parent[leaf]))
-    return entries
+def _old_weights(tree: Mapping[str, Any], place: str, layer: str) -> list[Entry]:
+    names = _names(_one(tree, place, h5py.Group), "weight_names")
+    return [_entry(f"{layer}/{name}", _one(tree, _join(place, name), h5py.Dataset)) for name in names]
 
 
-def _inner(group: Any, path: str) -> Any:
-    for part in path.split("/"):
-        group = _group(group, part)
-    return group
+def _join(above: str, name: str) -> str:
+    return f"{above}/{name}" if above else name
+
+
+def _one(tree: Mapping[str, Any], place: str, kind: type) -> Any:
+    if not isinstance(tree.get(place), kind):
+        raise InvalidConfig(f"The file has no {place!r} of its own, which it names.")
+    return tree[place]
 
 
 def _names(group: Any, attribute: str) -> list[str]:
@@ -234,7 +218,10 @@ def _names(group: Any, attribute: str) -> list[str]:
         while f"{attribute}{number}" in group.attrs:
             found.extend(group.attrs[f"{attribute}{number}"])
             number += 1
-    return [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in found]
+    names = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in found]
+    if len(set(names)) < len(names):
+        raise InvalidConfig(f"{group.name!r} names one thing twice. {received(**{attribute: names})}")
+    return names
 
 
 __all__ = ["Values", "opened"]

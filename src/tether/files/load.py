@@ -14,7 +14,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, LostTie, TetherError
-from tether.files.archive import Contents, contents, opened_archive, reading
+from tether.files.archive import Contents, contents, opened_archive
+from tether.files.hdf5 import dtype_of, is_bytes
+from tether.files.making import making
 from tether.files.places import places_of
 from tether.files.positions import positions
 from tether.layers import paths
@@ -58,7 +60,7 @@ def load_model(
     ```
     """
     found = contents(path, whole=True)
-    with reading(path):
+    with making(path, found.config, custom_objects, written_by=found.written_by, takes_custom_objects=True):
         _check_plan(found, path=path)
         with warnings.catch_warnings():
             # Keras warns of some values that it does not find, and goes on; here that becomes an error below.
@@ -77,27 +79,37 @@ def _read(path: Any, **options: Any) -> Any:
 
 
 def _stored_in_parts(model: Any, values: h5py.File) -> dict[str, Any]:
-    """Stores large weights that are in the file as they are in memory, a few rows at a time."""
+    """Stores large weights that are in the file as they are in memory, a few rows at a time.
+
+    And those of float8, of which Keras writes the bytes and cannot read them.
+    """
     found: dict[str, Any] = {}
     for each in positions(model):
         variable, dataset = each.target, values.get(each.place)
-        if isinstance(variable, View) or not isinstance(variable, keras.Variable) or not _is_large(dataset):
+        if isinstance(variable, View) or not isinstance(variable, keras.Variable):
             continue
-        # HDF5 has no bfloat16: Keras writes such values as bytes, and says what they are.
-        dtype = str(dataset.attrs.get("dtype", dataset.dtype))
-        if dataset.shape == tuple(variable.shape) and dtype == keras_seam.stored_dtype(variable):
-            keras_seam.write_rows(variable, numpy_dtype(dtype), partial(_read_rows, dataset))
+        if not isinstance(dataset, h5py.Dataset) or dataset.shape != tuple(variable.shape):
+            continue
+        dtype = numpy_dtype(keras_seam.held_dtype(variable))
+        unreadable = is_bytes(dataset) and "dtype" not in dataset.attrs
+        if _holds(dataset, dtype) and (_is_large(dataset) or unreadable):
+            keras_seam.write_rows(variable, dtype, partial(_read_rows, dataset))
             found[each.place] = variable
     return found
 
 
-def _is_large(dataset: Any) -> bool:
-    plain = isinstance(dataset, h5py.Dataset) and dataset.chunks is None and not dataset.external
-    return plain and not dataset.is_virtual and dataset.nbytes > LARGE
+def _holds(dataset: h5py.Dataset, dtype: np.dtype[Any]) -> bool:
+    """Whether a file has what a variable holds, bit by bit."""
+    return dtype_of(dataset) == str(dtype) and (is_bytes(dataset) or dataset.dtype == dtype)
+
+
+def _is_large(dataset: h5py.Dataset) -> bool:
+    return dataset.chunks is None and dataset.nbytes > LARGE
 
 
 def _read_rows(dataset: h5py.Dataset, array: Any, first: int) -> None:
-    dataset.read_direct(array.view(dataset.dtype), np.s_[first : first + len(array)])
+    if array.size:
+        dataset.read_direct(array.view(dataset.dtype), np.s_[first : first + len(array)] if array.ndim else ())
 
 
 LARGE = 2**20

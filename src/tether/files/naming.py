@@ -120,6 +120,9 @@ def _joined(name: str, pieces: dict[int, tuple[Entry, Tensor]]) -> Entry:
     shapes = [math.prod(weight.shape) for weight, _ in ordered]
     if len(set(shapes)) != 1:
         raise TetherError(f"The parts of {name!r} have different sizes. {received(sizes=shapes)}")
+    dtypes = {weight.dtype for weight, _ in ordered}
+    if len(dtypes) != 1:
+        raise TetherError(f"The parts of {name!r} have different dtypes. {received(dtypes=sorted(dtypes))}")
     weight, tensor = ordered[0]
 
     def read() -> Array:

@@ -19,11 +19,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from tether import keras_seam
 from tether.atomic import written_beside
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.files.archive import reading
-from tether.files.entries import Array, Entry
+from tether.files.entries import Array, Entry, entry_of
 from tether.files.filling import Offer, Plan
 from tether.files.naming import Names, Naming
 from tether.files.positions import check_built, dotted
@@ -316,14 +315,14 @@ def save_peft(
 
 def _factor(name: str, weight: Weight, axis: int) -> Entry:
     """A factor the other way round: `(*rows, r)` is `(r, rows)` there, `(r, *columns)` is `(columns, r)`."""
-    shape = tuple(weight.shape or ())
+    held = entry_of(weight.variable, name)
+    shape = held.shape
     matrix = (math.prod(shape[:-1]), shape[-1]) if axis else (shape[0], math.prod(shape[1:]))
 
     def read() -> Array:
-        value = keras_seam.on_host(keras_seam.plain_tensor(keras_seam.raw_value(weight.variable)))
-        return np.ascontiguousarray(np.asarray(value).reshape(matrix).T)
+        return np.ascontiguousarray(held.read().reshape(matrix).T)
 
-    return Entry(name, matrix[::-1], str(weight.dtype), read)
+    return Entry(name, matrix[::-1], held.dtype, read)
 
 
 def _parts(model: Any, names: Names, adapter: str | None) -> dict[str, tuple[float, Weight, Weight, bool]]:

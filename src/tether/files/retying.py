@@ -6,10 +6,9 @@ import contextlib
 from typing import Any
 
 import keras
-import numpy as np
 
-from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
+from tether.files.entries import entry_of
 from tether.files.filling import Offer, Plan, Resolve
 from tether.files.positions import check_built
 from tether.files.report import Loaded, Report
@@ -104,10 +103,8 @@ def _joined(models: tuple[Any, ...]) -> dict[str, list[tuple[Any, Weight]]]:
 
 
 def _offer(target: Weight, model: Any, weight: Weight) -> Offer:
-    def read() -> np.ndarray[Any, Any]:
-        return np.array(keras_seam.on_host(keras_seam.plain_tensor(keras_seam.raw_value(weight.variable))))
-
-    return Offer(target, f"{_name(model)}: {weight.name}", tuple(weight.shape or ()), str(weight.dtype), read)
+    held = entry_of(weight.variable, weight.name)
+    return Offer(target, f"{_name(model)}: {weight.name}", held.shape, held.dtype, lambda: held.read().copy())
 
 
 def _ties(model: Any, replaced: dict[str, Weight]) -> dict[str, Expression]:

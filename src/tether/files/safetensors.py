@@ -15,7 +15,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
 from tether.files import bert
-from tether.files.entries import Array, Entry, StoredTie, stored_ties
+from tether.files.entries import Entry, StoredTie, entry_of, stored_ties
 from tether.files.filling import Resolve, check_resolve, fill
 from tether.files.naming import Names, Naming, to_file
 from tether.files.offering import of_one_structure, offers_of
@@ -24,7 +24,6 @@ from tether.files.report import Conflict, Report
 from tether.files.tensors import opened_tensors, write_tensors
 from tether.layers.named import named_weights
 from tether.layers.state import weights_below
-from tether.layers.view import shape_of
 from tether.weights.codec import encode
 from tether.weights.weight import Weight
 
@@ -72,20 +71,13 @@ def save_safetensors(model: Any, path: str | os.PathLike[str], *, names: Names =
         )
     stored = stored_names(model)
     naming = Naming(names, frozenset(stored.values()))
-    weights = [_entry(variable, stored[id(variable)]) for variable in model.weights]
+    weights = [entry_of(variable, stored[id(variable)]) for variable in model.weights]
     tensors = to_file(weights, naming)
     plan = _plan(model, stored, naming)
     metadata = {"format": "pt"}  # how others name the layout of plain arrays
     if plan["ties"]:
         metadata[PLAN] = json.dumps(plan)
     write_tensors(target, tensors, metadata)
-
-
-def _entry(variable: Any, name: str) -> Entry:
-    def read() -> Array:
-        return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(keras_seam.raw_value(variable))))
-
-    return Entry(name, shape_of(variable), keras_seam.stored_dtype(variable), read)
 
 
 def _plan(model: Any, stored: Mapping[int, str], naming: Naming) -> dict[str, Any]:

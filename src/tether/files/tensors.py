@@ -26,6 +26,7 @@ DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
@@ -43,10 +44,14 @@ class TensorFile:
         self._file, self._name = file, name
         size = os.fstat(file.fileno()).st_size
         if size < 8:
-            raise InvalidConfig(f"{name!r} is shorter than a header. {received(bytes=size)}")
+            raise InvalidConfig(
+                f"{name!r} is not what its name says: it is shorter than a header. {received(bytes=size)}"
+            )
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(MAX_HEADER, size - 8):
-            raise InvalidConfig(f"{name!r} has no header of safetensors. {received(length=length, bytes=size)}")
+            raise InvalidConfig(
+                f"{name!r} is not what its name says: it has no header. {received(length=length, bytes=size)}"
+            )
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_doubles)
         if not isinstance(header, dict):
             raise InvalidConfig(f"The header of {name!r} is a dict. {received(header=header)}")
@@ -192,6 +197,11 @@ def write_tensors(path: pathlib.Path, tensors: Sequence[Entry], metadata: Mappin
         file.write(text)
         for each in ordered:
             array = np.ascontiguousarray(each.read())
+            if (str(array.dtype), array.size) != (each.dtype, math.prod(each.shape)):
+                raise TetherError(
+                    f"{each.name!r} became something else while the file was written: the header says {each.dtype} of "
+                    f"shape {each.shape}. {received(dtype=str(array.dtype), shape=array.shape)}"
+                )
             file.write(array.reshape(-1).view("uint8").data if array.size else b"")
 
 

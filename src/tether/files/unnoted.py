@@ -6,14 +6,15 @@ none, the model is made from the config, and says where its weights and ties wou
 
 from __future__ import annotations
 
+import copy
 import os
 
 import keras
 
 from tether import keras_seam
-from tether.errors import InvalidConfig
 from tether.files.archive import opened_archive, reading
 from tether.files.keras_files import Values
+from tether.files.making import explained
 from tether.files.positions import positions
 from tether.layers.tied import KEY
 from tether.layers.view import View
@@ -30,7 +31,7 @@ def note(path: str | os.PathLike[str], values: Values) -> None:
         values: What was read of it.
 
     Raises:
-        InvalidConfig: Its config records ties, and no model can be made of it.
+        TetherError: Its config records ties, and no model can be made of it.
     """
     if values.notes or values.uids:
         return
@@ -39,11 +40,13 @@ def note(path: str | os.PathLike[str], values: Values) -> None:
     if not any(KEY in entry for entry in dictionaries(config)):
         return
     try:
-        model = keras.saving.deserialize_keras_object({**config, "compile_config": None})
+        model = keras.saving.deserialize_keras_object({**copy.deepcopy(config), "compile_config": None})
     except Exception as error:  # Keras, and classes of others
-        raise InvalidConfig(
+        why = explained(error, path, config)
+        raise type(why)(
             f"{str(path)!r} has ties, without the notes beside its values that say where they are, and no model can be "
-            f"made from its config: {error} Load it with `tether.files.load_model`, and save that."
+            f"made from its config to see that. {why} What `tether.files.load_model` loads and `save_model` writes has "
+            "the notes."
         ) from error
     for each in positions(model):
         group, _, key = each.place.rpartition("/")

@@ -177,7 +177,7 @@ def _uses(layer: Any, path: str, kind: str, places: dict[int, list[str]]) -> lis
                     expression=None,
                     weights=tuple(places[id(variable)][:1]),
                     shape=shape_of(variable),
-                    dtype=keras_seam.stored_dtype(variable),
+                    dtype=_dtype(variable),
                     kind=kind,
                     trains=bool(variable.trainable),
                 )
@@ -204,6 +204,7 @@ def _slots(optimizer: Any, variables: dict[str, Any], places: dict[int, list[str
 
 
 def _dtype(value: Any) -> str:
+    """The dtype of what is stored, as a file has it."""
     if isinstance(value, keras.Variable):
-        return keras_seam.stored_dtype(value)
+        return keras_seam.held_dtype(value)
     return str(keras.backend.standardize_dtype(value.dtype))

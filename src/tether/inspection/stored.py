@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tether.errors import InvalidConfig, Unsupported, received
 from tether.files.archive import opened_archive, opened_values, reading
+from tether.files.tensors import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
 from tether.inspection.stored_config import stored_layers
 from tether.inspection.stored_layers import stored_facts
@@ -45,12 +46,12 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
 
 def _weights_facts(path: Path) -> Facts:
     with opened_values(path) as file:
-        return stored_facts(path.name, Values(file), {}, {})
+        return stored_facts(path.name, Values(file, path.stat().st_size), {}, {})
 
 
 def _archive_facts(path: Path) -> Facts:
     with opened_archive(path) as archive, archive.values() as opened:
-        config, values = archive.config(), Values(opened)
+        config, values = archive.config(), Values(opened, path.stat().st_size)
     with sharing() as known:
         layers = stored_layers(config, values)
         return stored_facts(str(config["config"].get("name", path.stem)), values, layers, known)
@@ -58,23 +59,11 @@ def _archive_facts(path: Path) -> Facts:
 
 # --------------------------------------------------------------------------- safetensors
 
-_DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
-
 
 def _safetensors_facts(path: Path) -> Facts:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        weights = tuple(
-            StoredWeight(key, tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()], path=key)
-            for key, tensor in tensors.items()
-        )
-        note = (file.metadata() or {}).get(NOTE)
+    with opened_tensors(path) as (tensors, metadata):
+        weights = tuple(StoredWeight(key, entry.shape, entry.dtype, path=key) for key, entry in tensors.items())
+        note = metadata.get(NOTE)
     ties = {} if note is None else _ties_over({weight.place: weight for weight in weights}, note, path.name)
     taken = {place for use in ties.values() for place in use.weights}
     own = (_named_use(w.place, (w.place,), w.shape, w.dtype, note is not None) for w in weights if w.place not in taken)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import h5py
 
 from tether.errors import InvalidConfig, Unsupported, received
+from tether.files.hdf5 import dtype_of, objects
 from tether.inspection.facts import Shape, itemsize
 from tether.inspection.live import OPTIMIZER
 
@@ -20,7 +21,13 @@ NOTE, UID = "tether", "tether_uid"
 class Values:
     """What an HDF5 file of weights holds: shapes and dtypes by place, and the names of objects."""
 
-    def __init__(self, file: h5py.File) -> None:
+    def __init__(self, file: h5py.File, size: int) -> None:
+        """Reads what there is.
+
+        Args:
+            file: The open file.
+            size: The bytes that it has on the disk.
+        """
         self.tensors: dict[str, tuple[Shape, str]] = {}
         self.names: dict[str, str] = {}
         """The name of the object at each place."""
@@ -29,28 +36,29 @@ class Values:
         self.uids: dict[str, str] = {}
         """The entries of weights, by the ids that notes name them by."""
         self._named: dict[str, list[str]] = {}
-        self._groups: set[str] = set()
+        self._below: dict[str, list[str]] = {}
+        """The groups in each group, by their names there."""
         if "layer_names" in file.attrs or "model_weights" in file:
             raise Unsupported("This file is of Keras's old format. Load it and save it as `.keras` or `.weights.h5`.")
-        file.visititems(self._visit)
+        for place, item in objects(file, size):
+            if isinstance(item, h5py.Dataset):
+                self.tensors[place] = (tuple(int(n) for n in item.shape), dtype_of(item))
+            elif place:
+                above, _, name = place.rpartition("/")
+                self._below.setdefault(above, []).append(name)
+                self._read_group(place, item)
 
-    def _visit(self, place: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            dtype = str(item.attrs.get("dtype", item.dtype))
-            if item.dtype.kind in "OSU" or not _is_number(dtype):
-                raise InvalidConfig(f"{place!r} holds no numbers. {received(dtype=dtype)}")
-            self.tensors[place] = (tuple(int(n) for n in item.shape), dtype)
+    def _read_group(self, place: str, group: Any) -> None:
+        if not f"/{place}".endswith("/vars"):
             return
-        self._groups.add(place)
-        if f"/{place}".endswith("/vars"):
-            owner = place.removesuffix("vars").removesuffix("/")
-            if "name" in item.attrs:
-                self.names[owner] = name = str(item.attrs["name"])
-                self._named.setdefault(name, []).append(owner)
-            if NOTE in item.attrs:
-                self.notes[owner] = noted_ties(item.attrs[NOTE], owner)
-            if UID in item.attrs:
-                self.uids[str(item.attrs[UID])] = f"{place}/0"
+        owner = place.removesuffix("vars").removesuffix("/")
+        if "name" in group.attrs:
+            self.names[owner] = name = str(group.attrs["name"])
+            self._named.setdefault(name, []).append(owner)
+        if NOTE in group.attrs:
+            self.notes[owner] = noted_ties(group.attrs[NOTE], owner)
+        if UID in group.attrs:
+            self.uids[str(group.attrs[UID])] = f"{place}/0"
 
     def nearest(self, name: Any, place: str) -> str | None:
         """The place nearest below another whose object has a name."""
@@ -61,23 +69,22 @@ class Values:
     def follow(self, place: str, steps: list[str]) -> tuple[str, list[str]]:
         """Where a path of attributes, items and names leads, and what of the path is not in the file."""
         while steps:
-            below = f"{place}/" if place else ""
-            attributes = (below + steps[0], below + steps[0].removeprefix("_"))
-            inner = next((p for p in attributes if p in self._groups), None)
-            inner = inner or self._item(below, steps[0]) or self.nearest(steps[0], place)
+            keys = self._below.get(place, ())
+            key = next((key for key in (steps[0], steps[0].removeprefix("_")) if key in keys), None)
+            key = key or self._item(keys, steps[0])
+            inner = self.nearest(steps[0], place) if key is None else f"{place}/{key}" if place else key
             if inner is None:
                 break
             place, steps = inner, steps[1:]
         return place, steps
 
-    def _item(self, below: str, step: str) -> str | None:
-        """The place of an item of a list, if the names in the file tell which one it is: all of one class."""
+    def _item(self, keys: Collection[str], step: str) -> str | None:
+        """The name of an item of a list, if the names in the file tell which one it is: all of one class."""
         if not step.isdigit():
             return None
-        keys = {p.removeprefix(below).split("/")[0] for p in self._groups if p.startswith(below)}
         stems = {re.sub(r"_\d+$", "", key) for key in keys}
         key = min(stems, default="") + (f"_{step}" if step != "0" else "")
-        return below + key if len(stems) == 1 and key in keys else None
+        return key if len(stems) == 1 and key in keys else None
 
     def is_state(self, place: str) -> bool:
         """Whether an entry is of the optimizer of a model within the model."""

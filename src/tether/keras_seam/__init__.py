@@ -148,6 +148,7 @@ from tether.keras_seam.training import (
 from tether.keras_seam.variables import (
     Variable,
     autocasts,
+    held_dtype,
     is_float,
     own_copy,
     own_tensor,
@@ -164,7 +165,7 @@ __all__ = [
     "call_parameters", "calls_in_graph", "calls_of", "class_reference", "config_with_ids", "contained_layers",
     "copies_begun", "copying_scope", "counts", "current_path", "decay_pattern", "deserialized", "entry_notes",
     "find_class", "forget_attribute", "get_autocast_scope", "give_back_quantize", "give_shape", "give_value",
-    "graph_of", "graph_outputs", "has_compiled_loss", "holds_its_layers_configs", "infer_graph",
+    "graph_of", "graph_outputs", "has_compiled_loss", "held_dtype", "holds_its_layers_configs", "infer_graph",
     "inner_optimizer", "input_signature", "input_spec", "insert_tracked", "inside_bidirectional_init",
     "is_automatic_layer_name", "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated",
     "is_excluded_from_decay", "is_float", "is_given_what_trains", "is_locked", "is_nnx_enabled",

@@ -84,12 +84,17 @@ def untouched_zeros(shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _lent_to_torch(array: Any) -> Any:
-    """A tensor over the memory of an array, also of one of bfloat16, which PyTorch takes from NumPy as integers."""
+    """A tensor over the memory of an array, also of a dtype that PyTorch takes from NumPy only as integers."""
     import torch
 
-    bits = array.dtype.name == "bfloat16"
-    tensor = torch.from_numpy(array.view("int16") if bits else array)
-    return tensor.view(torch.bfloat16) if bits else tensor
+    name = array.dtype.name
+    if name not in _BITS:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(_BITS[name])).view(getattr(torch, name))
+
+
+_BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+"""Dtypes that NumPy has only by an extension, which PyTorch does not know, and integers as large."""
 
 
 def _make_on_host() -> Callable[[Any], Any]:
@@ -108,9 +113,10 @@ def _make_on_host() -> Callable[[Any], Any]:
 
         def of_torch(value: Any) -> Any:
             value = value.detach().cpu()
-            if value.dtype == torch.bfloat16:
-                return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            return value.numpy()
+            name = str(value.dtype).removeprefix("torch.")
+            if name not in _BITS:
+                return value.numpy()
+            return value.view(getattr(torch, _BITS[name])).numpy().view(getattr(ml_dtypes, name))
 
         return of_torch
 
@@ -168,7 +174,7 @@ def _make_write() -> Callable[[Any, Any], None]:
     def of_jax(variable: Any, array: Any) -> None:
         import jax
 
-        variable.assign(jax.numpy.array(array, dtype=variable._dtype, copy=True))
+        variable.assign(jax.numpy.array(array, dtype=variable._value.dtype, copy=True))
 
     def of_torch(variable: Any, array: Any) -> None:
         import torch
@@ -182,7 +188,7 @@ def _make_write() -> Callable[[Any, Any], None]:
 
 
 write = _make_write()
-"""Stores a copy of an array of a variable's own shape and dtype."""
+"""Stores a copy of an array of a variable's own shape, and of the dtype of what it holds."""
 
 
 def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:

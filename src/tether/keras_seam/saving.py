@@ -82,6 +82,10 @@ def entry_notes(store: Any) -> Any:
     return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
 
 
+_NOT_FROM_NUMPY = ("float8_e4m3fn", "float8_e5m2")
+"""What Keras cannot make a tensor of on PyTorch."""
+
+
 @functools.cache
 def _open_store() -> Any:
     class OpenStore(_H5IOStore):  # type: ignore[misc, valid-type]
@@ -98,7 +102,10 @@ def _open_store() -> Any:
             variable = self._stored.get(f"{self._h5_entry_path}/vars/{key}" if self._h5_entry_path else f"vars/{key}")
             if variable is None:
                 return super().__getitem__(key)
-            return on_host(variable._value) if _backend.backend() == "torch" else variable._value
+            if _backend.backend() != "torch":
+                return variable._value
+            value = on_host(variable._value)
+            return variable._value.detach() if value.dtype.name in _NOT_FROM_NUMPY else value
 
     return OpenStore
 
@@ -140,7 +147,7 @@ def read_archive(
     if len(archive.namelist()) > 3:
         assets = _DiskIOStore("assets", archive=archive, mode="r")
     failed: set[int] = set()
-    errors: dict[int, Any] = {}
+    errors: dict[int, tuple[Any, Exception]] = {}
     try:
         _load_state(
             model,
@@ -155,9 +162,8 @@ def read_archive(
         if assets is not None:
             assets.close()
     if failed:
-        objects = ", ".join(str(saveable) for saveable, _ in errors.values())
-        error = next(iter(errors.values()))[1]
-        raise ValueError(f"{len(errors)} objects could not be loaded: {objects}. The first of their errors: {error}")
+        _, error = next(iter(errors.values()))
+        raise error  # as it was raised, and not as one of Keras's that has its text
     return model
 
 

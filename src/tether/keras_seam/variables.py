@@ -29,6 +29,15 @@ def stored_dtype(variable: Any) -> str:
     return str(keras.backend.standardize_dtype(variable._dtype))
 
 
+def held_dtype(variable: Any) -> str:
+    """The dtype of the tensor that a variable holds, which is not always the one that the variable says it has.
+
+    JAX without 64 bits holds float32 for float64, PyTorch has no uint16 and holds int32.
+    """
+    value = raw_value(variable)
+    return stored_dtype(variable) if value is None else str(keras.backend.standardize_dtype(value.dtype))
+
+
 def _make_plain_tensor() -> Callable[[Any], Any]:
     if _backend.backend() == "tensorflow":
         import tensorflow as tf

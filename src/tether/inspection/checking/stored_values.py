@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tether.files.archive import opened_values
+from tether.files.archive import opened_values, reading
 from tether.inspection.checking.values import Array, InMemory, Shape, Values
 from tether.inspection.facts import Facts
 
@@ -20,20 +20,22 @@ from tether.inspection.facts import Facts
 class _Dataset:
     """The values of one dataset of an HDF5 file."""
 
-    def __init__(self, dataset: Any, shape: Shape, dtype: str) -> None:
+    def __init__(self, path: Path, dataset: Any, shape: Shape, dtype: str) -> None:
         self.shape = shape
-        self._dataset, self._dtype = dataset, dtype
+        self._path, self._dataset, self._dtype = path, dataset, dtype
 
     def at(self, places: tuple[Array, ...]) -> Array:
         """The elements at some places; of the first axis, only the rows that have some are read."""
         rows, inverse = np.unique(places[0], return_inverse=True)
-        return np.asarray(self._typed(self._dataset[rows])[(inverse, *places[1:])])
+        return np.asarray(self._read(rows)[(inverse, *places[1:])])
 
     def block(self, parts: tuple[slice, ...]) -> Array:
         """A part."""
-        return self._typed(self._dataset[parts])
+        return self._read(parts)
 
-    def _typed(self, array: Array) -> Array:
+    def _read(self, parts: Any) -> Array:
+        with reading(self._path):  # a piece that is packed may be damaged inside
+            array = self._dataset[parts]
         known = getattr(ml_dtypes, self._dtype, None)  # HDF5 has no such numbers: Keras writes their bits
         return array.view(known) if known is not None and array.dtype != known else array
 
@@ -45,7 +47,7 @@ def opened(path: Path, facts: Facts) -> Iterator[dict[str, Values]]:
         yield dict(_safetensors(path, facts))
         return
     with opened_values(path) as file:
-        yield {weight.place: _Dataset(file[weight.place], weight.shape, weight.dtype) for weight in facts.weights}
+        yield {weight.place: _Dataset(path, file[weight.place], weight.shape, weight.dtype) for weight in facts.weights}
 
 
 def _safetensors(path: Path, facts: Facts) -> Iterator[tuple[str, Values]]:

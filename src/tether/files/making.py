@@ -1,0 +1,260 @@
+"""What goes wrong while a model is made of what a file says: whose fault it is, and what to do.
+
+A good file may fail to load. A class of its may be in a module that nobody has imported, its code may raise, the memory
+may be too small, Keras may be older than the one that wrote it. None of that is damage, which shows when the bytes are
+read (`tether.files.archive.reading`). A file may also be a stranger's, so whatever is raised becomes a `TetherError`:
+it names the class in which it was raised, says what was said there, and has the error as its cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import os
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import keras
+
+from tether.errors import InvalidConfig, TetherError
+from tether.files.archive import damaged
+from tether.weights.written import dictionaries
+
+MAX_CHARACTERS, MAX_NAME = 1500, 120
+"""How much is repeated of what Keras says, which may have the whole config in it, and of a name in a file."""
+_KERAS = ("keras", "keras_hub", "keras_cv", "keras_nlp")
+"""The packages that Keras imports by itself when a file names a class of theirs."""
+_FUNCTIONS = (
+    keras.activations, keras.constraints, keras.initializers, keras.losses, keras.metrics, keras.ops,
+    keras.regularizers,
+)  # fmt: skip
+"""Where Keras looks for the functions that a file names without a module."""
+_MADE = (
+    keras.Operation, keras.constraints.Constraint, keras.initializers.Initializer, keras.losses.Loss,
+    keras.metrics.Metric, keras.optimizers.Optimizer, keras.regularizers.Regularizer,
+)  # fmt: skip
+_BACKENDS = ("jax", "jaxlib", "tensorflow", "torch")
+
+
+@contextlib.contextmanager
+def making(
+    path: str | os.PathLike[str],
+    config: Any,
+    custom_objects: Mapping[str, Any] | None = None,
+    *,
+    what: str = "model",
+    written_by: str | None = None,
+    takes_custom_objects: bool = False,
+) -> Iterator[None]:
+    """Turns whatever is raised while something is made of a file's config into one error that says why.
+
+    Args:
+        path: The file.
+        config: Its config.
+        custom_objects: What the caller gave by name.
+        what: What is made.
+        written_by: The version of Keras that wrote the file, if it says so.
+        takes_custom_objects: Whether the function that was called takes them.
+    """
+    try:
+        yield
+    except Exception as error:  # of Keras, of the backend, of anybody's class
+        why = explained(
+            error, path, config, custom_objects, what=what, written_by=written_by, by_argument=takes_custom_objects
+        )
+        if why is error:
+            raise
+        raise why from error
+
+
+def explained(
+    error: Exception,
+    path: str | os.PathLike[str],
+    config: Any,
+    custom_objects: Mapping[str, Any] | None = None,
+    *,
+    what: str = "model",
+    written_by: str | None = None,
+    by_argument: bool = False,
+) -> TetherError:
+    """The error to raise for another one, see `making`; the error itself if it is Tether's and says all."""
+    unknown, root = missing_names(error, config, custom_objects), _unwrapped(error)
+    start = f"The {what} in {str(path)!r} could not be loaded: {_versions(written_by)}"
+    if unknown:
+        return InvalidConfig(f"{start}{_how_to_know(unknown, by_argument)} It said: {_said(root)}")
+    if isinstance(error, TetherError):
+        return error
+    if _is_of_reading(root):
+        return damaged(path, root)
+    message = f"{start}{type(root).__name__} in {_raised_in(root)}: {_said(root)}"
+    return TetherError(message) if _is_of_here(root) else InvalidConfig(message)
+
+
+# --------------------------------------------------------------------------- names that nobody knows
+
+
+def missing_names(
+    error: Exception, config: Any, custom_objects: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """The classes and functions that a config names, that this process does not know, and of which an error speaks.
+
+    Returns:
+        For each `"class"` or `"function"`, and the name by which Keras looks for it, which is the key that
+        `custom_objects` need. The name of what is a package's of Keras's starts with its module.
+    """
+    text = " ".join(str(each) for each in _chain(error))
+    found: dict[tuple[str, str], None] = {}
+    for entry in dictionaries(config):
+        reference = _reference(entry)
+        if reference is not None and not _is_known(*reference, dict(custom_objects or {})):
+            kind, name, module = reference
+            found[kind, f"{module}.{name}" if module.partition(".")[0] in _KERAS else name] = None
+    return [(kind, name) for kind, name in found if _is_quoted(name, text)]
+
+
+def _reference(entry: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Kind, name and module of what a dictionary of a config names."""
+    name, module = entry.get("class_name"), entry.get("module")
+    if entry.get("op") == "apply" and "of" in entry:  # a step of an expression
+        kind, name, module = "function", entry.get("function"), "builtins"
+        name = name.removeprefix("keras.ops.") if isinstance(name, str) else name
+    elif name == "function":
+        kind, name = "function", entry.get("config")
+    elif isinstance(name, str) and not name.startswith("__"):
+        registered = entry.get("registered_name")
+        kind, name = "class", registered if isinstance(registered, str) else name
+    else:
+        return None
+    return (kind, name, module if isinstance(module, str) else "") if isinstance(name, str) else None
+
+
+def _is_known(kind: str, name: str, module: str, custom_objects: dict[str, Any]) -> bool:
+    if keras.saving.get_registered_object(name, custom_objects) is not None:
+        return True
+    package, *rest = module.split(".")
+    if module == "builtins" and kind == "function":
+        return any(hasattr(each, name) for each in _FUNCTIONS)
+    if package != "keras":
+        return package in _KERAS and importlib.util.find_spec(package) is not None
+    holder: Any = keras
+    for part in rest:
+        holder = getattr(holder, part, None)
+    return hasattr(holder or sys.modules.get(module), name)
+
+
+def _short(name: str) -> str:
+    """A name as it is in the code, without its package."""
+    return name.rpartition(">")[2].rpartition(".")[2]
+
+
+def _is_quoted(name: str, text: str) -> bool:
+    """Whether an error speaks of a name: a config may name what nobody has looked for."""
+    return any(f"{quote}{each}{quote}" in text for quote in "'`" for each in (name, _short(name)))
+
+
+def _how_to_know(unknown: list[tuple[str, str]], by_argument: bool) -> str:
+    of_packages = [name for _, name in unknown if name.partition(".")[0] in _KERAS]
+    own = [(kind, name) for kind, name in unknown if name not in of_packages][:8]
+    parts = []
+    if own:
+        listed = ", ".join(f"the {kind} {_shown(name)}" for kind, name in own)
+        given = "{" + ", ".join(f"{_shown(name)}: {_short(name)[:MAX_NAME]}" for _, name in own) + "}"
+        otherwise = f"custom_objects={given}" if by_argument else f"with keras.saving.custom_object_scope({given}): ..."
+        parts.append(
+            f"this process does not know {listed}. Import the module that registers it with "
+            f"`@keras.saving.register_keras_serializable()`, or give it by that name: `{otherwise}`."
+        )
+    for name in of_packages[:8]:
+        package = name.partition(".")[0]
+        where = f"Keras {keras.__version__} has no" if package == "keras" else f"{package} is not installed, which has"
+        parts.append(f"{where} {_shown(name)}.")
+    return " ".join(parts)
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…")
+
+
+def _versions(written_by: str | None) -> str:
+    if written_by in (None, keras.__version__):
+        return ""
+    return f"it was written by Keras {written_by}, and this is Keras {keras.__version__}. "
+
+
+# --------------------------------------------------------------------------- what was raised, and where
+
+
+def _said(error: Exception) -> str:
+    text = str(error).strip()
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+_WRAPPING = {
+    inspect.unwrap(function).__code__
+    for function in (keras.saving.deserialize_keras_object, keras.Operation.from_config)
+}
+"""Where Keras catches an error and raises another one, with the config in its message."""
+
+
+def _unwrapped(error: BaseException) -> Any:
+    """What was raised first, where Keras has raised it again as another error."""
+    while type(error) is TypeError and error.__context__ is not None and _innermost(error).f_code in _WRAPPING:
+        error = error.__context__
+    return error
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    """The frames through which an error came, the one that raised it last."""
+    found, trace = [], error.__traceback__
+    while trace is not None:
+        found.append(trace.tb_frame)
+        trace = trace.tb_next
+    return found
+
+
+def _innermost(error: BaseException) -> FrameType:
+    return _frames(error)[-1]
+
+
+def _raised_in(error: BaseException) -> str:
+    """The objects of Keras's kinds in whose methods an error was raised, inner ones first."""
+    found: dict[str, str] = {}
+    for frame in reversed(_frames(error)):
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, type) and issubclass(first, _MADE):
+            found.setdefault(first.__name__, first.__name__)
+        elif isinstance(first, _MADE):
+            kind, name = type(first).__name__, vars(first).get("name")
+            found.setdefault(kind, f"{kind} {_shown(name)}" if isinstance(name, str) else kind)
+    return ", in ".join(list(found.values())[:3]) or "Keras"
+
+
+def _is_of_reading(error: BaseException) -> bool:
+    """Whether bytes of the file could not be read after all: what HDF5 or zip could not."""
+    if isinstance(error, (zipfile.BadZipFile, zlib.error)):
+        return True
+    raised_by = str(_innermost(error).f_globals.get("__name__", "")).partition(".")[0]
+    return isinstance(error, (OSError, RuntimeError)) and raised_by == "h5py"
+
+
+def _is_of_here(error: BaseException) -> bool:
+    """Whether an error is of the process or the machine, and not of what the file says."""
+    if isinstance(error, (MemoryError, OSError, ImportError)):
+        return True
+    of_backend = type(error).__module__.partition(".")[0] in _BACKENDS
+    return of_backend or (isinstance(error, RuntimeError) and not isinstance(error, RecursionError))
+
+
+__all__ = ["explained", "making", "missing_names"]
