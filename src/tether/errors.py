@@ -11,6 +11,9 @@ class TetherError(ValueError):
     It is a `ValueError`, so code that guards a Keras call already catches it.
     """
 
+    # TensorFlow's AutoGraph raises an error of a user's function again, with a longer message: one that is made so.
+    __init__ = Exception.__init__
+
 
 class ShapeMismatch(TetherError):
     """Shapes that have to agree do not."""
@@ -22,6 +25,14 @@ class UnknownName(TetherError):
 
 class UnknownShape(TetherError):
     """A shape is needed and nothing has told it yet."""
+
+
+class NotATensor(TetherError, TypeError):
+    """An expression, or a form, was given to what computes with tensors.
+
+    It is a `TypeError` too, as Python, Keras and the backends raise where something has the wrong type: what they do
+    next after one (an operator hands over to the other operand) they do after this one.
+    """
 
 
 class NotInvertible(TetherError):

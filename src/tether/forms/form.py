@@ -12,6 +12,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import NotInvertible, TetherError, UnknownShape, received
 from tether.weights.constant import Constant
+from tether.weights.conversion import NoTensor
 from tether.weights.expression import Expression, Node, Shape, Tensor, as_expression
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.weight import Weight
@@ -19,7 +20,7 @@ from tether.weights.weight import Weight
 __all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]
 
 
-class Form:
+class Form(NoTensor):
     """A way to make a weight from a base: called with the base, it returns an expression over it.
 
     A subclass defines `__call__`. Every call makes new weights, so one form object serves many layers. The one
@@ -30,8 +31,8 @@ class Form:
         """The expression of the child's weight; the base's shape must be known."""
         raise TypeError(f"{type(self).__name__} does not say what it makes of a base.")
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TetherError(f"{self!r} is a form, not a value: add it to a weight or call it with one.")
+    def _instead(self) -> str:
+        return f"{self!r} is a form, not a value: add it to a weight or call it with one, and read `.value` of that."
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
@@ -99,11 +100,14 @@ class ScalingForm(Form):
     __rmul__ = __mul__
 
 
-class LayerForm:
+class LayerForm(NoTensor):
     """A form that changes more than one weight's value: the child has other units than its parent.
 
     `tether.inherit(parent, form)` asks it for the child's layer, and for the child's weights from the parent's.
     """
+
+    def _instead(self) -> str:
+        return f"{self!r} is a form, not a value: `tether.inherit(parent, form)` makes a layer with it."
 
     def layer(self, parent: Any) -> Any:
         """The child: a new Keras layer, not built.

@@ -206,3 +206,39 @@ def trace(function: Callable[..., Any], *specs: Any) -> Any:
         return _Traced(function).compute_output_spec(*specs)
     except Exception as error:
         raise error.__context__ or error from None
+
+
+def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], None]:
+    name = _backend.backend()
+    if name == "torch":
+        from torch.utils import _pytree as torch_tree
+
+        return lambda cls, refuse: torch_tree.register_pytree_node(cls, refuse, _nothing_was_flattened)
+
+    import optree
+
+    def with_optree(cls: type, refuse: Callable[[Any], Any]) -> None:
+        optree.register_pytree_node(cls, refuse, _nothing_was_flattened, namespace="keras")
+
+    if name != "jax":
+        return with_optree
+
+    import jax
+
+    def with_jax(cls: type, refuse: Callable[[Any], Any]) -> None:
+        with_optree(cls, refuse)
+        jax.tree_util.register_pytree_node(cls, refuse, _nothing_was_flattened)
+
+    return with_jax
+
+
+def _nothing_was_flattened(*_: Any) -> Any:
+    raise TypeError("There is nothing to put together again.")
+
+
+refuse_to_be_looked_into = _make_refuse_to_be_looked_into()
+"""Has `keras.tree` call `refuse(x)`, which raises, for an object of exactly this class.
+
+Keras looks for its symbolic tensors in what each operation, layer and node of a graph is given: before anything else
+reads the object, and on every backend. PyTorch's and JAX's own compilers look into what they are given in the same way.
+"""

@@ -8,7 +8,8 @@ import keras
 import ml_dtypes
 import numpy as np
 
-from tether.errors import TetherError, received
+from tether import keras_seam
+from tether.errors import NotATensor, TetherError, received
 from tether.weights.checks import NUMERIC
 from tether.weights.expression import Expression, Shape, Tensor, Term
 
@@ -50,7 +51,8 @@ class Constant(Expression):
 
         Raises:
             TypeError: The value is neither a number nor an array.
-            TetherError: It is an array too large to be part of a config, or holds no numbers.
+            TetherError: It is an array too large to be part of a config, or holds no numbers; or a tensor, where a
+                layer is being called.
         """
         if isinstance(value, (bool, np.bool_)):
             return cls(array=np.array(value))
@@ -68,8 +70,18 @@ class Constant(Expression):
                 f"`tether.weight_of(layer, {value.name!r})`; for its present value, `variable.numpy()`."
             )
         if isinstance(value, keras.KerasTensor):
-            raise TypeError("A symbolic tensor is not a constant.")
+            raise NotATensor(
+                "A symbolic tensor cannot be part of an expression. Give the weight to a layer of the graph: "
+                "`tether.Lambda(lambda x, w: x @ w, w=w)(x)`, or `tether.tie(layer, kernel=w)`. In a layer of your own "
+                "compute with its value, as in `keras.ops.matmul(x, w.value)`."
+            )
         if keras.ops.is_tensor(value):
+            if keras_seam.call_owners() or not keras_seam.is_concrete(value):
+                raise TetherError(
+                    "A tensor that a call computes with cannot be part of an expression: it would be a constant with "
+                    "its present value. Compute with the weight's value, as in `x @ w.value`. An array that is fixed "
+                    "for good is given as NumPy's."
+                )
             value = keras.ops.convert_to_numpy(value)
         if not isinstance(value, (np.ndarray, list, tuple)):
             raise TypeError(f"Neither a number nor an array. {received(type=type(value).__name__)}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, UnknownShape, received
+from tether.weights.conversion import NoTensor
 
 if TYPE_CHECKING:
     from tether.weights.weight import Weight
@@ -31,7 +32,7 @@ MAX_ELEMENTS = 1 << 34
 """64 GiB of float32: a value beyond that is a mistake, or a file of somebody who means harm."""
 
 
-class Expression:
+class Expression(NoTensor):
     """A value built from stored weights: immutable, comparable, hashable, printed as mathematics.
 
     Write one with operators and methods, or with the functions of `tether.ops`.
@@ -178,11 +179,12 @@ class Expression:
 
     # ------------------------------------------------------------------ what must not happen silently
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TetherError(
-            f"An expression was used where an array is expected. Converting {self.notation()} here would freeze "
-            "its present value into a constant. Write `.value` inside `call` for a tensor that follows the stored "
-            "weights, or `.numpy()` for a copy."
+    def _instead(self) -> str:
+        return (
+            f"{self.notation()} was used where a tensor or an array is expected. Converting it would freeze its "
+            "present value into a constant. Write `.value` inside `call` for a tensor that follows the stored weights, "
+            "as in `keras.ops.matmul(x, w.value)`, or `.numpy()` for a copy. In a functional graph give the weight to "
+            "a layer: `tether.Lambda(lambda x, w: x @ w, w=w)(x)`, or `tether.tie(layer, kernel=w)`."
         )
 
     def __bool__(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import keras
 import numpy as np
@@ -156,6 +156,18 @@ class Weight(Expression, keras.layers.Layer):
             )
         self.generation += 1
         self.variable.assign(keras_seam.own_copy(value))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A weight computes nothing with inputs, although it is a Keras layer.
+
+        Raises:
+            TetherError: Always; it says what to write.
+        """
+        raise TetherError(
+            f"The weight {self.name!r} was called. It is one stored value, which a layer of your own reads in its "
+            "`call` as `w.value`. A layer that computes with it: `tether.tie(layer, kernel=w)`, or "
+            "`tether.Lambda(lambda x, w: x @ w, w=w)`."
+        )
 
     # ------------------------------------------------------------------ how it comes to be
 
