@@ -14,7 +14,7 @@ from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.form import LayerForm
 from tether.layers.filling import Report, check_rule, describe
 from tether.layers.filling import fill as filled
-from tether.layers.named import Named, frozen_weights, named_weights, select, select_all, train_only
+from tether.layers.named import Named, frozen_weights, named_weights, pairs, select, select_all, take_flags, train_only
 from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
 from tether.layers.state import weights_below
@@ -87,7 +87,7 @@ def inherit(
         if isinstance(changes, LayerForm):
             return _by_form(parent, changes, asked, into=into, share=share, match=match, fill=fill)
         child = copy_of(parent, name) if into is None else _instance(into, parent)
-        return _Heir(parent, child, asked, share=share, match=match or {}, fill=fill).make()
+        return _Heir(parent, child, asked, into=into, share=share, match=match or {}, fill=fill).make()
 
 
 def _asked(changes: Any, by_name: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,10 +132,19 @@ class _Heir:
     """The making of one child."""
 
     def __init__(
-        self, parent: Any, child: Any, asked: dict[str, Any], *, share: Any, match: Mapping[str, str], fill: Any
+        self,
+        parent: Any,
+        child: Any,
+        asked: dict[str, Any],
+        *,
+        into: Any,
+        share: Any,
+        match: Mapping[str, str],
+        fill: Any,
     ) -> None:
         check_rule(fill)
         self.parent, self.child, self.fill = parent, child, fill
+        self.copied, self.given = into is None, into is child
         self.theirs = named_weights(parent)
         self.frozen = frozen_weights(self.theirs)
         if not self.child.built:
@@ -144,6 +153,7 @@ class _Heir:
         self.sources = self._matched(match)
         self.changes = self._changes(asked)
         self.shared = self._shared(share)
+        self.kept = self._kept()
 
     def _matched(self, match: Mapping[str, str]) -> dict[str, Named]:
         """The parent's weight for each of the child's, by the child's path."""
@@ -191,6 +201,15 @@ class _Heir:
             )
         return wanted
 
+    def _kept(self) -> set[str]:
+        """The frozen weights that stay frozen in a layer's flags: copies in a copy, and what is shared as it is.
+
+        A copy that the caller asks for by name, or for a layer of his own, is one to train.
+        """
+        kept = self._is_the_same() or not (self.given or self.shared)
+        frozen = {path for path, source in self.sources.items() if source.path in self.frozen}
+        return frozen - set(self.changes) if kept else set()
+
     def make(self) -> Any:
         """Copies, then ties; everything is computed before anything of the child is tied."""
         copies: list[tuple[Named, np.ndarray[Any, Any]]] = []
@@ -206,16 +225,19 @@ class _Heir:
                 ties[weight.path] = self._of_parent(weight, source, change)
             else:
                 value, how = self._copied(weight, source)
-                if change is None:
-                    copies.append((weight, value))
-                else:
+                if change is not None:
                     ties[weight.path] = self._of_copy(weight, value, change)
+                else:
+                    copies.append((weight, value))
+                    if weight.path in self.kept and self._has_its_own():
+                        ties[weight.path] = weight_of(self.child, weight.path).stop_gradient()
             if change is not None:
                 text = f"combined: {ties[weight.path].notation()}"
                 how = f"{how}; {text}" if how.startswith("copied") else text
             name, shape = (None, None) if source is None else (source.name, source.shape)
             report.add(weight.name, weight.shape, name, shape, how)
         self._assign(copies)
+        self._assign_attributes()
         if ties:
             self._tie(ties)
         self._set_flags(ties)
@@ -246,6 +268,10 @@ class _Heir:
             return base
         still = base.stop_gradient() if source.path in self.frozen else base
         return still if change is None else changed(change, still, weight.name)
+
+    def _has_its_own(self) -> bool:
+        """Whether the child has something that the parent has not, which may learn in a layer that is frozen."""
+        return bool(self.changes) or any(weight.path not in self.sources for weight in self.mine)
 
     def _is_the_same(self) -> bool:
         """Whether the child has nothing of its own, so that what trains of it may be switched as of the parent."""
@@ -283,22 +309,36 @@ class _Heir:
             if not all(id(stored) in done for stored in weight.variable.expression.weights_used()):
                 weight.variable.assign(value)
 
+    def _assign_attributes(self) -> None:
+        """Copies into the weights that layers of the user's own hold as attributes, which have no name to share by."""
+        for weight, other in pairs(self.child, self.parent) if self.copied else ():
+            if isinstance(weight, Weight) and other.is_built and weight.shape in (None, other.shape):
+                weight.give_start(other.shape, other.dtype, "zeros")
+                weight.assign(other.value)
+
     def _set_flags(self, ties: dict[str, Expression]) -> None:
         """Frozen parts of the parent are frozen in the child, except layers in which something of its own learns."""
+        if self.copied and not self._has_its_own() and (self._is_the_same() or not self.shared):
+            take_flags(self.child, self.parent)
+            return
         frozen = {path for path, source in self.sources.items() if source.path in self.frozen}
-        if not frozen or self._is_the_same():
+        if not frozen:
             return
         learns = {
             weight.path
             for weight in self.mine
             if weight.can_train
+            and not (self.given and weight.frozen)
             and (
                 weight.path not in frozen
-                or (weight.path not in self.shared and weight.path not in self.changes)
+                or (weight.path not in self.shared | self.kept and weight.path not in self.changes)
                 or (weight.path in self.changes and live_weights(ties[weight.path]))
             )
         }
         train_only(self.child, self.mine, learns, frozen)
+        for weight in named_weights(self.child) if not self._has_its_own() else ():
+            if weight.path in self.kept and not weight.frozen:  # beside one that learns in the same layer
+                weight.variable.trainable = False
 
 
 def _label(child: Any, weight: Named) -> str:

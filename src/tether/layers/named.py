@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName
 from tether.layers import paths
+from tether.layers.state import state_of
 from tether.layers.view import View, shape_of
 from tether.weights.weight import Weight
 
@@ -112,6 +113,50 @@ def train_only(root: Any, weights: list[Named], learns: set[str], frozen: set[st
                 _set_variable_flag(layer, variable, flag)
         elif any(id(below) in learning for below in keras_seam.contained_layers(layer)):
             keras_seam.set_own_trainable_flag(layer, True)
+
+
+def pairs(root: Any, source: Any) -> Iterator[tuple[Any, Any]]:
+    """A layer, and all layers and weights below it, each beside what stands there in a layer that is made alike."""
+    waiting, done = [(root, source)], set()
+    while waiting:
+        layer, other = waiting.pop()
+        if layer is other or id(layer) in done or isinstance(layer, Weight) != isinstance(other, Weight):
+            continue
+        done.add(id(layer))
+        yield layer, other
+        below = dict(paths.children(other))
+        waiting.extend((child, below[path]) for path, child in paths.children(layer) if path in below)
+
+
+def take_flags(root: Any, source: Any) -> None:
+    """Gives a layer, and all below it, the flags that those of another layer have, which is made alike.
+
+    Keras writes a layer's flag into its config, but not the flags of what a layer makes itself, nor those of variables.
+    """
+    for layer, other in pairs(root, source):
+        if isinstance(layer, Weight):
+            layer._trainable_flag, layer._container_flag = other._trainable_flag, other._container_flag
+            layer.refresh()
+            continue
+        flag = keras_seam.own_trainable_flag(other)
+        keras_seam.set_own_trainable_flag(layer, flag)
+        theirs = {paths.canonical_name(other, variable): variable for variable in paths.own_variables(other)}
+        for variable in paths.own_variables(layer):
+            match = theirs.get(paths.canonical_name(layer, variable))
+            if match is not None:
+                _take_variable_flag(variable, flag, *_training_state(other, match))
+        state = state_of(layer)
+        for penalty in state.penalties if state is not None else ():
+            if penalty.recorder() is layer:
+                penalty.follow(flag)
+
+
+def _take_variable_flag(variable: Any, flag: bool, can_train: bool, frozen: bool) -> None:
+    if can_train and isinstance(variable, View):
+        variable.frozen = frozen and flag
+        variable.follow(flag)
+    elif can_train:
+        variable.trainable = not frozen
 
 
 def _set_variable_flag(layer: Any, variable: Any, flag: bool) -> None:

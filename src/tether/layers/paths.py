@@ -252,6 +252,18 @@ def canonical_child(layer: Any, child: Any) -> Path:
     return paths[0] if paths else (child.name,)
 
 
+def children(layer: Any) -> Iterator[tuple[Path, Any]]:
+    """The sub-layers, weights that are attributes included, each by a path that is the same in a layer made alike."""
+    if isinstance(layer, (keras_seam.Functional, keras_seam.Sequential)):
+        for place, child in enumerate(layer.layers):
+            yield ("layers", str(place)), child
+        return
+    hung = vars(layer).get(WEIGHTS) or ()
+    for child in keras_seam.sublayers(layer):
+        if not any(child is weight for weight in hung):
+            yield canonical_child(layer, child), child
+
+
 # --------------------------------------------------------------------------- errors
 
 

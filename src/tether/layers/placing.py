@@ -53,10 +53,12 @@ def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
         slot.view, slot.tie = view, asked
     else:
         store, index = _position(layer, state, variable)
+        frozen = keras_seam.own_trainable_flag(layer) and not variable.trainable  # by itself, whatever the layer is
         regularizer, constraint = variable.regularizer, variable.constraint
         start_from_values(layer, name, expression, variable)
         use = new_use(layer, name, expression, regularizer)
         view = view_like(variable, use, trainable=store == "trainable_variables")
+        view.frozen = frozen and view.slot_trainable
         keras_seam.untrack(layer, variable)
         variable.regularizer = None
         for weight in expression.weights_used():
