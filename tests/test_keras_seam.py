@@ -917,6 +917,27 @@ def test_a_bias_is_added_to_a_fresh_result_with_the_value_and_the_gradients_of_a
         keras.tree.map_structure(np.testing.assert_array_equal, found, wanted)
 
 
+def test_what_refuses_to_be_looked_into_is_part_of_no_structure():
+    class Closed:
+        shape, dtype = (2,), "float32"
+
+    def refuse(closed):
+        raise LookupError("closed")
+
+    keras_seam.refuse_to_be_looked_into(Closed, refuse)
+    x, closed = keras.Input((2,)), Closed()
+    for look in (
+        lambda: keras.tree.flatten({"a": [closed]}),
+        lambda: keras.tree.map_structure(str, (closed,)),
+        lambda: keras.ops.add(closed, keras.ops.ones((2,))),
+        lambda: x + closed,
+        lambda: dense()(closed),
+        lambda: keras.Model(x, closed),
+    ):
+        with pytest.raises(LookupError, match="closed"):
+            look()
+
+
 def test_initializers_that_draw_at_random_are_known():
     drawn = ("glorot_uniform", "random_normal", "truncated_normal", "orthogonal", "he_normal")
     assert all(keras_seam.is_random(keras.initializers.get(name)) for name in drawn)

@@ -1,6 +1,5 @@
 """What is no tensor never becomes one silently: the same error on every backend, and it names `.value`."""
 
-import copy
 import os
 
 import keras
@@ -42,7 +41,7 @@ def native_product(x, w):
         return torch.matmul(x, w)
     import jax
 
-    return x @ jax.numpy.asarray(w)
+    return jax.numpy.matmul(x, w)
 
 
 def native_conversion(w):
@@ -120,7 +119,7 @@ EAGER = {
     "in call, an operator on the right": lambda w: Computes(w, lambda x, w: x @ w)(X),
     "in call, an operator on the left": lambda w: Computes(w, lambda x, w: w + x)(VALUES),
     "in call, tether.ops": lambda w: Computes(w, tether.ops.matmul)(X),
-    "in call, returned": lambda w: Computes(w, lambda x, w: w)(X),
+    "in call, returned and used": lambda w: keras.layers.Dense(2)(Computes(w, lambda x, w: w)(X)),
 }
 
 GRAPH = {
@@ -142,6 +141,7 @@ GRAPH = {
     "a layer's inputs": lambda x, w: keras.layers.Add()([x, w]),
     "in call, keras.ops": lambda x, w: Computes(w, lambda x, w: keras.ops.matmul(x, w))(x),
     "in call, an operator": lambda x, w: Computes(w, lambda x, w: x @ w)(x),
+    "in call, returned": lambda x, w: Computes(w, lambda x, w: w)(x),
     "a model's outputs": lambda x, w: keras.Model(x, w),
     "a model's inputs": lambda x, w: keras.Model(w, x),
 }
@@ -236,7 +236,6 @@ def test_layers_take_weights_in_their_constructors_as_before():
     layer = Holds(w, others=[weight(), weight()])
     assert_close(layer(X), X @ VALUES)
     assert len(layer.weights) == 3
-    assert len(copy.deepcopy(layer).weights) == 3
 
 
 def test_the_error_is_a_type_error_too():

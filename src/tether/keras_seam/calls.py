@@ -201,7 +201,8 @@ class _Traced(keras.Operation):
 
 
 def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], None]:
-    if keras.backend.backend() == "torch":
+    name = keras.backend.backend()
+    if name == "torch":
         from torch.utils import _pytree as torch_tree
 
         return lambda cls, refuse: torch_tree.register_pytree_node(cls, refuse, _nothing_was_flattened)
@@ -211,7 +212,16 @@ def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], N
     def with_optree(cls: type, refuse: Callable[[Any], Any]) -> None:
         optree.register_pytree_node(cls, refuse, _nothing_was_flattened, namespace="keras")
 
-    return with_optree
+    if name != "jax":
+        return with_optree
+
+    import jax
+
+    def with_jax(cls: type, refuse: Callable[[Any], Any]) -> None:
+        with_optree(cls, refuse)
+        jax.tree_util.register_pytree_node(cls, refuse, _nothing_was_flattened)
+
+    return with_jax
 
 
 def _nothing_was_flattened(*_: Any) -> Any:
@@ -222,5 +232,5 @@ refuse_to_be_looked_into = _make_refuse_to_be_looked_into()
 """Has `keras.tree` call `refuse(x)`, which raises, for an object of exactly this class.
 
 Keras looks for its symbolic tensors in what each operation, layer and node of a graph is given: before anything else
-reads the object, and on every backend.
+reads the object, and on every backend. PyTorch's and JAX's own compilers look into what they are given in the same way.
 """
