@@ -15,14 +15,18 @@ import tether.keras_seam.private
 import_module = importlib.import_module
 
 
+def forget_tether():
+    for known in [known for known in sys.modules if known.partition(".")[0] == "tether"]:
+        del sys.modules[known]
+
+
 def imported_without(path):
     """Tether, to which the module of a name seems to have no such name; to Keras it has it."""
     module, _, name = path.rpartition(".")
     without = types.ModuleType(module)
     vars(without).update(vars(importlib.import_module(module)))
     delattr(without, name)
-    for known in [known for known in sys.modules if known.partition(".")[0] == "tether"]:
-        del sys.modules[known]
+    forget_tether()
     importlib.import_module = lambda wanted: without if wanted == module else import_module(wanted)
     try:
         return import_module("tether")
@@ -30,8 +34,19 @@ def imported_without(path):
         importlib.import_module = import_module
 
 
-def outcome(path):
-    tether = imported_without(path)
+def imported_without_method(cls, name):
+    """Tether, imported while a class has no such method."""
+    (owner,) = [base for base in cls.__mro__ if name in vars(base)][:1]
+    found = vars(owner)[name]
+    forget_tether()
+    delattr(owner, name)
+    try:
+        return import_module("tether")
+    finally:
+        setattr(owner, name, found)  # Keras works with it
+
+
+def outcome(tether):
     x = np.ones((2, 3), "float32")
     try:
         first = tether.tie(keras.layers.Dense(3), kernel=(w := tether.Weight(name="w")))
@@ -44,4 +59,7 @@ def outcome(path):
 
 
 if __name__ == "__main__":
-    print(json.dumps({path: outcome(path) for path in list(tether.keras_seam.private.LOOKED_UP)}))
+    names, methods = dict(tether.keras_seam.private.LOOKED_UP), dict(tether.keras_seam.private.METHODS)
+    found = {path: outcome(imported_without(path)) for path in names}
+    found |= {name: outcome(imported_without_method(cls, name)) for name, cls in methods.items()}
+    print(json.dumps(found))

@@ -1591,13 +1591,11 @@ def test_a_private_name_that_is_gone_costs_its_feature_and_not_the_package():
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     outcomes = json.loads(ran.stdout.splitlines()[-1])
-    assert set(outcomes) == set(private.LOOKED_UP)
+    assert set(outcomes) == {*private.LOOKED_UP, *private.METHODS}
     refused = {path: found for path, found in outcomes.items() if isinstance(found, str)}
     assert {path.rpartition(".")[2] for path in refused} == NEEDED_BY_EVERY_TIE
     for path, message in refused.items():
-        assert message.startswith(
-            f"{private.LOOKED_UP[path]} needs {path}, which Keras {keras.__version__} does not have"
-        )
+        assert message.startswith(f"{private.LOOKED_UP[path]} needs {path}, which Keras {keras.__version__} does not")
         assert "is tested on Keras 3." in message
     assert all(difference < 1e-5 for path, difference in outcomes.items() if path not in refused)
 
@@ -1618,19 +1616,21 @@ def test_what_is_missing_says_so_when_it_is_used():
             ):
                 use()
     missing = private.private_method(keras.Layer, "_no_such", "A feature")
+    del private.METHODS["_no_such"]
     with pytest.raises(tether.TetherError, match=r"A feature needs Layer\._no_such"):
         missing()
 
 
 def test_private_methods_of_classes_are_there():
-    assert not private.is_missing(private.private_method(keras.Variable, "_initialize_with_initializer", ""))
-    assert not private.is_missing(private.private_method(keras_seam.KerasSaveable, "_unpickle_model", ""))
+    assert set(private.METHODS) == {"_flatten_layers", "_initialize_with_initializer", "_unpickle_model"}
+    assert all(callable(getattr(cls, name)) for name, cls in private.METHODS.items())
 
 
 def test_without_the_method_by_which_variables_start_they_start_as_ever(monkeypatch):
     from tether.keras_seam import starting
 
     monkeypatch.setattr(starting, "_method", private.private_method(keras.Variable, "_no_such", "A start"))
+    del private.METHODS["_no_such"]
     with keras_seam.random_starts_left_out(larger_than=0) as left_out:
         layer = dense()
     assert left_out == [] and np.any(keras.ops.convert_to_numpy(layer.kernel))
@@ -1716,7 +1716,7 @@ def test_classes_without_a_public_name_are_found_by_those_that_have_one():
         assert issubclass(kind, saveable)
     assert saveable.__name__ == "KerasSaveable" and not issubclass(keras.Variable, saveable)
     x = keras.Input((2,))
-    assert type(keras.Model(x, x)) is keras_seam.Functional and keras_seam.Functional.__name__ == "Functional"
+    assert type(keras.Model(x, keras.layers.Dense(1)(x))) is keras_seam.Functional and keras_seam.Functional.__name__ == "Functional"
     assert not isinstance(keras.Sequential(), keras_seam.Functional)
     from tether.keras_seam.classes import RandomInitializer
 

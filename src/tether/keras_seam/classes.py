@@ -23,13 +23,8 @@ RandomInitializer = _common_base(keras.initializers.RandomNormal, keras.initiali
 """An initializer that draws from a seed."""
 
 
-def _functional() -> Any:
-    x = keras.Input((1,), name="x")  # named, so that no counter of automatic names goes on
-    return type(keras.Model(x, x, name="functional"))
-
-
-Functional = _functional()
-"""The class of a model that is made of its inputs and outputs."""
+Functional: Any = type(keras.Model.__new__(keras.Model, inputs=None, outputs=None))
+"""The class of a model that is made of its inputs and outputs. Its constructor, which would count names, is not run."""
 
 unpickle = private_method(KerasSaveable, "_unpickle_model", "Unpickling a tied layer")
 """What makes a model or layer again of the bytes that it is pickled as."""

@@ -12,6 +12,9 @@ from keras import Sequential
 from keras import backend as _backend
 
 from tether.keras_seam.classes import Functional, to_snake_case
+from tether.keras_seam.private import private_method
+
+flatten_layers = private_method(keras.Layer, "_flatten_layers", "Finding the layers of a model")
 
 
 def track(layer: Any, variable: Any) -> None:
@@ -202,4 +205,4 @@ def unique_name(prefix: str) -> str:
 
 def contained_layers(layer: Any) -> list[Any]:
     """Every layer below `layer`, itself first, each once."""
-    return list(layer._flatten_layers())
+    return list(flatten_layers(layer))

@@ -30,6 +30,9 @@ OVERRIDDEN: dict[str, str] = {
 LOOKED_UP: dict[str, str] = {}
 """The private objects that were looked up, and what each is needed for."""
 
+METHODS: dict[str, type] = {}
+"""The private methods that were looked up, and their classes."""
+
 
 def private(path: str, feature: str) -> Any:
     """A private object of Keras.
@@ -51,6 +54,7 @@ def private(path: str, feature: str) -> Any:
 
 def private_method(cls: type, name: str, feature: str) -> Any:
     """A private method of a Keras class, or one that raises an error when it is called."""
+    METHODS[name] = cls
     return getattr(cls, name, None) or _Missing(f"{feature} needs {cls.__name__}.{name}")
 
 

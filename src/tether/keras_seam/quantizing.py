@@ -10,11 +10,10 @@ from types import FrameType
 from typing import Any
 
 import keras
-from keras import Layer as _Layer
 
 from tether.keras_seam.frames import _code, _frames, _is_tracing, _namespace
-from tether.keras_seam.layers import set_untracked
-from tether.keras_seam.private import private
+from tether.keras_seam.layers import flatten_layers, set_untracked
+from tether.keras_seam.private import is_missing, private
 
 _resolve_quantization = private(
     "keras.src.quantizers.quantization_config.validate_and_resolve_config", "Quantising a tied layer"
@@ -30,7 +29,7 @@ quantizers: dict[str, Callable[..., None]] = {}
 """What quantises ties: `"model"`, of a model, mode, config and filters; `"weight"`, of a weight, mode and config."""
 
 _MODEL_QUANTIZE = _code(keras.Model.quantize)
-_FLATTEN_LAYERS = _code(_Layer._flatten_layers)
+_FLATTEN_LAYERS = None if is_missing(flatten_layers) else _code(flatten_layers)
 
 
 class WatchedSublayers:

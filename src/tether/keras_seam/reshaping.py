@@ -38,12 +38,15 @@ def _make_give_value() -> Callable[[Any, Any], None]:
 
     def of_others(variable: Any, value: Any) -> None:
         tensor = own_copy(keras.ops.convert_to_tensor(value, dtype=variable._dtype))
-        if name == "jax":
-            variable._shape = tuple(value.shape)
-            set_untracked(variable, "_value", tensor)
-        else:
-            variable._initialize(tensor)
-            variable._shape = tuple(value.shape)
+        before, variable._shape = variable._shape, tuple(value.shape)
+        try:
+            if name == "jax":
+                set_untracked(variable, "_value", tensor)
+            else:
+                variable._initialize(tensor)
+        except BaseException:
+            variable._shape = before
+            raise
 
     return of_others
 
@@ -62,6 +65,9 @@ def recognize_variables(optimizer: Any) -> None:
             renamed = {after[place] for place, key in before.items() if key in excluded}
             excluded.difference_update(before.values())
             excluded.update(renamed)
+            decays = getattr(each, "_weight_decay_by_var_key", None)  # of Keras 3.16
+            if decays:
+                each._weight_decay_by_var_key = {after[place]: decays[key] for place, key in before.items()}
             each._trainable_variables_indices = {key: place for place, key in after.items()}
 
 
