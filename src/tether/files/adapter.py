@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -65,15 +65,19 @@ def _storable(weight: Weight) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(value.astype("float32") if value.dtype.itemsize == 2 else value)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Weight]]:
+def read(path: str | os.PathLike[str], taken: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Header, and weights by uid, of a file that a stranger may have written.
+
+    Args:
+        path: The file.
+        taken: Paths that its weights must not have: they get a number then.
 
     Raises:
         InvalidConfig: The file is damaged, or holds no adapter.
         TetherError: There is no file.
     """
     header, tensors = _read(path)
-    return header, _weights_of(header, tensors)
+    return header, _weights_of(header, tensors, taken)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,7 +108,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]
     return header, tensors
 
 
-def _weights_of(header: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Weight]:
+def _weights_of(header: dict[str, Any], tensors: dict[str, Any], taken: Container[str]) -> dict[str, Weight]:
     if set(header["weights"]) != set(tensors):
         raise InvalidConfig("The file's header names other weights than it holds.")
     weights = {}
@@ -112,9 +116,18 @@ def _weights_of(header: dict[str, Any], tensors: dict[str, Any]) -> dict[str, We
         for uid, config in header["weights"].items():
             if not isinstance(config, dict) or config.get("uid") != uid:
                 raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
-            weight = Weight.from_config(config)
+            weight = Weight.from_config(_beside_others(config, taken))
             if weight.shape != tuple(tensors[uid].shape):
                 raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
             weight.assign(keras.ops.cast(tensors[uid], weight.dtype))
             weights[uid] = weight
     return weights
+
+
+def _beside_others(config: dict[str, Any], taken: Container[str]) -> dict[str, Any]:
+    """The config of a weight with a path that is not taken, and with the same number in its name."""
+    path, name = config.get("path"), config.get("name")
+    if not isinstance(path, str) or not isinstance(name, str):
+        return config
+    found = keras_seam.numbered(path, taken)
+    return {**config, "path": found, "name": name + found[len(path) :]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any, cast
 
 import keras
@@ -96,6 +97,8 @@ class Weight(Expression, keras.layers.Layer):
         keras_seam.set_untracked(self, "_became", None)
         keras_seam.set_untracked(self, "_instead_of", None)
         keras_seam.set_untracked(self, "_uses", [])
+        keras_seam.set_untracked(self, "_beside", set())
+        keras_seam.set_untracked(self, "_numbers", {})
         keras_seam.set_untracked(self, "_compiled", None)
         self.built = True
         if start is not None:
@@ -117,6 +120,8 @@ class Weight(Expression, keras.layers.Layer):
     ) -> Weight:
         """A weight that belongs to another one, and has its name and its path with a suffix: `dense/kernel_lora_a`.
 
+        What already stands beside the other under that path, in its uses or made for one, gives it a number.
+
         Args:
             base: The other weight. Without one, the suffix is the name.
             suffix: The rest of the name.
@@ -129,16 +134,27 @@ class Weight(Expression, keras.layers.Layer):
         if shape is None:
             start = np.asarray(start)
             shape = start.shape
-        name = suffix if base is None else f"{base.name}_{suffix}"
+        suffix = suffix if base is None else f"_{base._free_suffix(suffix)}"
+        name = suffix if base is None else base.name + suffix
         weight = cls(shape, dtype=dtype, trainable=trainable, name=name, role=role)
         if base is not None:
-            weight._wanted_path = f"{base.path}_{suffix}"
+            weight._wanted_path = base.path + suffix
         if isinstance(start, np.ndarray):
             weight._create(Copy(start), shape, dtype)
         else:
             weight.initializer = keras.initializers.get(start)
             weight._create(weight.initializer, shape, dtype)
         return weight
+
+    def _free_suffix(self, suffix: str) -> str:
+        """The suffix, with a number if something stands beside the weight under it."""
+        number, found = self._numbers.get(suffix, 0), suffix
+        while f"{self.path}_{found}" in self._beside:
+            number += 1
+            found = f"{suffix}_{number}"
+        self._numbers[suffix] = number
+        self._beside.add(f"{self.path}_{found}")
+        return found
 
     # ------------------------------------------------------------------ what it holds
 
@@ -386,6 +402,7 @@ class Weight(Expression, keras.layers.Layer):
         """Registers a use."""
         if use not in self._uses:
             self._uses.append(use)
+            self._beside.update(_made_for_others(use))
         self.was_used = True
         self.refresh()
 
@@ -393,6 +410,8 @@ class Weight(Expression, keras.layers.Layer):
         """Forgets a use."""
         if use in self._uses:
             self._uses.remove(use)
+            self._beside.difference_update(_made_for_others(use))
+            self._numbers.clear()
         self.refresh()
 
     # ------------------------------------------------------------------ configs and files
@@ -563,6 +582,11 @@ class Weight(Expression, keras.layers.Layer):
 def path_of(name: str) -> str:
     """The path of a weight's variable by its name. PyTorch allows no dots in the names of parameters."""
     return "/".join(filter(None, name.split("."))) or "weight"
+
+
+def _made_for_others(use: Use) -> Iterator[str]:
+    """The paths of the weights in a use that have a role."""
+    return (weight.path for weight in use.expression.weights_used() if weight.role is not None)
 
 
 class Copy(keras.initializers.Initializer):
