@@ -166,6 +166,15 @@ def test_a_variable_is_looked_up_under_its_path_while_it_is_made(monkeypatch):
     assert seen == [*(w.path for w in made), "block/query/kernel_int8", "block/query/kernel_scale"]
 
 
+@pytest.mark.parametrize("name", ["_odd.größe (1)", "a b", "1", "w:0"])
+def test_any_name_will_do_also_where_a_layer_is_built_in_a_graph(name):
+    layer = tether.tie(dense("one"), kernel=tether.Weight(name=name) * 1.0)
+    model = keras.Sequential([layer])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 3)), np.ones((2, 3)), verbose=0)
+    assert name.replace(".", "/") in paths(model)
+
+
 # --------------------------------------------------------------------------- several parts beside one base
 
 

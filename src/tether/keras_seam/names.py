@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Container, Iterator
 from typing import Any
 
-import keras
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.utils import naming as _naming
@@ -18,10 +17,11 @@ from tether.keras_seam.variables import Variable
 def scope_of(path: str) -> Any:
     """The name scope in which a variable of the path's last name is created under the path, whatever scopes are open.
 
-    A layout map looks a variable up while it is created, so a path that is set afterwards comes too late.
+    A layout map looks a variable up while it is created, so a path that is set afterwards comes too late. It is Keras's
+    own scope and none of TensorFlow's, whose graphs do not take every name.
     """
     *above, scope = path.split("/")[:-1] or [""]
-    return keras.name_scope(scope, override_parent="/".join(above))
+    return _backend.common.name_scope.name_scope(scope, override_parent="/".join(above))
 
 
 @contextlib.contextmanager
