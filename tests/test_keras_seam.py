@@ -1716,7 +1716,10 @@ def test_classes_without_a_public_name_are_found_by_those_that_have_one():
         assert issubclass(kind, saveable)
     assert saveable.__name__ == "KerasSaveable" and not issubclass(keras.Variable, saveable)
     x = keras.Input((2,))
-    assert type(keras.Model(x, keras.layers.Dense(1)(x))) is keras_seam.Functional and keras_seam.Functional.__name__ == "Functional"
+    assert (
+        type(keras.Model(x, keras.layers.Dense(1)(x))) is keras_seam.Functional
+        and keras_seam.Functional.__name__ == "Functional"
+    )
     assert not isinstance(keras.Sequential(), keras_seam.Functional)
     from tether.keras_seam.classes import RandomInitializer
 

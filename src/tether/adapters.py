@@ -333,7 +333,7 @@ def load(model: Any, path: str | os.PathLike[str], /, *, name: str | None = None
         TetherError: The name is taken.
     """
     _check(model, "load")
-    header, weights = adapter_file.read(path)
+    header, weights = adapter_file.read(path, {variable.path for variable in model.weights})
     name = header["name"] if name is None else name
     _check_new_name(model, name)
     for place in header["ties"]:

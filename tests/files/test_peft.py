@@ -48,6 +48,56 @@ def test_an_adapter_is_added_with_its_alpha(stabilized, scale, rng, tmp_path):
     assert np.array_equal(base.numpy(), kernel) and not base.trainable and left.trainable and right.trainable
 
 
+def by_hand(rng, names, write):
+    """An autoencoder whose first kernel is written by hand over weights of these names."""
+    model = randomize(autoencoder(False), rng)
+    w, a, b = (
+        tether.Weight(rng.normal(size=shape).astype("float32"), name=name)
+        for shape, name in zip(((5, 3), (5, 2), (2, 3)), names, strict=True)
+    )
+    return tether.tie(model, {"encode/kernel": write(w, a, b)}), (w, a, b)
+
+
+WRITTEN = {
+    "base first": lambda w, a, b: w.stop_gradient() + 1.5 * (a @ b),
+    "product first": lambda w, a, b: 1.5 * (a @ b) + w.stop_gradient(),
+    "base that trains": lambda w, a, b: w + 1.5 * (a @ b),
+}
+
+
+@pytest.mark.parametrize("names", [("W", "A", "B"), ("w", "w.lora_a", "w.lora_b"), ("lora_a", "lora_b", "w")])
+@pytest.mark.parametrize("how", WRITTEN)
+def test_factors_written_by_hand_are_found_whatever_they_are_called(how, names, rng, tmp_path):
+    model, (w, a, b) = by_hand(rng, names, WRITTEN[how])
+    tether.files.save_peft(model, tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert np.array_equal(found["base_model.model.encode.lora_A.weight"], a.numpy().T)
+    assert np.array_equal(found["base_model.model.encode.lora_B.weight"], b.numpy().T)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    c, d = factors(rng, 5, 3)
+    tether.files.load_peft(model, folder_of(tmp_path, {"encode": (c, d)}))
+    assert_close(model.layers[1].kernel, w.numpy() + 3 * (d @ c).T)  # in the place of what was there
+
+
+OTHERS = {
+    "two products": lambda w, a, b: w + a @ b + 2.0 * (a @ b),
+    "what is taken off": lambda w, a, b: w - a @ b,
+    "a factor of each output": lambda w, a, b: (w + a @ b) + b[0] * w,
+}
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_a_sum_that_is_no_base_and_two_factors_is_refused_both_ways(how, rng, tmp_path):
+    model, _ = by_hand(rng, "wab", OTHERS[how])
+    before = state(model)
+    with pytest.raises(Unsupported, match="which is all that LoRA has"):
+        tether.files.save_peft(model, tmp_path)
+    with pytest.raises(Unsupported, match="adapter of another kind"):
+        tether.files.load_peft(model, folder_of(tmp_path, {"encode": factors(rng, 5, 3)}))
+    assert state(model) == before
+
+
 def test_ranks_and_alphas_of_modules(rng, tmp_path):
     model = randomize(autoencoder(False), rng)
     kernels = [numpy(layer.kernel).copy() for layer in model.layers[1:]]

@@ -86,7 +86,7 @@ def test_the_family_that_was_read_is_still_one(quick, rng):
     kernel.assign(kernel.value * 0.5)
     for one, earlier in zip([parent, *children], before, strict=True):
         assert np.abs(numpy(one(images)) - earlier).max() > 1e-2
-    part = next(w for w in children[0].trainable_weights if w.name.startswith("lora_b"))
+    part = next(w for w in children[0].trainable_weights if "lora_b" in w.name)
     others = [numpy(one(images)) for one in [parent, *children[1:]]]
     part.assign(part.value + 1.0)
     for one, earlier in zip([parent, *children[1:]], others, strict=True):

@@ -61,6 +61,8 @@ MODELS = {
     "an adapter": lambda: adapters.add(functional(dense("one")), "french", {"*/kernel": tether.low_rank(2)}),
     "a child": lambda: child_of(functional(dense("one"), dense("two"))),
     "integers": lambda: integers(functional(*(tether.tie(dense(n), kernel=w) for w in [weight("w")] for n in "ab"))),
+    "several parts of one base": lambda: over_one_weight(3),
+    "two adapters": lambda: with_adapters("french", "german"),
     "two of one name": lambda: functional(*(tether.tie(dense(n), kernel=weight("w")) for n in ("one", "two"))),
 }
 
@@ -162,6 +164,87 @@ def test_a_variable_is_looked_up_under_its_path_while_it_is_made(monkeypatch):
         kernel.quantize("int8")
     assert [w.path for w in made] == ["a/b/codec", "block/query/kernel_lora_a", "block/query/kernel_lora_b"]
     assert seen == [*(w.path for w in made), "block/query/kernel_int8", "block/query/kernel_scale"]
+
+
+@pytest.mark.parametrize("name", ["_odd.größe (1)", "a b", "1", "w:0"])
+def test_any_name_will_do_also_where_a_layer_is_built_in_a_graph(name):
+    layer = tether.tie(dense("one"), kernel=tether.Weight(name=name) * 1.0)
+    model = keras.Sequential([layer])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 3)), np.ones((2, 3)), verbose=0)
+    assert name.replace(".", "/") in paths(model)
+
+
+# --------------------------------------------------------------------------- several parts beside one base
+
+
+def low_rank_paths(model):
+    return [path for path in paths(model) if "lora_a" in path]
+
+
+def over_one_weight(count):
+    """Layers that each add a part of their own to one weight, written before any of them is built."""
+    shared = weight("shared")
+    return functional(*(tether.tie(dense(f"d{n}"), kernel=shared + tether.low_rank(1)) for n in range(count)))
+
+
+def with_adapters(*names):
+    model = functional(dense("one"))
+    for name in names:
+        adapters.add(model, name, {"*/kernel": tether.low_rank(2)})
+    return model
+
+
+def test_parts_beside_one_base_are_numbered_in_the_order_in_which_they_are_made():
+    for model in [over_one_weight(3) for _ in range(2)]:
+        assert low_rank_paths(model) == ["shared_lora_a", "shared_lora_a_1", "shared_lora_a_2"]
+    for model in [with_adapters("french", "german") for _ in range(2)]:
+        assert low_rank_paths(model) == ["one/kernel_lora_a", "one/kernel_lora_a_1"]
+        adapters.remove(model, "french")
+        adapters.add(model, "spanish", {"*/kernel": tether.low_rank(2)})
+        assert low_rank_paths(model) == ["one/kernel_lora_a_1", "one/kernel_lora_a"]
+    for parent in [dense("parent") for _ in range(2)]:
+        parent.build((None, 3))
+        children = [tether.inherit(parent, kernel=tether.low_rank(2)) for _ in range(2)]
+        assert [low_rank_paths(child) for child in children] == [["parent/kernel_lora_a"], ["parent/kernel_lora_a_1"]]
+
+
+def test_a_part_that_is_taken_off_leaves_its_path(tmp_path):
+    """So that paths follow from what the model has, and not from what it had."""
+    model = with_adapters()
+    for _ in range(3):
+        adapters.add(model, "french", {"*/kernel": tether.low_rank(2)})
+        assert low_rank_paths(model) == ["one/kernel_lora_a"]
+        adapters.remove(model, "french")
+
+
+def test_parts_that_are_added_after_a_copy_know_those_that_were_there(tmp_path):
+    model = with_adapters("french")
+    model.save(tmp_path / "m.keras")
+    for copy in (keras.models.clone_model(model), keras.saving.load_model(tmp_path / "m.keras")):
+        adapters.add(copy, "german", {"*/kernel": tether.low_rank(2)})
+        assert low_rank_paths(copy) == ["one/kernel_lora_a", "one/kernel_lora_a_1"]
+
+
+def test_an_adapter_of_a_file_stands_beside_those_that_are_there(tmp_path):
+    model = with_adapters("french")
+    adapters.save(model, "french", tmp_path / "french.safetensors")
+    adapters.load(model, tmp_path / "french.safetensors", name="again")
+    assert low_rank_paths(model) == ["one/kernel_lora_a", "one/kernel_lora_a_1"]
+    again = model.get_layer("one").kernel.expression.parts["again"][1].weights_used()
+    assert [w.name for w in again] == ["one.kernel_lora_a_1", "one.kernel_lora_b_1"]
+    other = with_adapters()
+    adapters.load(other, tmp_path / "french.safetensors")
+    assert low_rank_paths(other) == ["one/kernel_lora_a"]
+
+
+def test_a_tie_that_fails_takes_no_path():
+    model = functional(dense("one"), dense("two", 4))
+    base = tether.weight_of(model, "one/kernel")
+    with pytest.raises(tether.TetherError):
+        adapters.add(model, "french", {"one/kernel": tether.low_rank(2), "two/kernel": lambda w: base})
+    adapters.add(model, "french", {"one/kernel": tether.low_rank(2)})
+    assert low_rank_paths(model) == ["one/kernel_lora_a"]
 
 
 # --------------------------------------------------------------------------- what goes by path

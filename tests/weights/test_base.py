@@ -1,5 +1,7 @@
 """Which weight of an expression is the base, and which were added: told by structure, whatever anybody is called."""
 
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -134,6 +136,20 @@ def test_a_base_that_became_integers_is_still_the_base():
         assert matrices(expression) == []
         with pytest.raises(NotInvertible):
             put(expression, keras.ops.zeros(WHOLE))
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_a_long_sum_is_taken_apart_in_little_time(has_base):
+    """As long as an expression may be: none of this recurses, nor compares each term with each."""
+    base, a, b = weights(WHOLE, LEFT, RIGHT)
+    expression, others = base, [Weight(np.zeros(WHOLE, "float32"), name="o", role="part" if has_base else None)] * 3000
+    for other in others:
+        expression = expression - other
+    expression = expression + a @ b
+    started = time.perf_counter()
+    assert (base_of(expression) is base) == has_base
+    assert added_weights(expression) == ({others[0], a, b} if has_base else set())
+    assert time.perf_counter() - started < 20
 
 
 # --------------------------------------------------------------------------- forms

@@ -6,9 +6,10 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
 from tether.files.archive import reading
 from tether.files.entries import Entry, entry_of
@@ -58,8 +59,12 @@ def write(
     write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Weight]]:
+def read(path: str | os.PathLike[str], taken: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Weight]]:
     """Header, and weights by uid, of a file that a stranger may have written.
+
+    Args:
+        path: The file.
+        taken: Paths that its weights must not have: they get a number then.
 
     Raises:
         InvalidConfig: The file is damaged, or holds no adapter.
@@ -73,7 +78,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Weight
             file = TensorFile(opened, target.name)
             header = _header(file.metadata, target)
         with making(target, header["weights"], what="adapter"):
-            return header, _weights_of(header, file.entries)
+            return header, _weights_of(header, file.entries, taken)
 
 
 def _header(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def _header(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
     return header
 
 
-def _weights_of(header: dict[str, Any], tensors: Mapping[str, Entry]) -> dict[str, Weight]:
+def _weights_of(header: dict[str, Any], tensors: Mapping[str, Entry], taken: Container[str]) -> dict[str, Weight]:
     if set(header["weights"]) != set(tensors):
         raise InvalidConfig("The file's header names other weights than it holds.")
     weights = {}
@@ -101,7 +106,7 @@ def _weights_of(header: dict[str, Any], tensors: Mapping[str, Entry]) -> dict[st
         for uid, config in header["weights"].items():
             if not isinstance(config, dict) or config.get("uid") != uid:
                 raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
-            weight = Weight.from_config(config)
+            weight = Weight.from_config(_beside_others(config, taken))
             if weight.shape != tensors[uid].shape:
                 raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
             weights[uid] = weight
@@ -109,3 +114,12 @@ def _weights_of(header: dict[str, Any], tensors: Mapping[str, Entry]) -> dict[st
     plan.check()
     plan.carry_out()
     return weights
+
+
+def _beside_others(config: dict[str, Any], taken: Container[str]) -> dict[str, Any]:
+    """The config of a weight with a path that is not taken, and with the same number in its name."""
+    path, name = config.get("path"), config.get("name")
+    if not isinstance(path, str) or not isinstance(name, str):
+        return config
+    found = keras_seam.numbered(path, taken)
+    return {**config, "path": found, "name": name + found[len(path) :]}

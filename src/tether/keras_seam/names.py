@@ -14,16 +14,18 @@ from tether.keras_seam.private import private
 from tether.keras_seam.threads import of_this_thread, set_in_this_thread
 from tether.keras_seam.variables import Variable
 
+_name_scope = private("keras.src.backend.common.name_scope.name_scope", "A weight under a path of its own")
 _current_path = private("keras.src.backend.common.name_scope.current_path", "A path for a variable")
 
 
 def path_scope(path: str) -> Any:
     """The name scope in which a variable of the path's last name is created under the path, whatever scopes are open.
 
-    A layout map looks a variable up while it is created, so a path that is set afterwards comes too late.
+    A layout map looks a variable up while it is created, so a path that is set afterwards comes too late. It is Keras's
+    own scope and none of TensorFlow's, whose graphs do not take every name.
     """
     *above, scope = path.split("/")[:-1] or [""]
-    return keras.name_scope(scope, override_parent="/".join(above))
+    return _name_scope(scope, override_parent="/".join(above))
 
 
 @contextlib.contextmanager

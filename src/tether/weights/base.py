@@ -76,19 +76,35 @@ def _has_more(part: Expression, base: Expression) -> bool:
 
 def _terms(expression: Expression) -> Iterator[Expression]:
     """The terms of a sum, those that are subtracted as negatives. A sum with a constant is one term."""
-    if isinstance(expression, (Add, Subtract)) and all(part.weights_used() for part in expression.operands):
-        left, right = expression.operands
-        yield from _terms(left)
-        for term in _terms(right):
-            yield term if isinstance(expression, Add) else -term
-    else:
-        yield expression
+    waiting = [(expression, True)]
+    while waiting:
+        current, is_added = waiting.pop()
+        if isinstance(current, (Add, Subtract)) and all(map(_has_weights, current.operands)):
+            left, right = current.operands
+            waiting += [(right, is_added == isinstance(current, Add)), (left, is_added)]
+        else:
+            yield current if is_added else -current
+
+
+def _has_weights(expression: Expression) -> bool:
+    """Whether there is a weight in an expression. It asks for no program, which takes a long sum for each of its parts."""
+    waiting, seen = [expression], set()
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, Weight):
+            return True
+        if isinstance(current, Node) and id(current) not in seen:
+            seen.add(id(current))
+            waiting += current.operands
+    return False
 
 
 def _base_of(may_be: list[Expression], parts: list[Expression], shape: Shape | None) -> Expression | None:
     """The one of several parts of a node that is the base."""
     left = [part for part in parts if part.weights_used()]
-    left = [part for part in left if not _is_made_for(part, left)] or left
+    without = (part.weights_used() for part in left if not any(w.role in MADE for w in part.weights_used()))
+    plain = {weight for weights in without for weight in weights}
+    left = [part for part in left if not _is_made_for(part, plain)] or left
     left = [part for part in left if part.shape == shape]
     left = [part for part in left if not _is_product(part)] or left
     left = [part for part in left if _is_of_one(part)] or left
@@ -97,11 +113,9 @@ def _base_of(may_be: list[Expression], parts: list[Expression], shape: Shape | N
     return left[0] if len(left) == 1 and any(left[0] is part for part in may_be) else None
 
 
-def _is_made_for(part: Expression, parts: list[Expression]) -> bool:
+def _is_made_for(part: Expression, plain: set[Weight]) -> bool:
     """Whether weights of a part have a role, and the others in it are those of parts without such weights."""
     made = {weight for weight in part.weights_used() if weight.role in MADE}
-    without = (other.weights_used() for other in parts if not any(w.role in MADE for w in other.weights_used()))
-    plain = {weight for weights in without for weight in weights}
     return bool(made) and set(part.weights_used()) <= made | plain
 
 
@@ -201,6 +215,8 @@ def added_weights(expression: Expression) -> set[Weight]:
         elif found is not None:
             added.update(weight for part in found.added for weight in part.weights_used())
             waiting += [found.base, *found.copies]
+        elif isinstance(current, (Add, Subtract)) and len(terms := list(_terms(current))) > 1:
+            waiting += terms
         elif isinstance(current, Node):
             waiting += current.operands
     return added - kept

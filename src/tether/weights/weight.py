@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn, cast
 
 import keras
@@ -98,6 +99,8 @@ class Weight(Expression, keras.layers.Layer):
         keras_seam.set_untracked(self, "_became", None)
         keras_seam.set_untracked(self, "_uses", {})
         keras_seam.set_untracked(self, "_reached", 0)
+        keras_seam.set_untracked(self, "_beside", set())
+        keras_seam.set_untracked(self, "_numbers", {})
         keras_seam.see(self)
         self.built = True
         if start is not None:
@@ -119,6 +122,8 @@ class Weight(Expression, keras.layers.Layer):
     ) -> Weight:
         """A weight that belongs to another one, and has its name and its path with a suffix: `dense/kernel_lora_a`.
 
+        What already stands beside the other under that path, in its uses or made for one, gives it a number.
+
         Args:
             base: The other weight. Without one, the suffix is the name.
             suffix: The rest of the name.
@@ -131,16 +136,27 @@ class Weight(Expression, keras.layers.Layer):
         if shape is None:
             start = np.asarray(start)
             shape = start.shape
-        name = suffix if base is None else f"{base.name}_{suffix}"
+        suffix = suffix if base is None else f"_{base._free_suffix(suffix)}"
+        name = suffix if base is None else base.name + suffix
         weight = cls(shape, dtype=dtype, trainable=trainable, name=name, role=role)
         if base is not None:
-            weight._wanted_path = f"{base.path}_{suffix}"
+            weight._wanted_path = base.path + suffix
         if isinstance(start, np.ndarray):
             weight._create(Copy(start), shape, dtype)
         else:
             weight.initializer = keras.initializers.get(start)
             weight._create(weight.initializer, shape, dtype)
         return weight
+
+    def _free_suffix(self, suffix: str) -> str:
+        """The suffix, with a number if something stands beside the weight under it."""
+        number, found = self._numbers.get(suffix, 0), suffix
+        while f"{self.path}_{found}" in self._beside:
+            number += 1
+            found = f"{suffix}_{number}"
+        self._numbers[suffix] = number
+        self._beside.add(f"{self.path}_{found}")
+        return found
 
     # ------------------------------------------------------------------ what it holds
 
@@ -398,14 +414,19 @@ class Weight(Expression, keras.layers.Layer):
 
     def add_use(self, use: Use) -> None:
         """Registers a use."""
-        self._uses.setdefault(use, False)
+        if use not in self._uses:
+            self._uses[use] = False
+            self._beside.update(_made_for_others(use))
         if not self.was_used:
             self.was_used = True
         self.refresh(use)
 
     def remove_use(self, use: Use) -> None:
         """Forgets a use."""
-        keras_seam.set_untracked(self, "_reached", self._reached - self._uses.pop(use, False))
+        if use in self._uses:
+            keras_seam.set_untracked(self, "_reached", self._reached - self._uses.pop(use))
+            self._beside.difference_update(_made_for_others(use))
+            self._numbers.clear()
         self.refresh()
 
     # ------------------------------------------------------------------ configs and files
@@ -579,6 +600,11 @@ class Weight(Expression, keras.layers.Layer):
 def path_of(name: str) -> str:
     """The path of a weight's variable by its name. PyTorch allows no dots in the names of parameters."""
     return "/".join(filter(None, name.split("."))) or "weight"
+
+
+def _made_for_others(use: Use) -> Iterator[str]:
+    """The paths of the weights in a use that have a role."""
+    return (weight.path for weight in use.expression.weights_used() if weight.role is not None)
 
 
 class Copy(keras.initializers.Initializer):
