@@ -87,7 +87,7 @@ def _terms(expression: Expression) -> Iterator[Expression]:
 
 
 def _has_weights(expression: Expression) -> bool:
-    """Whether there is a weight in an expression. It asks for no program, which takes a long sum for each of its parts."""
+    """Whether there is a weight in an expression. It makes no program: a long sum would need one for each part."""
     waiting, seen = [expression], set()
     while waiting:
         current = waiting.pop()
