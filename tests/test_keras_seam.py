@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +23,9 @@ import pytest
 
 import tether
 from tests.support import gradients
-from tether import keras_seam
-from tether.keras_seam import private
+from tether import TetherError, keras_seam
+from tether.keras_seam import private, training
+from tether.keras_seam.frames import OF_LAYERS
 
 
 def dense():
@@ -139,23 +141,6 @@ def test_reading_losses_is_a_scope(spied):
     first = heard("losses")[0]
     assert model.losses == []
     assert first is not None and heard("losses")[1] is not first
-
-
-def test_fit_reads_the_metrics_of_all_layers_while_its_function_is_compiled(spied):
-    model = model_of(Spy(3))
-    model.compile("sgd", "mse")
-    Spy.seen = []
-    Spy.probe = staticmethod(keras_seam.compiled_training)
-    x, y = np.ones((4, 2), "float32"), np.ones((4, 3), "float32")
-    model.fit(x, y, verbose=0)
-    first = next(found for found in heard("metrics") if found is not None)
-    Spy.seen = []
-    model.fit(x, y, verbose=0)
-    assert next(found for found in heard("metrics") if found is not None) is first
-    Spy.seen = []
-    model.compile("sgd", "mse")
-    model.fit(x, y, verbose=0)
-    assert next(found for found in heard("metrics") if found is not None) is not first
 
 
 def test_keras_recursive_trainable_setter_is_told_from_a_user():
@@ -693,44 +678,138 @@ def test_a_name_is_given_once():
     assert len({keras_seam.unique_name("heir") for _ in range(3)}) == 3
 
 
-def test_a_model_asks_for_compile_after_its_compilation_is_forgotten():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    x, y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
-    keras_seam.forget_compilation(model)
-    keras_seam.forget_compilation(model.layers[0])
-    model.compile("sgd", "mse")
-    model.fit(x, y, verbose=0)
-    keras_seam.forget_compilation(model)
-    with pytest.raises(ValueError, match="compile"):
-        model.fit(x, y, verbose=0)
-    model.predict(x, verbose=0)
-    model.compile("sgd", "mse")
-    model.fit(x, y, verbose=0)
+class Asked(keras.layers.Dense):
+    """A layer of which it is known whether it is tied, and who is told when it is asked whether it trains."""
+
+    @property
+    def trainable(self):
+        keras_seam.notice_compiling()
+        return True
+
+    @trainable.setter
+    def trainable(self, value):
+        pass
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_variable_that_the_optimizer_was_built_without_is_found(scaled):
-    seen, known, stranger = [], [], keras.Variable(np.ones(1, "float32"))
-
-    class Asks(keras.layers.Dense):
-        @property
-        def metrics(self):
-            if self.built:
-                seen.append([keras_seam.is_unknown_to_the_optimizer(v) for v in (self.kernel, stranger)])
-                known.append([keras_seam.is_known_to_the_optimizer(v) for v in (self.kernel, stranger)])
-            return []
-
-    layer = Asks(1)
+def trained(layer, optimizer=None):
     model = keras.Sequential([keras.Input((2,)), layer])
-    optimizer = keras.optimizers.SGD(0.1)
-    model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse")
-    x, y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
-    model.optimizer.build([layer.kernel, layer.bias])
-    seen.clear()
-    model.fit(x, y, verbose=0)
-    assert [False, True] in seen and [True, False] in known
-    assert keras_seam.is_known_to_the_optimizer(layer.kernel) is False
-    assert keras_seam.is_unknown_to_the_optimizer(stranger) is False  # no fit is about to begin
+    model.compile(optimizer or keras.optimizers.SGD(0.1), "mse")
+    x = np.ones((4, 2), "float32")
+    model.fit(x, x, verbose=0), model.evaluate(x, x, verbose=0), model.predict(x, verbose=0)
+    return model, x
+
+
+def test_compile_asks_each_layer_whether_it_trains_and_knows_its_optimizer_by_then():
+    optimizer, other = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1)
+    model = keras.Sequential([keras.Input((2,)), Asked(2)])
+    assert model.layers[0].trainable and not keras_seam.is_given_what_trains(optimizer, model)
+    model.compile(optimizer, "mse")
+    assert keras_seam.is_given_what_trains(optimizer, model)
+    assert not keras_seam.is_given_what_trains(other, model)
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    model.compile(scaled, "mse")
+    assert keras_seam.is_given_what_trains(scaled, model)
+
+
+def test_layers_and_optimizers_are_counted():
+    gc.collect()
+    layers, optimizers = (training._count(codes) for codes in (OF_LAYERS, training._OF_OPTIMIZERS))
+    kept = [keras.layers.Dense(1), keras.Sequential(), keras.layers.Dropout(0.5)]
+    assert training._count(OF_LAYERS) == layers + 3
+    kept += [keras.optimizers.Adam(), keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())]
+    assert training._count(training._OF_OPTIMIZERS) == optimizers + 3
+    trained(kept[0])
+    assert training._count(OF_LAYERS) >= layers + 4 and training._count(training._OF_TRACES) > 0
+    del kept
+    gc.collect()
+    assert training._count(OF_LAYERS) == layers and training._count(training._OF_OPTIMIZERS) == optimizers
+    assert training._count(()) == sys.maxsize  # a Keras in which nothing can be counted: everything is looked for
+
+
+def test_looking_around_sees_every_layer_model_and_optimizer(monkeypatch):
+    held = {"model": trained(keras.layers.Dense(2))[0]}
+    gc.collect()  # what is old is looked for too
+    for seen in ("_layers", "_models", "_optimizers"):
+        monkeypatch.setattr(training, seen, weakref.WeakSet())
+    training._look_around()
+    assert held["model"] in training._models and held["model"].layers[0] in training._layers
+    assert held["model"].optimizer in training._optimizers
+    assert training._count(OF_LAYERS) == len(training._layers)
+    assert training._count(training._OF_OPTIMIZERS) == len(training._optimizers)
+
+
+def test_what_trains_evaluates_and_predicts_makes_its_function_first():
+    layer = keras.layers.Dense(2)
+    model, x = trained(layer)
+    for use in (
+        lambda: model.predict(x, verbose=0),
+        lambda: model.predict_on_batch(x),
+        lambda: model.evaluate(x, x, verbose=0),
+        lambda: model.test_on_batch(x, x),
+        lambda: model.fit(x, x, verbose=0),
+        lambda: model.train_on_batch(x, x),
+    ):
+        functions = {name: getattr(model, name) for name in training._TRACES}
+        use()
+        assert {name: getattr(model, name) for name in training._TRACES} == functions
+        keras_seam.before_change([layer])
+        use()
+        assert not functions.items() & {name: getattr(model, name) for name in training._TRACES}.items()
+        model.fit(x, x, verbose=0), model.evaluate(x, x, verbose=0), model.predict(x, verbose=0)
+        assert "make_train_function" not in vars(model)
+
+
+def test_other_variables_than_the_optimizer_was_built_with_ask_for_compile():
+    layer = keras.layers.Dense(2)
+    model, x = trained(layer)
+    keras_seam.before_change([layer])
+    layer.kernel.trainable = False
+    with pytest.raises(TetherError, match="Compile the model again before `fit`"):
+        model.fit(x, x, verbose=0)
+    layer.kernel.trainable = True
+    model.fit(x, x, verbose=0)
+    keras_seam.before_change([layer], resized=[layer.kernel])
+    with pytest.raises(TetherError, match="Compile the model again before `fit`"):
+        model.train_on_batch(x, x)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.train_on_batch(x, x)
+    keras_seam.before_change([layer], resized=[layer.kernel], adjusted=model)
+    model.train_on_batch(x, x)
+
+
+def test_a_change_below_a_model_at_work_is_refused():
+    layer, heard = keras.layers.Dense(2), []
+    model, x = trained(layer)
+
+    class Changes(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            keras_seam.before_change([keras.layers.Dense(1)])
+            with pytest.raises(TetherError, match=r"before or after `(fit|evaluate)`"):
+                keras_seam.before_change([layer])
+            heard.append(True)
+
+    model.evaluate(x, x, verbose=0, callbacks=[Changes()])
+    model.fit(x, x, validation_data=(x, x), verbose=0, callbacks=[Changes()])
+    assert len(heard) == 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "loss scale", "several"])
+def test_an_optimizer_is_given_what_its_model_trains(kind, monkeypatch):
+    layer = Asked(2)
+    optimizer = inner = keras.optimizers.SGD(0.1, weight_decay=0.5, use_ema=True, ema_momentum=0.5)
+    if kind == "loss scale":
+        optimizer = keras.optimizers.LossScaleOptimizer(inner)
+    if kind == "several":
+        optimizer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner))
+    monkeypatch.setitem(keras_seam.answers, "still", lambda model: [layer.kernel])
+    model = keras.Sequential([keras.Input((2,)), layer])
+    kernel, bias = (keras.ops.convert_to_numpy(v).copy() for v in (layer.kernel, layer.bias))
+    model.compile(optimizer, "mse")
+    x = np.ones((4, 2), "float32")
+    model.fit(x, -x, verbose=0)
+    assert np.array_equal(keras.ops.convert_to_numpy(layer.kernel), kernel)
+    assert np.all(keras.ops.convert_to_numpy(layer.bias) != bias)
+    assert len(keras_seam.optimized_variables(optimizer)) == 2
 
 
 def of_everything():
@@ -1170,17 +1249,6 @@ def test_the_shapes_in_a_graph_are_worked_out_again():
     for step in reversed(undo):
         step()
     assert model.output_shape == inner.output_shape == (None, 3)
-
-
-def test_a_model_stays_compiled_when_its_traces_are_forgotten():
-    model = model_of(dense())
-    model.compile("sgd", "mse")
-    x = np.ones((2, 2), "float32")
-    model.fit(x, np.ones((2, 3), "float32"), verbose=0)
-    assert model.train_function is not None
-    keras_seam.forget_traces(model)
-    assert model.train_function is None and model.compiled
-    model.fit(x, np.ones((2, 3), "float32"), verbose=0)
 
 
 # --------------------------------------------------------------------------- notes and values of files

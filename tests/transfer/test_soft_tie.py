@@ -378,15 +378,22 @@ def test_untie_and_materialize_end_it(tmp_path):
     assert {type(layer) for layer in model.layers[1:]} == {layers.Dense}
 
 
-def test_a_change_after_fit_warns_that_the_model_has_to_be_compiled_again(rng):
-    model = two_dense()
-    model.compile("sgd", "mse")
-    x = np.zeros((2, 3), "float32")
+def test_a_change_after_fit_takes_effect_at_the_next_step(rng):
+    model, x = two_dense(), rng.normal(size=(4, 3)).astype("float32")
+    model.compile(keras.optimizers.SGD(0.1), "mse")
     model.fit(x, x, verbose=0)
-    with pytest.warns(UserWarning, match="Compile the model again"):
-        soft = tether.transfer.soft_tie(model, "one/kernel", "two/kernel", 0.5)
-    with pytest.warns(UserWarning, match="Compile the model again"):
-        soft.remove()
+    softs = []
+    for change in (
+        lambda: softs.append(tether.transfer.soft_tie(model, "one/kernel", "two/kernel", 0.5)),
+        lambda: softs[0].remove(),
+    ):
+        change()
+        twin = copy.deepcopy(model)
+        twin.compile(keras.optimizers.SGD(0.1), "mse")
+        losses = [one.train_on_batch(x, x) for one in (model, twin)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+        for mine, theirs in zip(model.get_weights(), twin.get_weights(), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_16_bit_weights_are_compared_in_float32():

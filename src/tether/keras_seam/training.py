@@ -255,10 +255,10 @@ class _Gate:
         if not self.fits(model):
             known = set(map(id, optimized_variables(model.optimizer)))
             new = [variable.path for variable in model.trainable_variables if id(variable) not in known]
-            unknown = f": not {_listed(new)}" if new else ""
+            unknown = f", such as {_listed(new)}" if new else ""
             raise TetherError(
-                f"The model {model.name!r} was changed after it was trained (a tie, an adapter, a freeze or the like), "
-                f"and its optimizer knows other weights than those that train now{unknown}. "
+                f"The model {model.name!r} was changed after it was trained (a tie, an adapter, a freeze or the like): "
+                f"other weights train now than its optimizer was made for{unknown}. "
                 "Compile the model again before `fit`, with a new optimizer: `model.compile(...)`."
             )
         differences = [] if self.live is None else answers["differences"](model, self.live)
