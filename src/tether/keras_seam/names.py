@@ -18,14 +18,27 @@ _name_scope = private("keras.src.backend.common.name_scope.name_scope", "A weigh
 _current_path = private("keras.src.backend.common.name_scope.current_path", "A path for a variable")
 
 
-def path_scope(path: str) -> Any:
+@contextlib.contextmanager
+def path_scope(path: str) -> Iterator[None]:
     """The name scope in which a variable of the path's last name is created under the path, whatever scopes are open.
 
     A layout map looks a variable up while it is created, so a path that is set afterwards comes too late. It is Keras's
-    own scope and none of TensorFlow's, whose graphs do not take every name.
+    own scope and none of TensorFlow's, whose graphs do not take every name: the variable is created outside of them.
     """
     *above, scope = path.split("/")[:-1] or [""]
-    return _name_scope(scope, override_parent="/".join(above))
+    with _outside_graphs(), _name_scope(scope, override_parent="/".join(above)):
+        yield
+
+
+def _make_outside_graphs() -> Any:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope
+    return contextlib.nullcontext
+
+
+_outside_graphs = _make_outside_graphs()
 
 
 @contextlib.contextmanager
