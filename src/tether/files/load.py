@@ -135,7 +135,8 @@ def _check_values(model: Any, found: Contents, *, compiled: bool, path: Any) -> 
         raise InvalidConfig(f"{str(path)!r} has no value for {_some(absent)}.")
     tops = {place.partition("/")[0] for place in needed}
     extra = [place for place in found.values if place not in known]
-    if not compiled:
+    if not compiled or getattr(model, "non_trainable_weights", None):
+        # Slots of what was frozen after it was trained: Keras goes on without them, and says so where it matters.
         extra = [place for place in extra if place.partition("/")[0] in tops]
     if extra:
         raise InvalidConfig(f"{str(path)!r} has values that the model in it has no place for: {_some(extra)}.")
