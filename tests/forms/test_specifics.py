@@ -40,8 +40,9 @@ def test_an_added_form_can_be_added_subtracted_and_multiplied(name, rng):
 
 
 def test_a_weight_can_be_multiplied_with_scale_from_both_sides():
-    base = base_weight((6, 4))
-    for expression in (base * forms.scale(), forms.scale() * base):
+    for multiply in (lambda base: base * forms.scale(), lambda base: forms.scale() * base):
+        base = base_weight((6, 4))
+        expression = multiply(base)
         own_weights(expression, base)["scale"].assign(np.arange(4.0))
         np.testing.assert_array_equal(expression.numpy(), base.numpy() * np.arange(4, dtype="float32"))
 

@@ -51,7 +51,9 @@ def test_every_weight_of_the_model_is_stored_once(name):
     )
 
 
-WITHOUT_A_PLAIN_COPY = {"unbuilt", "ties_itself", "private_sharing", "routed", "own_attribute", "shared_layer"}
+WITHOUT_A_PLAIN_COPY = {
+    "unbuilt", "ties_itself", "private_sharing", "routed", "own_attribute", "own_attribute_alone", "shared_layer",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in WITHOUT_A_PLAIN_COPY])
