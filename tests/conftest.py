@@ -1,8 +1,12 @@
 """What all tests share: slow ones on request, a fixed seed, quiet backends."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
+
+from tether.keras_seam import census
 
 
 def pytest_addoption(parser):
@@ -14,6 +18,13 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector, and who goes through memory, need not look at it again."""
+    gc.collect()
+    census.find_new()
+    gc.freeze()
 
 
 def pytest_report_header(config):

@@ -24,7 +24,7 @@ import pytest
 import tether
 from tests.support import gradients
 from tether import TetherError, keras_seam
-from tether.keras_seam import private, training
+from tether.keras_seam import census, private, training
 from tether.keras_seam.frames import OF_LAYERS
 
 of_the_newer_keras = pytest.mark.skipif(
@@ -722,30 +722,41 @@ def test_compile_asks_each_layer_whether_it_trains_and_knows_its_optimizer_by_th
 @of_the_newer_keras
 def test_layers_and_optimizers_are_counted():
     gc.collect()
-    layers, optimizers = (training._count(codes) for codes in (OF_LAYERS, training._OF_OPTIMIZERS))
+    layers, optimizers = (census.alive(codes) for codes in (OF_LAYERS, census._OF_OPTIMIZERS))
     kept = [keras.layers.Dense(1), keras.Sequential(), keras.layers.Dropout(0.5)]
-    assert training._count(OF_LAYERS) == layers + 3
+    assert census.alive(OF_LAYERS) == layers + 3
     kept += [keras.optimizers.Adam(), keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())]
-    assert training._count(training._OF_OPTIMIZERS) == optimizers + 3
+    assert census.alive(census._OF_OPTIMIZERS) == optimizers + 3
     trained(kept[0])
-    assert training._count(OF_LAYERS) >= layers + 4 and training._count(training._OF_TRACES) > 0
+    assert census.alive(OF_LAYERS) >= layers + 4 and census.alive(training._OF_TRACES) > 0
     del kept
     gc.collect()
-    assert training._count(OF_LAYERS) == layers and training._count(training._OF_OPTIMIZERS) == optimizers
-    assert training._count(()) == sys.maxsize  # a Keras in which nothing can be counted: everything is looked for
+    assert census.alive(OF_LAYERS) == layers and census.alive(census._OF_OPTIMIZERS) == optimizers
+    assert census.alive(()) == sys.maxsize  # a Keras in which nothing can be counted: everything is looked for
 
 
 @of_the_newer_keras
 def test_looking_around_sees_every_layer_model_and_optimizer(monkeypatch):
     held = {"model": trained(keras.layers.Dense(2))[0]}
     gc.collect()  # what is old is looked for too
-    for seen in ("_layers", "_models", "_optimizers"):
-        monkeypatch.setattr(training, seen, weakref.WeakSet())
-    training._look_around()
-    assert held["model"] in training._models and held["model"].layers[0] in training._layers
-    assert held["model"].optimizer in training._optimizers
-    assert training._count(OF_LAYERS) == len(training._layers)
-    assert training._count(training._OF_OPTIMIZERS) == len(training._optimizers)
+    for module, seen in ((census, "_layers"), (census, "_optimizers"), (training, "_models")):
+        monkeypatch.setattr(module, seen, weakref.WeakSet())
+    census.find_new()
+    assert held["model"] in training._models and held["model"].layers[0] in census._layers
+    assert held["model"].optimizer in census._optimizers
+    assert census.alive(OF_LAYERS) == len(census._layers)
+    assert census.alive(census._OF_OPTIMIZERS) == len(census._optimizers)
+
+
+@of_the_newer_keras
+def test_what_is_frozen_for_the_garbage_collector_is_found_too():
+    model, _ = trained(keras.layers.Dense(2))
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    for layer in (model, model.layers[0]):
+        census._layers.discard(layer)
+    census.find_new()
+    assert model in census._layers and model.layers[0] in census._layers and gc.get_freeze_count() > frozen
 
 
 def test_what_trains_evaluates_and_predicts_makes_its_function_first():

@@ -26,6 +26,7 @@ from tether.keras_seam.calls import (
     trace,
     trace_token,
 )
+from tether.keras_seam.census import see
 from tether.keras_seam.classes import Functional, KerasSaveable
 from tether.keras_seam.exporting import (
     input_signature,
@@ -143,7 +144,6 @@ from tether.keras_seam.training import (
     is_given_what_trains,
     note_new_use,
     notice_compiling,
-    see,
 )
 from tether.keras_seam.variables import (
     Variable,

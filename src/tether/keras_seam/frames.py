@@ -27,38 +27,38 @@ from tether.keras_seam.classes import KerasSaveable, unpickle
 from tether.keras_seam.private import is_missing
 
 
-def _code(function: Callable[..., Any]) -> CodeType:
+def code_of(function: Callable[..., Any]) -> CodeType:
     return inspect.unwrap(function).__code__
 
 
-def _methods(cls: type, *names: str) -> list[Callable[..., Any]]:
+def methods(cls: type, *names: str) -> list[Callable[..., Any]]:
     """The functions of these names that a class and its bases have."""
     found = (vars(base).get(name) for base in cls.__mro__ for name in names)
     return [method for method in found if inspect.isfunction(method)]
 
 
-def _nested(*functions: Callable[..., Any]) -> tuple[CodeType, ...]:
+def nested(*functions: Callable[..., Any]) -> tuple[CodeType, ...]:
     """The functions that are made while other functions run."""
-    return tuple(code for one in functions for code in _code(one).co_consts if isinstance(code, CodeType))
+    return tuple(code for one in functions for code in code_of(one).co_consts if isinstance(code, CodeType))
 
 
-_CLONING = _code(keras.models.clone_model)
-_UNPICKLING = set() if is_missing(unpickle) else {_code(unpickle)}
-_READING = {_code(keras.saving.load_model), *_UNPICKLING}
+_CLONING = code_of(keras.models.clone_model)
+_UNPICKLING = set() if is_missing(unpickle) else {code_of(unpickle)}
+_READING = {code_of(keras.saving.load_model), *_UNPICKLING}
 """What makes a model of a file, or of a pickle."""
 _COPYING = {
     _CLONING,
     *_READING,
-    *map(_code, (keras.saving.deserialize_keras_object, keras.models.model_from_json)),
+    *map(code_of, (keras.saving.deserialize_keras_object, keras.models.model_from_json)),
 }
-_LOADING = {*_READING, _code(keras.saving.load_weights)}
-_SAVING = {_code(keras.saving.save_model), _code(KerasSaveable.__reduce__)}
-_LOSSES = {_code(_Layer.losses.fget)}
-_SPECTRAL_BUILD = _code(_SpectralNormalization.build)
-OF_LAYERS = _nested(*_methods(_Layer, "_initialize_tracker"))
+_LOADING = {*_READING, code_of(keras.saving.load_weights)}
+_SAVING = {code_of(keras.saving.save_model), code_of(KerasSaveable.__reduce__)}
+_LOSSES = {code_of(_Layer.losses.fget)}
+_SPECTRAL_BUILD = code_of(_SpectralNormalization.build)
+OF_LAYERS = nested(*methods(_Layer, "_initialize_tracker"))
 """The functions that are made for each layer when it is made: its tracker asks them what an attribute is."""
 _OF_LAYERS = {id(code) for code in OF_LAYERS}
-_BIDIRECTIONAL_INIT = _code(keras.layers.Bidirectional.__init__)
+_BIDIRECTIONAL_INIT = code_of(keras.layers.Bidirectional.__init__)
 
 
 def _make_is_tracing() -> Callable[[], bool]:
@@ -227,7 +227,7 @@ def set_by_a_container() -> bool:
     container = None if frame is None else _first_local(frame)
     flag = inspect.getattr_static(type(container), "trainable", None)
     setter = flag.fset if isinstance(flag, property) else None
-    return frame is not None and setter is not None and frame.f_code is _code(setter)
+    return frame is not None and setter is not None and frame.f_code is code_of(setter)
 
 
 def inside_bidirectional_init() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from tether.keras_seam.frames import _code, _frames, _is_tracing, _namespace
+from tether.keras_seam.frames import _frames, _is_tracing, _namespace, code_of
 from tether.keras_seam.layers import flatten_layers, set_untracked
 from tether.keras_seam.private import is_missing, private
 
@@ -28,8 +28,8 @@ _should_quantize_layer = private("keras.src.quantizers.utils.should_quantize_lay
 quantizers: dict[str, Callable[..., None]] = {}
 """What quantises ties: `"model"`, of a model, mode, config and filters; `"weight"`, of a weight, mode and config."""
 
-_MODEL_QUANTIZE = _code(keras.Model.quantize)
-_FLATTEN_LAYERS = None if is_missing(flatten_layers) else _code(flatten_layers)
+_MODEL_QUANTIZE = code_of(keras.Model.quantize)
+_FLATTEN_LAYERS = None if is_missing(flatten_layers) else code_of(flatten_layers)
 
 
 class WatchedSublayers:

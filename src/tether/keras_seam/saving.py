@@ -13,7 +13,7 @@ import keras
 from keras import backend as _backend
 
 from tether.keras_seam.classes import KerasSaveable, to_snake_case, unpickle
-from tether.keras_seam.frames import _COPYING, _LOADING, _READING, _code
+from tether.keras_seam.frames import _COPYING, _LOADING, _READING, code_of
 from tether.keras_seam.looking import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host
 from tether.keras_seam.names import _outside_stateless_scopes
@@ -167,9 +167,9 @@ def read_archive(
     return model
 
 
-_READING.add(_code(read_archive))
-_COPYING.add(_code(read_archive))
-_LOADING.add(_code(read_archive))
+_READING.add(code_of(read_archive))
+_COPYING.add(code_of(read_archive))
+_LOADING.add(code_of(read_archive))
 
 
 def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:

@@ -7,16 +7,15 @@ around it, so those that have to follow a change are found by who refers to a pa
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keras import Layer as _Layer
 from keras import backend as _backend
 
+from tether.keras_seam import census
 from tether.keras_seam.layers import contained_layers
 from tether.keras_seam.names import numbered
 
@@ -83,9 +82,8 @@ def _find_modules(variables: Sequence[Any]) -> None:
             break
     else:
         return
-    for found in gc.get_objects():
-        if issubclass(type(found), _Layer) and LIST in vars(found).get("_modules", ()):
-            _modules.add(found)
+    census.find_new()
+    _modules.update(layer for layer in census.layers() if LIST in vars(layer).get("_modules", ()))
 
 
 def _contains(module: Any, layer: Any) -> bool:

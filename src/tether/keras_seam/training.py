@@ -10,27 +10,24 @@ was traced, and lets training pass if the optimizer knows what trains. Nothing i
 
 from __future__ import annotations
 
-import gc
-import itertools
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from types import CodeType
 from typing import Any
 
 import keras
 
 from tether.errors import TetherError
+from tether.keras_seam import census
 from tether.keras_seam.frames import (
-    OF_LAYERS,
-    _code,
     _first_local,
     _frames,
     _is_tracing,
-    _methods,
-    _nested,
+    code_of,
     maker,
+    methods,
+    nested,
     saving_scope,
 )
 from tether.keras_seam.layers import contained_layers, set_untracked
@@ -48,68 +45,29 @@ _GUARDED = (*_MAKERS, "get_compile_config")
 _GATE = "_tether_gate"
 
 
-_RUNNING = {id(code): code for code in map(_code, _methods(keras.Model, *_RUNNERS))}
-_COMPILE = _code(keras.Model.compile)
-_IN_COMPILE = {id(code): code for code in (_COMPILE, *_nested(keras.Model.compile))}
+_RUNNING = {id(code): code for code in map(code_of, methods(keras.Model, *_RUNNERS))}
+_COMPILE = code_of(keras.Model.compile)
+_IN_COMPILE = {id(code): code for code in (_COMPILE, *nested(keras.Model.compile))}
 
 
 # --------------------------------------------------------------------------- which models there are
 
 
 _models: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The models that have been seen."""
 _tied: weakref.WeakSet[Any] = weakref.WeakSet()
-_layers: weakref.WeakSet[Any] = weakref.WeakSet()
-_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-"""What has been seen, of what is alive: models, those of them that hold ties, layers of any kind, optimizers."""
-
-# A function that is made holds its code, and each layer and each optimizer holds functions that were made for it alone.
-# So to know how many there are in the whole process, the references to that code are read, which takes no time.
-_OF_OPTIMIZERS = _nested(*_methods(keras.optimizers.Optimizer, "__init__"))
-_OF_TRACES = _nested(*_methods(keras.Model, "_make_function", *_MAKERS))
+"""Those of them that hold ties."""
+_OF_TRACES = nested(*methods(keras.Model, "_make_function", *_MAKERS))
+"""The functions that are made for each model when it is traced."""
 
 
-def _makes_one() -> Callable[[], None]:
-    return lambda: None
+def _notice(model: Any) -> None:
+    _models.add(model)
+    if vars(model).get("compiled") and answers["is_tied"](model):
+        hand_over_what_trains(model)
 
 
-_OF_NOBODY = _nested(_makes_one)
-
-
-def _count(codes: tuple[CodeType, ...]) -> int:
-    """How many are alive of the function of which most are, of those with these codes."""
-    (none,) = map(sys.getrefcount, _OF_NOBODY)
-    return max(map(sys.getrefcount, codes)) - none if codes else sys.maxsize
-
-
-def _look_around() -> None:
-    """Goes through memory for what has not been seen: what was made last, then everything."""
-    wanted = _with_subclasses(keras.layers.Layer) | _with_subclasses(keras.optimizers.Optimizer)
-    is_wanted = set(map(id, wanted)).__contains__
-    for generation in (0, 1, None):
-        everything = gc.get_objects(generation)
-        found = list(itertools.compress(everything, map(is_wanted, map(id, map(type, everything)))))
-        del everything
-        _optimizers.update(one for one in found if isinstance(one, keras.optimizers.Optimizer))
-        _layers.update(one for one in found if isinstance(one, keras.layers.Layer))
-        for model in [one for one in found if isinstance(one, keras.Model) and one not in _models]:
-            _models.add(model)
-            if vars(model).get("compiled") and answers["is_tied"](model):
-                hand_over_what_trains(model)
-        if _count(OF_LAYERS) <= len(_layers) and _count(_OF_OPTIMIZERS) <= len(_optimizers):
-            return
-
-
-def _with_subclasses(cls: type) -> set[type]:
-    found = {cls}
-    children: list[type] = type.__subclasses__(cls)
-    for child in children:
-        found |= _with_subclasses(child)
-    return found
-
-
-def see(layer: Any) -> None:
-    """Counts a layer as seen."""
-    _layers.add(layer)
+census.told_of_models.append(_notice)
 
 
 def notice_compiling() -> None:
@@ -138,8 +96,8 @@ def note_new_use() -> None:
     """Called when a layer that is being built begins to use weights."""
     global _changes
     _changes += 1
-    if _count(_OF_OPTIMIZERS) > len(_optimizers):  # a model may have been compiled before it was given the layer
-        _look_around()
+    if census.has_new_optimizers():  # a model may have been compiled before it was given the layer
+        census.find_new()
 
 
 def before_freezing() -> None:
@@ -165,11 +123,10 @@ def before_change(layers: Iterable[Any], *, resized: Iterable[Any] = (), adjuste
     global _changes
     _changes += 1
     changed, resized = {id(layer): layer for layer in layers}, list(resized)
-    if not changed or not (_count(_OF_OPTIMIZERS) or _count(_OF_TRACES)):
+    if not changed or not (census.has_optimizers() or census.alive(_OF_TRACES)):
         return
-    _layers.update(layer for layer in changed.values() if isinstance(layer, keras.layers.Layer))
-    if _count(OF_LAYERS) > len(_layers):
-        _look_around()
+    census.see(*(layer for layer in changed.values() if isinstance(layer, keras.layers.Layer)))
+    census.find_new()
     concerned = [model for model in list(_models) if _is_concerned(model, changed, again=bool(resized))]
     if concerned:
         _refuse_at_work(concerned)
@@ -329,9 +286,9 @@ def hand_over_what_trains(model: Any) -> None:
     _tied.add(model)
     optimizer = vars(model).get("optimizer")
     if optimizer is not None:
-        _optimizers.update((optimizer, inner_optimizer(optimizer)))
+        census.see(optimizer, inner_optimizer(optimizer))
         for part in _parts(optimizer):
-            _optimizers.add(part)
+            census.see(part)
             step = vars(part).get("apply")
             if not isinstance(step, _Step):
                 step = _Step(part)
