@@ -7,6 +7,7 @@ alone have the notes; files that an older Tether wrote have only the config.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,13 +104,15 @@ class _Reading:
         noted = list(self._noted(users))
         places = self._find(users, held)
         self.weights = {place: weight for weight, place in places.items()}
+        waiting: dict[tuple[Expression, str], deque[int]] = {}
+        for position, (place, _, expression) in enumerate(recorded):
+            waiting.setdefault((expression, place), deque()).append(position)
         for place, key, expression, dtype in noted:
-            same = [entry for entry in recorded if entry[2] == expression and _is_at(place, entry[0])]
-            # The one that was found exactly here, or else the one that is known to be somewhere below its recorder.
-            entry = min(same, key=lambda entry: entry[0] != place, default=None)
-            if entry is not None:
-                recorded.remove(entry)
-            attribute = entry[1].rpartition("/")[2] if entry is not None else None if key.isdigit() else key
+            # The one that was found exactly here, or else the first that is known to be somewhere below its recorder.
+            here, *above = (waiting.get((expression, at)) for at in _upwards(place))
+            first = here or min(filter(None, above), key=lambda positions: positions[0], default=None)
+            known = recorded[first.popleft()][1].rpartition("/")[2] if first else None
+            attribute = known if known is not None or key.isdigit() else key
             self._add_tie(place, attribute, expression, places, dtype=dtype, number=int(key) if key.isdigit() else 0)
         for place, attribute, expression in () if noted else recorded:
             if all(weight in places for weight in expression.weights_used()):
@@ -271,11 +274,6 @@ class _Reading:
             said = [use.trains and place not in (use.stopped or ()) for use in ties or uses]
             trainable = True if True in said else None if None in said else False
         return StoredWeight(place, shape, dtype, path=path, trainable=trainable, state=state)
-
-
-def _is_at(place: str, other: str) -> bool:
-    """Whether a place is another, or below it."""
-    return place == other or not other or place.startswith(f"{other}/")
 
 
 def _hanging(layer: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import h5py
@@ -36,8 +36,10 @@ class Values:
         self.uids: dict[str, str] = {}
         """The entries of weights, by the ids that notes name them by."""
         self._named: dict[str, list[str]] = {}
-        self._below: dict[str, list[str]] = {}
+        self._below: dict[str, dict[str, None]] = {}
         """The groups in each group, by their names there."""
+        self._stems: dict[str, set[str]] = {}
+        """What these names are without their numbers."""
         if "layer_names" in file.attrs or "model_weights" in file:
             raise Unsupported("This file is of Keras's old format. Load it and save it as `.keras` or `.weights.h5`.")
         for place, item in objects(file, size):
@@ -45,7 +47,7 @@ class Values:
                 self.tensors[place] = (tuple(int(n) for n in item.shape), dtype_of(item))
             elif place:
                 above, _, name = place.rpartition("/")
-                self._below.setdefault(above, []).append(name)
+                self._below.setdefault(above, {})[name] = None
                 self._read_group(place, item)
 
     def _read_group(self, place: str, group: Any) -> None:
@@ -71,20 +73,22 @@ class Values:
         while steps:
             keys = self._below.get(place, ())
             key = next((key for key in (steps[0], steps[0].removeprefix("_")) if key in keys), None)
-            key = key or self._item(keys, steps[0])
+            key = key or self._item(place, steps[0])
             inner = self.nearest(steps[0], place) if key is None else f"{place}/{key}" if place else key
             if inner is None:
                 break
             place, steps = inner, steps[1:]
         return place, steps
 
-    def _item(self, keys: Collection[str], step: str) -> str | None:
+    def _item(self, place: str, step: str) -> str | None:
         """The name of an item of a list, if the names in the file tell which one it is: all of one class."""
         if not step.isdigit():
             return None
-        stems = {re.sub(r"_\d+$", "", key) for key in keys}
+        if place not in self._stems:
+            self._stems[place] = {re.sub(r"_\d+$", "", key) for key in self._below.get(place, ())}
+        stems = self._stems[place]
         key = min(stems, default="") + (f"_{step}" if step != "0" else "")
-        return key if len(stems) == 1 and key in keys else None
+        return key if len(stems) == 1 and key in self._below[place] else None
 
     def is_state(self, place: str) -> bool:
         """Whether an entry is of the optimizer of a model within the model."""

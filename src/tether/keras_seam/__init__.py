@@ -136,7 +136,13 @@ from tether.keras_seam.saving import (
 )
 from tether.keras_seam.starting import is_random, random_starts_left_out
 from tether.keras_seam.threads import AutocastScope, get_autocast_scope
-from tether.keras_seam.torch_parameters import Change, list_parameters_again, only_parameters, without_parameters
+from tether.keras_seam.torch_parameters import (
+    LISTS_PARAMETERS,
+    Change,
+    list_parameters_again,
+    only_parameters,
+    without_parameters,
+)
 from tether.keras_seam.training import (
     answers,
     before_change,
@@ -159,28 +165,27 @@ from tether.keras_seam.variables import (
 )
 
 __all__ = [
-    "ADDS_IN_PLACE", "SHARED_ID", "STORES", "TIED_NAME", "TRACES_GRADIENTS", "AutocastScope", "Change",
-    "Functional", "KerasSaveable", "Sequential", "Variable", "WatchedSublayers", "add_to_fresh", "answers",
-    "attributes", "autocasts", "before_change", "before_freezing", "build_shapes", "call_owners",
-    "call_parameters", "calls_in_graph", "calls_of", "class_reference", "config_with_ids", "contained_layers",
-    "copies_begun", "copying_scope", "counts", "current_path", "decay_pattern", "deserialized", "entry_notes",
-    "find_class", "forget_attribute", "get_autocast_scope", "give_back_quantize", "give_shape", "give_value",
-    "graph_of", "graph_outputs", "has_compiled_loss", "held_dtype", "holds_its_layers_configs", "infer_graph",
-    "inner_optimizer", "input_signature", "input_spec", "insert_tracked", "inside_bidirectional_init",
-    "is_automatic_layer_name", "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated",
-    "is_excluded_from_decay", "is_float", "is_given_what_trains", "is_locked", "is_nnx_enabled",
-    "is_plain_eager", "is_quantizing_a_model", "is_random", "is_same_snapshot", "is_sparse", "is_stored_in",
-    "is_traced", "is_training_call", "layout_map", "list_parameters_again", "listed_variables", "load_from",
-    "loading_scope", "losses_scope", "maker", "mark_like", "mend_tf2onnx", "mutations", "name_scope",
-    "note_new_use", "notice_compiling", "numbered", "on_host", "only_parameters", "optimized_variables",
-    "optimizer_slots", "own_attributes", "own_copy", "own_tensor", "own_tracker", "own_trainable_flag",
-    "passes", "path_scope", "plain_tensor", "prepare_view", "quantization_config", "quantizers",
-    "random_starts_left_out", "raw_value", "read_archive", "recognize_variables", "refresh_call_signature",
-    "refuse_spectral_normalization", "refuse_to_be_looked_into", "register_reader", "register_tied",
-    "registered_function", "running_layers", "running_methods", "save_to", "saved_objects", "saving_scope",
-    "see", "set_build_shapes", "set_by_a_container", "set_mask", "set_own_trainable_flag", "set_untracked",
-    "shared_object", "shield_tracker", "snapshot", "store_each_variable_once", "stored_dtype", "stored_value",
-    "sublayers", "take_over_quantize", "tell_apart", "trace", "trace_token", "track", "training_loss",
+    "ADDS_IN_PLACE", "LISTS_PARAMETERS", "SHARED_ID", "STORES", "TIED_NAME", "TRACES_GRADIENTS", "AutocastScope",
+    "Change", "Functional", "KerasSaveable", "Sequential", "Variable", "WatchedSublayers", "add_to_fresh", "answers",
+    "attributes", "autocasts", "before_change", "before_freezing", "build_shapes", "call_owners", "call_parameters",
+    "calls_in_graph", "calls_of", "class_reference", "config_with_ids", "contained_layers", "copies_begun",
+    "copying_scope", "counts", "current_path", "decay_pattern", "deserialized", "entry_notes", "find_class",
+    "forget_attribute", "get_autocast_scope", "give_back_quantize", "give_shape", "give_value", "graph_of",
+    "graph_outputs", "has_compiled_loss", "held_dtype", "holds_its_layers_configs", "infer_graph", "inner_optimizer",
+    "input_signature", "input_spec", "insert_tracked", "inside_bidirectional_init", "is_automatic_layer_name",
+    "is_automatic_variable_name", "is_concrete", "is_default", "is_differentiated", "is_excluded_from_decay",
+    "is_float", "is_given_what_trains", "is_locked", "is_nnx_enabled", "is_plain_eager", "is_quantizing_a_model",
+    "is_random", "is_same_snapshot", "is_sparse", "is_stored_in", "is_traced", "is_training_call", "layout_map",
+    "list_parameters_again", "listed_variables", "load_from", "loading_scope", "losses_scope", "maker", "mark_like",
+    "mend_tf2onnx", "mutations", "name_scope", "note_new_use", "notice_compiling", "numbered", "on_host",
+    "only_parameters", "optimized_variables", "optimizer_slots", "own_attributes", "own_copy", "own_tensor",
+    "own_tracker", "own_trainable_flag", "passes", "path_scope", "plain_tensor", "prepare_view",
+    "quantization_config", "quantizers", "random_starts_left_out", "raw_value", "read_archive", "recognize_variables",
+    "refresh_call_signature", "refuse_spectral_normalization", "refuse_to_be_looked_into", "register_reader",
+    "register_tied", "registered_function", "running_layers", "running_methods", "save_to", "saved_objects",
+    "saving_scope", "see", "set_build_shapes", "set_by_a_container", "set_mask", "set_own_trainable_flag",
+    "set_untracked", "shared_object", "shield_tracker", "snapshot", "store_each_variable_once", "stored_dtype",
+    "stored_value", "sublayers", "take_over_quantize", "tell_apart", "trace", "trace_token", "track", "training_loss",
     "undisturbed", "unique_name", "unlock", "unlocked", "unshield_tracker", "untrack", "untrack_layer",
     "variable_lists", "without_parameters", "write", "write_rows",
 ]  # fmt: skip

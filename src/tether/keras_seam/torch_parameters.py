@@ -20,6 +20,8 @@ from tether.keras_seam.layers import contained_layers
 from tether.keras_seam.names import numbered
 
 LIST = "_torch_params"
+LISTS_PARAMETERS = _backend.backend() == "torch"
+"""Whether modules list parameters: whether anybody has to be told of a change."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Change:
 
 def list_parameters_again(changes: Iterable[Change]) -> None:
     """Makes `parameters()` of each changed layer, and of every module around one, exactly what is stored in it."""
-    if _backend.backend() != "torch":
+    if not LISTS_PARAMETERS:
         return
     changes = list(changes)
     for change in changes:

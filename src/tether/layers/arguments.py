@@ -14,7 +14,7 @@ from tether.weights.expression import Expression, leaves
 def arguments_by_name(state: State) -> dict[str, list[Argument]]:
     """The arguments in the ties recorded on a layer, and in those that were asked for there."""
     found: dict[str, list[Argument]] = {}
-    for leaf in [*(leaf for tie in state.recorded for leaf in arguments_in(tie.expression)), *state.takes]:
+    for leaf in [*(leaf for tie in state.recorded.values() for leaf in arguments_in(tie.expression)), *state.takes]:
         if leaf not in found.setdefault(leaf.name, []):
             found[leaf.name].append(leaf)
     return found

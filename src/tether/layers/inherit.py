@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -18,7 +19,7 @@ from tether.layers.named import Named, frozen_weights, named_weights, pairs, sel
 from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
 from tether.layers.state import weights_below
-from tether.layers.tie import tie, weight_of
+from tether.layers.tie import tie, weight_of, weights_of
 from tether.layers.view import View, numpy_of
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
@@ -206,7 +207,7 @@ class _Heir:
 
         A copy that the caller asks for by name, or for a layer of his own, is one to train.
         """
-        kept = self._is_the_same() or not (self.given or self.shared)
+        kept = self._is_the_same or not (self.given or self.shared)
         frozen = {path for path, source in self.sources.items() if source.path in self.frozen}
         return frozen - set(self.changes) if kept else set()
 
@@ -215,6 +216,8 @@ class _Heir:
         copies: list[tuple[Named, np.ndarray[Any, Any]]] = []
         ties: dict[str, Expression] = {}
         report = Report()
+        shared = (self.sources[weight.path].path for weight in self.mine if weight.path in self.shared)
+        bases = weights_of(self.parent, dict.fromkeys(shared))
         for weight in self.mine:
             source, change = self.sources.get(weight.path), self.changes.get(weight.path)
             how = "own" if source is None else "shared"
@@ -222,14 +225,14 @@ class _Heir:
                 if change is not None:
                     ties[weight.path] = self._alone(change, weight)
             elif weight.path in self.shared:
-                ties[weight.path] = self._of_parent(weight, source, change)
+                ties[weight.path] = self._of_parent(weight, source, bases[source.path], change)
             else:
                 value, how = self._copied(weight, source)
                 if change is not None:
                     ties[weight.path] = self._of_copy(weight, value, change)
                 else:
                     copies.append((weight, value))
-                    if weight.path in self.kept and self._has_its_own():
+                    if weight.path in self.kept and self._has_its_own:
                         ties[weight.path] = weight_of(self.child, weight.path).stop_gradient()
             if change is not None:
                 text = f"combined: {ties[weight.path].notation()}"
@@ -262,17 +265,18 @@ class _Heir:
             return changed(change, own, weight.name)
         return changed(change, as_expression(0), weight.name)
 
-    def _of_parent(self, weight: Named, source: Named, change: Any) -> Expression:
-        base = weight_of(self.parent, source.path)
-        if self._is_the_same():  # its own flags say what trains, as the parent's do
+    def _of_parent(self, weight: Named, source: Named, base: Expression, change: Any) -> Expression:
+        if self._is_the_same:  # its own flags say what trains, as the parent's do
             return base
         still = base.stop_gradient() if source.path in self.frozen else base
         return still if change is None else changed(change, still, weight.name)
 
+    @cached_property
     def _has_its_own(self) -> bool:
         """Whether the child has something that the parent has not, which may learn in a layer that is frozen."""
         return bool(self.changes) or any(weight.path not in self.sources for weight in self.mine)
 
+    @cached_property
     def _is_the_same(self) -> bool:
         """Whether the child has nothing of its own, so that what trains of it may be switched as of the parent."""
         return not self.changes and all(weight.path in self.shared for weight in self.mine)
@@ -320,7 +324,7 @@ class _Heir:
 
     def _set_flags(self, ties: dict[str, Expression]) -> None:
         """Frozen parts of the parent are frozen in the child, except layers in which something of its own learns."""
-        if self.copied and not self._has_its_own() and (self._is_the_same() or not self.shared):
+        if self.copied and not self._has_its_own and (self._is_the_same or not self.shared):
             take_flags(self.child, self.parent)
             return
         frozen = {path for path, source in self.sources.items() if source.path in self.frozen}
@@ -338,7 +342,7 @@ class _Heir:
             )
         }
         train_only(self.child, self.mine, learns, frozen)
-        for weight in named_weights(self.child) if not self._has_its_own() else ():
+        for weight in named_weights(self.child) if not self._has_its_own else ():
             if weight.path in self.kept and not weight.frozen:  # beside one that learns in the same layer
                 weight.variable.trainable = False
 
@@ -411,7 +415,7 @@ def _by_form(parent: Any, form: LayerForm, asked: dict[str, Any], **others: Any)
     child = form.layer(parent)
     theirs = named_weights(parent)
     frozen = frozen_weights(theirs)
-    given = {weight.path: weight_of(parent, weight.path) for weight in theirs}
+    given = weights_of(parent, (weight.path for weight in theirs))
     given = {path: base.stop_gradient() if path in frozen else base for path, base in given.items()}
     ties = form.weights(given)
     tie(child, ties)

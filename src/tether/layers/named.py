@@ -140,9 +140,10 @@ def take_flags(root: Any, source: Any) -> None:
             continue
         flag = keras_seam.own_trainable_flag(other)
         keras_seam.set_own_trainable_flag(layer, flag)
-        theirs = {paths.canonical_name(other, variable): variable for variable in paths.own_variables(other)}
+        their_names, names = paths.canonical_names(other), paths.canonical_names(layer)
+        theirs = {their_names[id(variable)]: variable for variable in paths.own_variables(other)}
         for variable in paths.own_variables(layer):
-            match = theirs.get(paths.canonical_name(layer, variable))
+            match = theirs.get(names[id(variable)])
             if match is not None:
                 _take_variable_flag(variable, flag, *_training_state(other, match))
         state = state_of(layer)

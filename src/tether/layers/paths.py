@@ -7,8 +7,9 @@ canonical path, which is the same in every instance of the layer.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import keras
@@ -49,22 +50,28 @@ def split(path: Any) -> Path:
     return tuple(path.split("/"))
 
 
-def locate(root: Any, path: Path) -> Place:
+def locate(root: Any, path: Path, holdings: Holdings | None = None) -> Place:
     """Follows a path from a layer.
+
+    Args:
+        root: The layer.
+        path: The path.
+        holdings: What the layers hold, if several paths are followed while nothing changes.
 
     Raises:
         UnknownName: It leads nowhere, or to two places.
     """
+    held = _Held if holdings is None else holdings.of
     layer, recorder, recorded, rest = root, root, cast("Path", ()), path
     graph: tuple[Any, Path] | None = None
     while True:
         _refuse_in_place(layer, rest)
-        found = find_variable(layer, rest)
+        found = _find_variable(held(layer), rest)
         if found is not None:
             variable, canonical = found
             graph = None if graph is None or graph[0] is layer else (graph[0], graph[1] + canonical)
             return Place(layer, rest, recorder, recorded + canonical, variable, "/".join(canonical), graph)
-        step = find_child(layer, rest)
+        step = _find_child(held(layer), rest)
         if step is None:
             if layer.built:
                 raise UnknownName(nothing_there(root, path, layer, rest))
@@ -115,8 +122,17 @@ def own_variables(layer: Any) -> list[Any]:
 
 def holders(layer: Any, variable: Any) -> list[Path]:
     """The attributes, and places in containers, that hold a variable or sub-layer, public ones first."""
-    found = [path for path, value in _attributes(layer) if value is variable]
-    return sorted(found, key=lambda path: (path[0].startswith("_"), len(path), path))
+    return _places(layer, [variable]).get(id(variable), [])
+
+
+def _places(layer: Any, wanted: Iterable[Any]) -> dict[int, list[Path]]:
+    """The attributes, and places in containers, that hold each of several variables or sub-layers, by its id."""
+    ids = set(map(id, wanted))
+    found: dict[int, list[Path]] = {}
+    for path, value in _attributes(layer):
+        if id(value) in ids:
+            found.setdefault(id(value), []).append(path)
+    return {key: sorted(places, key=lambda p: (p[0].startswith("_"), len(p), p)) for key, places in found.items()}
 
 
 def _attributes(layer: Any) -> Iterator[tuple[Path, Any]]:
@@ -169,43 +185,162 @@ def _container(layer: Any, path: Path) -> Any:
     return container
 
 
+class Holdings:
+    """What layers hold, each looked through once: for who follows many paths, as long as nothing changes."""
+
+    def __init__(self, count: int | None = None) -> None:
+        """For a number of paths; left out, for many."""
+        self._many = count is None or count > 1
+        self._known: dict[int, _Held] = {}
+
+    def of(self, layer: Any) -> _Held:
+        """What a layer holds."""
+        if id(layer) not in self._known:
+            self._known[id(layer)] = _Held(layer, many=self._many)
+        return self._known[id(layer)]
+
+
+class _Held:
+    """What one layer holds: its own variables and its sub-layers, by name and by place, each found when asked for.
+
+    If many are going to be asked for, all are found with the first: a model may have a thousand layers.
+    """
+
+    def __init__(self, layer: Any, *, many: bool = False) -> None:
+        self.layer, self.many = layer, many
+        self.variables = own_variables(layer)
+        self._attributes: dict[str, Any] = {}
+
+    def attribute(self, name: str) -> Any:
+        """An attribute of the layer; `None` if it has none, or not yet."""
+        if name not in self._attributes:
+            try:
+                self._attributes[name] = getattr(self.layer, name, None)
+            except Exception:  # a property that is not ready before build
+                self._attributes[name] = None
+        return self._attributes[name]
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Any]]:
+        """The variables of each name."""
+        return _grouped({id(variable): variable for variable in self.variables}.values())
+
+    @cached_property
+    def places(self) -> dict[int, list[Path]]:
+        """Where variables and sub-layers are, public places first, by their ids."""
+        return _places(self.layer, [*self.variables, *self.children])
+
+    @cached_property
+    def at(self) -> dict[Path, Any]:
+        """The variables at each place."""
+        return {place: variable for variable in self.variables for place in self.places.get(id(variable), ())}
+
+    @cached_property
+    def names(self) -> dict[int, Path]:
+        """The canonical path of each variable, by its id.
+
+        It is the variable's name, or its attribute where the name was made up or is not the only one of its kind.
+        """
+        found = {}
+        for variable in self.variables:
+            unique = len(self.by_name[variable.name]) == 1
+            places = self.places.get(id(variable)) if not unique or _is_made_up(variable) else None
+            found[id(variable)] = places[0] if places else (variable.name,)
+        return found
+
+    @cached_property
+    def children(self) -> list[Any]:
+        """The sub-layers that are no weights."""
+        return [child for child in keras_seam.sublayers(self.layer) if _is_child(child)]
+
+    def children_named(self, name: str) -> list[Any]:
+        """The sub-layers of a name."""
+        if self.many:
+            return self._children_by_name.get(name, [])
+        return [child for child in keras_seam.sublayers(self.layer) if child.name == name and _is_child(child)]
+
+    @cached_property
+    def _children_by_name(self) -> dict[str, list[Any]]:
+        return _grouped(self.children)
+
+    @cached_property
+    def is_graph(self) -> bool:
+        """Whether Keras makes the layer's own `call`, of the layers that it lists."""
+        return isinstance(self.layer, (keras_seam.Functional, keras_seam.Sequential))
+
+    @cached_property
+    def graph(self) -> dict[int, Path]:
+        """The place of each layer of a graph, by its id: the order in which the graph lists them."""
+        if not self.is_graph:
+            return {}
+        return {id(child): ("layers", str(place)) for place, child in enumerate(self.layer.layers)}
+
+    def child(self, child: Any) -> Path:
+        """The canonical path of a sub-layer: where every instance of the layer holds it."""
+        places = (self.places if self.many else _places(self.layer, [child])).get(id(child), [])
+        if places and not (self.is_graph and places[0][0].startswith("_")):
+            return places[0]
+        listed = self._listed_at(child) if self.is_graph else None
+        return listed or (places[0] if places else (child.name,))
+
+    def _listed_at(self, child: Any) -> Path | None:
+        if self.many:
+            return self.graph.get(id(child))
+        places = (place for place, other in enumerate(self.layer.layers) if other is child)
+        return next((("layers", str(place)) for place in places), None)
+
+
+def _is_child(layer: Any) -> bool:
+    return not isinstance(layer, Weight)
+
+
+def _grouped(named: Iterable[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for each in named:
+        found.setdefault(each.name, []).append(each)
+    return found
+
+
+def _is_made_up(variable: Any) -> bool:
+    return keras_seam.is_automatic_variable_name(variable.name)
+
+
 def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
     """The layer's own variable of that name or attribute, and its canonical path."""
-    variables = own_variables(layer)
-    if not variables:
+    return _find_variable(_Held(layer), rest)
+
+
+def _find_variable(held: _Held, rest: Path) -> tuple[Any, Path] | None:
+    if not held.variables:
         return None
-    by_id = {id(variable): variable for variable in variables}
-    matches: dict[int, str] = {}
-    if len(rest) == 1:
-        for variable in variables:
-            if variable.name == rest[0]:
-                matches[id(variable)] = f"the variable {variable.path}{_at(layer, variable)}"
-    for path, value in _attributes(layer):
-        if id(value) in by_id and path in (rest, ("_" + rest[0], *rest[1:])):
-            matches.setdefault(id(value), f"the attribute {'.'.join(path)} (variable {value.path})")
+    matches: dict[int, tuple[Any, str]] = {}
+    for variable in held.by_name.get(rest[0], ()) if len(rest) == 1 else ():
+        places = held.places.get(id(variable))
+        at = f" at {'/'.join(places[0])!r}" if places else ""
+        matches[id(variable)] = (variable, f"the variable {variable.path}{at}")
+    for path in (rest, ("_" + rest[0], *rest[1:])):
+        if path in held.at:
+            variable = held.at[path]
+            matches.setdefault(id(variable), (variable, f"the attribute {'.'.join(path)} (variable {variable.path})"))
     if not matches:
         return None
     if len(matches) > 1:
         raise UnknownName(
-            f"The name {'/'.join(rest)!r} is ambiguous in layer {layer.name!r}: it is {' and '.join(matches.values())}."
-            " Use a name that only one of them has."
+            f"The name {'/'.join(rest)!r} is ambiguous in layer {held.layer.name!r}: it is "
+            f"{' and '.join(words for _, words in matches.values())}. Use a name that only one of them has."
         )
-    variable = by_id[next(iter(matches))]
-    return variable, canonical_name(layer, variable)
-
-
-def _at(layer: Any, variable: Any) -> str:
-    paths = holders(layer, variable)
-    return f" at {'/'.join(paths[0])!r}" if paths else ""
+    variable, _ = next(iter(matches.values()))
+    return variable, held.names[id(variable)]
 
 
 def canonical_name(layer: Any, variable: Any) -> Path:
     """The variable's name, or its attribute where the name was made up or is not the only one of its kind."""
-    same = [other for other in own_variables(layer) if other.name == variable.name]
-    if len(same) == 1 and not keras_seam.is_automatic_variable_name(variable.name):
-        return (variable.name,)
-    paths = holders(layer, variable)
-    return paths[0] if paths else (variable.name,)
+    return canonical_names(layer).get(id(variable), (variable.name,))
+
+
+def canonical_names(layer: Any) -> dict[int, Path]:
+    """The canonical names of all variables of a layer, by their ids."""
+    return _Held(layer).names
 
 
 # --------------------------------------------------------------------------- sub-layers
@@ -213,10 +348,14 @@ def canonical_name(layer: Any, variable: Any) -> Path:
 
 def find_child(layer: Any, rest: Path) -> tuple[Any, Path, Path] | None:
     """The sub-layer that the path goes through next: the layer, its canonical path, what is left."""
-    head, tail = rest[0], rest[1:]
+    return _find_child(_Held(layer), rest)
+
+
+def _find_child(held: _Held, rest: Path) -> tuple[Any, Path, Path] | None:
+    layer, head, tail = held.layer, rest[0], rest[1:]
     found: dict[int, tuple[Any, Path, Path]] = {}
     for attribute in (head, "_" + head):
-        value = _attribute(layer, attribute)
+        value = held.attribute(attribute)
         path: Path = (attribute,)
         remaining = tail
         while isinstance(value, (list, tuple, dict)) and remaining:
@@ -225,9 +364,9 @@ def find_child(layer: Any, rest: Path) -> tuple[Any, Path, Path] | None:
         if isinstance(value, keras.layers.Layer) and not isinstance(value, Weight):
             found[id(value)] = (value, path, remaining)
             break
-    for child in _children(layer):
-        if child.name == head:
-            found.setdefault(id(child), (child, canonical_child(layer, child), tail))
+    for child in held.children_named(head):
+        if id(child) not in found:
+            found[id(child)] = (child, held.child(child), tail)
     if not found and not tail and isinstance(layer, keras.layers.RNN) and isinstance(layer.cell, keras.layers.Layer):
         return layer.cell, ("cell",), rest
     if len(found) > 1:
@@ -238,17 +377,6 @@ def find_child(layer: Any, rest: Path) -> tuple[Any, Path, Path] | None:
     return next(iter(found.values()), None)
 
 
-def _children(layer: Any) -> list[Any]:
-    return [child for child in keras_seam.sublayers(layer) if not isinstance(child, Weight)]
-
-
-def _attribute(layer: Any, name: str) -> Any:
-    try:
-        return getattr(layer, name, None)
-    except Exception:  # a property that is not ready before build
-        return None
-
-
 def _item(container: Any, key: str) -> Any:
     if isinstance(container, dict):
         return container.get(key)
@@ -257,25 +385,20 @@ def _item(container: Any, key: str) -> Any:
 
 def canonical_child(layer: Any, child: Any) -> Path:
     """The attribute, or the place in a container, that holds a sub-layer in every instance of the layer."""
-    if isinstance(layer, keras.Model) and isinstance(layer, (keras_seam.Functional, keras_seam.Sequential)):
-        public = [path for path in holders(layer, child) if not path[0].startswith("_")]
-        if public:
-            return public[0]
-        return ("layers", str(next(i for i, other in enumerate(layer.layers) if other is child)))
-    paths = holders(layer, child)
-    return paths[0] if paths else (child.name,)
+    return _Held(layer).child(child)
 
 
 def children(layer: Any) -> Iterator[tuple[Path, Any]]:
     """The sub-layers, weights that are attributes included, each by a path that is the same in a layer made alike."""
-    if isinstance(layer, (keras_seam.Functional, keras_seam.Sequential)):
-        for place, child in enumerate(layer.layers):
-            yield ("layers", str(place)), child
+    held = _Held(layer)
+    if held.is_graph:
+        yield from ((held.graph[id(child)], child) for child in layer.layers)
         return
-    hung = vars(layer).get(WEIGHTS) or ()
-    for child in keras_seam.sublayers(layer):
-        if not any(child is weight for weight in hung):
-            yield canonical_child(layer, child), child
+    hung = set(map(id, vars(layer).get(WEIGHTS) or ()))
+    below = [child for child in keras_seam.sublayers(layer) if id(child) not in hung]
+    places = _places(layer, below)
+    for child in below:
+        yield places.get(id(child), [(child.name,)])[0], child
 
 
 # --------------------------------------------------------------------------- errors
@@ -283,27 +406,30 @@ def children(layer: Any) -> Iterator[tuple[Path, Any]]:
 
 def weight_paths(layer: Any, prefix: Path = (), depth: int = 0) -> list[str]:
     """The paths of all weights below a layer."""
-    found = ["/".join((*prefix, *canonical_name(layer, variable))) for variable in own_variables(layer)]
+    held = _Held(layer)
+    found = ["/".join((*prefix, *held.names[id(variable)])) for variable in held.variables]
     if depth < 8:
-        for child in _children(layer):
+        for child in held.children:
             found.extend(weight_paths(child, (*prefix, child.name), depth + 1))
     return list(dict.fromkeys(found))
 
 
 def walk(layer: Any) -> Iterator[tuple[Path, Path, Any, Any]]:
     """Every weight below a built layer, at every place: canonical path, path by layer names, its layer, itself."""
-    yield from _walk(layer, (), (), (layer,))
+    yield from _walk(Holdings(), layer, (), (), (layer,))
 
 
-def _walk(layer: Any, path: Path, names: Path, around: tuple[Any, ...]) -> Iterator[tuple[Path, Path, Any, Any]]:
-    for variable in own_variables(layer):
-        leaf = canonical_name(layer, variable)
+def _walk(
+    holdings: Holdings, layer: Any, path: Path, names: Path, around: tuple[Any, ...]
+) -> Iterator[tuple[Path, Path, Any, Any]]:
+    held = holdings.of(layer)
+    for variable in held.variables:
+        leaf = held.names[id(variable)]
         yield path + leaf, names + leaf, layer, variable
-    graph = isinstance(layer, (keras_seam.Functional, keras_seam.Sequential))
-    for child in [c for c in layer.layers if not isinstance(c, Weight)] if graph else _children(layer):
-        if not any(child is other for other in around):
-            step = canonical_child(layer, child)
-            yield from _walk(child, path + step, (*names, child.name), (*around, child))
+    listed = layer.layers if held.is_graph else held.children
+    for child in listed:
+        if not isinstance(child, Weight) and not any(child is other for other in around):
+            yield from _walk(holdings, child, path + held.child(child), (*names, child.name), (*around, child))
 
 
 def nothing_there(root: Any, path: Path, layer: Any, rest: Path) -> str:

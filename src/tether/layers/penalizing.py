@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.layers.penalty import Penalty
+from tether.layers.penalty import ALIVE, Penalty
 from tether.layers.placing import become_tied
 from tether.layers.state import hang_weights, state_of, weights_below
 from tether.layers.swap import swapped
@@ -71,6 +71,11 @@ def replace(layer: Any, found: list[tuple[Expression, Expression, Expression, tu
         detach(penalty, [layer])
     for a, b, strength, owned in found:
         attach(Penalty(layer, a, b, strength, owned), layer)
+
+
+def are_any() -> bool:
+    """Whether there is any penalty."""
+    return bool(ALIVE)
 
 
 def drop_void(layers: list[Any]) -> None:

@@ -17,6 +17,9 @@ from tether.weights.expression import Expression, Tensor, leaves
 from tether.weights.use import Use
 from tether.weights.weight import Weight
 
+ALIVE: weakref.WeakSet[Penalty] = weakref.WeakSet()
+"""Every penalty of the process: without any, nobody has to look for those that a change ends."""
+
 
 class Penalty:
     """`strength * sum((a - b)**2)`.
@@ -38,6 +41,7 @@ class Penalty:
         self.recorder = weakref.ref(recorder)
         self.a, self.b, self.strength, self.owned = a, b, strength, owned
         self.made_by_code = made_by_code
+        ALIVE.add(self)
         parts = [part for part in (a, b) if set(part.weights_used()) & set(owned)]
         schedule = [strength.stop_gradient()] if set(strength.weights_used()) & set(owned) else []
         self.uses = [Use("soft_tie", part, self.recorder) for part in [*parts, *schedule]]

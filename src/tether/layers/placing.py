@@ -47,7 +47,7 @@ def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
     if isinstance(variable, View):
         use = new_use(layer, name, expression, variable.use.regularizer)
         drop_use(variable.use)
-        forget(next(slot.tie for slot in state.slots if slot.view is variable))
+        next(slot.tie for slot in state.slots if slot.view is variable).forget()
         view = view_like(variable, use, trainable=variable.slot_trainable)
         view.frozen = variable.frozen
     else:
@@ -76,14 +76,6 @@ def drop_use(use: Any) -> None:
     """Ends a use of its weights."""
     for weight in use.expression.weights_used():
         weight.remove_use(use)
-
-
-def forget(asked: Tie) -> None:
-    """Removes a tie from the object that records it."""
-    recorder = asked.recorder()
-    state = None if recorder is None else state_of(recorder)
-    if state is not None:
-        state.recorded = [tie for tie in state.recorded if tie is not asked]
 
 
 # --------------------------------------------------------------------------- a layer that is being built
@@ -146,8 +138,9 @@ def forward(layer: Any, state: State) -> None:
         child, canonical, rest = step
         del state.pending[path]
         recorder = asked.recorder()
-        if recorder is not None and asked.path[-len(path) :] == path:
-            asked.path = asked.path[: -len(path)] + canonical + rest
+        if recorder is not None and asked.path[-len(path) :] == path and asked.is_recorded:
+            asked.forget()
+            asked.record(recorder, asked.path[: -len(path)] + canonical + rest)
         become_tied(child)
         place = paths.locate(child, rest)
         below = become_tied(place.layer)
@@ -175,15 +168,16 @@ def _settle(layer: Any, state: State) -> None:
         child = None if found is not None else paths.find_child(layer, path)
         if found is None and child is None:
             del state.pending[path]
-            forget(asked)
+            asked.forget()
             layer.built = True
             raise UnknownName(paths.nothing_there(layer, path, layer, path))
         del state.pending[path]
         if found is not None:
             variable, canonical = found
             refuse_tie(layer, "/".join(canonical), variable, asked.expression)
-            if asked.recorder() is layer:
-                asked.path = canonical
+            if asked.recorder() is layer and asked.is_recorded:
+                asked.forget()
+                asked.record(layer, canonical)
             replace(layer, variable, "/".join(canonical), asked)
         else:
             place = paths.locate(layer, path)

@@ -35,10 +35,10 @@ NEEDS = "This file holds ties of weights. Install keras-tether (`pip install ker
 
 def ties_to_write(layer: Any, state: State) -> dict[str, Tie]:
     """The ties that this layer's config has to hold: its own, and those that no config around it will hold."""
-    ties = {"/".join(tie.path): tie for tie in state.recorded}
+    ties = {"/".join(path): tie for path, tie in state.recorded.items()}
     elsewhere: list[tuple[str, Tie]] = [("/".join(path), tie) for path, tie in state.pending.items()]
     elsewhere += [(slot.view.use.name, slot.tie) for slot in state.slots]
-    elsewhere += [("/".join(path), tie) for tie, path in state.lent]
+    elsewhere += [("/".join(path), tie) for tie, path in state.lent if tie.is_recorded]
     for path, tie in elsewhere:
         recorder = tie.recorder()
         if recorder is not layer and (recorder is None or not is_serializing(recorder)):

@@ -7,7 +7,6 @@ constructor copies it by its config, the tie would be lost: it is refused, or re
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from tether.errors import LostTie
 from tether.layers import paths
 from tether.layers.arguments import arguments_in
 from tether.layers.penalty import Penalty
-from tether.layers.placing import become_tied, forget
+from tether.layers.placing import become_tied
 from tether.layers.state import State, Tie, state_of
 from tether.layers.untie import become_plain
 from tether.weights.expression import Expression
@@ -195,11 +194,11 @@ def _move(lost: Unrecorded, root: Any, tried: dict[int, int], moved: list[tuple[
 
 def _record(tie: Tie, recorder: Any, path: paths.Path) -> None:
     before = tie.recorder()
-    forget(tie)
+    tie.forget()
     if before is not None:
         become_plain(before)
-    tie.recorder, tie.path = weakref.ref(recorder), path
-    become_tied(recorder).recorded.append(tie)
+    become_tied(recorder)
+    tie.record(recorder, path)
 
 
 def _chains(root: Any, layer: Any) -> Iterator[tuple[Any, ...]]:

@@ -33,6 +33,25 @@ class Tie:
     quantized: bool = False
     """Quantised since, of which that constructor knows nothing."""
 
+    def record(self, recorder: Any, path: tuple[str, ...]) -> None:
+        """Records the tie on a tied layer, in the place of another one of the same path."""
+        self.recorder, self.path = weakref.ref(recorder), path
+        recorded = vars(recorder)[STATE].recorded
+        recorded.pop(path, None)
+        recorded[path] = self
+
+    def forget(self) -> None:
+        """Removes the tie from the layer that records it."""
+        if self.is_recorded:
+            del vars(self.recorder())[STATE].recorded[self.path]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a layer records the tie: it was not untied since, nor replaced by another one."""
+        recorder = self.recorder()
+        state = None if recorder is None else vars(recorder).get(STATE)
+        return state is not None and state.recorded.get(self.path) is self
+
 
 @dataclass(eq=False)
 class Slot:
@@ -52,8 +71,8 @@ class State:
 
     pending: dict[tuple[str, ...], Tie] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
-    recorded: list[Tie] = field(default_factory=list)
-    """The ties recorded on this layer, for it and for layers below it."""
+    recorded: dict[tuple[str, ...], Tie] = field(default_factory=dict)
+    """The ties recorded on this layer, for it and for layers below it, by their paths from here."""
     lent: list[tuple[Tie, tuple[str, ...]]] = field(default_factory=list)
     """Ties recorded on a graph around this layer, by their paths from here: for a clone of the graph."""
     takes: list[Argument] = field(default_factory=list)
@@ -154,7 +173,7 @@ def weights_below(layer: Any) -> list[Weight]:
     found: dict[int, Weight] = {}
     for below in keras_seam.contained_layers(layer):
         state = state_of(below)
-        waiting = [] if state is None else [*state.pending.values(), *state.recorded]
+        waiting = [] if state is None else [*state.pending.values(), *state.recorded.values()]
         for weight in (w for tie in waiting for w in tie.expression.weights_used()):
             found.setdefault(id(weight), weight)
         for weight in (w for penalty in (state.penalties if state is not None else ()) for w in penalty.weights):

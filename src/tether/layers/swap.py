@@ -25,7 +25,7 @@ def swapped(layers: Iterable[Any]) -> Iterator[None]:
 
     A layer within a block that has been left by an error stores what it did: nobody has been told otherwise.
     """
-    before = {id(layer): (layer, list(layer.variables)) for layer in layers}
+    before = {id(layer): (layer, list(layer.variables)) for layer in (layers if keras_seam.LISTS_PARAMETERS else ())}
     yield
     changes = [keras_seam.Change(layer, stored, list(layer.variables)) for layer, stored in before.values()]
     keras_seam.list_parameters_again(changes)

@@ -6,7 +6,7 @@ Nothing is changed before everything is known to fit, and a failure half way is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tether import keras_seam
@@ -18,7 +18,7 @@ from tether.layers.refusing import refuse_layer, refuse_tie, refuse_twice
 from tether.layers.rollback import Rollback
 from tether.layers.state import Tie, state_of
 from tether.layers.swap import swapped
-from tether.layers.tied import take_arguments
+from tether.layers.tied import take_arguments, takes_arguments
 from tether.layers.view import View
 from tether.weights.argument import Argument
 from tether.weights.expression import Expression, as_expression, resolved
@@ -97,18 +97,34 @@ def weight_of(layer: Any, name: str) -> Any:
     tether.tie(model.get_layer("head"), kernel=table.T)
     ```
     """
+    return weights_of(layer, [name])[name]
+
+
+def weights_of(layer: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What `weight_of` gives, for several names at once."""
     refuse_layer("weight_of", layer)
-    place = paths.locate(layer, paths.split(name))
-    if isinstance(place.variable, View):
-        return place.variable.expression
-    state = state_of(place.layer)
-    if state is not None and place.leaf in state.pending:
-        return state.pending[place.leaf].expression
-    label = f"{place.layer.name}.{place.leaf_name}".replace("/", ".")
-    weight = Weight(name=label)
-    weight.find_path()  # of a layer that is not built, it is the one that the layer gives its variable
-    _tie_all(layer, {name: weight}, made_by_code=keras_seam.maker(layer) is not None)
-    return weight
+    names = list(names)
+    holdings = paths.Holdings(len(names))
+    found: dict[str, Any] = {}
+    made: dict[str, Expression] = {}
+    by_place: dict[tuple[int, paths.Path], Weight] = {}
+    for name in names:
+        place = paths.locate(layer, paths.split(name), holdings)
+        state = state_of(place.layer)
+        if isinstance(place.variable, View):
+            found[name] = place.variable.expression
+        elif state is not None and place.leaf in state.pending:
+            found[name] = state.pending[place.leaf].expression
+        else:
+            key = (id(place.layer), place.leaf) if place.variable is None else (id(place.variable), ())
+            if key not in by_place:
+                label = f"{place.layer.name}.{place.leaf_name}".replace("/", ".")
+                made[name] = by_place[key] = Weight(name=label)
+                by_place[key].find_path()  # of a layer that is not built: the path that the layer gives its variable
+            found[name] = by_place[key]
+    if made:
+        _tie_all(layer, made, made_by_code=keras_seam.maker(layer) is not None)
+    return found
 
 
 # --------------------------------------------------------------------------- what is asked for
@@ -141,9 +157,11 @@ def _wanted(layer: Any, weights: Any, by_name: dict[str, Any]) -> dict[str, Expr
 
 
 def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool, is_new: bool = False) -> None:
-    places = {path: paths.locate(layer, paths.split(path)) for path in wanted}
+    holdings = paths.Holdings(len(wanted))
+    places = {path: paths.locate(layer, paths.split(path), holdings) for path in wanted}
     refuse_twice(layer, places)
-    affected = {id(layer): layer, **{id(place.layer): place.layer for place in places.values()}}
+    changed = {id(place.layer): place.layer for place in places.values()}
+    affected = {id(layer): layer, **changed}
     affected.update({id(place.recorder): place.recorder for place in places.values()})
     affected.update({id(place.lent[0]): place.lent[0] for place in places.values() if place.lent is not None})
     involved = {id(w): w for expression in wanted.values() for w in expression.weights_used()}
@@ -154,11 +172,11 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool, i
         refuse_tie(place.layer, place.leaf_name, place.variable, wanted[path])
     if not is_new:
         keras_seam.before_change([place.layer for place in places.values() if place.variable is not None])
-    with Rollback([*affected.values(), *involved.values()]), swapped(affected.values()):
+    with Rollback([*affected.values(), *involved.values()]), swapped(changed.values()):
         for path, place in places.items():
-            state, recording = become_tied(place.layer), become_tied(place.recorder)
+            state, _ = become_tied(place.layer), become_tied(place.recorder)
             asked = Tie(weakref.ref(place.recorder), place.recorded_path, wanted[path], made_by_code)
-            recording.recorded = [tie for tie in recording.recorded if tie.path != asked.path] + [asked]
+            asked.record(place.recorder, place.recorded_path)
             if place.lent is not None:
                 lent = become_tied(place.lent[0]).lent
                 lent[:] = [(tie, path) for tie, path in lent if path != place.lent[1]] + [(asked, place.lent[1])]
@@ -167,11 +185,12 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool, i
             else:
                 replace(place.layer, place.variable, place.leaf_name, asked)
             if place.recorder is not layer and arguments_in(wanted[path]):
-                takes = become_tied(layer).takes
-                takes.extend(a for a in arguments_in(wanted[path]) if a not in takes)
-        for taker in (layer, *(place.recorder for place in places.values())):
-            if state_of(taker) is not None:
+                taken = become_tied(layer).takes
+                taken.extend(a for a in arguments_in(wanted[path]) if a not in taken)
+        takes = any(map(arguments_in, wanted.values()))
+        for taker in {id(each): each for each in (layer, *(place.recorder for place in places.values()))}.values():
+            if takes or takes_arguments(taker):
                 take_arguments(taker)
 
 
-__all__ = ["restore", "tie", "weight_of"]
+__all__ = ["restore", "tie", "weight_of", "weights_of"]

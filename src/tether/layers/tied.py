@@ -37,6 +37,11 @@ def tied_class(base: type, arguments: tuple[str, ...] = ()) -> type:
     return _classes[key]
 
 
+def takes_arguments(layer: Any) -> bool:
+    """Whether the call of a layer takes arguments of its ties."""
+    return bool(getattr(type(layer), "_tether_arguments", ()))
+
+
 def take_arguments(layer: Any) -> None:
     """Lets the call of a tied layer take the arguments in the ties recorded on it, and no others.
 

@@ -12,7 +12,7 @@ from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.layers import paths, penalizing
 from tether.layers.arguments import arguments_in
 from tether.layers.lambda_layer import Lambda
-from tether.layers.placing import drop_use, forget
+from tether.layers.placing import drop_use
 from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
 from tether.layers.state import STATE, Slot, State, Tie, state_of
@@ -37,38 +37,71 @@ def untie(layer: Any, *names: str) -> Any:
         UnknownName: A name is not tied.
     """
     refuse_layer("untie", layer)
+    if names:
+        _untie_some(layer, names)
+        return layer
     keras_seam.before_change([below for below in keras_seam.contained_layers(layer) if state_of(below) is not None])
     with Rollback.below(layer), swapped(keras_seam.contained_layers(layer)):
-        _untie(layer, names)
+        _untie_all(layer)
     return layer
 
 
-def _untie(layer: Any, names: tuple[str, ...]) -> None:
-    if names:
-        for name in names:
-            _untie_one(layer, name)
-    else:
-        for below in keras_seam.contained_layers(layer):
-            state = state_of(below)
-            if state is not None:
-                for slot in list(state.slots):
-                    _give_back(below, state, slot)
-                for asked in list(state.pending.values()):
-                    forget(asked)
-                state.pending.clear()
+def _untie_all(layer: Any) -> None:
     for below in keras_seam.contained_layers(layer):
         state = state_of(below)
         if state is not None:
-            state.lent = [(tie, path) for tie, path in state.lent if _is_recorded(tie)]
-    penalizing.drop_void(keras_seam.contained_layers(layer))
-    for below in keras_seam.contained_layers(layer):
-        become_plain(below)
+            for slot in list(state.slots):
+                _give_back(below, state, slot)
+            for asked in list(state.pending.values()):
+                asked.forget()
+            state.pending.clear()
+    _clear_up(layer, keras_seam.contained_layers(layer))
 
 
-def _is_recorded(asked: Tie) -> bool:
-    recorder = asked.recorder()
-    state = None if recorder is None else state_of(recorder)
-    return state is not None and any(tie is asked for tie in state.recorded)
+def _untie_some(layer: Any, names: tuple[str, ...]) -> None:
+    holdings = paths.Holdings(len(names))
+    found = (_asked_for(layer, name, paths.locate(layer, paths.split(name), holdings)) for name in names)
+    asked = list({id(tie): (place, tie, slot) for place, tie, slot in found}.values())
+    ties = [tie for _, tie, _ in asked]
+    recorders = [recorder for tie in ties if (recorder := tie.recorder()) is not None]
+    lent = [place.lent[0] for place, _, _ in asked if place.lent is not None]
+    touched = (layer, *(place.layer for place, _, _ in asked), *recorders, *lent)
+    affected = list({id(each): each for each in touched}.values())
+    weights = {id(weight): weight for tie in ties for weight in tie.expression.weights_used()}
+    keras_seam.before_change([place.layer for place, _, _ in asked])
+    with Rollback([*affected, *weights.values()]), swapped([place.layer for place, _, _ in asked]):
+        for place, tie, slot in asked:
+            state = vars(place.layer)[STATE]
+            if slot is None:
+                del state.pending[place.leaf]
+                tie.forget()
+            else:
+                _give_back(place.layer, state, slot)
+        _clear_up(layer, affected)
+
+
+def _asked_for(layer: Any, name: str, place: paths.Place) -> tuple[paths.Place, Tie, Slot | None]:
+    """The tie that is to end, and the slot of its view if the layer is built."""
+    state = state_of(place.layer)
+    if state is not None and place.variable is None and place.leaf in state.pending:
+        return place, state.pending[place.leaf], None
+    if state is None or not isinstance(place.variable, View):
+        raise UnknownName(f"The weight {name!r} of layer {layer.name!r} is not tied.")
+    slot = next(slot for slot in state.slots if slot.view is place.variable)
+    return place, slot.tie, slot
+
+
+def _clear_up(layer: Any, affected: list[Any]) -> None:
+    """Drops what only ties that have ended needed, and makes layers plain that have none left."""
+    for each in affected:
+        state = state_of(each)
+        if state is not None:
+            state.lent = [(tie, path) for tie, path in state.lent if tie.is_recorded]
+    if penalizing.are_any():
+        affected = keras_seam.contained_layers(layer)
+        penalizing.drop_void(affected)
+    for each in affected:
+        become_plain(each)
 
 
 def materialize(layer: Any) -> Any:
@@ -111,17 +144,6 @@ def materialize(layer: Any) -> Any:
     return copy
 
 
-def _untie_one(layer: Any, name: str) -> None:
-    place = paths.locate(layer, paths.split(name))
-    state = state_of(place.layer)
-    if state is not None and place.variable is None and place.leaf in state.pending:
-        forget(state.pending.pop(place.leaf))
-        return
-    if state is None or not isinstance(place.variable, View):
-        raise UnknownName(f"The weight {name!r} of layer {layer.name!r} is not tied.")
-    _give_back(place.layer, state, next(slot for slot in state.slots if slot.view is place.variable))
-
-
 def _give_back(layer: Any, state: State, slot: Slot) -> None:
     """Makes a plain variable in the place of a view."""
     view = slot.view
@@ -130,7 +152,7 @@ def _give_back(layer: Any, state: State, slot: Slot) -> None:
         if weight is view.expression and weight.is_built:
             variable.constraint = weight.variable.constraint
     drop_use(view.use)
-    forget(slot.tie)
+    slot.tie.forget()
     exchange(layer, state, view, variable)
 
 
@@ -158,7 +180,7 @@ def become_plain(layer: Any) -> None:
         return
     if state.takes:
         below = [state_of(other) for other in keras_seam.contained_layers(layer) if other is not layer]
-        ties = [tie for other in below if other is not None for tie in other.recorded]
+        ties = [tie for other in below if other is not None for tie in other.recorded.values()]
         needed = {argument for tie in ties for argument in arguments_in(tie.expression)}
         state.takes = [argument for argument in state.takes if argument in needed]
     take_arguments(layer)

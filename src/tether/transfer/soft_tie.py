@@ -160,7 +160,7 @@ def _weights_of_layers(model: Any) -> set[Weight]:
     for layer in keras_seam.contained_layers(model):
         state = state_of(layer)
         if state is not None:
-            asked = [*state.pending.values(), *state.recorded, *(slot.tie for slot in state.slots)]
+            asked = [*state.pending.values(), *state.recorded.values(), *(slot.tie for slot in state.slots)]
             found.update(weight for tie in asked for weight in tie.expression.weights_used())
         if not isinstance(layer, Weight):
             children = (child for child in keras_seam.sublayers(layer) if isinstance(child, Weight))

@@ -21,6 +21,7 @@ from tether.inspection.facts import Facts, StoredWeight
 from tether.inspection.live import OPTIMIZER, UNSAVED, entries, layer_path
 from tether.layers import paths
 from tether.layers.state import Slot, State, state_of
+from tether.layers.view import stored_variables
 from tether.weights.weight import Weight
 
 T = TypeVar("T")
@@ -117,6 +118,18 @@ class Context:
         """Every view of a tied layer."""
         states = [(layer, state_of(layer)) for layer in self.layers]
         return [(layer, state, slot) for layer, state in states if state is not None for slot in state.slots]
+
+    @cached_property
+    def _readers(self) -> dict[int, list[Any]]:
+        found: dict[int, list[Any]] = {}
+        for _, _, slot in self.tied:
+            for stored in {id(stored): stored for stored in stored_variables(slot.view)}.values():
+                found.setdefault(id(stored), []).append(slot.view)
+        return found
+
+    def views_of(self, variable: Any) -> list[Any]:
+        """The views of tied layers that read a stored variable."""
+        return self._readers.get(id(variable), [])
 
     # ------------------------------------------------------------------ weights
 
@@ -285,19 +298,31 @@ class Context:
 
     def use_path(self, layer: Any, variable: Any) -> str:
         """The path by which `tether.tie(model, {path: ...})` finds a variable or view of a layer."""
-        for canonical, names, owner, found in paths.walk(self.model):
-            if owner is layer and found is variable:
-                with contextlib.suppress(TetherError):  # an ambiguous name, or a wrapper that must not be tied
-                    if paths.locate(self.model, names).variable is variable:
-                        return "/".join(names)
-                return "/".join(canonical)
-        return f"{self.path_of(layer)}/{variable.name}"
+        if (id(layer), id(variable)) not in self._places:
+            return f"{self.path_of(layer)}/{variable.name}"
+        canonical, names = self._places[id(layer), id(variable)]
+        with contextlib.suppress(TetherError):  # an ambiguous name, or a wrapper that must not be tied
+            if paths.locate(self.model, names, self._holdings).variable is variable:
+                return "/".join(names)
+        return "/".join(canonical)
+
+    @cached_property
+    def _holdings(self) -> paths.Holdings:
+        return paths.Holdings()
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, int], tuple[paths.Path, paths.Path]]:
+        """The canonical path and the path by names of each weight of each layer."""
+        found: dict[tuple[int, int], tuple[paths.Path, paths.Path]] = {}
+        for canonical, names, owner, variable in paths.walk(self.model):
+            found.setdefault((id(owner), id(variable)), (canonical, names))
+        return found
 
     def known_path(self, where: str) -> str:
         """The path by which `tether.tie(model, {path: ...})` finds a use: a single layer's own name is not in it."""
         for path in (where, where.partition("/")[2]):
             with contextlib.suppress(TetherError):
-                paths.locate(self.model, paths.split(path))
+                paths.locate(self.model, paths.split(path), self._holdings)
                 return path
         return where
 
@@ -341,7 +366,7 @@ class Context:
             if isinstance(parent, (keras_seam.Functional, keras_seam.Sequential)):
                 code += f".get_layer({child.name!r})"
             else:
-                name, *steps = paths.canonical_child(parent, child)
+                name, *steps = self._holdings.of(parent).child(child)
                 code += f".{name}" + "".join(f"[{step}]" if step.isdigit() else f"[{step!r}]" for step in steps)
         return code
 

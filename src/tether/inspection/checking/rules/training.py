@@ -16,7 +16,6 @@ from tether.inspection.checking.mending import code_of
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.checking.values import deviation
 from tether.inspection.facts import StoredWeight
-from tether.layers.state import state_of
 from tether.layers.view import stored_variables
 from tether.weights.operators.gradient import ScaleGradient
 from tether.weights.operators.structure import Transpose
@@ -92,7 +91,7 @@ def many_uses(context: Context) -> Iterator[Finding]:
         return
     for weight in context.facts.shared():
         uses = [use for use in context.facts.uses_of(weight) if use.reaches(weight)]
-        tied = [slot.view for _, _, slot in context.tied if slot.view.use.live and _reads(context, slot.view, weight)]
+        tied = [view for view in context.views_of(context.variables[weight.place]) if view.use.live]
         if len(uses) < 2 or sum(map(_gradient_scale, tied)) + len(uses) - len(tied) <= 1:
             continue
         if clipped:
@@ -106,10 +105,6 @@ def many_uses(context: Context) -> Iterator[Finding]:
             f"Its gradient is the sum over its {len(uses)} uses{_measured(context, weight)}. {effect}",
             _scaled(context, tied, 1 / len(uses)) if tied else "# train it at a smaller rate",
         )
-
-
-def _reads(context: Context, view: Any, weight: StoredWeight) -> bool:
-    return any(context.variables[weight.place] is variable for variable in stored_variables(view))
 
 
 def _gradient_scale(view: Any) -> float:
@@ -176,35 +171,38 @@ def wide_table(context: Context) -> Iterator[Finding]:
 
 def _tables(context: Context) -> Iterator[tuple[Any, Any, Any]]:
     """The tables that are a head too: the variable, the embedding, and the head."""
+    heads, reversed_ = context.once(_heads), context.once(_called_in_reverse)
     for layer in context.layers:
         if not isinstance(layer, keras.layers.Embedding) or not layer.built or layer.quantization_mode is not None:
             continue
         for variable in stored_variables(layer.embeddings)[:1] if hasattr(layer.embeddings, "path") else ():
-            for other in context.layers:
-                if other is not layer and _is_head(other, variable):
+            for other in heads.get(id(variable), ()):
+                if other is not layer:
                     yield variable, layer, other
-            if getattr(layer, "tie_weights", False) and _called_in_reverse(context, layer):
+            if getattr(layer, "tie_weights", False) and id(layer) in reversed_:
                 yield variable, layer, layer
 
 
-def _is_head(layer: Any, variable: Any) -> bool:
-    """Whether a layer projects onto the table, transposed and not scaled."""
-    state = state_of(layer)
-    for slot in state.slots if state is not None else ():
+def _heads(context: Context) -> dict[int, list[Any]]:
+    """The layers that project onto a table, transposed and not scaled, by the id of its variable."""
+    found: dict[int, list[Any]] = {}
+    for layer, _, slot in context.tied:
         expression = slot.view.expression
         if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)) and isinstance(expression, Transpose):
             (table,) = expression.operands
-            if isinstance(table, Weight) and len(slot.view.shape) == 2 and table.variable is variable:
-                return True
-    return False
+            if isinstance(table, Weight) and len(slot.view.shape) == 2 and table.is_built:
+                found.setdefault(id(table.variable), []).append(layer)
+    return found
 
 
-def _called_in_reverse(context: Context, layer: Any) -> bool:
-    return any(
-        called is layer and (kwargs.get("reverse") or True in args[1:])
+def _called_in_reverse(context: Context) -> set[int]:
+    """The ids of the embeddings that a graph calls in reverse."""
+    return {
+        id(called)
         for model in context.layers
         for called, args, kwargs in keras_seam.calls_in_graph(model)
-    )
+        if isinstance(called, keras.layers.Embedding) and (kwargs.get("reverse") or True in args[1:])
+    }
 
 
 def _measured_logits(context: Context, head: Any) -> float | None:

@@ -34,7 +34,7 @@ def lost_tie(context: Context) -> Iterator[Finding]:
             yield Finding("lost-tie", "error", where, why, MADE_ANEW)
     for layer in context.layers:
         state = state_of(layer)
-        for tie in state.recorded if state is not None else ():
+        for tie in state.recorded.values() if state is not None else ():
             if id(tie) in reported:
                 continue
             why = _why_not_there(layer, tie)
