@@ -17,7 +17,7 @@ from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
 from tether.layers.state import STATE, Slot, State, Tie, state_of
 from tether.layers.swap import exchange, swapped
-from tether.layers.tied import base_class, take_arguments
+from tether.layers.tied import base_class, take_arguments, takes_arguments
 from tether.layers.view import View
 from tether.weights.weight import Weight
 
@@ -183,7 +183,8 @@ def become_plain(layer: Any) -> None:
         ties = [tie for other in below if other is not None for tie in other.recorded.values()]
         needed = {argument for tie in ties for argument in arguments_in(tie.expression)}
         state.takes = [argument for argument in state.takes if argument in needed]
-    take_arguments(layer)
+    if takes_arguments(layer):
+        take_arguments(layer)
     if state.slots or state.pending or state.recorded or state.lent or state.takes or state.penalties:
         return
     object.__delattr__(layer, STATE)
