@@ -1,9 +1,8 @@
-"""What Tether does grows with a model, and not with its square: counted in functions that are called, not in seconds."""
+"""What Tether does grows with a model and not with its square: functions that are called are counted, not seconds."""
 
 import pathlib
 
 import pytest
-
 from benchmarks import growth
 
 SMALL, LARGE = 30, 120

@@ -1000,22 +1000,31 @@ def test_a_value_is_plain_only_where_no_gradient_is_recorded():
         assert not keras_seam.is_traced(jax.numpy.ones(2))
 
 
-@pytest.mark.parametrize("view", (False, True))
-@pytest.mark.parametrize("dtype", ("float32", "float16"))
-def test_a_bias_is_added_to_a_fresh_result_with_the_value_and_the_gradients_of_an_addition(view, dtype):
+@pytest.mark.parametrize("name", ["add", "subtract", "multiply", "matmul"])
+def test_the_quick_operations_are_those_of_keras(name):
+    mine, theirs = getattr(keras_seam, name), getattr(keras.ops, name)
     x = keras.Variable(np.arange(16.0).reshape(4, 4) / 7, dtype="float32")
-    bias = keras.Variable(np.arange(4.0), dtype=dtype)  # of the result's dtype, or of another
-
-    def added(add):
-        y = keras.ops.matmul(x.value, x.value)
-        return add(keras.ops.reshape(y, (2, 2, 4)) if view else y, bias.value)
-
-    for of in (lambda add: gradients(lambda: keras.ops.sum(keras.ops.square(added(add))), [x, bias]), added):
-        found, wanted = (
-            keras.tree.map_structure(keras.ops.convert_to_numpy, of(add))
-            for add in (keras_seam.add_to_fresh, keras.ops.add)
+    y = keras.Variable(np.arange(4.0), dtype="float32")
+    half, whole = keras.ops.cast(y.value, "float16"), keras.ops.arange(4)
+    for other in (y.value, y, half, whole, np.arange(4.0, dtype="float32"), x.value, *([2.0] * (name != "matmul"))):
+        found, wanted = mine(x.value, other), theirs(x.value, other)
+        assert keras.backend.standardize_dtype(found.dtype) == keras.backend.standardize_dtype(wanted.dtype)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(found), keras.ops.convert_to_numpy(wanted))
+    found, wanted = (
+        keras.tree.map_structure(
+            keras.ops.convert_to_numpy,
+            gradients(lambda of=of: keras.ops.sum(keras.ops.square(of(x.value, y.value))), [x, y]),
         )
-        keras.tree.map_structure(np.testing.assert_array_equal, found, wanted)
+        for of in (mine, theirs)
+    )
+    keras.tree.map_structure(np.testing.assert_array_equal, found, wanted)
+    assert mine(keras.Input((3, 3)), keras.Input((3, 3))).shape == (None, 3, 3)
+
+
+def test_the_dtype_of_a_tensor_is_kerass():
+    for dtype in ("float32", "float16", "bfloat16", "int32", "bool"):
+        assert keras_seam.dtype_of(keras.ops.zeros((2,), dtype)) == dtype
+        assert keras_seam.dtype_of(keras.Variable(np.zeros(2), dtype=dtype, trainable=False)) == dtype
 
 
 def test_what_refuses_to_be_looked_into_is_part_of_no_structure():

@@ -98,17 +98,8 @@ mutations = _make_mutations()
 """How often a tensor was changed in place (PyTorch counts; JAX cannot, TensorFlow does not tell)."""
 
 
-ADDS_IN_PLACE = _backend.backend() == "torch"
-"""Whether adding to a tensor in place saves memory traffic: the compilers of the other backends fuse the addition."""
-
-
-def add_to_fresh(tensor: Any, other: Any) -> Any:
-    """`tensor + other`, in place where that saves one: the tensor is a result that nobody else holds."""
-    if not ADDS_IN_PLACE or tensor.dtype != other.dtype or tensor.shape[-1:] != other.shape:
-        return keras.ops.add(tensor, other)
-    if tensor.requires_grad and tensor._is_view():  # the gradient of a view that was written to costs more
-        return keras.ops.add(tensor, other)
-    return tensor.add_(other)
+RUNS_FROM_PYTHON = _backend.backend() == "torch"
+"""Whether each operation is run from Python at each call, so that what Keras converts and promotes first takes time."""
 
 
 def _make_is_plain_eager() -> Callable[[], bool]:

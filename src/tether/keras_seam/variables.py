@@ -24,6 +24,43 @@ def raw_value(variable: Any) -> Any:
     return variable._value
 
 
+_dtype_names: dict[Any, str] = {}
+
+
+def dtype_of(tensor: Any) -> str:
+    """The dtype of a tensor, as Keras calls it: asked for at every call of a layer, and each looked up once."""
+    dtype = tensor.dtype
+    found = _dtype_names.get(dtype)
+    if found is None:
+        found = _dtype_names[dtype] = str(keras.backend.standardize_dtype(dtype))
+    return found
+
+
+def _quick(name: str) -> Callable[[Any, Any], Any]:
+    """An operation of `keras.ops` on two tensors, straight from PyTorch where that does the same.
+
+    PyTorch runs each operation from Python, and what Keras converts and promotes first takes longer than a small
+    product. Of two dense floating-point tensors of one dtype there is nothing to convert.
+    """
+    general: Callable[[Any, Any], Any] = getattr(keras.ops, name)
+    if _backend.backend() != "torch":
+        return general
+    import torch
+
+    plain, kinds = getattr(torch, name), (torch.Tensor, torch.nn.Parameter)
+
+    def quick(a: Any, b: Any) -> Any:
+        are_tensors = type(a) in kinds and type(b) in kinds
+        if not are_tensors or a.dtype != b.dtype or a.device != b.device or not a.is_floating_point():
+            return general(a, b)
+        return plain(a, b) if a.layout == b.layout == torch.strided else general(a, b)
+
+    return quick
+
+
+add, subtract, multiply, matmul = map(_quick, ("add", "subtract", "multiply", "matmul"))
+
+
 def stored_dtype(variable: Any) -> str:
     """The dtype of what is stored, whatever the autocast scope says."""
     return str(keras.backend.standardize_dtype(variable._dtype))

@@ -93,6 +93,8 @@ class Tied:
         return view
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if value is True and vars(self).get(name) is True:
+            return  # Keras says so at every call that a layer is built and was called
         if isinstance(value, View):
             check = getattr(self, "check_attribute", None)  # of an extended class
             if check is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from tether import keras_seam
 from tether.planning.gradient import attach
 from tether.planning.integers import Integers, as_floats
 from tether.planning.plan import Plan
@@ -87,7 +88,7 @@ def _restore(detail: tuple[tuple[str, int], ...], y: Tensor, x: Tensor) -> Tenso
 def _multiply(present: tuple[bool, ...], a: Tensor, b: Tensor) -> Tensor:
     if not all(present):
         b = b[tuple(slice(None) if there else None for there in present)]
-    return keras.ops.multiply(a, b)
+    return keras_seam.multiply(a, b)
 
 
 def _einsum(equation: str, *inputs: Tensor) -> Tensor:
@@ -108,6 +109,6 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "digit": _digit,
     "take": lambda axis, table, ids: keras.ops.take(table, ids, axis=axis),
     "multiply": _multiply,
-    "matmul": lambda _, a, b: keras.ops.matmul(a, b),
+    "matmul": lambda _, a, b: keras_seam.matmul(a, b),
     "einsum": _einsum,
 }

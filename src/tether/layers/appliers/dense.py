@@ -41,12 +41,17 @@ def _letters(part: str, extra: tuple[str, ...]) -> tuple[str, ...]:
 
 def _finished(layer: Any, y: Any) -> Any:
     if layer.bias is not None:
-        y = keras_seam.add_to_fresh(y, layer.bias)
+        y = keras_seam.add(y, _tensor(layer.bias))
     return y if layer.activation is None else layer.activation(y)
 
 
-def _adds_in_place(layer: Any, inputs: Any) -> bool:
-    return keras_seam.ADDS_IN_PLACE and layer.bias is not None and not keras_seam.is_sparse(inputs)
+def _tensor(weight: Any) -> Any:
+    return weight.value if isinstance(weight, keras.Variable) else weight
+
+
+def _is_quicker_here(inputs: Any) -> bool:
+    """Whether the product is computed here where the weight is built, and not by Keras's own call."""
+    return keras_seam.RUNS_FROM_PYTHON and not keras_seam.is_sparse(inputs)
 
 
 def dense_call(base: Any) -> Callable[..., Any]:
@@ -54,8 +59,8 @@ def dense_call(base: Any) -> Callable[..., Any]:
 
     def call(self: Any, inputs: Any, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, dense_problem)
-        if y is None and _adds_in_place(self, inputs):
-            y = keras.ops.matmul(inputs, self.kernel)
+        if y is None and _is_quicker_here(inputs):
+            y = keras_seam.matmul(inputs, _tensor(self.kernel))
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
 
     return call
@@ -66,7 +71,7 @@ def einsum_dense_call(base: Any) -> Callable[..., Any]:
 
     def call(self: Any, inputs: Any, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, einsum_problem(self.equation))
-        if y is None and _adds_in_place(self, inputs):
+        if y is None and _is_quicker_here(inputs):
             y = keras.ops.einsum(self.equation, inputs, self.kernel)
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
 

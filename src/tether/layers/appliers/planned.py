@@ -87,7 +87,7 @@ def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | Non
     planner = planner_of(view)
     if planner is None:
         return None
-    dtype = keras.backend.standardize_dtype(view.dtype)
+    dtype = view.dtype
     training = scope.assumed_training()
     if training is None:
         training = keras_seam.is_training_call()
@@ -105,7 +105,7 @@ def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Any
     if how is not None:
         return Integers(keras_seam.plain_tensor(view.read(how.stored)), how, dtype)
     value = keras_seam.plain_tensor(view.read(factor))
-    if keras.backend.standardize_dtype(value.dtype) != dtype:
+    if keras_seam.dtype_of(value) != dtype:
         value = keras.ops.cast(value, dtype)
     return value if view.use.live else keras.ops.stop_gradient(value)
 

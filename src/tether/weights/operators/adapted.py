@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tether import keras_seam
 from tether.errors import InvalidConfig, received
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term
 from tether.weights.operators.arithmetic import SUM, result_type
@@ -62,7 +63,7 @@ class Adapted(Node):
         """The sum."""
         total = values[0]
         for strength, part in zip(values[1::2], values[2::2], strict=True):
-            total = keras.ops.add(total, keras.ops.multiply(keras.ops.cast(strength, part.dtype), part))
+            total = keras_seam.add(total, keras_seam.multiply(keras.ops.cast(strength, part.dtype), part))
         return total
 
     def expanded(self) -> Expression:

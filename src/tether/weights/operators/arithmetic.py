@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tether import keras_seam
 from tether.errors import ShapeMismatch
 from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term
@@ -71,7 +72,7 @@ class Add(Binary):
 
     def compute(self, *values: Tensor) -> Tensor:
         """The sum."""
-        return keras.ops.add(*values)
+        return keras_seam.add(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """The value less the constant."""
@@ -91,7 +92,7 @@ class Subtract(Binary):
 
     def compute(self, *values: Tensor) -> Tensor:
         """The difference."""
-        return keras.ops.subtract(*values)
+        return keras_seam.subtract(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """The value plus the constant, or the constant less the value."""
@@ -112,7 +113,7 @@ class Multiply(Binary):
 
     def compute(self, *values: Tensor) -> Tensor:
         """The product."""
-        return keras.ops.multiply(*values)
+        return keras_seam.multiply(*values)
 
     def format(self, *terms: Term) -> Term:
         """`a * b`, with parentheses where people need them."""
@@ -181,7 +182,7 @@ class MatMul(Node):
 
     def compute(self, *values: Tensor) -> Tensor:
         """The matrix product."""
-        return keras.ops.matmul(*values)
+        return keras_seam.matmul(*values)
 
     def format(self, *terms: Term) -> Term:
         """`a @ b`."""
