@@ -9,6 +9,7 @@ import pytest
 
 import tether
 from tests.support import as_zero, assert_close, gradients, numpy, slot_count
+from tether import keras_seam
 
 
 def autoencoder(width=3, size=5):
@@ -191,3 +192,48 @@ def test_a_frozen_use_passes_no_gradient_to_other_parts_of_its_expression(rng):
     _, (grad,) = gradients(lambda: keras.ops.sum(a(x) + 3.0 * b(x)), [w.variable])
     assert_close(as_zero(grad, (4, 4)), np.tile(x.sum(0)[:, None], (1, 4)), 1e-4)
     assert numpy(delta.value).shape == (4, 4)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "the layer", "the variable", "the weight"])
+@pytest.mark.parametrize("fails_at", ["the second path", "another shape", "a constraint"])
+def test_a_tie_that_fails_leaves_what_trains_as_it_was(frozen, fails_at):
+    dense = keras.layers.Dense(3, bias_constraint="non_neg", name="dense")
+    model = keras.Sequential([keras.Input((4,)), dense])
+    weight = tether.Weight((4, 3), "ones", name="w")
+    user = tether.tie(keras.layers.Dense(3, name="user"), kernel=weight)
+    user.build((None, 4))
+    if frozen == "the layer":
+        dense.trainable = user.trainable = False
+    elif frozen == "the variable":
+        dense.kernel.trainable = False
+    elif frozen == "the weight":
+        weight.trainable = False
+    before = [variable.trainable for variable in (*model.variables, *user.variables)]
+    wrong = {
+        "the second path": {"nobody": weight},
+        "another shape": {"bias": weight},
+        "a constraint": {"bias": 2 * weight[0]},
+    }
+    with pytest.raises(tether.TetherError):
+        tether.tie(model, {"dense/kernel": weight, **{f"dense/{name}": w for name, w in wrong[fails_at].items()}})
+    assert [variable.trainable for variable in (*model.variables, *user.variables)] == before
+    assert dense.trainable is user.trainable is (frozen != "the layer")
+
+
+def test_a_tie_that_fails_in_the_middle_leaves_what_trains_as_it_was(monkeypatch):
+    dense = keras.layers.Dense(3, name="dense")
+    dense.build((None, 4))
+    weight = tether.Weight((4, 3), "ones", name="w")
+    user = tether.tie(keras.layers.Dense(3, name="user"), kernel=weight.stop_gradient())
+    user.build((None, 4))
+    assert not weight.trainable
+
+    def fail(*_):
+        raise MemoryError("in the middle")
+
+    monkeypatch.setattr(keras_seam, "list_parameters_again", fail)
+    with pytest.raises(MemoryError):
+        tether.tie(dense, kernel=weight)
+    monkeypatch.undo()
+    assert not weight.trainable and not weight.variable.trainable and dense.kernel.trainable
+    assert {variable.path: variable.trainable for variable in user.variables} == {"w": False, "user/bias": True}

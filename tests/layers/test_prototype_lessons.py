@@ -101,6 +101,24 @@ def test_an_lstm_cell_without_bias_keeps_kernel_and_recurrent_kernel_apart(name,
     assert_close(tied(x, state)[0], plain(x, state)[0])
 
 
+@pytest.mark.parametrize("tied_names", ["kernel recurrent_kernel bias", "recurrent_kernel bias", "bias kernel", "bias"])
+@pytest.mark.parametrize("kind", [keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.SimpleRNNCell])
+def test_weights_that_are_tied_before_the_build_are_listed_in_the_order_of_the_base(kind, tied_names):
+    plain, cell = kind(3), kind(3)
+    plain.build((None, 2))
+    weights = {name: tether.Weight(name=f"w_{name}") for name in tied_names.split()}
+    tether.tie(cell, weights)
+    cell.build((None, 2))
+    assert [variable.shape for variable in cell.weights] == [variable.shape for variable in plain.weights]
+    names = ["kernel", "recurrent_kernel", "bias"]
+    expected = [weights[name].variable if name in weights else getattr(cell, name) for name in names]
+    assert all(found is wanted for found, wanted in zip(cell.weights, expected, strict=True))
+    values = [np.random.default_rng(7).normal(size=variable.shape) for variable in plain.weights]
+    plain.set_weights(values), cell.set_weights(values)
+    x, state = np.ones((2, 2), "float32"), [np.ones((2, 3), "float32")] * (2 if kind is keras.layers.LSTMCell else 1)
+    assert_close(cell(x, state)[0], plain(x, state)[0])
+
+
 def test_enable_lora_is_refused_and_changes_nothing():
     w = tether.Weight((4, 4), "ones", name="w")
     layer = tied_dense(w)
