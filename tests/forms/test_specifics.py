@@ -313,6 +313,24 @@ def test_two_uses_of_one_spectral_norm_advance_it_once_a_call():
     np.testing.assert_allclose(own["u"].numpy(), u, rtol=1e-5, atol=1e-6)
 
 
+def test_a_spectral_norm_in_two_expressions_advances_once_a_call():
+    """Both are computed: what is remembered is the value of one expression, and not of its parts."""
+    w = base_weight((5, 5))
+    normed = forms.spectral_norm(seed=1)(w)
+    own = own_weights(normed, w)
+    w.assign(base_weight((5, 5), seed=20).numpy())
+    layers = [
+        tether.tie(keras.layers.Dense(5, use_bias=False), kernel=kernel) for kernel in (normed, normed.T, -normed)
+    ]
+    model = keras.Sequential([keras.Input((5,)), *layers])
+    matrix, v = w.numpy(), own["v"].numpy()
+    for _ in range(2):  # once in each call, and not once for all
+        model(np.eye(5, dtype="float32"), training=True)
+        u = v @ matrix / np.linalg.norm(v @ matrix)
+        v = matrix @ u / np.linalg.norm(matrix @ u)
+        np.testing.assert_allclose(own["u"].numpy(), u, rtol=1e-5, atol=1e-6)
+
+
 def test_fit_keeps_the_norm_near_one():
     w = base_weight((6, 4))
     model, _ = normed_model(w)

@@ -250,6 +250,24 @@ def test_an_expression_used_by_two_layers_is_computed_once_a_call_of_the_model(r
     assert np.array_equal(numpy(y), np.zeros((2, 4)))
 
 
+@pytest.mark.parametrize("planned", ["materialize", "factored", "auto"])
+def test_a_value_of_a_traced_branch_is_not_used_outside_of_it(planned, rng):
+    """JAX traces the branches of a condition within a call that runs eagerly, with the same stored tensors."""
+    w = tether.Weight(rng.normal(size=(4, 4)).astype("float32"), name="w")
+    inner = tether.tie(keras.layers.Dense(4, use_bias=False), kernel=2.0 * w + w @ w)
+
+    class Branching(keras.layers.Layer):
+        def call(self, x):
+            y = keras.ops.cond(keras.ops.sum(x) > 0, lambda: inner(x), lambda: inner(2 * x))
+            return y + inner(x)
+
+    layer, x = Branching(), np.abs(rng.normal(size=(2, 4))).astype("float32")
+    layer.inner = inner
+    with tether.planning.force(planned):
+        for _ in range(2):
+            assert_close(layer(x), 2 * x @ (2 * w.numpy() + w.numpy() @ w.numpy()), 1e-4)
+
+
 def test_a_value_computed_without_gradients_is_not_used_where_gradients_are_wanted(rng):
     w = tether.Weight(rng.normal(size=(4, 4)).astype("float32"), name="w")
     layer = tied_dense(tether.Weight((4, 4), "zeros", name="z"), use_bias=False)
