@@ -66,11 +66,11 @@ def aliases(model: Any) -> Aliases:
     """
     keys = unique_paths(model)
     variables = {keys[id(variable)]: variable for variable in model.weights}
-    names = {key: [key] for key in variables}
+    names = {key: {key: None} for key in variables}
     for layer in keras_seam.contained_layers(model):
         state = state_of(layer)
         for slot in state.slots if state is not None else ():
             for stored in stored_variables(slot.view):
-                if id(stored) in keys and slot.view.path not in names[keys[id(stored)]]:
-                    names[keys[id(stored)]].append(slot.view.path)
+                if id(stored) in keys:
+                    names[keys[id(stored)]][slot.view.path] = None
     return Aliases({path: tuple(found) for path, found in names.items()}, variables)
