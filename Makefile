@@ -35,8 +35,12 @@ DEMO_STAMP := $(if $(filter jax,$(DEMO_BACKEND)),$(VENV)/.demo-stamp,$(VENV)/.te
 # Two workers, one thread each; quiet; on the processor only.
 WORKERS ?= 2
 QUIET := TF_CPP_MIN_LOG_LEVEL=3
+# What takes most of the time on JAX is XLA's compiling of small models: it optimises little, and both workers (and the
+# next run) find what one of them has compiled.
+JAX_ENV := JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 TEST_ENV := $(QUIET) CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-	MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
+	MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(JAX_ENV)
 PYTEST := $(PY) -m pytest --timeout 600
 # More for pytest: make test BACKEND=jax PYTEST_ARGS='-k freeze -x'
 PYTEST_ARGS ?=

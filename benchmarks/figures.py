@@ -1,6 +1,7 @@
 """The tables of `docs/planning.md` and `docs/files.md`, from the JSON files: `python -m benchmarks.figures`.
 
-The table of `docs/files.md` is written where it belongs, between two comments; the others are printed.
+Those of `docs/files.md` and of growth in `docs/benchmarks.md` are written where they belong, between two comments; the
+others are printed.
 """
 
 import contextlib
@@ -112,39 +113,62 @@ def memory(device):
         table(["", "built", "applied", "planned"], lines)
 
 
-FILES = RESULTS.parents[1] / "docs" / "files.md"
+DOCS = RESULTS.parents[1] / "docs"
 MARKS = "<!-- figures -->", "<!-- end of figures -->"
 
 
-def files(device):
-    """Writes the tables of what it costs to save and load."""
-    text = FILES.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
+@contextlib.contextmanager
+def into(page):
+    """Writes the tables that are printed in the block into a page, between two comments."""
+    path = DOCS / page
+    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
-        for part, columns in (
-            ("save", {"bytes_over_unique": "bytes", "seconds": "s", "times_as_fast_as_plain": "times as fast"}),
-            ("load", {"seconds": "s", "times_as_fast_as_plain": "times as fast"}),
-            ("memory", {"rise_over_unique": "rise", "process_MB": "process, MB"}),
-        ):
-            lines: dict[str, list[str]] = {}
-            width = len(columns)
-            for place, backend in enumerate(BACKENDS):
-                for name, row in rows_of(backend, device, part, "files").items():
-                    line = lines.setdefault(name, [name] + [""] * width * len(BACKENDS))
-                    for number, column in enumerate(columns):
-                        shown = f"{row[column]:.0f}" if column == "process_MB" else f"{row[column]:.2f}"
-                        line[1 + place * width + number] = f"{row[column]:.4f}" if "bytes" in column else shown
-            table(
-                [part, *(f"{label} {head}" for label in BACKENDS.values() for head in columns.values())], lines.values()
-            )
-    FILES.write_text(f"{before}{MARKS[0]}\n{written.getvalue().rstrip()}\n{MARKS[1]}{after}", encoding="utf-8")
-    print(f"written: {FILES}")
+        yield
+    path.write_text(f"{before}{MARKS[0]}\n{written.getvalue().rstrip()}\n{MARKS[1]}{after}", encoding="utf-8")
+    print(f"written: {path}")
+
+
+def files(device):
+    """What it costs to save and load."""
+    for part, columns in (
+        ("save", {"bytes_over_unique": "bytes", "seconds": "s", "times_as_fast_as_plain": "times as fast"}),
+        ("load", {"seconds": "s", "times_as_fast_as_plain": "times as fast"}),
+        ("memory", {"rise_over_unique": "rise", "process_MB": "process, MB"}),
+    ):
+        lines: dict[str, list[str]] = {}
+        width = len(columns)
+        for place, backend in enumerate(BACKENDS):
+            for name, row in rows_of(backend, device, part, "files").items():
+                line = lines.setdefault(name, [name] + [""] * width * len(BACKENDS))
+                for number, column in enumerate(columns):
+                    shown = f"{row[column]:.0f}" if column == "process_MB" else f"{row[column]:.2f}"
+                    line[1 + place * width + number] = f"{row[column]:.4f}" if "bytes" in column else shown
+        table([part, *(f"{label} {head}" for label in BACKENDS.values() for head in columns.values())], lines.values())
+
+
+def growth(device):
+    """Seconds with 1,600 uses of one weight, how they grow, and the ratio to the layers without Tether."""
+    lines: dict[str, list[str]] = {}
+    for place, backend in enumerate(BACKENDS):
+        for name, row in rows_of(backend, device, "uses", "growth").items():
+            line = lines.setdefault(name, [name] + [""] * 3 * len(BACKENDS))
+            at = 1 + 3 * place
+            line[at] = f"{row['at_1600']:,.0f}" if row["at_1600"] > 1000 else f"{row['at_1600']:.3g}"
+            line[at + 1] = f"{row['exponent']:.2f}"
+            line[at + 2] = f"{row['ratio']:.2f}" if "ratio" in row else ""
+    table(
+        ["1,600 uses", *(f"{label}{head}" for label in BACKENDS.values() for head in (", s", " exponent", " ratio"))],
+        lines.values(),
+    )
 
 
 def main(device="cpu"):
-    files(device)
+    with into("files.md"):
+        files(device)
+    with into("benchmarks.md"):
+        growth(device)
     lora(device)
     regret(device)
     for part in ("by hand", "serving"):
