@@ -41,13 +41,18 @@ def list_parameters_again(changes: Iterable[Change]) -> None:
     for change in changes:
         if LIST in change.layer._modules:  # Keras has taken what it no longer tracks off the layer's own list
             change.layer._track_variables()
-            _modules.add(change.layer)
+            _note(change.layer)
+        for variable in change.before:
+            if not _paths_of(variable, _parameters(change.layer)):
+                _listing_of(variable).discard(change.layer)
     changed = [change for change in changes if set(map(id, change.before)) != set(map(id, change.after))]
     _find_modules([variable for change in changed for variable in change.before])
+    stored: dict[int, set[int]] = {}
     for change in changed:
-        for module in list(_modules):
-            if module is not change.layer and _contains(module, change.layer):
-                _list_again(module, change)
+        for module in [module for module in _that_list(change) if _contains(module, change.layer)]:
+            if id(module) not in stored:
+                stored[id(module)] = set(map(id, module.variables))
+            _list_again(module, change, stored[id(module)])
 
 
 def without_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
@@ -62,8 +67,28 @@ def only_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
 
 _modules: weakref.WeakSet[Any] = weakref.WeakSet()
 """The modules that are known to list parameters."""
+_listing: dict[int, weakref.WeakSet[Any]] = {}
+"""Those that list each parameter, by its id."""
 _below: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 """The layers below a module, by id, as they were last found."""
+
+
+def _note(module: Any) -> None:
+    _modules.add(module)
+    for parameter in _parameters(module).values():
+        _listing.setdefault(id(parameter), weakref.WeakSet()).add(module)
+
+
+def _listing_of(variable: Any) -> weakref.WeakSet[Any]:
+    return _listing.get(id(variable._value), weakref.WeakSet())
+
+
+def _that_list(change: Change) -> list[Any]:
+    """The modules that may have to follow a change: those that list what the layer stored; any, if that is nothing."""
+    if not change.before:
+        return [module for module in _modules if module is not change.layer]
+    found = {id(module): module for variable in change.before for module in _listing_of(variable)}
+    return [module for module in found.values() if module is not change.layer]
 
 
 def _parameters(module: Any) -> dict[str, Any]:
@@ -75,17 +100,17 @@ def _parameters(module: Any) -> dict[str, Any]:
 
 def _find_modules(variables: Sequence[Any]) -> None:
     """Looks for modules that list one of these parameters, unless all who refer to them are known."""
-    for variable in variables:
-        if variable._value is None:
-            continue
-        known = sum(_parameters(module).get(variable.path) is variable._value for module in _modules)
-        # Further references are the variable's own and the one that is passed here.
-        if sys.getrefcount(variable._value) > known + 2:
-            break
-    else:
-        return
-    census.find_new()
-    _modules.update(layer for layer in census.layers() if LIST in vars(layer).get("_modules", ()))
+    if any(variable._value is not None and _is_held_by_others(variable) for variable in variables):
+        census.find_new()
+        _listing.clear()
+        for layer in census.layers():
+            if LIST in vars(layer).get("_modules", ()):
+                _note(layer)
+
+
+def _is_held_by_others(variable: Any) -> bool:
+    """Whether more refer to a parameter than its variable and the modules that are known to list it."""
+    return sys.getrefcount(variable._value) > len(_listing_of(variable)) + 2  # the variable, and the one passed here
 
 
 def _contains(module: Any, layer: Any) -> bool:
@@ -105,18 +130,24 @@ def _lists_any(module: Any, layer: Any) -> bool:
     return any(listed.get(variable.path) is variable._value for variable in layer.variables)
 
 
-def _list_again(module: Any, change: Change) -> None:
+def _list_again(module: Any, change: Change, stored: set[int]) -> None:
+    """Lists what a module stores, given the ids of that, and no more what it no longer does."""
     parameters, listed = _parameters(module), module._modules[LIST]
-    kept = {id(variable) for variable in change.after}
-    gone = [variable for variable in change.before if id(variable) not in kept]
-    left = set(map(id, module.variables)) if gone else set()
-    for variable in gone:
-        if id(variable) not in left:
-            for path in [path for path, value in parameters.items() if value is variable._value]:
+    for variable in change.before:
+        if id(variable) not in stored:
+            for path in _paths_of(variable, parameters):
                 del listed[path]
+            _listing_of(variable).discard(module)
     for variable in change.after:
-        present = parameters.get(variable.path)
-        if present is variable._value:
-            continue
-        if present is None or not any(value is variable._value for value in parameters.values()):
+        if not _paths_of(variable, parameters):
             listed[numbered(variable.path, parameters)] = variable._value
+            _listing.setdefault(id(variable._value), weakref.WeakSet()).add(module)
+
+
+def _paths_of(variable: Any, parameters: dict[str, Any]) -> list[str]:
+    """The paths under which a parameter is listed: as a rule its own, or with a number."""
+    if parameters.get(variable.path) is variable._value:
+        return [variable.path]
+    if variable.path not in parameters:
+        return []
+    return [path for path, value in parameters.items() if value is variable._value]
