@@ -28,14 +28,14 @@ from tether.files import adapter as adapter_file
 from tether.forms.form import AddedForm
 from tether.layers import paths
 from tether.layers.inherit import changed
-from tether.layers.named import Named, frozen_weights, named_weights, select_all, train_only
+from tether.layers.named import named_weights, select_all, tie_what_learns
 from tether.layers.refusing import refuse_layer
 from tether.layers.rollback import Rollback
-from tether.layers.tie import tie, weight_of
+from tether.layers.tie import tie, weight_of, weights_of
 from tether.layers.untie import untie
 from tether.layers.view import View
 from tether.weights.codec import decode
-from tether.weights.expression import Expression, live_weights
+from tether.weights.expression import Expression
 from tether.weights.operators.adapted import Adapted
 from tether.weights.operators.gradient import StopGradient
 from tether.weights.weight import Weight
@@ -114,14 +114,14 @@ def _adapt(
     """Adds to weights, by path, the part that a function makes of the weight, all under one strength."""
     found = named_weights(model)
     with Rollback.below(model):
-        frozen = frozen_weights(found)
         factor = Weight(np.array(strength, "float32"), trainable=False, name=f"{name}.strength", role="strength")
         ties = {}
+        present = weights_of(model, parts)
         for path, part in parts.items():
-            base, others = _taken_apart(weight_of(model, path))
+            base, others = _taken_apart(present[path])
             still = base if isinstance(base, StopGradient) or not freeze else base.stop_gradient()
             ties[path] = _adapted(still, {**others, name: (factor, part(still))})
-        _retie(model, ties, found, frozen)
+        tie_what_learns(model, ties, found)
     return model
 
 
@@ -138,16 +138,6 @@ def _taken_apart(expression: Expression) -> tuple[Expression, dict[str, tuple[Ex
 def _adapted(base: Expression, parts: Mapping[str, tuple[Expression, Expression]]) -> Expression:
     operands = [operand for pair in parts.values() for operand in pair]
     return Adapted(base, *operands, names=tuple(parts)) if parts else base
-
-
-def _retie(model: Any, ties: Mapping[str, Expression], found: list[Named], frozen: set[str]) -> None:
-    """Ties, and lets what is in the ties learn in layers that were frozen, without what was frozen there."""
-    still = {path: weight_of(model, path).stop_gradient() for path in frozen if path not in ties}
-    if any(live_weights(expression) for expression in ties.values()):
-        tie(model, {**still, **ties})
-        train_only(model, found, {path for path, expression in ties.items() if live_weights(expression)}, frozen)
-    else:
-        tie(model, ties)
 
 
 # --------------------------------------------------------------------------- what there is

@@ -29,9 +29,9 @@ from tether.files.positions import check_built, dotted
 from tether.files.report import Report
 from tether.files.tensors import opened_tensors, write_tensors
 from tether.forms.low_rank import low_rank
-from tether.layers.named import Named, frozen_weights, named_weights, train_only
+from tether.layers.named import Named, named_weights, tie_what_learns
 from tether.layers.rollback import Rollback
-from tether.layers.tie import tie, weight_of
+from tether.layers.tie import weight_of
 from tether.layers.view import View
 from tether.weights.base import split
 from tether.weights.constant import Constant
@@ -119,20 +119,11 @@ def load_peft(model: Any, folder: str | os.PathLike[str], *, names: Names = None
                 ties[place.named.path] = form(base.stop_gradient())
                 left, right = ties[place.named.path].weights_used()[-2:]
                 values += [(left, a), (right, b)]
-            _tie(model, ties)
+            tie_what_learns(model, ties, named_weights(model))
             plan = Plan([_factor_offer(weight, entry) for weight, entry in values], "error")
             plan.check()
         loaded = plan.carry_out()
     return Report(loaded=loaded)
-
-
-def _tie(model: Any, ties: Mapping[str, Expression]) -> None:
-    """Ties, and lets the factors learn in layers that were frozen, without what was frozen there."""
-    found = named_weights(model)
-    frozen = frozen_weights(found)
-    still = {path: weight_of(model, path).stop_gradient() for path in frozen if path not in ties}
-    tie(model, {**still, **ties})
-    train_only(model, found, set(ties), frozen)
 
 
 def _factor_offer(weight: Weight, entry: Entry) -> Offer:

@@ -64,7 +64,6 @@ from tether.keras_seam.layers import (
     set_untracked,
     shield_tracker,
     sublayers,
-    track,
     unique_name,
     unlock,
     unlocked,
@@ -190,7 +189,6 @@ __all__ = [
     "running_methods", "save_to", "saved_objects", "saving_scope", "see", "set_build_shapes", "set_by_a_container",
     "set_mask", "set_own_trainable_flag", "set_untracked", "shared_object", "shield_tracker", "snapshot",
     "store_each_variable_once", "stored_dtype", "stored_value", "sublayers", "subtract", "take_over_quantize",
-    "tell_apart", "trace", "trace_token", "track", "training_loss", "undisturbed", "unique_name", "unlock",
-    "unlocked", "unshield_tracker", "untrack", "untrack_layer", "variable_lists", "without_parameters", "write",
-    "write_rows",
+    "tell_apart", "trace", "trace_token", "training_loss", "undisturbed", "unique_name", "unlock", "unlocked",
+    "unshield_tracker", "untrack", "untrack_layer", "variable_lists", "without_parameters", "write", "write_rows",
 ]  # fmt: skip

@@ -17,12 +17,6 @@ from tether.keras_seam.private import private_method
 flatten_layers = private_method(keras.Layer, "_flatten_layers", "Finding the layers of a model")
 
 
-def track(layer: Any, variable: Any) -> None:
-    """Adds a stored variable to a layer, built or not."""
-    with unlocked(layer):
-        layer._track_variable(variable)
-
-
 def untrack(layer: Any, variable: Any) -> None:
     layer._untrack_variable(variable)
 

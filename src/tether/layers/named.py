@@ -11,7 +11,9 @@ from tether import keras_seam
 from tether.errors import TetherError, UnknownName
 from tether.layers import paths
 from tether.layers.state import state_of
+from tether.layers.tie import tie, weights_of
 from tether.layers.view import View, shape_of
+from tether.weights.expression import Expression, live_weights
 from tether.weights.weight import Weight
 
 
@@ -113,6 +115,23 @@ def train_only(root: Any, weights: list[Named], learns: set[str], frozen: set[st
                 _set_variable_flag(layer, variable, flag)
         elif any(id(below) in learning for below in keras_seam.contained_layers(layer)):
             keras_seam.set_own_trainable_flag(layer, True)
+
+
+def tie_what_learns(root: Any, ties: Mapping[str, Expression], weights: list[Named]) -> None:
+    """Ties, and lets what is in the ties learn in layers that were frozen, without what was frozen there.
+
+    Args:
+        root: The layer or model.
+        ties: Expressions by the weight's path.
+        weights: All its weights, as they were before.
+    """
+    learns, frozen = {path for path, tied in ties.items() if live_weights(tied)}, frozen_weights(weights)
+    if not learns:
+        tie(root, ties)
+        return
+    still = weights_of(root, [path for path in frozen if path not in ties])
+    tie(root, {**{path: weight.stop_gradient() for path, weight in still.items()}, **ties})
+    train_only(root, weights, learns, frozen)
 
 
 def pairs(root: Any, source: Any) -> Iterator[tuple[Any, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tether.weights.expression import Expression, live_weights, resolved
@@ -26,7 +26,6 @@ class Use:
     live: bool = True
     """Whether gradient may flow through this use: the layer is trainable, and so is the attribute."""
     regularizer: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> None:
         """Writes out what weights in the expression have become, and tells the weights in it of the use."""

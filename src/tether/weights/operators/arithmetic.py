@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import numpy as np
 
@@ -246,8 +244,3 @@ def matmul(a: Expression, b: Expression) -> Expression:
 def negative(a: Expression) -> Expression:
     """`-a`."""
     return Negative(a)
-
-
-def number(value: Any) -> Expression:
-    """A constant."""
-    return Constant.of(value)
