@@ -15,10 +15,10 @@ import tempfile
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
+import keras
+import numpy as np
 
-import tether  # noqa: E402
+import tether
 
 SOURCE = pathlib.Path(tether.__file__).parent
 X = np.ones((4, 8), "float32")
