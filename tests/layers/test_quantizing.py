@@ -129,7 +129,9 @@ def test_the_memory_is_no_more_than_keras_needs_for_the_untied_model(mode):
 
 
 @modes
-@pytest.mark.parametrize("inputs", [256, 200, 130, 129])
+@pytest.mark.parametrize(
+    "inputs", [pytest.param(256, marks=pytest.mark.slow), 200, pytest.param(130, marks=pytest.mark.slow), 129]
+)
 def test_wide_layers_on_a_low_rank_part_need_no_more_than_keras_does_for_the_kernel(mode, inputs):
     layer = layers.Dense(16, use_bias=False)
     layer.build((None, inputs))
