@@ -744,8 +744,29 @@ def test_looking_around_sees_every_layer_model_and_optimizer(monkeypatch):
     census.find_new()
     assert held["model"] in training._models and held["model"].layers[0] in census._layers
     assert held["model"].optimizer in census._optimizers
-    assert census.alive(OF_LAYERS) == len(census._layers)
-    assert census.alive(census._OF_OPTIMIZERS) == len(census._optimizers)
+    assert not census._is_something_new()
+    held["more"] = [keras.layers.Dense(2), keras.optimizers.SGD()]
+    assert census._is_something_new()
+
+
+@of_the_newer_keras
+def test_what_is_left_of_layers_that_are_gone_is_looked_for_once(monkeypatch):
+    kept = [keras.layers.Dense(1)._tracker, keras.optimizers.SGD()._tracker]  # hold the functions of what is gone
+    gc.collect()
+    census.find_new()
+    looked, original = [], gc.get_objects
+    monkeypatch.setattr(census.gc, "get_objects", lambda *generation: (looked.append(1), original(*generation))[1])
+    census.find_new()
+    assert not looked and not census.has_new_optimizers()
+    layer, optimizer = keras.layers.Dense(1), keras.optimizers.SGD()
+    census.find_new()
+    assert looked and layer in census._layers and optimizer in census._optimizers
+    looked.clear()
+    del kept[:]
+    gc.collect()
+    another = keras.layers.Dense(1)
+    census.find_new()
+    assert looked and another in census._layers
 
 
 @of_the_newer_keras

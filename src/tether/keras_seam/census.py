@@ -3,8 +3,9 @@
 Keras keeps no list of them, and a layer does not know what is around it. Who changes a layer that is built has to find
 the models that contain it: the training functions that were traced (`training`), and on PyTorch the lists of parameters
 (`torch_parameters`). Going through memory takes a tenth of a second in a large process, so it is done only if there is
-something that has not been seen. How many there are is read off, which takes no time: a function that is made holds
-its code, and Keras makes functions of its own for each layer and for each optimizer.
+something that has not been seen. That is read off, which takes no time: Keras makes functions of its own for each layer
+and each optimizer, and a function holds its code, so the references to the code say how many such functions are alive.
+Those that are known are held weakly: they die with what they were made for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import keras
@@ -28,6 +29,8 @@ _AT_A_TIME = 20_000
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 """What has been seen, of what is alive."""
+_orphans: dict[int, weakref.WeakSet[Any]] = {}
+"""Functions made for something that nobody finds, by the ids of their codes: it is gone, and a part of it is held."""
 
 
 def _makes_one() -> Callable[[], None]:
@@ -50,7 +53,11 @@ def has_optimizers() -> bool:
 
 def has_new_optimizers() -> bool:
     """Whether there is an optimizer that has not been seen."""
-    return alive(_OF_OPTIMIZERS) > len(_optimizers)
+    return alive(_OF_OPTIMIZERS) > len(_optimizers) + _count_orphans(_OF_OPTIMIZERS)
+
+
+def _count_orphans(codes: tuple[CodeType, ...]) -> int:
+    return max((len(_orphans.get(id(code), ())) for code in codes), default=0) if _orphans else 0
 
 
 def see(*found: Any) -> None:
@@ -76,10 +83,15 @@ def layers() -> list[Any]:
 
 def find_new() -> None:
     """Sees the layers and optimizers that have not been seen."""
-    if _is_something_new() and not _find_in((0, 1, 2)) and gc.get_freeze_count():
+    if not _is_something_new() or _find_in((0, 1, 2)):
+        return
+    if gc.get_freeze_count():
         gc.unfreeze()  # `gc.freeze` has put objects where nobody finds them
-        _find_in((2,))
+        if not _find_in((2,)):
+            _find_orphans()
         gc.freeze()
+    else:
+        _find_orphans()
 
 
 def _find_in(generations: tuple[int, ...]) -> bool:
@@ -96,8 +108,26 @@ def _find_in(generations: tuple[int, ...]) -> bool:
     return False
 
 
+def _find_orphans() -> None:
+    """Notes the functions that are left when everything has been seen: so many more than layers and optimizers."""
+    _orphans.clear()
+    codes = {id(code) for code in (*OF_LAYERS, *_OF_OPTIMIZERS)}
+    functions = [one for one in gc.get_objects() if type(one) is FunctionType and id(one.__code__) in codes]
+    owned = {id(test) for one in (*_layers, *_optimizers) for test in _tests_of(one)}
+    for function in functions:
+        if id(function) not in owned:
+            _orphans.setdefault(id(function.__code__), weakref.WeakSet()).add(function)
+
+
+def _tests_of(one: Any) -> list[Any]:
+    """The functions by which a layer or optimizer sorts its attributes."""
+    tracker = vars(one).get("_tracker")
+    tests = [test for test, _ in tracker.config.values()] if tracker is not None else []
+    return [getattr(test, "original", test) for test in tests]
+
+
 def _is_something_new() -> bool:
-    return has_new_optimizers() or alive(OF_LAYERS) > len(_layers)
+    return has_new_optimizers() or alive(OF_LAYERS) > len(_layers) + _count_orphans(OF_LAYERS)
 
 
 def _with_subclasses(cls: type) -> set[type]:
