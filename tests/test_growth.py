@@ -2,6 +2,7 @@
 
 import pathlib
 
+import keras
 import pytest
 from benchmarks import growth
 
@@ -17,6 +18,11 @@ def calls(road, kind, size, folder):
     return growth.calls_of(run)
 
 
+ONE_BY_ONE = ("tie by layer", "tie by path", "untie by path")
+"""On PyTorch a layer that lists the parameters of many below it is looked through at each of these changes, once a call:
+Keras does not say which of them another layer stores too. The way around is one call for all, `tie at once`."""
+MOST_ONE_BY_ONE = 1.3
+
 BY_KIND = [
     *(("listed", road) for road in growth.CHANGING),
     *(("uses", road) for road in ("tie by layer", "tie at once", "untie")),
@@ -31,7 +37,8 @@ BY_KIND = [
 def test_four_times_the_layers_take_four_times_the_calls(kind, road, tmp_path):
     calls(road, kind, 4, pathlib.Path(tmp_path))  # what is imported or compiled once
     few, many = (calls(road, kind, size, pathlib.Path(tmp_path)) for size in (SMALL, LARGE))
-    assert growth.exponent((SMALL, LARGE), (few, many)) <= MOST
+    looks_through = keras.backend.backend() == "torch" and kind == "listed" and road in ONE_BY_ONE
+    assert growth.exponent((SMALL, LARGE), (few, many)) <= (MOST_ONE_BY_ONE if looks_through else MOST)
 
 
 def test_a_step_calls_no_function_for_each_use():
