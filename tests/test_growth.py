@@ -8,7 +8,7 @@ from benchmarks import growth
 
 SMALL, LARGE = 30, 120
 MOST = 1.08
-"""The exponent between them. With twice the growth of a line in a tenth of the work it is 1.15."""
+"""The exponent between them; what is quadratic in a tenth of the work at the smaller size is above 1.15."""
 
 
 def calls(road, kind, size, folder):
@@ -19,8 +19,8 @@ def calls(road, kind, size, folder):
 
 
 ONE_BY_ONE = ("tie by layer", "tie by path", "untie by path")
-"""On PyTorch a layer that lists the parameters of many below it is looked through at each of these changes, once a call:
-Keras does not say which of them another layer stores too. The way around is one call for all, `tie at once`."""
+"""On PyTorch a layer that lists the parameters of many below it is looked through by each such call, since Keras does not
+say which of them another layer stores too. The way around is one call for all: `tie at once`."""
 MOST_ONE_BY_ONE = 1.3
 
 BY_KIND = [
