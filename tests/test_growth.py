@@ -19,8 +19,8 @@ def calls(road, kind, size, folder):
 
 
 ONE_BY_ONE = ("tie by layer", "tie by path", "untie by path")
-"""On PyTorch a layer that lists the parameters of many below it is looked through by each such call, since Keras does not
-say which of them another layer stores too. The way around is one call for all: `tie at once`."""
+"""On PyTorch a layer that lists the parameters of many below it is looked through by each such call: Keras does not say
+which of them another layer stores too. The way around is one call for all, `tie at once`."""
 MOST_ONE_BY_ONE = 1.3
 
 BY_KIND = [
