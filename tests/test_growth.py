@@ -21,7 +21,7 @@ def calls(road, kind, size, folder):
 ONE_BY_ONE = ("tie by layer", "tie by path", "untie by path")
 """On PyTorch a layer that lists the parameters of many below it is looked through by each such call: Keras does not say
 which of them another layer stores too. The way around is one call for all, `tie at once`."""
-MOST_ONE_BY_ONE = 1.3
+MOST_ONE_BY_ONE = 1.6
 
 BY_KIND = [
     *(("listed", road) for road in growth.CHANGING),
