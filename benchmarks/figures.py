@@ -1,4 +1,4 @@
-"""The tables of `docs/planning.md` and `docs/files.md`, from the JSON files: `python -m benchmarks.figures`.
+"""The tables of planning.md, files.md and benchmarks.md in `docs/`, from JSON files: `python -m benchmarks.figures`.
 
 Those of `docs/files.md` and of growth in `docs/benchmarks.md` are written where they belong, between two comments; the
 others are printed.
@@ -80,10 +80,10 @@ def regret(device):
                 print(f"  {row['regret']:.2f}  {name}  ({row['chosen']})")
 
 
-def ratios(device, part):
+def ratios(device, part, benchmark="planner"):
     lines: dict[str, list[str]] = {}
     for place, backend in enumerate(BACKENDS):
-        for name, row in rows_of(backend, device, part).items():
+        for name, row in rows_of(backend, device, part, benchmark).items():
             lines.setdefault(name, [name, "", "", ""])[1 + place] = f"{row['ratio']:.2f}"
     table(["", *BACKENDS.values()], lines.values())
 
@@ -162,6 +162,7 @@ def growth(device):
         ["1,600 uses", *(f"{label}{head}" for label in BACKENDS.values() for head in (", s", " exponent", " ratio"))],
         lines.values(),
     )
+    ratios(device, "step", "growth")
 
 
 def main(device="cpu"):

@@ -339,7 +339,7 @@ def measured(kind, road, sizes):
 def compared_steps(size=USES_OF_A_STEP):
     models = [compiled(made("uses", size, tied)) for tied in (True, False)]
     ours, theirs = (lambda model=model: model.train_on_batch(DATA, DATA) for model in models)
-    return {"case": f"a step with {size} uses / untied", **compare(ours, theirs, budget=20.0)}
+    return {"case": f"step: {size} uses of one weight / the same layers untied", **compare(ours, theirs, budget=20.0)}
 
 
 def main():

@@ -12,7 +12,7 @@ MOST = 1.08
 
 
 def calls(road, kind, size, folder):
-    """The functions that are called on a road, on a model of a size; `None` if the model has no such road."""
+    """The functions that are called on a road, on a model of a size."""
     prepare = growth.CHANGING[road] if road in growth.CHANGING else growth.of_model(growth.ROADS[road])
     run = prepare(kind, size, True, folder)
     return growth.calls_of(run)

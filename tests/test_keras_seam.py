@@ -1044,8 +1044,8 @@ def test_the_quick_operations_are_those_of_keras(name):
 
 def test_the_dtype_of_a_tensor_is_kerass():
     for dtype in ("float32", "float16", "bfloat16", "int32", "bool"):
-        assert keras_seam.dtype_of(keras.ops.zeros((2,), dtype)) == dtype
-        assert keras_seam.dtype_of(keras.Variable(np.zeros(2), dtype=dtype, trainable=False)) == dtype
+        assert keras_seam.tensor_dtype(keras.ops.zeros((2,), dtype)) == dtype
+        assert keras_seam.tensor_dtype(keras.Variable(np.zeros(2), dtype=dtype, trainable=False)) == dtype
 
 
 def test_what_refuses_to_be_looked_into_is_part_of_no_structure():

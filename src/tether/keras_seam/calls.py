@@ -98,10 +98,6 @@ mutations = _make_mutations()
 """How often a tensor was changed in place (PyTorch counts; JAX cannot, TensorFlow does not tell)."""
 
 
-RUNS_FROM_PYTHON = _backend.backend() == "torch"
-"""Whether each operation is run from Python at each call, so that what Keras converts and promotes first takes time."""
-
-
 def _make_is_plain_eager() -> Callable[[], bool]:
     name = _backend.backend()
     if name == "tensorflow":

@@ -65,7 +65,7 @@ def see(*found: Any) -> None:
     for one in found:
         if isinstance(one, keras.optimizers.Optimizer):
             _optimizers.add(one)
-        elif one not in _layers:
+        elif isinstance(one, keras.layers.Layer) and one not in _layers:
             _layers.add(one)
             if isinstance(one, keras.Model):
                 for tell in told_of_models:
@@ -85,13 +85,12 @@ def find_new() -> None:
     """Sees the layers and optimizers that have not been seen."""
     if not _is_something_new() or _find_in((0, 1, 2)):
         return
-    if gc.get_freeze_count():
+    _find_orphans()
+    if _is_something_new() and gc.get_freeze_count():
         gc.unfreeze()  # `gc.freeze` has put objects where nobody finds them
         if not _find_in((2,)):
             _find_orphans()
         gc.freeze()
-    else:
-        _find_orphans()
 
 
 def _find_in(generations: tuple[int, ...]) -> bool:
@@ -110,13 +109,12 @@ def _find_in(generations: tuple[int, ...]) -> bool:
 
 def _find_orphans() -> None:
     """Notes the functions that are left when everything has been seen: so many more than layers and optimizers."""
-    _orphans.clear()
     codes = {id(code) for code in (*OF_LAYERS, *_OF_OPTIMIZERS)}
     functions = [one for one in gc.get_objects() if type(one) is FunctionType and id(one.__code__) in codes]
     owned = {id(test) for one in (*_layers, *_optimizers) for test in _tests_of(one)}
     for function in functions:
-        if id(function) not in owned:
-            _orphans.setdefault(id(function.__code__), weakref.WeakSet()).add(function)
+        of_code = _orphans.setdefault(id(function.__code__), weakref.WeakSet())
+        (of_code.discard if id(function) in owned else of_code.add)(function)
 
 
 def _tests_of(one: Any) -> list[Any]:

@@ -28,6 +28,7 @@ from tether.keras_seam.private import is_missing
 
 
 def code_of(function: Callable[..., Any]) -> CodeType:
+    """The code of a function, whatever decorates it."""
     return inspect.unwrap(function).__code__
 
 

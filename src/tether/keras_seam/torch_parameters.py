@@ -49,7 +49,7 @@ def list_parameters_again(changes: Iterable[Change]) -> None:
     _find_modules([variable for change in changed for variable in change.before])
     stored: dict[int, set[int]] = {}
     for change in changed:
-        for module in [module for module in _that_list(change) if _contains(module, change.layer)]:
+        for module in [module for module in _may_follow(change) if _contains(module, change.layer)]:
             if id(module) not in stored:
                 stored[id(module)] = set(map(id, module.variables))
             _list_again(module, change, stored[id(module)])
@@ -83,7 +83,7 @@ def _listing_of(variable: Any) -> weakref.WeakSet[Any]:
     return _listing.get(id(variable._value), weakref.WeakSet())
 
 
-def _that_list(change: Change) -> list[Any]:
+def _may_follow(change: Change) -> list[Any]:
     """The modules that may have to follow a change: those that list what the layer stored; any, if that is nothing."""
     if not change.before:
         return [module for module in _modules if module is not change.layer]

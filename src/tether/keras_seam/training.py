@@ -125,7 +125,7 @@ def before_change(layers: Iterable[Any], *, resized: Iterable[Any] = (), adjuste
     changed, resized = {id(layer): layer for layer in layers}, list(resized)
     if not changed or not (census.has_optimizers() or census.alive(_OF_TRACES)):
         return
-    census.see(*(layer for layer in changed.values() if isinstance(layer, keras.layers.Layer)))
+    census.see(*changed.values())
     census.find_new()
     concerned = [model for model in list(_models) if _is_concerned(model, changed, again=bool(resized))]
     if concerned:
@@ -286,7 +286,7 @@ def hand_over_what_trains(model: Any) -> None:
     _tied.add(model)
     optimizer = vars(model).get("optimizer")
     if optimizer is not None:
-        census.see(optimizer, inner_optimizer(optimizer))
+        census.see(optimizer)
         for part in _parts(optimizer):
             census.see(part)
             step = vars(part).get("apply")

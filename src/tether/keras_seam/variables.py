@@ -27,13 +27,17 @@ def raw_value(variable: Any) -> Any:
 _dtype_names: dict[Any, str] = {}
 
 
-def dtype_of(tensor: Any) -> str:
+def tensor_dtype(tensor: Any) -> str:
     """The dtype of a tensor, as Keras calls it: asked for at every call of a layer, and each looked up once."""
     dtype = tensor.dtype
     found = _dtype_names.get(dtype)
     if found is None:
         found = _dtype_names[dtype] = str(keras.backend.standardize_dtype(dtype))
     return found
+
+
+RUNS_FROM_PYTHON = _backend.backend() == "torch"
+"""Whether each operation is run from Python at each call, so that what Keras converts and promotes first takes time."""
 
 
 def _quick(name: str) -> Callable[[Any, Any], Any]:
@@ -43,7 +47,7 @@ def _quick(name: str) -> Callable[[Any, Any], Any]:
     product. Of two dense floating-point tensors of one dtype there is nothing to convert.
     """
     general: Callable[[Any, Any], Any] = getattr(keras.ops, name)
-    if _backend.backend() != "torch":
+    if not RUNS_FROM_PYTHON:
         return general
     import torch
 

@@ -221,11 +221,10 @@ def _weights_of_the_parent(layer: Any, parent: Any, args: Any, kwargs: Any) -> l
 
 def _weight_names(layer: Any, prefix: tuple[str, ...] = ()) -> list[str]:
     """The paths of all weights below a layer, the same in every instance."""
-    own = [(*prefix, *paths.canonical_name(layer, variable)) for variable in paths.own_variables(layer)]
-    found = ["/".join(path) for path in own]
-    for child in keras_seam.sublayers(layer):
-        if not isinstance(child, Weight) and len(prefix) < 8:
-            found += _weight_names(child, (*prefix, *paths.canonical_child(layer, child)))
+    held = paths.Holdings().of(layer)
+    found = ["/".join((*prefix, *held.names[id(variable)])) for variable in held.variables]
+    for child in held.children if len(prefix) < 8 else ():
+        found += _weight_names(child, (*prefix, *held.child(child)))
     return list(dict.fromkeys(found))
 
 

@@ -209,16 +209,16 @@ class _Held:
     def __init__(self, layer: Any, *, many: bool = False) -> None:
         self.layer, self.many = layer, many
         self.variables = own_variables(layer)
-        self._attributes: dict[str, Any] = {}
+        self._asked: dict[str, Any] = {}
 
     def attribute(self, name: str) -> Any:
         """An attribute of the layer; `None` if it has none, or not yet."""
-        if name not in self._attributes:
+        if name not in self._asked:
             try:
-                self._attributes[name] = getattr(self.layer, name, None)
+                self._asked[name] = getattr(self.layer, name, None)
             except Exception:  # a property that is not ready before build
-                self._attributes[name] = None
-        return self._attributes[name]
+                self._asked[name] = None
+        return self._asked[name]
 
     @cached_property
     def by_name(self) -> dict[str, list[Any]]:
@@ -390,9 +390,8 @@ def canonical_child(layer: Any, child: Any) -> Path:
 
 def children(layer: Any) -> Iterator[tuple[Path, Any]]:
     """The sub-layers, weights that are attributes included, each by a path that is the same in a layer made alike."""
-    held = _Held(layer)
-    if held.is_graph:
-        yield from ((held.graph[id(child)], child) for child in layer.layers)
+    if _Held(layer).is_graph:
+        yield from ((("layers", str(place)), child) for place, child in enumerate(layer.layers))
         return
     hung = set(map(id, vars(layer).get(WEIGHTS) or ()))
     below = [child for child in keras_seam.sublayers(layer) if id(child) not in hung]

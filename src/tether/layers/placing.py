@@ -137,10 +137,8 @@ def forward(layer: Any, state: State) -> None:
             continue
         child, canonical, rest = step
         del state.pending[path]
-        recorder = asked.recorder()
-        if recorder is not None and asked.path[-len(path) :] == path and asked.is_recorded:
-            asked.forget()
-            asked.record(recorder, asked.path[: -len(path)] + canonical + rest)
+        if asked.path[-len(path) :] == path:
+            asked.rename(asked.path[: -len(path)] + canonical + rest)
         become_tied(child)
         place = paths.locate(child, rest)
         below = become_tied(place.layer)
@@ -175,9 +173,8 @@ def _settle(layer: Any, state: State) -> None:
         if found is not None:
             variable, canonical = found
             refuse_tie(layer, "/".join(canonical), variable, asked.expression)
-            if asked.recorder() is layer and asked.is_recorded:
-                asked.forget()
-                asked.record(layer, canonical)
+            if asked.recorder() is layer:
+                asked.rename(canonical)
             replace(layer, variable, "/".join(canonical), asked)
         else:
             place = paths.locate(layer, path)

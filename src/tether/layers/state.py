@@ -40,6 +40,12 @@ class Tie:
         recorded.pop(path, None)
         recorded[path] = self
 
+    def rename(self, path: tuple[str, ...]) -> None:
+        """Records the tie under another path from the layer that records it, if one does."""
+        if self.is_recorded:
+            self.forget()
+            self.record(self.recorder(), path)
+
     def forget(self) -> None:
         """Removes the tie from the layer that records it."""
         if self.is_recorded:

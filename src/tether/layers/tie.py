@@ -54,7 +54,7 @@ def tie(layer: Any, weights: Mapping[str, Any] | None = None, /, **by_name: Any)
     """
     wanted = _wanted(layer, weights, by_name)
     made_by_code = keras_seam.maker(layer) is not None
-    _tie_all(layer, wanted, made_by_code=made_by_code)
+    _tie_all(layer, wanted, _places(layer, wanted), made_by_code=made_by_code)
     return layer
 
 
@@ -64,7 +64,8 @@ def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument], p
     A constructor that copies a tied layer for itself makes that copy, and its ties, again wherever it runs.
     """
     if ties:
-        _tie_all(layer, dict(ties), made_by_code=keras_seam.maker(layer) is not None, is_new=True)
+        made_by_code = keras_seam.maker(layer) is not None
+        _tie_all(layer, dict(ties), _places(layer, dict(ties)), made_by_code=made_by_code, is_new=True)
     if takes:
         become_tied(layer).takes = list(takes)
         take_arguments(layer)
@@ -107,6 +108,7 @@ def weights_of(layer: Any, names: Iterable[str]) -> dict[str, Any]:
     holdings = paths.Holdings(len(names))
     found: dict[str, Any] = {}
     made: dict[str, Expression] = {}
+    places: dict[str, paths.Place] = {}
     by_place: dict[tuple[int, paths.Path], Weight] = {}
     for name in names:
         place = paths.locate(layer, paths.split(name), holdings)
@@ -120,10 +122,11 @@ def weights_of(layer: Any, names: Iterable[str]) -> dict[str, Any]:
             if key not in by_place:
                 label = f"{place.layer.name}.{place.leaf_name}".replace("/", ".")
                 made[name] = by_place[key] = Weight(name=label)
+                places[name] = place
                 by_place[key].find_path()  # of a layer that is not built: the path that the layer gives its variable
             found[name] = by_place[key]
     if made:
-        _tie_all(layer, made, made_by_code=keras_seam.maker(layer) is not None)
+        _tie_all(layer, made, places, made_by_code=keras_seam.maker(layer) is not None)
     return found
 
 
@@ -156,9 +159,19 @@ def _wanted(layer: Any, weights: Any, by_name: dict[str, Any]) -> dict[str, Expr
     return wanted
 
 
-def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool, is_new: bool = False) -> None:
+def _places(layer: Any, wanted: dict[str, Expression]) -> dict[str, paths.Place]:
     holdings = paths.Holdings(len(wanted))
-    places = {path: paths.locate(layer, paths.split(path), holdings) for path in wanted}
+    return {path: paths.locate(layer, paths.split(path), holdings) for path in wanted}
+
+
+def _tie_all(
+    layer: Any,
+    wanted: dict[str, Expression],
+    places: dict[str, paths.Place],
+    *,
+    made_by_code: bool,
+    is_new: bool = False,
+) -> None:
     refuse_twice(layer, places)
     changed = {id(place.layer): place.layer for place in places.values()}
     affected = {id(layer): layer, **changed}
@@ -174,7 +187,8 @@ def _tie_all(layer: Any, wanted: dict[str, Expression], *, made_by_code: bool, i
         keras_seam.before_change([place.layer for place in places.values() if place.variable is not None])
     with Rollback([*affected.values(), *involved.values()]), swapped(changed.values()):
         for path, place in places.items():
-            state, _ = become_tied(place.layer), become_tied(place.recorder)
+            state = become_tied(place.layer)
+            become_tied(place.recorder)
             asked = Tie(weakref.ref(place.recorder), place.recorded_path, wanted[path], made_by_code)
             asked.record(place.recorder, place.recorded_path)
             if place.lent is not None:

@@ -60,7 +60,7 @@ class View(keras_seam.Variable):
         use = self.use
         value = self.read(use.expression)
         dtype = self.dtype
-        if keras_seam.dtype_of(value) != dtype:
+        if keras_seam.tensor_dtype(value) != dtype:
             value = keras.ops.cast(value, dtype)
         if not use.live and keras_seam.is_float(dtype):
             value = keras.ops.stop_gradient(value)

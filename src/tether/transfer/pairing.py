@@ -62,8 +62,9 @@ def held_weights(root: Any) -> list[Held]:
 
 
 def _walk(layer: Any, names: tuple[str, ...], key: tuple[Any, ...], around: tuple[Any, ...]) -> Iterator[Held]:
-    for variable in paths.own_variables(layer):
-        leaf = paths.canonical_name(layer, variable)
+    inside = paths.Holdings().of(layer)
+    for variable in inside.variables:
+        leaf = inside.names[id(variable)]
         expression = variable.expression if isinstance(variable, View) else None
         yield Held("/".join(names + leaf), key + leaf, layer, variable, expression)
     counts: dict[str, int] = {}
@@ -73,14 +74,15 @@ def _walk(layer: Any, names: tuple[str, ...], key: tuple[Any, ...], around: tupl
             if places:
                 yield Held("/".join(names + places[0]), key + places[0], layer, child.variable, child)
         elif not isinstance(child, keras.layers.InputLayer) and not any(child is other for other in around):
-            name, step = _step(layer, child, counts)
+            name, step = _step(inside.child(child), inside.is_graph, child, counts)
             yield from _walk(child, names + name, key + step, (*around, child))
 
 
-def _step(layer: Any, child: Any, counts: dict[str, int]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+def _step(
+    canonical: paths.Path, in_graph: bool, child: Any, counts: dict[str, int]
+) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """The path to a sub-layer for people, and what its counterpart has in common with it."""
-    canonical = paths.canonical_child(layer, child)
-    if canonical[0] != "layers" or not isinstance(layer, (keras_seam.Functional, keras_seam.Sequential)):
+    if canonical[0] != "layers" or not in_graph:
         return canonical, canonical
     if not keras_seam.is_automatic_layer_name(child):
         return (child.name,), (child.name,)

@@ -105,7 +105,7 @@ def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Any
     if how is not None:
         return Integers(keras_seam.plain_tensor(view.read(how.stored)), how, dtype)
     value = keras_seam.plain_tensor(view.read(factor))
-    if keras_seam.dtype_of(value) != dtype:
+    if keras_seam.tensor_dtype(value) != dtype:
         value = keras.ops.cast(value, dtype)
     return value if view.use.live else keras.ops.stop_gradient(value)
 

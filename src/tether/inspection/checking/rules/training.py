@@ -171,7 +171,7 @@ def wide_table(context: Context) -> Iterator[Finding]:
 
 def _tables(context: Context) -> Iterator[tuple[Any, Any, Any]]:
     """The tables that are a head too: the variable, the embedding, and the head."""
-    heads, reversed_ = context.once(_heads), context.once(_called_in_reverse)
+    heads, reversed_ = _heads(context), _called_in_reverse(context)
     for layer in context.layers:
         if not isinstance(layer, keras.layers.Embedding) or not layer.built or layer.quantization_mode is not None:
             continue
