@@ -60,7 +60,7 @@ def sharing(known: dict[str, Weight] | None = None) -> Iterator[dict[str, Weight
 def born(weight: Weight) -> None:
     """Notes when a weight was made, so that a copy of it can be told from what is made along with it."""
     _births[weight.uid] = weight
-    weight.born = keras_seam.copies_begun()
+    keras_seam.set_untracked(weight, "born", keras_seam.copies_begun())
 
 
 def scope_of(uid: str) -> dict[str, Weight] | None:

@@ -59,6 +59,27 @@ class Weight(Expression, keras.layers.Layer):
     ```
     """
 
+    uid: str
+    origin: str
+    generation: int
+    born: int
+    autocasts: bool
+    was_used: bool
+    only_named: bool
+    first_initializer: Any
+    _trainable_flag: bool
+    _container_flag: bool
+    _given_shape: Shape | None
+    _given_dtype: str | None
+    _variable: Any
+    _wanted_path: str
+    _role: str | None
+    _became: Weight | None
+    _uses: dict[Use, bool]
+    _reached: int
+    _beside: set[str]
+    _numbers: dict[str, int]
+
     def __init__(
         self,
         shape: Any = None,
@@ -75,32 +96,33 @@ class Weight(Expression, keras.layers.Layer):
         dtype = None if dtype is None else keras.backend.standardize_dtype(dtype)
         # Keras would read the name of a dtype such as int8 as a policy that quantises.
         super().__init__(name=name, dtype=dtype if dtype in ("float16", "bfloat16", "float32", "float64") else None)
-        self._trainable_flag = bool(trainable)
-        self._container_flag = True
-        self._given_shape = shape
-        self._given_dtype = (
-            None if dtype is None and start is None else dtype or keras.backend.standardize_dtype(start.dtype)
-        )
         self.initializer = initializer
         self.regularizer = keras.regularizers.get(regularizer)
         self.constraint = keras.constraints.get(constraint)
-        self._variable: Any = None
-        self.autocasts = True
-        self._wanted_path = "" if name is None else path_of(name)
-        self._role = check_role(role)
-        self.first_initializer: Any = None
-        self.uid = fresh_uid()
-        self.born = 0
+        if dtype is None and start is not None:
+            dtype = keras.backend.standardize_dtype(start.dtype)
+        self.__dict__.update(  # none of it is for Keras to track, and looking whether it is takes longer than the rest
+            _trainable_flag=bool(trainable),
+            _container_flag=True,
+            _given_shape=shape,
+            _given_dtype=dtype,
+            _variable=None,
+            autocasts=True,
+            _wanted_path="" if name is None else path_of(name),
+            _role=check_role(role),
+            first_initializer=None,
+            uid=(uid := fresh_uid()),
+            origin=uid,
+            generation=0,
+            was_used=False,
+            only_named=False,
+            _became=None,
+            _uses={},
+            _reached=0,
+            _beside=set(),
+            _numbers={},
+        )
         born(self)
-        self.origin = self.uid
-        self.generation = 0
-        self.was_used = False
-        self.only_named = False
-        keras_seam.set_untracked(self, "_became", None)
-        keras_seam.set_untracked(self, "_uses", {})
-        keras_seam.set_untracked(self, "_reached", 0)
-        keras_seam.set_untracked(self, "_beside", set())
-        keras_seam.set_untracked(self, "_numbers", {})
         keras_seam.see(self)
         self.built = True
         if start is not None:
@@ -179,7 +201,7 @@ class Weight(Expression, keras.layers.Layer):
     def dtype(self) -> str | None:
         """The stored dtype, or `None` until the first tie gives it one."""
         if self._variable is None:
-            return cast("str | None", self._given_dtype)
+            return self._given_dtype
         return keras_seam.stored_dtype(self._variable)
 
     @property
