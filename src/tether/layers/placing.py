@@ -28,12 +28,12 @@ def become_tied(layer: Any) -> State:
     """Turns a layer into an instance of its tied class, without ties yet if it is not one; gives its state."""
     state = state_of(layer)
     if state is None:
-        state, cls = State(), tied_class(type(layer))
+        state = State()
+        layer.__class__ = tied_class(type(layer))
         keras_seam.set_untracked(layer, STATE, state)
         keras_seam.shield_tracker(layer, View)
         if not isinstance(layer, keras.Model):
             keras_seam.take_over_quantize(layer, quantize_layer)
-        layer.__class__ = cls
     return state
 
 

@@ -185,7 +185,10 @@ def _tie_all(
         refuse_tie(place.layer, place.leaf_name, place.variable, wanted[path])
     if not is_new:
         keras_seam.before_change([place.layer for place in places.values() if place.variable is not None])
-    with Rollback([*affected.values(), *involved.values()]), swapped(changed.values()):
+    takes = any(map(arguments_in, wanted.values()))
+    # One tie that waits for its variable is known to fit, as far as anything can: nothing can fail below.
+    waits = len(places) == 1 and not takes and all(place.variable is None for place in places.values())
+    with Rollback([] if waits else [*affected.values(), *involved.values()]), swapped(changed.values()):
         for path, place in places.items():
             state = become_tied(place.layer)
             become_tied(place.recorder)
@@ -201,7 +204,6 @@ def _tie_all(
             if place.recorder is not layer and arguments_in(wanted[path]):
                 taken = become_tied(layer).takes
                 taken.extend(a for a in arguments_in(wanted[path]) if a not in taken)
-        takes = any(map(arguments_in, wanted.values()))
         for taker in {id(each): each for each in (layer, *(place.recorder for place in places.values()))}.values():
             if takes or takes_arguments(taker):
                 take_arguments(taker)
