@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from benchmarks._measure import write
-from tether.planning.machine import machine
+from tether.planning.cost import machine
 
 ops = keras.ops
 CHAIN = 16

@@ -13,9 +13,9 @@ from tests.support import assert_close, numpy
 from tether import planning
 from tether.layers.appliers import planned
 from tether.layers.appliers.dense import dense_problem
+from tether.planning.alternatives import make_plan
+from tether.planning.control import recording
 from tether.planning.products import products
-from tether.planning.scope import recording
-from tether.planning.search import make_plan
 
 layers = keras.layers
 BACKEND = keras.backend.backend()

@@ -14,8 +14,8 @@ from tests.planning.drawing import Drawing
 from tests.support import as_zero, gradients, numpy
 from tether import ops, planning
 from tether.layers.state import weights_below
-from tether.planning.scope import recording
-from tether.planning.search import Search
+from tether.planning.alternatives import Search
+from tether.planning.control import recording
 
 layers = keras.layers
 BACKEND = keras.backend.backend()

@@ -10,7 +10,7 @@ import tether
 from tests.support import as_zero, assert_close, gradients, numpy
 from tether import ops, planning
 from tether.errors import TetherError
-from tether.planning import scope
+from tether.planning import control
 from tether.weights import evaluation
 
 layers = keras.layers
@@ -65,31 +65,31 @@ def count(call):
 def test_another_word_is_refused(how):
     with pytest.raises(TetherError, match=r'"materialize", "factored" or "auto"'), planning.force(how):
         pass
-    assert scope.mode() == "auto"
+    assert control.mode() == "auto"
 
 
 def test_force_nests_and_ends_with_its_scope():
     with planning.force("factored"):
-        assert scope.mode() == "factored"
+        assert control.mode() == "factored"
         with planning.force("materialize"):
-            assert scope.mode() == "materialize"
+            assert control.mode() == "materialize"
             with planning.force("auto"):
-                assert scope.mode() == "auto"
-        assert scope.mode() == "factored"
-    assert scope.mode() == "auto"
+                assert control.mode() == "auto"
+        assert control.mode() == "factored"
+    assert control.mode() == "auto"
 
 
 def test_force_ends_with_an_exception():
     with pytest.raises(ZeroDivisionError), planning.force("factored"):
         _ = 1 / 0
-    assert scope.mode() == "auto"
+    assert control.mode() == "auto"
 
 
 def test_force_decides_for_calls_within_it():
     layer, w, a, b = make_layer()
     x = data(3, 8, seed=9)
     for how, names in (("materialize", {"materialize"}), ("factored", {"factored"})):
-        with planning.force(how), scope.recording(training=False) as noted:
+        with planning.force(how), control.recording(training=False) as noted:
             assert_close(layer(x), x @ kernel_of(w, a, b))
         assert {use.plan.name for use in noted} == names
 
@@ -467,9 +467,9 @@ def test_bad_arguments_are_refused():
 def test_an_explanation_leaves_no_scope_behind():
     layer, *_ = make_layer()
     planning.explain(layer, (2, 8), training=True)
-    assert scope.assumed_training() is None
+    assert control.assumed_training() is None
     with pytest.raises(Exception, match=r"shape|incompatible|size"):
         planning.explain(layer, (2, 9))
-    assert scope.assumed_training() is None
+    assert control.assumed_training() is None
     _, grads = gradients(lambda: keras.ops.sum(layer(data(2, 8))), [layer.bias])
     assert_close(as_zero(grads[0], (6,)), np.full(6, 2.0))

@@ -5,7 +5,6 @@ the shapes of the call, what trains and the machine. `explain` shows a plan, `fo
 `cached` keeps built weights between calls.
 """
 
-from tether.planning.explanation import Explanation, explain
-from tether.planning.scope import cached, force
+from tether.planning.control import Explanation, cached, explain, force
 
 __all__ = ["Explanation", "cached", "explain", "force"]

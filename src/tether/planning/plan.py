@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from tether.planning.draft import Step
-from tether.planning.integers import Coded, coded
+from tether.planning.alternatives import Coded, coded
+from tether.planning.cost import Step
 from tether.weights.expression import Expression
 
 ASSUMED_ROWS = 32

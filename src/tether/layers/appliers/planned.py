@@ -10,13 +10,12 @@ import keras
 
 from tether import keras_seam
 from tether.layers.view import View
-from tether.planning import scope
-from tether.planning.execute import Convolve, execute
-from tether.planning.explanation import Noted
-from tether.planning.integers import Coded, Integers
+from tether.planning import control
+from tether.planning.alternatives import Coded, Integers, make_plan
+from tether.planning.control import Noted
+from tether.planning.execution import Convolve, execute
 from tether.planning.plan import Plan, Problem
 from tether.planning.products import Products, products
-from tether.planning.search import make_plan
 from tether.weights.evaluation import remembers
 from tether.weights.expression import Expression, Tensor, is_view, live_weights
 
@@ -51,7 +50,7 @@ class Planner:
         """The plan for a call with an input of this shape."""
         live = view.use.live
         flags = tuple(weight.trainable for weight in self.weights) if training and live else ()
-        mode, kept = scope.mode(), remembers()
+        mode, kept = control.mode(), remembers()
         # JAX has symbols for sizes that are not known yet, which cannot be compared.
         shape = tuple(size if isinstance(size, int) else None for size in x.shape)
         key = (shape, dtype, training, live, flags, mode, kept, problem)
@@ -66,7 +65,7 @@ class Planner:
             if len(self._plans) >= MAX_KEPT:
                 self._plans.clear()
             self._plans[key] = found
-        scope.note(lambda: Noted(view.path, self.expression.notation(), shape, found))
+        control.note(lambda: Noted(view.path, self.expression.notation(), shape, found))
         return found
 
 
@@ -88,7 +87,7 @@ def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | Non
     if planner is None:
         return None
     dtype = view.dtype
-    training = scope.assumed_training()
+    training = control.assumed_training()
     if training is None:
         training = keras_seam.is_training_call()
         if not training and keras_seam.TRACES_GRADIENTS:

@@ -1,23 +1,187 @@
-"""The search for a plan: which terms of a sum are built into one weight, and in which order the others are applied."""
+"""The ways to compute `inputs · expression`, and the one to take."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-from tether.planning.convolving import convolved
-from tether.planning.draft import Draft, NoPlan, Value
-from tether.planning.grouping import grouped
-from tether.planning.integers import coded
-from tether.planning.machine import Machine, machine
-from tether.planning.orders import Path, orders
+import keras
+
+from tether.planning.contraction import Path, grouped, orders
+from tether.planning.control import Mode
+from tether.planning.cost import Draft, Machine, NoPlan, Value, machine
 from tether.planning.plan import ASSUMED_ROWS, MATERIALIZE, Alternative, Plan, Problem
 from tether.planning.products import Labels, Products, Term
-from tether.planning.scope import Mode
-from tether.weights.expression import Expression, Node, program
+from tether.weights.checks import NUMERIC
+from tether.weights.expression import Expression, Node, Tensor, program
 from tether.weights.operators.arithmetic import MatMul
+from tether.weights.operators.gradient import ScaleGradient, StopGradient
+from tether.weights.operators.quantized import Unpack
+from tether.weights.operators.structure import Cast
+
+# --------------------------------------------------------------------------- rows of integers
+# A table that is stored as integers: rows are taken from these, and only what was taken becomes floats.
+
+
+@dataclass(frozen=True)
+class Coded:
+    """An expression that only makes floats of stored integers."""
+
+    stored: Expression
+    dtype: str
+    packed: tuple[int, int] | None
+    """Of two integers in a byte the axis, and how many there are along it."""
+
+
+def coded(expression: Expression) -> Coded | None:
+    """How an expression makes floats of stored integers, if that is all that it does."""
+    while isinstance(expression, (StopGradient, ScaleGradient)):  # through integers no gradient flows anyway
+        expression = expression.operands[0]
+    if not isinstance(expression, Cast):
+        return None
+    integers, dtype = expression.operands[0], str(expression.parameters["dtype"])
+    if integers.dtype not in NUMERIC or "int" not in str(integers.dtype):
+        return None
+    if isinstance(integers, Unpack):
+        return Coded(integers.operands[0], dtype, (integers.parameters["axis"], integers.parameters["size"]))
+    return Coded(integers, dtype, None)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The stored integers of a factor."""
+
+    stored: Tensor
+    how: Coded
+    dtype: str
+    """The dtype of the floats."""
+
+    def take(self, numbers: Tensor, axis: int) -> Tensor:
+        """The entries along an axis, as floats."""
+        packed = self.how.packed
+        if packed is not None and packed[0] == axis:
+            return keras.ops.take(self.floats(), numbers, axis=axis)
+        rows = keras.ops.take(self.stored, numbers, axis=axis)
+        moved = len(numbers.shape) - 1
+        return self._floats(rows, packed and (packed[0] + (moved if packed[0] > axis else 0), packed[1]))
+
+    def floats(self) -> Tensor:
+        """All entries as floats."""
+        return self._floats(self.stored, self.how.packed)
+
+    def _floats(self, stored: Tensor, packed: tuple[int, int] | None) -> Tensor:
+        integers = stored if packed is None else keras.quantizers.unpack_int4(stored, packed[1], axis=packed[0])
+        return keras.ops.cast(integers, self.dtype)
+
+
+def as_floats(value: Any) -> Tensor:
+    """A value of a plan that an operation of arithmetic takes."""
+    return value.floats() if isinstance(value, Integers) else value
+
+
+# --------------------------------------------------------------------------- convolutions
+# The steps of a convolution: channels mixed before it, the layer's own, channels mixed after it.
+
+
+def convolved(
+    search: Search, draft: Draft, term: Term, axes: dict[str, Labels], factors: tuple[Value, ...]
+) -> tuple[Draft, Value]:
+    """Channels mixed before, the layer's own convolution with what has positions, channels mixed after."""
+    spatial = {label for letter in search.problem.kernel[:-2] for label in axes[letter]}
+    for letter, size in zip(search.problem.kernel[:-1], search.products.shape, strict=False):
+        if size > 1 and not axes[letter]:
+            raise NoPlan
+    core = [value for value in factors if spatial & set(value.labels)]
+    others = [value for value in factors if not spatial & set(value.labels)]
+    best: tuple[Draft, Value] | None = None
+    for roles in itertools.product(("before", "core", "after"), repeat=len(others)):
+        chosen = {role: [v for v, r in zip(others, roles, strict=True) if r == role] for role in ("before", "after")}
+        inner = [*core, *(v for v, r in zip(others, roles, strict=True) if r == "core")]
+        if not inner:
+            continue
+        try:
+            tried = _convolution(search, draft.fork(), term, axes, chosen["before"], inner, chosen["after"])
+        except NoPlan:
+            continue
+        if best is None or tried[0].seconds() < best[0].seconds():
+            best = tried
+    if best is None:
+        raise NoPlan
+    return best
+
+
+def _convolution(
+    search: Search,
+    draft: Draft,
+    term: Term,
+    axes: dict[str, Labels],
+    before: list[Value],
+    core: list[Value],
+    after: list[Value],
+) -> tuple[Draft, Value]:
+    problem = search.problem
+    depthwise = problem.convolution is not None and problem.convolution.depthwise
+    channels_in, channels_out = problem.kernel[-2:]
+    draft, x, axes = search.input(draft, axes)
+    out = [axes[letter] for letter in problem.outputs]
+    flat = tuple(label for axis in out for label in axis)
+    later = set(flat).union(*(value.labels for value in after))
+    of_core = {label for value in core for label in value.labels}
+    # Channels mixed before the convolution: what of it the kernel sums over.
+    channels = axes[channels_in]
+    if before:
+        mixed = set(channels).union(*(value.labels for value in before))
+        channels = tuple(sorted(mixed & (of_core | later), reverse=True))
+        wanted = tuple(
+            label for letter in problem.inputs for label in (channels if letter == channels_in else axes[letter])
+        )
+        draft, x = search.multiplied(draft, [x, *before], 1.0, wanted, applied=False)
+    if not set(channels) <= of_core or (set(channels) & later and not depthwise):
+        raise NoPlan
+    if depthwise and channels != axes[channels_in]:
+        raise NoPlan
+    spatial = [axes[letter] for letter in problem.kernel[:-2]]
+    places = {label for axis in spatial for label in axis}
+    made = tuple(sorted((of_core & later) - places - set(channels), reverse=True))
+    kernel_axes = [*spatial, channels, made]
+    order = tuple(label for axis in kernel_axes for label in axis)
+    if of_core - set(order) & later:
+        raise NoPlan
+    draft, kernel = search.multiplied(draft, core, term.number, order, applied=False)
+    sizes = tuple(search.label(draft.size(axis)) for axis in kernel_axes)
+    kernel = search.joined(draft, kernel, kernel_axes, sizes)
+    if len(channels) != 1:
+        groups = [channels if letter == channels_in else axes[letter] for letter in problem.inputs]
+        x = search.joined(draft, x, groups, tuple(search.label(draft.size(axis)) for axis in groups))
+    middle = [
+        ((*channels, *made) if depthwise else made) if letter == channels_out else axes[letter]
+        for letter in problem.outputs
+        if not (depthwise and letter == channels_in)
+    ]
+    rows = draft.size(
+        label for letter in problem.outputs if letter not in (channels_in, channels_out) for label in axes[letter]
+    )
+    joined = tuple(search.label(draft.size(axis)) for axis in middle)
+    positions = draft.size(places)
+    if depthwise:
+        sides, count = (rows, draft.size(made), positions), draft.size(channels)
+    else:
+        sides, count = (rows, draft.size(made), positions * draft.size(channels)), 1
+    y = draft.convolve(x, kernel, joined, sides, count)
+    if any(len(axis) != 1 for axis in middle):
+        detail = tuple(tuple(search.sizes[label] for label in axis) if len(axis) != 1 else None for axis in middle)
+        y = draft.reshape(y, "split", detail, tuple(label for axis in middle for label in axis))
+    y = Value(y.register, tuple(label for axis in middle for label in axis))
+    draft, value = search.multiplied(draft, [y, *after], 1.0, flat, applied=False)
+    return draft, search.result(draft, value, out)
+
+
+# --------------------------------------------------------------------------- the search
+# The search for a plan: which terms of a sum are built into one weight, and in which order the others are applied.
+
 
 MAX_MERGED = 5
 """A sum of more terms is built whole or applied whole."""
