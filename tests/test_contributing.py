@@ -6,7 +6,8 @@ import pytest
 import tether
 from tests.documents import python_blocks, run
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError
-from tether.weights.operators import OPERATORS, structure
+from tether.weights.expression import OPERATORS
+from tether.weights.operators import structure
 
 NAME = "CONTRIBUTING.md"
 

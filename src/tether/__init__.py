@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tether import inspection, ops, weights
 from tether.errors import TetherError
 from tether.layers import Lambda, call, materialize, route, tie, untie, weight_of
-from tether.weights import Expression, Weight, sharing
-from tether.weights.operators import registry
+from tether.weights import Expression, Weight, expression, sharing
 
 if TYPE_CHECKING:
     from tether import adapters, files, forms, transfer
@@ -65,7 +64,7 @@ _LATER = {
 }
 """What not every program needs: imported when it is first asked for, or when a file names an operator in it."""
 
-registry.when_unknown(lambda: importlib.import_module("tether.forms"))
+expression.when_unknown(lambda: importlib.import_module("tether.forms"))
 
 
 def __getattr__(name: str) -> Any:

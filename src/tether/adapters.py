@@ -36,8 +36,8 @@ from tether.layers.untie import untie
 from tether.layers.view import View
 from tether.weights.codec import decode
 from tether.weights.expression import Expression
-from tether.weights.operators.adapted import Adapted
-from tether.weights.operators.gradient import StopGradient
+from tether.weights.operators.arithmetic import StopGradient
+from tether.weights.operators.choice import Adapted
 from tether.weights.weight import Weight
 
 __all__ = [

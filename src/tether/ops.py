@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tether.weights.expression import Expression, as_expression
-from tether.weights.operators import arithmetic, choosing, function, gradient, joining, structure
+from tether.weights.operators import arithmetic, choice, function, structure
 
 __all__ = [
     "add", "apply", "cast", "choose", "concatenate", "divide", "einsum", "matmul", "multiply", "negative", "reshape",
@@ -76,12 +76,12 @@ def cast(x: Any, dtype: str) -> Expression:
 
 def concatenate(xs: Sequence[Any], axis: int = 0) -> Expression:
     """Values joined along an axis; the other sizes must agree."""
-    return joining.concatenate(xs, axis)
+    return structure.concatenate(xs, axis)
 
 
 def stack(xs: Sequence[Any], axis: int = 0) -> Expression:
     """Values of one shape joined along a new axis."""
-    return joining.stack(xs, axis)
+    return structure.stack(xs, axis)
 
 
 def choose(index: Any, options: Sequence[Any]) -> Expression:
@@ -89,27 +89,27 @@ def choose(index: Any, options: Sequence[Any]) -> Expression:
 
     The options that are not chosen get a gradient of zero.
     """
-    return choosing.choose(index, options)
+    return choice.choose(index, options)
 
 
 def where(condition: Any, x1: Any, x2: Any) -> Expression:
     """`x1` where the condition holds (is not zero), `x2` elsewhere, under NumPy's broadcasting."""
-    return joining.where(condition, x1, x2)
+    return structure.where(condition, x1, x2)
 
 
 def einsum(subscripts: str, *operands: Any) -> Expression:
     """A contraction in Einstein's notation, such as `"ij,jk->ik"`: explicit output, no ellipsis."""
-    return joining.einsum(subscripts, *operands)
+    return structure.einsum(subscripts, *operands)
 
 
 def stop_gradient(x: Any) -> Expression:
     """`x`; no gradient flows through this use of it."""
-    return gradient.stop_gradient(as_expression(x))
+    return arithmetic.stop_gradient(as_expression(x))
 
 
 def scale_gradient(x: Any, scale: float) -> Expression:
     """`x`; the gradient through this use of it is multiplied by `scale`."""
-    return gradient.scale_gradient(as_expression(x), scale)
+    return arithmetic.scale_gradient(as_expression(x), scale)
 
 
 def apply(function_: Callable[..., Any], *xs: Any) -> Expression:

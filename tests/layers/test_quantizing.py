@@ -17,7 +17,7 @@ from tests.support import assert_close, numpy
 from tether.errors import LostTie, NotInvertible, TetherError, Unsupported
 from tether.layers.quantizing import matrices
 from tether.layers.view import View
-from tether.planning.alternatives import Integers
+from tether.planning.plan import Integers
 
 layers = keras.layers
 MODES = ("int8", "int4")

@@ -13,7 +13,7 @@ from tests.planning.drawing import Drawing
 from tether import forms, ops
 from tether.planning.products import MAX_FACTORS, MAX_TERMS, products
 from tether.weights import Argument, bind
-from tether.weights.operators.gradient import ScaleGradient, StopGradient
+from tether.weights.operators.arithmetic import ScaleGradient, StopGradient
 
 
 def value_of(form):
@@ -154,7 +154,7 @@ RULES = {
     "several dtypes": (tether.Weight(np.ones((4, 6), "float16"), name="half") + A @ B, 2, [1, 2]),
     "integers": (W * tether.Weight(np.arange(6), name="n", dtype="int32", trainable=False), 1, [2]),
     "adapted": (
-        tether.weights.operators.adapted.Adapted(W, NUMBER, A @ B, names=("french",)), 2, [1, 3],
+        tether.weights.operators.choice.Adapted(W, NUMBER, A @ B, names=("french",)), 2, [1, 3],
     ),
     "axes of size 1": (weight(1, 1) * weight(1, 3) + weight(1, 1), 2, [1, 2]),
     "a scalar": (NUMBER * 2.0 + 1.0, 2, [0, 1]),

@@ -12,10 +12,10 @@ from tether import forms, ops
 from tether.errors import NotInvertible
 from tether.layers.quantizing import matrices
 from tether.weights import Weight
-from tether.weights.base import added_weights, base_of, put, split
 from tether.weights.expression import resolved
-from tether.weights.operators.adapted import Adapted
-from tether.weights.rounding import rounded
+from tether.weights.operators.choice import Adapted
+from tether.weights.operators.quantized import rounded
+from tether.weights.structure import added_weights, base_of, put, split
 
 ROWS, COLUMNS, RANK = 6, 4, 2
 

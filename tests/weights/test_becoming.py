@@ -10,8 +10,7 @@ from tests.support import numpy
 from tether.errors import InvalidConfig, TetherError
 from tether.weights import Weight
 from tether.weights.expression import is_view, live_weights, program, resolved
-from tether.weights.operators.quantized import Dequantize
-from tether.weights.rounding import rounded
+from tether.weights.operators.quantized import Dequantize, rounded
 
 
 def became_integers(rng, shape=(3, 2)):

@@ -14,11 +14,10 @@ from tests.support import as_zero, assert_close, gradients
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, UnboundArgument
 from tether.weights import Argument, Constant, Node, bind
 from tether.weights.codec import decode, encode
-from tether.weights.expression import MAX_STEPS, as_expression, live_weights, program
-from tether.weights.inversion import is_invertible
-from tether.weights.operators import OPERATORS
-from tether.weights.operators.adapted import Adapted
+from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, live_weights, program
+from tether.weights.operators.choice import Adapted
 from tether.weights.operators.quantized import Dequantize, Unpack
+from tether.weights.structure import is_invertible
 
 ops = tether.ops
 

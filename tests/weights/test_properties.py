@@ -21,9 +21,8 @@ from tether.errors import InvalidConfig
 from tether.layers.record import read_record
 from tether.weights import Argument, Constant, Expression, Node, Weight, bind
 from tether.weights.codec import decode, encode
-from tether.weights.expression import MAX_STEPS, as_expression, leaves, program
-from tether.weights.operators import OPERATORS
-from tether.weights.operators.adapted import Adapted
+from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, leaves, program
+from tether.weights.operators.choice import Adapted
 from tether.weights.operators.quantized import Dequantize, Unpack
 
 ops = tether.ops

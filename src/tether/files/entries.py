@@ -10,12 +10,11 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, received
-from tether.weights.checks import NUMERIC
+from tether.errors import NUMERIC, InvalidConfig, received
 from tether.weights.codec import decode
-from tether.weights.constant import numpy_dtype
 from tether.weights.expression import Expression
 from tether.weights.identity import sharing
+from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
 Array = np.ndarray[Any, Any]

@@ -13,9 +13,8 @@ from typing import Any
 
 import h5py
 
-from tether.errors import InvalidConfig, received
-from tether.weights.checks import NUMERIC
-from tether.weights.constant import numpy_dtype
+from tether.errors import NUMERIC, InvalidConfig, received
+from tether.weights.leaves import numpy_dtype
 
 MAX_OBJECTS, MAX_DEPTH, MAX_PLACE, MAX_PLACES = 120_000, 500, 4096, 2**26
 """How many groups and datasets, how deep, and how many characters in one place and in all together: more than ten times

@@ -25,7 +25,7 @@ from tether.files.archive import VALUES, opened_archive, reading
 from tether.files.entries import Entry, StoredTie, stored_ties
 from tether.files.hdf5 import dtype_of, objects, refuse_bomb
 from tether.files.npz import read_npz
-from tether.weights.constant import numpy_dtype
+from tether.weights.leaves import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 

@@ -23,8 +23,8 @@ from tether.layers import paths
 from tether.layers.state import state_of
 from tether.layers.tied import KEY
 from tether.layers.view import View
-from tether.weights.constant import numpy_dtype
-from tether.weights.written import dictionaries
+from tether.weights.identity import dictionaries
+from tether.weights.leaves import numpy_dtype
 
 
 def load_model(

@@ -23,7 +23,7 @@ import keras
 
 from tether.errors import InvalidConfig, TetherError
 from tether.files.archive import damaged
-from tether.weights.written import dictionaries
+from tether.weights.identity import dictionaries
 
 MAX_CHARACTERS, MAX_NAME = 1500, 120
 """How much is repeated of what Keras says, which may have the whole config in it, and of a name in a file."""

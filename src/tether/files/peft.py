@@ -33,12 +33,12 @@ from tether.layers.named import Named, named_weights, tie_what_learns
 from tether.layers.rollback import Rollback
 from tether.layers.tie import weight_of
 from tether.layers.view import View
-from tether.weights.base import split
-from tether.weights.constant import Constant
 from tether.weights.expression import Expression
-from tether.weights.operators.adapted import Adapted
+from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import Add, MatMul, Multiply, Subtract
+from tether.weights.operators.choice import Adapted
 from tether.weights.operators.structure import Reshape
+from tether.weights.structure import split
 from tether.weights.weight import Weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from tether.layers.refusing import refuse_layer
 from tether.layers.state import ordered_variables, state_of, weights_below
 from tether.layers.tied import own_entries
 from tether.layers.view import View, stored_variables
-from tether.weights.base import added_weights, base_of
+from tether.weights.structure import added_weights, base_of
 from tether.weights.weight import Weight
 
 

@@ -15,18 +15,16 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import ShapeMismatch, TetherError, Unsupported, received
+from tether.errors import ShapeMismatch, TetherError, Unsupported, as_int, received
 from tether.files.sizes import Undo, sizes_of
 from tether.layers import paths
 from tether.layers.filling import Array, Report, Rule, check_rule, describe
 from tether.layers.filling import fill as filled
 from tether.layers.state import state_of
 from tether.layers.view import View
-from tether.weights.checks import as_int
 from tether.weights.expression import Expression, Shape
 from tether.weights.reshaping import shapes_with, take_shapes
-from tether.weights.use import Use
-from tether.weights.weight import Weight
+from tether.weights.weight import Use, Weight
 
 
 def resize(weight: Any, axis: int, new_size: int, *, fill: Any = "initializer", model: Any = None) -> Report:

@@ -20,7 +20,7 @@ from tether.atomic import written_beside
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.archive import reading
 from tether.files.entries import Array, Entry
-from tether.weights.constant import numpy_dtype
+from tether.weights.leaves import numpy_dtype
 
 DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",

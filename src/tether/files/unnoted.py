@@ -19,8 +19,8 @@ from tether.files.positions import positions
 from tether.layers.tied import KEY
 from tether.layers.view import View
 from tether.weights.codec import encode
+from tether.weights.identity import dictionaries
 from tether.weights.weight import Weight
-from tether.weights.written import dictionaries
 
 
 def note(path: str | os.PathLike[str], values: Values) -> None:

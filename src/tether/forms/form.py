@@ -11,9 +11,8 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, TetherError, UnknownShape, received
-from tether.weights.constant import Constant
-from tether.weights.conversion import NoTensor
-from tether.weights.expression import Expression, Node, Shape, Tensor, as_expression
+from tether.weights.expression import Expression, Node, NoTensor, Shape, Tensor, as_expression
+from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.weight import Weight
 

@@ -17,8 +17,8 @@ import numpy as np
 from tether import ops
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.forms.form import Form, base_of, constant, part, shape_of, start_value
-from tether.weights.constant import MAX_ELEMENTS
 from tether.weights.expression import Expression
+from tether.weights.leaves import MAX_CONSTANT
 
 __all__ = ["masked"]
 
@@ -48,7 +48,7 @@ class Masked(Form):
                 f"{shape}. {received(mask_shape=self.mask.shape)}"
             )
         mask: Expression
-        if self.mask.size <= MAX_ELEMENTS:
+        if self.mask.size <= MAX_CONSTANT:
             mask = constant(self.mask)
         else:  # too large for a config: stored, once
             mask = part(base, "mask", self.mask, dtype="bool", trainable=False)

@@ -28,8 +28,7 @@ from tether.forms.form import (
     rows_and_columns,
     shape_of,
 )
-from tether.weights.expression import Expression, Shape, Tensor
-from tether.weights.operators.registry import register
+from tether.weights.expression import Expression, Shape, Tensor, register
 
 __all__ = ["orthogonal"]
 

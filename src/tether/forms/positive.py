@@ -12,8 +12,7 @@ import keras
 import numpy as np
 
 from tether.forms.form import Float32Node, Form, as_array, base_of
-from tether.weights.expression import Expression, Shape, Tensor
-from tether.weights.operators.registry import register
+from tether.weights.expression import Expression, Shape, Tensor, register
 
 __all__ = ["positive"]
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tether.errors import ShapeMismatch, TetherError, received
+from tether.errors import ShapeMismatch, TetherError, as_int, as_ints, received
 from tether.forms.form import ScalingForm, part, shape_of
-from tether.weights.checks import as_int, as_ints
 from tether.weights.expression import Expression
 
 __all__ = ["scale"]

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_int, received
 from tether.forms.form import (
     Float32Node,
     Form,
@@ -29,9 +29,7 @@ from tether.forms.form import (
     start_value,
     widened,
 )
-from tether.weights.checks import as_int
-from tether.weights.expression import Expression, Shape, StatefulNode, Tensor, Term
-from tether.weights.operators.registry import register
+from tether.weights.expression import Expression, Shape, StatefulNode, Tensor, Term, register
 from tether.weights.weight import Weight
 
 __all__ = ["spectral_norm"]

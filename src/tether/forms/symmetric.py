@@ -13,8 +13,7 @@ import numpy as np
 
 from tether.errors import NotInvertible, ShapeMismatch, received
 from tether.forms.form import Form, as_array, base_of
-from tether.weights.expression import Expression, Node, Shape, Tensor
-from tether.weights.operators.registry import register
+from tether.weights.expression import Expression, Node, Shape, Tensor, register
 
 __all__ = ["symmetric"]
 

@@ -13,9 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from tether.errors import ShapeMismatch, received
+from tether.errors import ShapeMismatch, as_ints, received
 from tether.forms.form import AddedForm, as_rank, from_matrix, part, part_dtype, rows_and_columns, shape_of
-from tether.weights.checks import as_ints
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 

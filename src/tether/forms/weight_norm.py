@@ -13,11 +13,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from tether.errors import ShapeMismatch, received
+from tether.errors import ShapeMismatch, as_int, received
 from tether.forms.form import Float32Node, Form, as_array, base_of, part, rows_and_columns, shape_of, start_value
-from tether.weights.checks import as_int
-from tether.weights.expression import Expression, Shape, Tensor, Term
-from tether.weights.operators.registry import register
+from tether.weights.expression import Expression, Shape, Tensor, Term, register
 
 __all__ = ["weight_norm"]
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from tether.errors import InvalidConfig, received
-from tether.weights.constant import numpy_dtype
+from tether.weights.leaves import numpy_dtype
 
 VERSION = 1
 Shape = tuple[int, ...]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tether.layers.state import State, state_of
-from tether.weights.argument import Argument, bind
 from tether.weights.expression import Expression, leaves
+from tether.weights.leaves import Argument, bind
 
 
 def arguments_by_name(state: State) -> dict[str, list[Argument]]:

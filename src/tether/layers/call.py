@@ -16,9 +16,9 @@ from tether.layers.refusing import refuse_layer, refuse_unsupported
 from tether.layers.state import state_of
 from tether.layers.tie import tie
 from tether.layers.view import View, shape_of, view_like
-from tether.weights.argument import Argument, bind
 from tether.weights.expression import Tensor
-from tether.weights.use import Use
+from tether.weights.leaves import Argument, bind
+from tether.weights.weight import Use
 
 
 def call(

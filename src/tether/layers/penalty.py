@@ -10,12 +10,10 @@ import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnboundArgument, received
-from tether.weights.argument import Argument
-from tether.weights.constant import Constant
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor, leaves
-from tether.weights.use import Use
-from tether.weights.weight import Weight
+from tether.weights.leaves import Argument, Constant
+from tether.weights.weight import Use, Weight
 
 ALIVE: weakref.WeakSet[Penalty] = weakref.WeakSet()
 """Every penalty of the process: without any, nobody has to look for those that a change ends."""

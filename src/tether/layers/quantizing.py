@@ -1,6 +1,6 @@
 """Quantising tied layers: what is stored becomes integers and a scale, and every use of it follows.
 
-A weight `w` becomes the expression `dequantize(integers, scale)` (see `tether.weights.rounding`), so whatever is made
+A weight `w` becomes the expression `dequantize(integers, scale)` (`operators.quantized`), so whatever is made
 of `w` goes on as it was: both users of a tie, a low-rank part that learns, what is saved, counted, drawn and planned.
 The inputs of layers stay floats.
 
@@ -23,15 +23,12 @@ from tether.layers.state import hang_weights, state_of
 from tether.layers.swap import swapped
 from tether.layers.view import View
 from tether.planning.products import products
-from tether.weights.base import MADE, split
 from tether.weights.expression import Expression, Node, Shape, live_weights, program
-from tether.weights.operators.arithmetic import Add, Subtract
-from tether.weights.operators.gradient import ScaleGradient, StopGradient
-from tether.weights.operators.joining import Where
-from tether.weights.operators.quantized import Dequantize, Unpack
-from tether.weights.rounding import LARGEST, Rounded, rounded
-from tether.weights.use import Use
-from tether.weights.weight import Weight
+from tether.weights.operators.arithmetic import Add, ScaleGradient, StopGradient, Subtract
+from tether.weights.operators.quantized import LARGEST, Dequantize, Rounded, Unpack, rounded
+from tether.weights.operators.structure import Where
+from tether.weights.structure import MADE, split
+from tether.weights.weight import Use, Weight
 
 _NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
     (keras.layers.Dense, ("kernel",)),
@@ -180,7 +177,7 @@ def _is_matrix(weight: Weight) -> bool:
 def matrices(expression: Expression) -> list[Weight]:
     """The weights of an expression that are quantised: its matrices, but not what was added to them to learn.
 
-    Vectors (gates, lengths, strengths) stay floats. So does what was added to a base (see `tether.weights.base`), what
+    Vectors (gates, lengths, strengths) stay floats. So does what was added to a base (`weights.structure`), what
     a form made for another weight, and what trains beside something that does not.
     """
     found: dict[Weight, None] = {}

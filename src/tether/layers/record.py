@@ -19,12 +19,11 @@ from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
 from tether.layers.penalty import Penalty, check
 from tether.layers.state import State, Tie, is_serializing
-from tether.weights.argument import Argument
 from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression
-from tether.weights.identity import scope_of
+from tether.weights.identity import mark, scope_of
+from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
-from tether.weights.written import mark
 
 VERSION = 1
 

@@ -22,7 +22,7 @@ from tether.layers.placing import become_tied
 from tether.layers.state import State, Tie, state_of
 from tether.layers.untie import become_plain
 from tether.weights.expression import Expression
-from tether.weights.written import told_by_config
+from tether.weights.identity import told_by_config
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tether.layers import paths
 from tether.layers.starting import misfit
 from tether.layers.view import View, shape_of
 from tether.weights.expression import Expression, known_shape
-from tether.weights.inversion import solve_shape
+from tether.weights.structure import solve_shape
 from tether.weights.weight import Weight
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from tether.errors import TetherError, received
 from tether.layers.tie import tie
-from tether.weights.argument import Argument
 from tether.weights.expression import Expression
-from tether.weights.operators.choosing import choose
+from tether.weights.leaves import Argument
+from tether.weights.operators.choice import choose
 from tether.weights.weight import Weight
 
 

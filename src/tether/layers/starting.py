@@ -16,7 +16,7 @@ from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError
 from tether.layers.view import View, shape_of
 from tether.weights.expression import Expression, known_shape
-from tether.weights.inversion import invert, is_invertible, solve_shape
+from tether.weights.structure import invert, is_invertible, solve_shape
 from tether.weights.weight import Copy, Weight
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tether import keras_seam
 from tether.layers.view import View, stored_variables
-from tether.weights.argument import Argument
 from tether.weights.expression import Expression
-from tether.weights.use import Use
-from tether.weights.weight import Weight
+from tether.weights.leaves import Argument
+from tether.weights.weight import Use, Weight
 
 if TYPE_CHECKING:
     from tether.layers.penalty import Penalty

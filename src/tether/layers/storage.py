@@ -20,11 +20,10 @@ from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.state import State, ordered_variables
 from tether.layers.view import View
-from tether.weights.base import put
 from tether.weights.codec import encode
-from tether.weights.inversion import invert
+from tether.weights.identity import told_by_file
+from tether.weights.structure import invert, put
 from tether.weights.weight import Weight
-from tether.weights.written import told_by_file
 
 
 class _Recorder(dict[str, Any]):

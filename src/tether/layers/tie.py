@@ -20,8 +20,8 @@ from tether.layers.state import Tie, state_of
 from tether.layers.swap import swapped
 from tether.layers.tied import take_arguments, takes_arguments
 from tether.layers.view import View
-from tether.weights.argument import Argument
 from tether.weights.expression import Expression, as_expression, resolved
+from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from tether import keras_seam
 from tether.layers import paths
 from tether.layers.state import state_of
-from tether.weights.use import Use
-from tether.weights.weight import Weight
+from tether.weights.weight import Use, Weight
 
 
 def is_tied(model: Any) -> bool:

@@ -12,8 +12,7 @@ from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor
-from tether.weights.use import Use
-from tether.weights.weight import Weight
+from tether.weights.weight import Use, Weight
 
 
 class View(keras_seam.Variable):

@@ -10,8 +10,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.planning.alternatives import Integers, as_floats
-from tether.planning.plan import Plan
+from tether.planning.plan import Integers, Plan, as_floats
 from tether.weights.expression import Tensor
 
 # --------------------------------------------------------------------------- gradients by other steps

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tether import keras_seam
-from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, Shape, program
-from tether.weights.operators import arithmetic, gradient, joining, structure
+from tether.weights.leaves import Constant
+from tether.weights.operators import arithmetic, structure
 
 MAX_TERMS = 8
 MAX_FACTORS = 6
@@ -367,7 +367,7 @@ def _on_each_factor(expansion: _Expansion, node: Node, a: Products) -> Products:
     # The gradient of a product to one factor is linear in the gradient of the product, so cutting or scaling
     # the product's gradient is cutting or scaling each factor's.
     def wrapped(factor: Factor) -> Factor:
-        again = isinstance(node, gradient.StopGradient) and isinstance(factor.expression, gradient.StopGradient)
+        again = isinstance(node, arithmetic.StopGradient) and isinstance(factor.expression, arithmetic.StopGradient)
         expression = factor.expression if again else type(node)(factor.expression, **node.parameters)
         return replace(factor, expression=expression)
 
@@ -382,12 +382,12 @@ _RULES: dict[type, Callable[..., Products]] = {
     arithmetic.Multiply: _product,
     arithmetic.Divide: _quotient,
     arithmetic.MatMul: _matmul,
-    joining.Einsum: _einsum,
+    structure.Einsum: _einsum,
     structure.Transpose: _transpose,
     structure.Reshape: _reshape,
     structure.Index: _index,
-    gradient.StopGradient: _on_each_factor,
-    gradient.ScaleGradient: _on_each_factor,
+    arithmetic.StopGradient: _on_each_factor,
+    arithmetic.ScaleGradient: _on_each_factor,
 }
 """How the operators of the algebra act on sums of products. Any other operator may say a simpler expression
 that equals it (`Node.expanded`), or is one factor."""

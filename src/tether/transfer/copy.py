@@ -14,7 +14,7 @@ from tether.layers.filling import Report, Rule, check_rule, describe
 from tether.layers.filling import fill as filled
 from tether.layers.view import numpy_of
 from tether.transfer.pairing import Held, built, held_weights, leaf_pairs, listed, pairs
-from tether.weights.inversion import invert
+from tether.weights.structure import invert
 from tether.weights.weight import Weight
 
 Array = np.ndarray[Any, Any]

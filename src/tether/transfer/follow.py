@@ -11,7 +11,7 @@ from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.transfer.pairing import Held, Pair, built, leaf_pairs, pairs
 from tether.weights.expression import Tensor
-from tether.weights.inversion import is_invertible
+from tether.weights.structure import is_invertible
 
 
 class Follow(keras.callbacks.Callback):

@@ -5,11 +5,9 @@
 This package knows no layer that uses a weight.
 """
 
-from tether.weights.argument import Argument, bind
-from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, StatefulNode, Term
 from tether.weights.identity import sharing
-from tether.weights.use import Use
-from tether.weights.weight import Weight
+from tether.weights.leaves import Argument, Constant, bind
+from tether.weights.weight import Use, Weight
 
 __all__ = ["Argument", "Constant", "Expression", "Node", "StatefulNode", "Term", "Use", "Weight", "bind", "sharing"]

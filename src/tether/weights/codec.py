@@ -1,9 +1,4 @@
-"""Expressions as JSON: a flat list of steps that name earlier steps, so that no file can hold a cycle.
-
-A step is one of `{"weight": uid}`, `{"number": 0.5}`, `{"array": {...}}`, `{"argument": {...}}` or
-`{"op": name, "of": [places], ...parameters}`. The last step is the expression. A file names operators
-and registered functions; it never holds code.
-"""
+"""How an expression is written: as JSON, safe to read from a stranger, and as mathematics."""
 
 from __future__ import annotations
 
@@ -15,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from tether.errors import InvalidConfig, TetherError, received
-from tether.weights.argument import Argument
-from tether.weights.checks import NUMERIC
-from tether.weights.constant import MAX_ELEMENTS, Constant, numpy_dtype
-from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, program
-from tether.weights.operators.registry import operator
+from tether.errors import NUMERIC, InvalidConfig, TetherError, received
+from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, Term, operator, program
+from tether.weights.leaves import MAX_CONSTANT, Argument, Constant, numpy_dtype
 from tether.weights.weight import Weight
+
+# --------------------------------------------------------------------------- as JSON
+# Expressions as JSON: a flat list of steps that name earlier steps, so that no file can hold a cycle.
+#
+# A step is one of `{"weight": uid}`, `{"number": 0.5}`, `{"array": {...}}`, `{"argument": {...}}` or `{"op": name,
+# "of": [places], ...parameters}`. The last step is the expression. A file names operators and registered functions;
+# it never holds code.
 
 
 def encode(root: Expression) -> list[dict[str, Any]]:
@@ -193,11 +192,11 @@ def _decode_array(content: Any) -> np.ndarray[Any, Any]:
     if (
         not isinstance(shape, (list, tuple))
         or len(shape) > MAX_AXES
-        or not all(type(n) is int and 0 <= n <= MAX_ELEMENTS for n in shape)
+        or not all(type(n) is int and 0 <= n <= MAX_CONSTANT for n in shape)
     ):
         raise InvalidConfig(f"An array's shape is a list of integers. {received(shape=shape)}")
-    if math.prod(shape) > MAX_ELEMENTS or not isinstance(data, str) or len(data) > MAX_ELEMENTS * 24:
-        raise InvalidConfig(f"An array has at most {MAX_ELEMENTS:,} elements. {received(shape=shape)}")
+    if math.prod(shape) > MAX_CONSTANT or not isinstance(data, str) or len(data) > MAX_CONSTANT * 24:
+        raise InvalidConfig(f"An array has at most {MAX_CONSTANT:,} elements. {received(shape=shape)}")
     if not isinstance(content["dtype"], str) or content["dtype"] not in NUMERIC:
         raise InvalidConfig(f"An array holds numbers of a dtype that Keras knows. {received(dtype=content['dtype'])}")
     dtype = numpy_dtype(content["dtype"])
@@ -212,3 +211,26 @@ def _decode_array(content: Any) -> np.ndarray[Any, Any]:
     array = np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
     array.flags.writeable = False
     return array
+
+
+# --------------------------------------------------------------------------- as mathematics
+# An expression in mathematics.
+
+
+MAX_TEXT = 400
+"""A part whose text is longer is left out, so that shared parts cannot make the text explode."""
+
+
+def notation(root: Expression) -> str:
+    """The expression as people write it; parts that would take a page are `...`."""
+    terms: list[Term] = []
+    for step in program(root):
+        expression = step.expression
+        if isinstance(expression, Node):
+            term = expression.format(*(terms[place] for place in step.operands))
+        elif isinstance(expression, (Constant, Argument)):
+            term = expression.format()
+        else:
+            term = Term(expression.name)  # type: ignore[attr-defined]
+        terms.append(term if len(term.text) <= MAX_TEXT else Term("..."))
+    return terms[-1].text

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tether import keras_seam
-from tether.weights.argument import Argument, bindings
-from tether.weights.constant import Constant
 from tether.weights.expression import Expression, Node, StatefulNode, Tensor, is_view, program
+from tether.weights.leaves import Argument, Constant, bindings
 from tether.weights.weight import Weight
 
 _CACHE = "_tether_values"

@@ -1,28 +1,98 @@
-"""What a layer computes with: an immutable value over stored weights, arguments and constants.
+"""What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
 
-An `Expression` is a leaf (a `tether.Weight`, an `Argument`, a constant) or a node that applies one
-operator to other expressions. It owns no storage and computes nothing when it is written down:
-shape and dtype are known at once, the tensor is made when somebody reads `.value`.
-
-Every expression has a *program*: its nodes in the order in which they have to be computed, equal
-parts listed once. Evaluating, comparing, printing, saving and checking all walk that one list, so
-none of them recurses and none computes an equal part twice.
+A tensor that is made of an expression is its value of one moment. In a Keras graph it would be a constant that nothing
+trains and no file says where it came from. So each protocol by which NumPy, a backend or Keras asks an object for a
+tensor ends in one error, which says what to write. Operators are left out: `array * expression` is an expression.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
 import numpy as np
 
-from tether.errors import ShapeMismatch, TetherError, UnknownShape, received
-from tether.weights.conversion import NoTensor
+from tether import keras_seam
+from tether.errors import NotATensor, ShapeMismatch, TetherError, UnknownShape, received
 
 if TYPE_CHECKING:
     from tether.weights.weight import Weight
+
+# --------------------------------------------------------------------------- no silent conversion
+# What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
+#
+# A tensor that is made of an expression is its value of one moment. In a Keras graph it would be a constant that
+# nothing trains and no file says where it came from. So each protocol by which NumPy, a backend or Keras asks an
+# object for a tensor ends in one error, which says what to write. Operators are left out: `array * expression` is an
+# expression.
+
+
+class NoTensor:
+    """An object that every library refuses to compute with, in the object's own words.
+
+    A subclass says in `_instead` what is wrong, and what to write instead.
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Every function of `keras.ops`, every node of a graph, and every layer that is called looks for tensors in
+        # what it is given: that comes first, and alike on all backends.
+        keras_seam.refuse_to_be_looked_into(cls, NoTensor._refuse)
+
+    def _instead(self) -> str:
+        raise TypeError(f"{type(self).__name__} does not say what to write instead.")
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotATensor(self._instead())
+
+    __array__ = __tf_tensor__ = __len__ = _refuse
+
+    shape = dtype = property(_refuse)
+
+    def __jax_array__(self) -> Any:
+        return _Unread(self)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # After this error PyTorch's operators hand over, and its functions raise it.
+        found: list[Any] = [args, *(kwargs or {}).values()]
+        while found:
+            value = found.pop()
+            if isinstance(value, NoTensor):
+                value._refuse()
+            found.extend(value if isinstance(value, (list, tuple)) else ())
+        return NotImplemented
+
+
+class _Unread:
+    """What JAX gets at first: its operators look at the type and hand over, and whoever wants an array asks on."""
+
+    def __init__(self, owner: NoTensor) -> None:
+        self.owner = owner
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        self.owner._refuse()
+
+    __array__ = __jax_array__ = _refuse
+
+    shape = dtype = property(_refuse)
+
+
+# --------------------------------------------------------------------------- expressions
+# What a layer computes with: an immutable value over stored weights, arguments and constants.
+#
+# An `Expression` is a leaf (a `tether.Weight`, an `Argument`, a constant) or a node that applies one operator to
+# other expressions. It owns no storage and computes nothing when it is written down: shape and dtype are known at
+# once, the tensor is made when somebody reads `.value`.
+#
+# Every expression has a *program*: its nodes in the order in which they have to be computed, equal parts listed once.
+# Evaluating, comparing, printing, saving and checking all walk that one list, so none of them recurses and none
+# computes an equal part twice.
+
 
 Shape = tuple[int, ...]
 Tensor = Any
@@ -93,7 +163,7 @@ class Expression(NoTensor):
             NotInvertible: The expression has no inverse; the error names the part.
             ShapeMismatch: The value has another shape.
         """
-        from tether.weights.inversion import assign
+        from tether.weights.structure import assign
 
         assign(self, value)
 
@@ -132,13 +202,13 @@ class Expression(NoTensor):
 
     def stop_gradient(self) -> Expression:
         """The same value; no gradient flows through this use."""
-        from tether.weights.operators.gradient import stop_gradient
+        from tether.weights.operators.arithmetic import stop_gradient
 
         return stop_gradient(self)
 
     def scale_gradient(self, scale: float) -> Expression:
         """The same value; the gradient through this use is multiplied by `scale`."""
-        from tether.weights.operators.gradient import scale_gradient
+        from tether.weights.operators.arithmetic import scale_gradient
 
         return scale_gradient(self, scale)
 
@@ -194,7 +264,7 @@ class Expression(NoTensor):
 
     def notation(self) -> str:
         """The expression in mathematics, as in `0.5 * codec.T + A @ B`."""
-        from tether.weights.notation import notation
+        from tether.weights.codec import notation
 
         return notation(self)
 
@@ -223,7 +293,7 @@ def as_expression(value: Any) -> Expression:
     Raises:
         TypeError: It is neither.
     """
-    from tether.weights.constant import Constant
+    from tether.weights.leaves import Constant
 
     return value if isinstance(value, Expression) else Constant.of(value)
 
@@ -622,7 +692,7 @@ def live_weights(root: Expression) -> tuple[Weight, ...]:
 
 
 def _live_weights(steps: tuple[Step, ...]) -> tuple[Weight, ...]:
-    from tether.weights.operators.gradient import StopGradient
+    from tether.weights.operators.arithmetic import StopGradient
     from tether.weights.weight import Weight
 
     live = {len(steps) - 1}
@@ -645,3 +715,34 @@ def known_shape(root: Expression) -> Shape:
             "where the layer's own shape determines it (as itself, transposed, or times a number)."
         )
     return shape
+
+
+# --------------------------------------------------------------------------- operators by name
+# Operators by the name that files use.
+
+
+OPERATORS: dict[str, type[Node]] = {}
+
+NodeClass = TypeVar("NodeClass", bound=type[Node])
+
+
+def register(cls: NodeClass) -> NodeClass:
+    """Makes an operator known to files, under its `name`."""
+    if OPERATORS.setdefault(cls.name, cls) is not cls:
+        raise TypeError(f"Two operators are called {cls.name!r}: {OPERATORS[cls.name]} and {cls}.")
+    return cls
+
+
+_sources: list[Callable[[], Any]] = []
+
+
+def when_unknown(load: Callable[[], Any]) -> None:
+    """Has more operators registered when a name is asked for that is not known yet: `load` imports them."""
+    _sources.append(load)
+
+
+def operator(name: str) -> type[Node] | None:
+    """The operator of a name, if there is one."""
+    while name not in OPERATORS and _sources:
+        _sources.pop(0)()
+    return OPERATORS.get(name)

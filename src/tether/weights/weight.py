@@ -1,8 +1,10 @@
-"""The only thing that owns storage: one variable, however many layers use it."""
+"""One place where an expression is read: what decides whether the weights in it train."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import keras
@@ -19,11 +21,42 @@ from tether.errors import (
     ValueConflict,
     received,
 )
-from tether.weights.expression import Expression, Shape, Tensor, note_replacement
-from tether.weights.identity import born, fresh_uid, scope_of
-from tether.weights.use import Use
+from tether.weights.expression import Expression, Shape, Tensor, live_weights, note_replacement, resolved
+from tether.weights.identity import born, fresh_uid, mark, scope_of, told_by_file
 from tether.weights.weight_config import check_agrees, check_config, check_role, read_start
-from tether.weights.written import mark, told_by_file
+
+# --------------------------------------------------------------------------- uses
+# One place where an expression is read: what decides whether the weights in it train.
+
+
+@dataclass(eq=False)
+class Use:
+    """One layer's attribute that reads an expression. Registered from `tie` until `untie`.
+
+    It outlives its layer, so that what trains never depends on when Python collects garbage.
+    """
+
+    name: str
+    """The layer's own name for the weight: `kernel`."""
+    expression: Expression
+    layer: weakref.ref[Any]
+    live: bool = True
+    """Whether gradient may flow through this use: the layer is trainable, and so is the attribute."""
+    regularizer: Any = None
+
+    def resolve(self) -> None:
+        """Writes out what weights in the expression have become, and tells the weights in it of the use."""
+        self.expression = resolved(self.expression)
+        for weight in self.expression.weights_used():
+            weight.add_use(self)
+
+    def reaches(self, weight: Weight) -> bool:
+        """Whether a gradient reaches the weight through this use."""
+        return self.live and weight in live_weights(self.expression)
+
+
+# --------------------------------------------------------------------------- weights
+# The only thing that owns storage: one variable, however many layers use it.
 
 
 @keras.saving.register_keras_serializable(package="tether", name="Weight")
@@ -553,7 +586,7 @@ class Weight(Expression, keras.layers.Layer):
             )
 
     def _is_added(self) -> bool:
-        from tether.weights.base import is_added
+        from tether.weights.structure import is_added
 
         return is_added(self)
 

@@ -11,8 +11,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
-from tether.weights.checks import as_dtype
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_dtype, received
 from tether.weights.expression import MAX_ELEMENTS, Expression, Shape
 
 ROLES = ("part", "strength", "state", "integers", "scale")

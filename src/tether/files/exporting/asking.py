@@ -16,7 +16,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, received
-from tether.weights.constant import numpy_dtype
+from tether.weights.leaves import numpy_dtype
 
 BATCHES = (1, 3)
 """The batch sizes that are tried if the caller gives no inputs: an exporter may have fixed one."""

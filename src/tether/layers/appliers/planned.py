@@ -11,10 +11,10 @@ import keras
 from tether import keras_seam
 from tether.layers.view import View
 from tether.planning import control
-from tether.planning.alternatives import Coded, Integers, make_plan
+from tether.planning.alternatives import make_plan
 from tether.planning.control import Noted
 from tether.planning.execution import Convolve, execute
-from tether.planning.plan import Plan, Problem
+from tether.planning.plan import Coded, Integers, Plan, Problem
 from tether.planning.products import Products, products
 from tether.weights.evaluation import remembers
 from tether.weights.expression import Expression, Tensor, is_view, live_weights

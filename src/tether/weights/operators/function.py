@@ -10,9 +10,8 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
-from tether.weights.constant import Constant
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression
-from tether.weights.operators.registry import register
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, register
+from tether.weights.leaves import Constant
 
 _OPS = "keras.ops."
 

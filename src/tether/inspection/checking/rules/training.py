@@ -17,7 +17,7 @@ from tether.inspection.checking.rules.registry import rule
 from tether.inspection.checking.values import deviation
 from tether.inspection.facts import StoredWeight
 from tether.layers.view import stored_variables
-from tether.weights.operators.gradient import ScaleGradient
+from tether.weights.operators.arithmetic import ScaleGradient
 from tether.weights.operators.structure import Transpose
 from tether.weights.weight import Weight
 

@@ -1,0 +1,150 @@
+"""Operators that choose: one of several expressions by an index, and the parts of an adapter that are active."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, register
+from tether.weights.operators.arithmetic import SUM, result_type
+
+# --------------------------------------------------------------------------- choose
+# One of several values, chosen when the layer is called.
+
+
+@register
+class Choose(Node):
+    """`[a, b, c][index]`: the first operand is the index, a whole number of shape `()`.
+
+    The options that are not chosen get a gradient of zero, on every backend, whether the index is known
+    when the backend compiles or a tensor. They are live weights: weight decay goes on for them.
+    """
+
+    name, arity, indices = "choose", None, (0,)
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """The one shape of all options."""
+        index, *options = shapes
+        if index != () or not options:
+            raise ShapeMismatch(f"`choose` takes one whole number and the options. {received(index_shape=index)}")
+        if any(shape != options[0] for shape in options):
+            listed = ", ".join(f"{o.notation()} has shape {s}" for o, s in zip(self.operands[1:], options, strict=True))
+            raise ShapeMismatch(f"What can be chosen must have one shape: {listed}.")
+        return options[0]
+
+    def infer_dtype(self, *dtypes: str) -> str | None:
+        """Keras's promotion of the options."""
+        index, *options = dtypes
+        if not index.startswith(("int", "uint")):
+            raise TetherError(f"An index is a whole number. {received(dtype=index)}")
+        return options[0] if len(set(options)) == 1 else result_type(*options)
+
+    def compute(self, *values: Tensor) -> Tensor:
+        """The option that the index names; one beyond the ends is taken as the nearest."""
+        index, *options = values
+        dtypes = {keras.backend.standardize_dtype(option.dtype) for option in options}
+        if len(dtypes) > 1:
+            options = [keras.ops.cast(option, result_type(*sorted(dtypes))) for option in options]
+        last = len(options) - 1
+        if isinstance(index, int):
+            chosen = options[min(max(index, 0), last)]
+        else:
+            branches = [lambda *given, place=place: given[place] for place in range(len(options))]
+            index = keras.ops.clip(keras.ops.cast(index, "int32"), 0, last)
+            chosen = keras.ops.switch(index, branches, *options)
+        # The sum of no elements is zero, and so is its gradient: every option has one.
+        nothing = [keras.ops.sum(keras.ops.reshape(option, (-1,))[:0]) for option in options]
+        return keras.ops.add(chosen, keras.ops.cast(sum(nothing[1:], nothing[0]), chosen.dtype))
+
+    def format(self, *terms: Term) -> Term:
+        """`[a, b][index]`."""
+        index, *options = terms
+        return Term(f"[{', '.join(option.text for option in options)}][{index.text}]")
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        """The same shape."""
+        return shape
+
+
+def choose(index: Any, options: Sequence[Any]) -> Expression:
+    """One of the options, by an argument (or expression) that is a whole number."""
+    return Choose(as_expression(index), *map(as_expression, options))
+
+
+# --------------------------------------------------------------------------- adapters
+# A base and named parts that are added to it, each with a strength that can be changed at any time.
+
+
+@register
+class Adapted(Node):
+    """`base + strength · part + ...`: the operands are the base, then a strength and a part for each name."""
+
+    name, arity, accepts = "adapted", None, ("names",)
+
+    @classmethod
+    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The parts' names: strings, each another one."""
+        names = given.get("names")
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+            raise InvalidConfig(f"The parts that are added have names. {received(names=names)}")
+        if len(set(names)) != len(names):
+            raise InvalidConfig(f"Each part has another name. {received(names=names)}")
+        return {"names": tuple(names)}
+
+    @property
+    def base(self) -> Expression:
+        """What the parts are added to."""
+        return self.operands[0]
+
+    @property
+    def parts(self) -> dict[str, tuple[Expression, Expression]]:
+        """Strength and part of each name."""
+        return dict(
+            zip(self.parameters["names"], zip(self.operands[1::2], self.operands[2::2], strict=True), strict=True)
+        )
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the base; strengths are numbers, and parts must not make it larger."""
+        if len(shapes) != 1 + 2 * len(self.parameters["names"]):
+            raise InvalidConfig(
+                f"Each named part has a strength. {received(names=self.parameters['names'], n=len(shapes))}"
+            )
+        if any(shape != () for shape in shapes[1::2]):
+            raise InvalidConfig(f"A strength has the shape (). {received(shapes=shapes[1::2])}")
+        if np.broadcast_shapes(shapes[0], *shapes[2::2]) != shapes[0]:
+            raise InvalidConfig(f"A part has the base's shape {shapes[0]}. {received(shapes=shapes[2::2])}")
+        return shapes[0]
+
+    def infer_dtype(self, *dtypes: str) -> str | None:
+        """Keras's promotion of the base and the parts."""
+        kept = (dtypes[0], *dtypes[2::2])
+        return kept[0] if len(set(kept)) == 1 else result_type(*kept)
+
+    def compute(self, *values: Tensor) -> Tensor:
+        """The sum."""
+        total = values[0]
+        for strength, part in zip(values[1::2], values[2::2], strict=True):
+            total = keras_seam.add(total, keras_seam.multiply(keras.ops.cast(strength, part.dtype), part))
+        return total
+
+    def expanded(self) -> Expression:
+        """The sum, written out."""
+        total = self.base
+        for strength, part in self.parts.values():
+            total = total + strength * part
+        return total
+
+    def format(self, *terms: Term) -> Term:
+        """`base + french.strength * (a @ b)`."""
+        pairs = zip(terms[1::2], terms[2::2], strict=True)
+        texts = [f"{strength.inside(100)} * {part.inside(100)}" for strength, part in pairs]
+        return Term(" + ".join([terms[0].inside(SUM), *texts]), SUM)
+
+    def operand_shape(self, shape: Shape) -> Shape | None:
+        """The base has the shape of the sum."""
+        return shape if all(operand.shape is not None for operand in self.operands[1:]) else None
