@@ -11,7 +11,7 @@ import tether
 from tests.support import numpy
 from tether import adapters
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName
-from tether.layers.view import View
+from tether.layers.tying.state import View
 from tether.weights import Weight
 
 layers = keras.layers

@@ -529,10 +529,11 @@ def test_filters_of_quantize_are_patterns_of_names_or_functions():
         assert keras_seam.passes(layer, filters) is expected
 
 
-def test_quantize_of_a_layer_can_be_taken_over_and_given_back():
+def test_quantize_of_a_layer_can_be_taken_over_and_given_back(monkeypatch):
     layer, calls = keras.layers.Dense(2), []
     layer.build((None, 2))
-    keras_seam.take_over_quantize(layer, lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setitem(keras_seam.quantizers, "layer", lambda *args, **kwargs: calls.append((args, kwargs)))
+    keras_seam.take_over_quantize(layer)
     layer.quantize("int8", type_check=False)
     ((found, original, mode, config), options) = calls[0]
     assert (found, mode, config, options) == (layer, "int8", None, {"type_check": False})
@@ -1782,7 +1783,7 @@ def test_tether_defines_no_private_method_of_keras_again_but_those_that_are_list
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     kinds = (keras.layers.Dense, keras.layers.LSTMCell, keras.layers.Embedding)
-    tied = [tether.layers.tied.tied_class(kind) for kind in kinds]
+    tied = [tether.layers.tying.tied.tied_class(kind) for kind in kinds]
     found = set()
     for cls in {
         *tied,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tether.inspection.checking import check
     from tether.inspection.plotting import plot
     from tether.inspection.summarizing import summary
-    from tether.layers.extend import extend
-    from tether.layers.inherit import inherit
+    from tether.layers.family.extend import extend
+    from tether.layers.family.inherit import inherit
 
 __all__ = [
     "Expression",
@@ -52,10 +52,10 @@ __all__ = [
 _LATER = {
     "adapters": "tether.adapters",
     "check": "tether.inspection.checking",
-    "extend": "tether.layers.extend",
+    "extend": "tether.layers.family.extend",
     "files": "tether.files",
     "forms": "tether.forms",
-    "inherit": "tether.layers.inherit",
+    "inherit": "tether.layers.family.inherit",
     "low_rank": "tether.forms.low_rank",
     "planning": "tether.planning",
     "plot": "tether.inspection.plotting",

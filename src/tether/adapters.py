@@ -26,14 +26,14 @@ from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, received
 from tether.files import adapter as adapter_file
 from tether.forms.form import AddedForm
-from tether.layers import paths
-from tether.layers.inherit import changed
-from tether.layers.named import named_weights, select_all, tie_what_learns
-from tether.layers.refusing import refuse_layer
-from tether.layers.rollback import Rollback
-from tether.layers.tie import tie, weight_of, weights_of
-from tether.layers.untie import untie
-from tether.layers.view import View
+from tether.layers.family.inherit import changed
+from tether.layers.family.named import named_weights, select_all, tie_what_learns
+from tether.layers.tying import paths
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.state import View
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import tie, weight_of, weights_of
+from tether.layers.tying.untie import untie
 from tether.weights.codec import decode
 from tether.weights.expression import Expression
 from tether.weights.operators.arithmetic import StopGradient

@@ -10,8 +10,8 @@ import pytest
 
 import tether
 from tests import support
-from tether.layers import paths as layer_paths
-from tether.layers.view import View
+from tether.layers.tying import paths as layer_paths
+from tether.layers.tying.state import View
 
 L = keras.layers
 SMALL = {

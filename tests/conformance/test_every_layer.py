@@ -14,8 +14,8 @@ import pytest
 import tether
 from tests import support
 from tests.conformance.catalogue import NOT_MADE, NOT_TIED, WITH_WEIGHTS, WITHOUT_WEIGHTS, layer_classes
-from tether.layers import paths as layer_paths
-from tether.layers.view import View
+from tether.layers.tying import paths as layer_paths
+from tether.layers.tying.state import View
 
 EXCEPTIONS = {
     ("Normalization", "mean"): "it computes with constants that it derives from its weights",

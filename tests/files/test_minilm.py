@@ -180,7 +180,7 @@ def test_tied_in_depth_it_takes_the_mean_of_its_layers(model, folder):
     tied = backbone(folder)
     for block in range(3):
         first, second = f"transformer_layer_{block}", f"transformer_layer_{block + 3}"
-        for named in tether.layers.named.named_weights(tied.get_layer(first)):
+        for named in tether.layers.family.named.named_weights(tied.get_layer(first)):
             tether.tie(tied, {f"{second}/{named.path}": tether.weight_of(tied, f"{first}/{named.path}")})
     report = tether.files.load_safetensors(tied, folder / "model.safetensors", names="bert", resolve="mean")
     assert len(report.conflicting) == 48 and min(conflict.difference for conflict in report.conflicting) > 0

@@ -181,7 +181,7 @@ def test_a_named_adapter_is_saved_with_its_strength(rng, tmp_path):
     plain.set_weights(model.get_weights())
     for name in ("french", "german"):
         tether.adapters.add(model, name, {"*/kernel": tether.low_rank(2)})
-    for weight in tether.layers.state.weights_below(model):
+    for weight in tether.layers.tying.state.weights_below(model):
         if "lora" in weight.name:
             weight.assign(rng.normal(size=weight.shape).astype("float32"))
     tether.adapters.set_strengths(model, {"french": 0.5, "german": 0.0})

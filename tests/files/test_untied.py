@@ -12,7 +12,7 @@ from tests.files.models import autoencoder, randomize, stack, state
 from tests.support import assert_close, numpy
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, ValueConflict
-from tether.layers.named import named_weights
+from tether.layers.family.named import named_weights
 
 layers = keras.layers
 

@@ -335,7 +335,7 @@ def test_no_value_is_read(name, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a value was read")
 
-    monkeypatch.setattr("tether.layers.view.View.value", property(refuse))
+    monkeypatch.setattr("tether.layers.tying.state.View.value", property(refuse))
     monkeypatch.setattr("tether.weights.weight.Weight.value", property(refuse))
     for cls in {cls for v in model.variables for cls in type(v).__mro__ if cls.__module__.startswith("keras")}:
         for method in ("numpy", "__array__"):

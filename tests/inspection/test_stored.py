@@ -20,6 +20,7 @@ from tests.inspection import models
 from tests.inspection.models import MODELS, fitted
 from tether.errors import InvalidConfig, Unsupported
 from tether.inspection import diff, facts
+from tether.layers.tying.state import from_above
 
 layers = keras.layers
 IN_NO_CONFIG = {"ties_itself"}
@@ -214,7 +215,8 @@ def test_the_file_is_read_without_making_the_model(tmp_path, monkeypatch):
     for cls in (keras.layers.Embedding, keras.Model, models.Bilinear, keras.optimizers.Adam):
         monkeypatch.setattr(cls, "__init__", refuse)
         monkeypatch.setattr(cls, "from_config", refuse)
-    monkeypatch.setattr("tether.layers.tied.revive", refuse)
+    monkeypatch.setattr("tether.layers.records.reader.revive", refuse)
+    monkeypatch.setitem(from_above, "revive", refuse)
     monkeypatch.setattr("tether.weights.weight.Weight._create", refuse)
     monkeypatch.setattr(keras.initializers.GlorotUniform, "__call__", refuse)
     monkeypatch.setattr(h5py.Dataset, "__getitem__", refuse)

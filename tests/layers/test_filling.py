@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tether.errors import ShapeMismatch, TetherError
-from tether.layers.filling import Report, describe, fill
+from tether.layers.family.values import Report, describe, fill
 
 
 def start(*shape):

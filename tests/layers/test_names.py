@@ -139,7 +139,7 @@ def test_a_copy_has_the_paths_of_its_original_and_so_has_the_third_generation_of
 def test_promoting_changes_no_path():
     for make in (lambda: functional(dense("one"), dense("two")), lambda: functional(block("b"))):
         plain, model = make(), make()
-        for path in tether.layers.paths.weight_paths(model):
+        for path in tether.layers.tying.paths.weight_paths(model):
             tether.weight_of(model, path)
         assert paths(model) == paths(plain)
 

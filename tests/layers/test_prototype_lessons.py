@@ -8,7 +8,7 @@ import pytest
 
 import tether
 from tests.support import assert_close, gradients, numpy
-from tether.layers.view import View
+from tether.layers.tying.state import View
 
 
 def tied_dense(weight, units=4, **kwargs):

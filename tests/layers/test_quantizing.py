@@ -15,8 +15,8 @@ import tether
 from tests.kinds import Bilinear
 from tests.support import assert_close, numpy
 from tether.errors import LostTie, NotInvertible, TetherError, Unsupported
-from tether.layers.quantizing import matrices
-from tether.layers.view import View
+from tether.layers.quantization import matrices
+from tether.layers.tying.state import View
 from tether.planning.plan import Integers
 
 layers = keras.layers

@@ -11,7 +11,7 @@ import pytest
 import tether
 from tests.support import numpy
 from tether.errors import LostTie
-from tether.layers.recorded import unrecorded
+from tether.layers.records.verification import unrecorded
 
 layers = keras.layers
 

@@ -11,8 +11,8 @@ import pytest
 import tether
 from tests.support import assert_close, numpy
 from tether import planning
-from tether.layers.appliers import planned
-from tether.layers.appliers.dense import dense_problem
+from tether.layers import appliers
+from tether.layers.appliers import dense_problem
 from tether.planning.alternatives import make_plan
 from tether.planning.control import recording
 from tether.planning.products import products
@@ -192,8 +192,8 @@ def test_only_the_first_call_of_a_kind_is_planned(rng):
     layer = stopped(rng)
     x = rng.normal(size=(ROWS, N)).astype("float32")
     with (
-        mock.patch.object(planned, "make_plan", wraps=make_plan) as plans,
-        mock.patch.object(planned, "products", wraps=products) as forms,
+        mock.patch.object(appliers, "make_plan", wraps=make_plan) as plans,
+        mock.patch.object(appliers, "products", wraps=products) as forms,
     ):
         layer(x)
         first = plans.call_count
@@ -236,7 +236,7 @@ def test_a_layer_that_is_tied_again_is_planned_again(rng):
 
 def test_plans_of_ever_other_shapes_do_not_fill_the_memory(rng):
     layer = stopped(rng)
-    with mock.patch.object(planned, "MAX_KEPT", 2):
+    with mock.patch.object(appliers, "MAX_KEPT", 2):
         for rows in range(1, 6):
             layer(np.ones((rows, N), "float32"))
     assert len(layer.kernel.planner._plans) <= 2

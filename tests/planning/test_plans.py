@@ -13,7 +13,7 @@ import tether
 from tests.planning.drawing import Drawing
 from tests.support import as_zero, gradients, numpy
 from tether import ops, planning
-from tether.layers.state import weights_below
+from tether.layers.tying.state import weights_below
 from tether.planning.alternatives import Search
 from tether.planning.control import recording
 

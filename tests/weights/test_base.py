@@ -10,7 +10,7 @@ import tether
 from tests.forms.cases import CASES, expression_of, own_weights
 from tether import forms, ops
 from tether.errors import NotInvertible
-from tether.layers.quantizing import matrices
+from tether.layers.quantization import matrices
 from tether.weights import Weight
 from tether.weights.expression import resolved
 from tether.weights.operators.choice import Adapted

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import tether
 from tests.support import as_zero, gradients
 from tether.errors import InvalidConfig
-from tether.layers.record import read_record
+from tether.layers.records.record import read_record
 from tether.weights import Argument, Constant, Expression, Node, Weight, bind
 from tether.weights.codec import decode, encode
 from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, leaves, program

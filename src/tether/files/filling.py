@@ -22,7 +22,7 @@ from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherErr
 from tether.files.comparing import difference_of, tolerance_of
 from tether.files.entries import Array, Rows
 from tether.files.report import Conflict, Loaded, Report
-from tether.layers.view import View, shape_of
+from tether.layers.tying.state import View, shape_of
 from tether.weights.expression import Expression
 from tether.weights.leaves import numpy_dtype
 from tether.weights.structure import as_it_is, base_of, invert, put

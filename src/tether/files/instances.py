@@ -21,7 +21,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import Unsupported
-from tether.layers.tied import base_class
+from tether.layers.tying.tied import base_class
 from tether.weights.weight import Weight
 
 _READER = "tether>CallCounter"

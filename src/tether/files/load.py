@@ -19,10 +19,9 @@ from tether.files.hdf5 import dtype_of, is_bytes
 from tether.files.making import making
 from tether.files.places import places_of
 from tether.files.positions import positions
-from tether.layers import paths
-from tether.layers.state import state_of
-from tether.layers.tied import KEY
-from tether.layers.view import View
+from tether.layers.tying import paths
+from tether.layers.tying.state import View, state_of
+from tether.layers.tying.tied import KEY
 from tether.weights.identity import dictionaries
 from tether.weights.leaves import numpy_dtype
 

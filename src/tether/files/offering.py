@@ -11,7 +11,7 @@ from tether.errors import Unsupported
 from tether.files.entries import Entry, StoredTie
 from tether.files.filling import Offer
 from tether.files.positions import Position
-from tether.layers.view import View
+from tether.layers.tying.state import View
 from tether.weights.expression import Expression, program
 from tether.weights.weight import Weight
 

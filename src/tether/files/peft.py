@@ -29,10 +29,10 @@ from tether.files.positions import check_built, dotted
 from tether.files.report import Report
 from tether.files.tensors import opened_tensors, write_tensors
 from tether.forms.low_rank import low_rank
-from tether.layers.named import Named, named_weights, tie_what_learns
-from tether.layers.rollback import Rollback
-from tether.layers.tie import weight_of
-from tether.layers.view import View
+from tether.layers.family.named import Named, named_weights, tie_what_learns
+from tether.layers.tying.state import View
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import weight_of
 from tether.weights.expression import Expression
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import Add, MatMul, Multiply, Subtract

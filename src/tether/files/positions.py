@@ -12,11 +12,10 @@ import keras
 from tether import keras_seam
 from tether.errors import TetherError
 from tether.files.filling import Wanted
-from tether.layers.named import Named, named_weights
-from tether.layers.refusing import refuse_layer
-from tether.layers.state import ordered_variables, state_of, weights_below
-from tether.layers.tied import own_entries
-from tether.layers.view import View, stored_variables
+from tether.layers.family.named import Named, named_weights
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.state import View, ordered_variables, state_of, stored_variables, weights_below
+from tether.layers.tying.tied import own_entries
 from tether.weights.structure import added_weights, base_of
 from tether.weights.weight import Weight
 

@@ -17,11 +17,10 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, Unsupported, as_int, received
 from tether.files.sizes import Undo, sizes_of
-from tether.layers import paths
-from tether.layers.filling import Array, Report, Rule, check_rule, describe
-from tether.layers.filling import fill as filled
-from tether.layers.state import state_of
-from tether.layers.view import View
+from tether.layers.family.values import Array, Report, Rule, check_rule, describe
+from tether.layers.family.values import fill as filled
+from tether.layers.tying import paths
+from tether.layers.tying.state import View, state_of
 from tether.weights.expression import Expression, Shape
 from tether.weights.reshaping import shapes_with, take_shapes
 from tether.weights.weight import Use, Weight

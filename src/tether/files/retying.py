@@ -12,11 +12,10 @@ from tether.files.entries import entry_of
 from tether.files.filling import Offer, Plan, Resolve
 from tether.files.positions import check_built
 from tether.files.report import Loaded, Report
-from tether.layers.named import named_weights
-from tether.layers.rollback import Rollback
-from tether.layers.state import weights_below
-from tether.layers.tie import tie
-from tether.layers.view import View
+from tether.layers.family.named import named_weights
+from tether.layers.tying.state import View, weights_below
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import tie
 from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight

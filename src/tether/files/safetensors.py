@@ -22,8 +22,8 @@ from tether.files.offering import of_one_structure, offers_of
 from tether.files.positions import Position, check_built, named_positions, stored_names, tied_names, wanted
 from tether.files.report import Conflict, Report
 from tether.files.tensors import opened_tensors, write_tensors
-from tether.layers.named import named_weights
-from tether.layers.state import weights_below
+from tether.layers.family.named import named_weights
+from tether.layers.tying.state import weights_below
 from tether.weights.codec import encode
 from tether.weights.weight import Weight
 

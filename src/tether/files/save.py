@@ -13,7 +13,7 @@ from tether.errors import TetherError, received
 from tether.files.archive import contents, with_config
 from tether.files.instances import has_shared_layers, mended
 from tether.files.places import places_of
-from tether.layers.recorded import record_further_out
+from tether.layers.records.verification import record_further_out
 
 
 def save_model(model: Any, path: str | os.PathLike[str]) -> None:

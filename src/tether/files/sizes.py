@@ -10,7 +10,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import Unsupported
-from tether.layers.tied import base_class
+from tether.layers.tying.tied import base_class
 
 Undo = list[Callable[[], None]]
 

@@ -16,8 +16,8 @@ from tether.files.archive import opened_archive, reading
 from tether.files.keras_files import Values
 from tether.files.making import explained
 from tether.files.positions import positions
-from tether.layers.tied import KEY
-from tether.layers.view import View
+from tether.layers.tying.state import View
+from tether.layers.tying.tied import KEY
 from tether.weights.codec import encode
 from tether.weights.identity import dictionaries
 from tether.weights.weight import Weight

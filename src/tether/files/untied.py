@@ -15,7 +15,7 @@ from tether.files.keras_files import Values, opened
 from tether.files.offering import as_offer, offers_of
 from tether.files.positions import Position, check_built, in_old_order, own_in_old_order, positions, wanted
 from tether.files.report import Report
-from tether.layers.view import View
+from tether.layers.tying.state import View
 from tether.weights.codec import encode
 from tether.weights.weight import Weight
 

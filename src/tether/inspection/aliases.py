@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tether import keras_seam
-from tether.layers.state import state_of
-from tether.layers.view import stored_variables
+from tether.layers.tying.state import state_of, stored_variables
 
 
 class Aliases(Mapping[str, tuple[str, ...]]):

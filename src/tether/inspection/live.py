@@ -10,10 +10,9 @@ import keras
 
 from tether import keras_seam
 from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
-from tether.layers.paths import holders
-from tether.layers.state import state_of
-from tether.layers.tied import base_class
-from tether.layers.view import shape_of, stored_variables
+from tether.layers.tying.paths import holders
+from tether.layers.tying.state import shape_of, state_of, stored_variables
+from tether.layers.tying.tied import base_class
 from tether.weights.weight import Weight
 
 OPTIMIZER = "optimizer/"

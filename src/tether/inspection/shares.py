@@ -18,8 +18,7 @@ import keras
 
 from tether import keras_seam
 from tether.inspection.live import layer_path
-from tether.layers.state import WEIGHTS, state_of
-from tether.layers.view import View, stored_variables
+from tether.layers.tying.state import WEIGHTS, View, state_of, stored_variables
 from tether.weights.expression import Expression, Tensor
 from tether.weights.weight import Weight
 

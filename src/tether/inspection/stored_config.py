@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tether.inspection.stored_values import Values
-from tether.layers.record import Record, read_record
-from tether.layers.tied import KEY
+from tether.layers.records.record import Record, read_record
+from tether.layers.tying.tied import KEY
 from tether.weights.weight import Weight
 
 WEIGHT = "tether>Weight"

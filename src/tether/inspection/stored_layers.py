@@ -16,7 +16,7 @@ from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
 from tether.inspection.live import OPTIMIZER, layer_path
 from tether.inspection.stored_config import StoredLayer
 from tether.inspection.stored_values import Values, owner_of, written
-from tether.layers.state import WEIGHTS
+from tether.layers.tying.state import WEIGHTS
 from tether.weights.codec import decode
 from tether.weights.expression import Expression, known_shape, live_weights
 from tether.weights.identity import sharing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tether.layers.view import stored_variables
+from tether.layers.tying.state import stored_variables
 
 
 def unique(variables: Iterable[Any]) -> list[Any]:

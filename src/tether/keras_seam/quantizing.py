@@ -26,7 +26,8 @@ _should_quantize_layer = private("keras.src.quantizers.utils.should_quantize_lay
 
 
 quantizers: dict[str, Callable[..., None]] = {}
-"""What quantises ties: `"model"`, of a model, mode, config and filters; `"weight"`, of a weight, mode and config."""
+"""What quantises ties: `"model"`, of a model, mode, config and filters; `"layer"`, of a layer, Keras's own method, mode
+and config; `"weight"`, of a weight, mode and config."""
 
 _MODEL_QUANTIZE = code_of(keras.Model.quantize)
 _FLATTEN_LAYERS = None if is_missing(flatten_layers) else code_of(flatten_layers)
@@ -75,8 +76,8 @@ def passes(layer: Any, filters: Any) -> bool:
     return bool(_should_quantize_layer(layer, filters))
 
 
-def take_over_quantize(layer: Any, function: Callable[..., None]) -> None:
-    """Has a function called for `layer.quantize(...)`, with the layer and Keras's own method first.
+def take_over_quantize(layer: Any) -> None:
+    """Has what quantises ties called for `layer.quantize(...)`, with the layer and Keras's own method first.
 
     Keras gives each layer a `quantize` of its own when it is made, so that one of another class would not be found.
     """
@@ -84,7 +85,7 @@ def take_over_quantize(layer: Any, function: Callable[..., None]) -> None:
 
     @functools.wraps(original)
     def quantize(mode: Any = None, config: Any = None, **kwargs: Any) -> None:
-        function(layer, original, mode, config, **kwargs)
+        quantizers["layer"](layer, original, mode, config, **kwargs)
 
     quantize.original = original  # type: ignore[attr-defined]
     set_untracked(layer, "quantize", quantize)

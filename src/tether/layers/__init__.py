@@ -1,15 +1,18 @@
 """How Keras layers use expressions."""
 
 from tether import keras_seam
-from tether.layers import training
-from tether.layers.call import call
-from tether.layers.lambda_layer import Lambda
-from tether.layers.route import route
-from tether.layers.tie import tie, weight_of
-from tether.layers.untie import materialize, untie
+from tether.layers import quantization, training
+from tether.layers.family.call import call, route
+from tether.layers.family.lambda_layer import Lambda
+from tether.layers.records import reader, verification
+from tether.layers.tying.tie import tie, weight_of
+from tether.layers.tying.untie import materialize, untie
 
 keras_seam.answers.update(
     is_tied=training.is_tied, live=training.live, differences=training.differences, still=training.still
 )
+
+_FROM_ABOVE = (quantization, reader, verification)
+"""Imported for what they tell those below them."""
 
 __all__ = ["Lambda", "call", "materialize", "route", "tie", "untie", "weight_of"]

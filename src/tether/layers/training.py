@@ -9,8 +9,8 @@ import weakref
 from typing import Any
 
 from tether import keras_seam
-from tether.layers import paths
-from tether.layers.state import state_of
+from tether.layers.tying import paths
+from tether.layers.tying.state import state_of
 from tether.weights.weight import Use, Weight
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, UnknownName, ValueConflict
-from tether.layers.filling import Report, Rule, check_rule, describe
-from tether.layers.filling import fill as filled
-from tether.layers.view import numpy_of
+from tether.layers.family.values import Report, Rule, check_rule, describe
+from tether.layers.family.values import fill as filled
+from tether.layers.tying.state import numpy_of
 from tether.transfer.pairing import Held, built, held_weights, leaf_pairs, listed, pairs
 from tether.weights.structure import invert
 from tether.weights.weight import Weight

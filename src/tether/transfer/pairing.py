@@ -18,9 +18,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, received
-from tether.layers import paths
-from tether.layers.refusing import refuse_layer
-from tether.layers.view import View, numpy_of, shape_of, stored_variables
+from tether.layers.tying import paths
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.state import View, numpy_of, shape_of, stored_variables
 from tether.weights.expression import Expression, program
 from tether.weights.weight import Weight
 

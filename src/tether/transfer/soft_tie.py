@@ -7,13 +7,12 @@ from typing import Any
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
-from tether.layers import paths, penalizing
-from tether.layers.penalty import Penalty, check
-from tether.layers.refusing import refuse_layer
-from tether.layers.rollback import Rollback
-from tether.layers.state import state_of
-from tether.layers.tie import weight_of
-from tether.layers.view import shape_of
+from tether.layers.tying import paths
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.penalty import Penalty, check
+from tether.layers.tying.state import shape_of, state_of
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import attach_penalty, detach_penalty, penalty_places, weight_of
 from tether.weights.expression import Expression, Tensor, as_expression
 from tether.weights.weight import Weight
 
@@ -51,7 +50,7 @@ class SoftTie:
         holders = [] if model is None else list(keras_seam.contained_layers(model))
         holders += [] if recorder is None else [recorder]
         keras_seam.before_change([] if recorder is None else [recorder])
-        penalizing.detach(self._penalty, holders)
+        detach_penalty(self._penalty, holders)
 
     def __repr__(self) -> str:
         return f"<SoftTie {self._penalty.notation()}>"
@@ -100,13 +99,13 @@ def soft_tie(model: Any, a: Any, b: Any, strength: Any) -> SoftTie:
         weights = tuple(dict.fromkeys(w for part in (left, right, scale) for w in part.weights_used()))
         if not any(part.weights_used() for part in (left, right)):
             raise TetherError(f"Neither side of the soft tie has a weight. {received(a=a, b=b)}")
-        recorder, lent = penalizing.places(model, weights)
+        recorder, lent = penalty_places(model, weights)
         present = _weights_of_layers(model)
         owned = tuple(weight for weight in weights if weight not in present)
         made_by_code = keras_seam.maker(model) is not None
         keras_seam.before_change([recorder] if recorder.built else [])
         penalty = Penalty(recorder, left, right, scale, owned, made_by_code=made_by_code)
-        penalizing.attach(penalty, recorder, lent)
+        attach_penalty(penalty, recorder, lent)
     return SoftTie(model, penalty)
 
 

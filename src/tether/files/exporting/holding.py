@@ -12,9 +12,8 @@ from typing import Any
 
 from tether import keras_seam
 from tether.files.exporting.asking import Asked, bytes_of
-from tether.layers.state import state_of
-from tether.layers.tied import base_class
-from tether.layers.view import stored_variables
+from tether.layers.tying.state import state_of, stored_variables
+from tether.layers.tying.tied import base_class
 from tether.weights.weight import Weight
 
 SMALL = 1024

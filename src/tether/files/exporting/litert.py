@@ -13,7 +13,7 @@ import numpy as np
 from tether.errors import Unsupported
 from tether.files.exporting.asking import Asked
 from tether.files.exporting.tensorflow_function import traced
-from tether.layers.view import numpy_of
+from tether.layers.tying.state import numpy_of
 
 BACKENDS = ("tensorflow", "jax")
 SUFFIX = ".tflite"

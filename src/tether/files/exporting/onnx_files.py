@@ -14,7 +14,7 @@ from tether import keras_seam
 from tether.errors import Unsupported
 from tether.files.exporting.asking import Asked, distinct, quiet
 from tether.files.exporting.holding import SMALL
-from tether.layers.view import numpy_of
+from tether.layers.tying.state import numpy_of
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SUFFIX = ".onnx"

@@ -13,9 +13,8 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.layers.state import STATE, WEIGHTS
-from tether.layers.tied import base_class
-from tether.layers.view import View
+from tether.layers.tying.state import STATE, WEIGHTS, View
+from tether.layers.tying.tied import base_class
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 

@@ -19,9 +19,8 @@ from tether.inspection.checking.captured import Found, arguments_of, reached
 from tether.inspection.checking.values import InMemory, Values
 from tether.inspection.facts import Facts, StoredWeight
 from tether.inspection.live import OPTIMIZER, UNSAVED, entries, layer_path
-from tether.layers import paths
-from tether.layers.state import Slot, State, state_of
-from tether.layers.view import stored_variables
+from tether.layers.tying import paths
+from tether.layers.tying.state import Slot, State, state_of, stored_variables
 from tether.weights.weight import Weight
 
 T = TypeVar("T")

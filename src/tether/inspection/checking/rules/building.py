@@ -13,8 +13,8 @@ from tether import keras_seam
 from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding
 from tether.inspection.checking.rules.registry import rule
-from tether.layers.tied import base_class
-from tether.layers.view import stored_variables
+from tether.layers.tying.state import stored_variables
+from tether.layers.tying.tied import base_class
 
 
 @rule("parent-not-built", "a subclass of a Keras layer whose build does not call its parent's")

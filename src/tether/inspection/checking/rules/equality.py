@@ -15,7 +15,7 @@ from tether.inspection.checking.mending import arranged, in_words
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.checking.values import Likeness, Values, alike, is_equal, tolerance_of
 from tether.inspection.facts import StoredWeight
-from tether.layers.state import state_of
+from tether.layers.tying.state import state_of
 
 NEARLY = 1 - 1e-4
 """The least correlation of samples that are worth a whole comparison: rounding in 16 bits costs less."""

@@ -9,7 +9,7 @@ from tether import keras_seam
 from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding
 from tether.inspection.checking.rules.registry import rule
-from tether.layers import paths
+from tether.layers.tying import paths
 
 
 @rule("frozen-through-another", "a layer or weight that is frozen because something else that holds it is")

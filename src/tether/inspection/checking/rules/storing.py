@@ -14,7 +14,7 @@ from tether.inspection.checking.finding import Finding
 from tether.inspection.checking.mending import code_of
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.facts import StoredWeight
-from tether.layers import recorded
+from tether.layers.records import verification
 
 
 @rule("path-used-twice", "one path that two variables have", file=True)
@@ -54,16 +54,18 @@ def _rename(context: Context, weight: StoredWeight) -> str:
 def unrecorded_tie(context: Context) -> Iterator[Finding]:
     """It was made on a layer whose config is not part of the model's, such as the cell of a recurrent layer."""
     try:
-        found = recorded.unrecorded(context.model)
+        found = verification.unrecorded(context.model)
     except Exception:  # a class without a config of its own: Keras refuses to save or clone it, and says why
         return
     for lost in found:
         where = "/".join((context.path_of(lost.layer), *lost.path))
-        yield Finding("unrecorded-tie", "error", where, recorded.message(lost, context.model), _record(context, lost))
+        yield Finding(
+            "unrecorded-tie", "error", where, verification.message(lost, context.model), _record(context, lost)
+        )
 
 
-def _record(context: Context, lost: recorded.Unrecorded) -> str:
-    outer = recorded.recorder_for(lost, context.model)
+def _record(context: Context, lost: verification.Unrecorded) -> str:
+    outer = verification.recorder_for(lost, context.model)
     if outer is None or lost.expression is None:
         return "tether.files.save_model(model, path)  # says what to change in the layer that makes the weight"
     layer, path = outer

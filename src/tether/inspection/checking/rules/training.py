@@ -16,7 +16,7 @@ from tether.inspection.checking.mending import code_of
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.checking.values import deviation
 from tether.inspection.facts import StoredWeight
-from tether.layers.view import stored_variables
+from tether.layers.tying.state import stored_variables
 from tether.weights.operators.arithmetic import ScaleGradient
 from tether.weights.operators.structure import Transpose
 from tether.weights.weight import Weight

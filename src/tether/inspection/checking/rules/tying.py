@@ -14,10 +14,9 @@ from tether.inspection.checking.finding import Finding
 from tether.inspection.checking.mending import code_of
 from tether.inspection.checking.rules.registry import rule
 from tether.inspection.checking.values import is_zero
-from tether.layers import paths
-from tether.layers.state import Slot, Tie, state_of
-from tether.layers.tied import Tied
-from tether.layers.view import View
+from tether.layers.tying import paths
+from tether.layers.tying.state import Slot, Tie, View, state_of
+from tether.layers.tying.tied import Tied
 from tether.weights.expression import Expression, Node, is_view, program
 from tether.weights.weight import Weight
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
-from tether.layers.penalty import Penalty, check
-from tether.layers.state import State, Tie, is_serializing
+from tether.layers.tying.penalty import Penalty, check
+from tether.layers.tying.state import State, Tie, is_serializing
 from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression
 from tether.weights.identity import mark, scope_of

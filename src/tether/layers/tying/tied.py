@@ -15,15 +15,49 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, Unsupported, received
-from tether.layers import storage
-from tether.layers.arguments import arguments_by_name, taking
-from tether.layers.looping import holding, loop_hooks
-from tether.layers.record import VERSION, encode_ties, read_record
-from tether.layers.state import WEIGHTS, in_base_order, known_order, serializing, state_of, weights_below
-from tether.layers.view import View
-from tether.weights.identity import sharing
+from tether.errors import UnknownName, Unsupported, received
+from tether.layers.records import variables
+from tether.layers.records.record import encode_ties
+from tether.layers.tying import paths
+from tether.layers.tying.fit import (
+    refuse_misfit,
+    refuse_tie,
+    refuse_unsupported,
+    start_from_layer,
+    start_from_values,
+    warn_of_initializer,
+)
+from tether.layers.tying.state import (
+    STATE,
+    WEIGHTS,
+    Slot,
+    State,
+    Tie,
+    View,
+    arguments_by_name,
+    from_above,
+    hang_weights,
+    in_base_order,
+    known_order,
+    new_use,
+    serializing,
+    state_of,
+    taking,
+    view_like,
+    weights_below,
+)
+from tether.layers.tying.swap import exchange, swapped
+from tether.weights.expression import Expression, resolved
 from tether.weights.weight import Weight
+
+# --------------------------------------------------------------------------- the class
+# The class of a tied layer: a subclass of the layer's own class, made once for each.
+#
+# It keeps its base's name (Keras derives file paths from it), its base's `build`, `call` and their signatures. It
+# hands out views when the base asks for a variable, keeps Keras's tracker and recursion away from weights that others
+# share, lists and saves variables in the base's order, and writes the ties into its config under the one key
+# `"tether"`.
+
 
 KEY = "tether"
 _classes: dict[tuple[Any, ...], type] = {}
@@ -77,8 +111,6 @@ class Tied:
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """Hands out a view where a tie waits for a variable of this name, and makes a variable elsewhere."""
-        from tether.layers.placing import hand_out
-
         for position, value in zip(("shape", "initializer", "dtype"), args, strict=False):
             kwargs.setdefault(position, value)
         state = state_of(self)
@@ -104,13 +136,9 @@ class Tied:
         super().__setattr__(name, value)
         state = state_of(self)
         if state is not None and state.pending and isinstance(value, keras.layers.Layer):
-            from tether.layers.placing import forward
-
             forward(self, state)
 
     def _lock_state(self) -> None:
-        from tether.layers.placing import settle
-
         settle(self)
         super()._lock_state()  # type: ignore[misc]
 
@@ -182,7 +210,7 @@ class Tied:
         if state is None:
             super().save_own_variables(store)  # type: ignore[misc]
         else:
-            storage.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
+            variables.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what this layer wrote, or what it wrote before it was tied."""
@@ -190,17 +218,17 @@ class Tied:
         if state is None:
             super().load_own_variables(store)  # type: ignore[misc]
         else:
-            storage.load(self, state, store, super().save_own_variables, super().load_own_variables)  # type: ignore[misc]
+            variables.load(self, state, store, super().save_own_variables, super().load_own_variables)  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
         """A tied layer from its config, with weights of its own or those of the sharing scope."""
-        return revive(cls._tether_base, config)
+        return from_above["revive"](cls._tether_base, config)
 
     def __reduce__(self) -> Any:
         buffer = io.BytesIO()
         keras_seam.save_to(self, buffer)
-        return (_unpickle, (buffer.getvalue(), {weight.uid: weight for weight in weights_below(self)}))
+        return (from_above["unpickle"], (buffer.getvalue(), {weight.uid: weight for weight in weights_below(self)}))
 
     def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         children = {
@@ -263,12 +291,13 @@ def _make(base: Any, arguments: tuple[str, ...]) -> type:
             config[KEY] = ties
         return config
 
+    from tether.layers.appliers import holding, loop_hooks, planned_call  # imported with the first tie
+
     namespace["get_config"] = keras_seam.mark_like(get_config, base.get_config)
     if hasattr(base, "get_dropout_mask"):
         namespace.update(loop_hooks(base))
     elif hasattr(base, "get_initial_state") and hasattr(base, "state_size"):
         namespace["get_initial_state"] = holding(base.get_initial_state)
-    from tether.layers.appliers import planned_call  # imported with the first tie
 
     call = planned_call(base)
     if call is not None:
@@ -289,7 +318,7 @@ def own_entries(saveable: Any) -> dict[str, Any]:
     """What a Keras object writes of its own, by key; in a tied layer with views at the places of what it leaves out."""
     state = state_of(saveable) if isinstance(saveable, Tied) else None
     if state is not None:
-        return storage.entries(saveable, state, super(Tied, saveable).save_own_variables)
+        return variables.entries(saveable, state, super(Tied, saveable).save_own_variables)
     found: dict[str, Any] = {}
     saveable.save_own_variables(found)
     return found
@@ -305,77 +334,178 @@ class _absent:
         raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
 
 
-# --------------------------------------------------------------------------- coming back from a file
+# --------------------------------------------------------------------------- placing views
+# Putting views where variables are, or would be.
+#
+# A tie of a variable that exists puts a view in its place. A tie of a layer that is not built waits until the layer
+# asks for the variable of that name, and is then handed a view.
 
 
-def revive(base: type, config: dict[str, Any]) -> Any:
-    """A layer of the base class from a config, with the ties that the config records."""
-    from tether.layers.tie import restore
-
-    config = dict(config)
-    record = config.pop(KEY, None)
-    layer = base.from_config(config)  # type: ignore[attr-defined]
-    if record is not None:
-        read = read_record(record)
-        restore(layer, read.ties, read.takes, read.penalties)
-    return layer
-
-
-class TiedReader:
-    """What a file's name for a tied layer stands for: finds the base that the config names.
-
-    It is the tied subclass of whichever class the config names. Who asks whether it is a subclass of a
-    layer class, as KerasHub does before it reads a preset, is told that it is.
-    """
-
-    __name__ = __qualname__ = "Tied"
-
-    @property
-    def __bases__(self) -> tuple[type, ...]:
-        return tuple(_subclasses(keras.layers.Layer))
-
-    def from_config(self, config: dict[str, Any]) -> Any:
-        """The tied layer of a config that a stranger may have written.
-
-        Raises:
-            InvalidConfig: It names no layer class, or ties that cannot be read.
-        """
-        record = config.get(KEY)
-        if not isinstance(record, dict) or record.get("version") != VERSION:
-            raise InvalidConfig(
-                f"A tied layer's config has the key {KEY!r} of version {VERSION}. {received(tether=record)}"
-            )
-        reference = record.get("base")
-        if not isinstance(reference, dict) or set(reference) != {"module", "class_name", "registered_name"}:
-            raise InvalidConfig(f"A tied layer's config names its class. {received(base=reference)}")
-        if not all(isinstance(part, (str, type(None))) for part in reference.values()):
-            raise InvalidConfig(f"A class is named by strings. {received(base=reference)}")
-        try:
-            base = keras_seam.find_class(reference)
-        except Exception as error:
-            raise InvalidConfig(f"The class of a tied layer cannot be found: {error}") from error
-        if not isinstance(base, type) or not issubclass(base, keras.layers.Layer) or issubclass(base, (Tied, Weight)):
-            raise InvalidConfig(f"A tied layer's class is a Keras layer. {received(base=reference)}")
-        return revive(base, config)
+def become_tied(layer: Any) -> State:
+    """Turns a layer into an instance of its tied class, without ties yet if it is not one; gives its state."""
+    state = state_of(layer)
+    if state is None:
+        state = State()
+        layer.__class__ = tied_class(type(layer))
+        keras_seam.set_untracked(layer, STATE, state)
+        keras_seam.shield_tracker(layer, View)
+        if not isinstance(layer, keras.Model):
+            keras_seam.take_over_quantize(layer)
+    return state
 
 
-def _subclasses(cls: type) -> dict[type, None]:
-    found: dict[type, None] = {cls: None}
-    waiting: list[type] = [cls]
-    while waiting:
-        below: list[type] = type.__subclasses__(waiting.pop())
-        children = [child for child in below if child not in found]
-        found.update(dict.fromkeys(children))
-        waiting.extend(children)
-    return found
+# --------------------------------------------------------------------------- a variable that exists
 
 
-keras_seam.register_reader(TiedReader())
+def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
+    """Puts a view in the place of a variable, or of another view."""
+    state, expression = become_tied(layer), asked.expression
+    start_from_values(layer, name, expression, variable)
+    if isinstance(variable, View):
+        use = new_use(layer, name, expression, variable.use.regularizer)
+        drop_use(variable.use)
+        next(slot.tie for slot in state.slots if slot.view is variable).forget()
+        view = view_like(variable, use, trainable=variable.slot_trainable)
+        view.frozen = variable.frozen
+    else:
+        own = keras_seam.variable_lists(layer)[keras_seam.STORES[0]]
+        use = new_use(layer, name, expression, variable.regularizer)
+        view = view_like(variable, use, trainable=any(variable is other for other in own))
+        by_itself = keras_seam.own_trainable_flag(layer) and not variable.trainable  # whatever the layer is
+        view.frozen = by_itself and view.slot_trainable
+        constraint = variable.constraint
+        variable.regularizer = None
+        for weight in expression.weights_used():
+            if weight.is_built and weight.variable is variable and weight.regularizer is not None:
+                variable.regularizer = weight.regularizer
+        _pass_constraint(constraint, expression)
+    exchange(layer, state, variable, view, asked)
+    _register(layer, view)
 
 
-def _unpickle(data: bytes, weights: dict[str, Weight]) -> Any:
-    with sharing(dict(weights)):
-        return keras_seam.load_from(io.BytesIO(data), compile=True)
+def _register(layer: Any, view: View) -> None:
+    view.follow(keras_seam.own_trainable_flag(layer))
+    for weight in view.expression.weights_used():
+        weight.add_use(view.use)
 
 
-__all__ = ["KEY", "Tied", "TiedReader", "base_class", "own_entries", "revive", "tied_class"]
+def drop_use(use: Any) -> None:
+    """Ends a use of its weights."""
+    for weight in use.expression.weights_used():
+        weight.remove_use(use)
+
+
+# --------------------------------------------------------------------------- a layer that is being built
+
+
+def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
+    """The view that `add_weight` returns in the place of a new variable."""
+    name = kwargs["name"]
+    refuse_unsupported(layer)
+    shape = tuple(int(n) for n in (kwargs.get("shape") or ()))
+    dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or layer.variable_dtype)
+    initializer = kwargs.get("initializer")
+    wished = initializer is not None
+    if not wished:
+        initializer = "glorot_uniform" if keras_seam.is_float(dtype) else "zeros"
+    initializer = keras.initializers.get(initializer)
+    trainable = bool(kwargs.get("trainable", True))
+    expression = resolved(asked.expression)
+    constraint = keras.constraints.get(kwargs.get("constraint"))
+    regularizer = keras.regularizers.get(kwargs.get("regularizer"))
+    refuse_misfit(layer, name, shape, constraint, expression)
+    if wished:
+        warn_of_initializer(layer, name, expression, initializer)
+    started = [weight for weight in expression.weights_used() if not weight.is_built]
+    for weight in started:
+        weight.autocasts = weight.autocasts and bool(kwargs.get("autocast", True))
+    with keras_seam.name_scope(layer):
+        path = f"{keras_seam.current_path()}/{name}"
+    start_from_layer(expression, path, shape, dtype, initializer)
+    for weight in started if not wished else ():
+        weight.first_initializer = None  # nobody chose it, so no later layer is told that its own is not used
+    store = keras_seam.STORES[0] if trainable else keras_seam.STORES[1]
+    index = len(keras_seam.variable_lists(layer)[store]) + sum(slot.store == store for slot in state.slots)
+    use = new_use(layer, name, expression, regularizer)
+    view = View(
+        use,
+        name=name,
+        path=path,
+        shape=shape,
+        dtype=dtype,
+        autocast=bool(kwargs.get("autocast", True)),
+        trainable=trainable,
+    )
+    _pass_constraint(constraint, expression)
+    keras_seam.note_new_use()
+    state.slots.append(Slot(view, store, index, asked, named=True))
+    _register(layer, view)
+    hang_weights(layer)
+    return view
+
+
+def forward(layer: Any, state: State) -> None:
+    """Hands waiting ties on to a sub-layer that has just been made."""
+    for path, asked in list(state.pending.items()):
+        if len(path) < 2:
+            continue
+        step = paths.find_child(layer, path)
+        if step is None:
+            continue
+        child, canonical, rest = step
+        del state.pending[path]
+        if asked.path[-len(path) :] == path:
+            asked.rename(asked.path[: -len(path)] + canonical + rest)
+        become_tied(child)
+        place = paths.locate(child, rest)
+        below = become_tied(place.layer)
+        if place.variable is None:
+            below.pending[place.leaf] = asked
+        else:
+            replace(place.layer, place.variable, place.leaf_name, asked)
+
+
+def settle(layer: Any) -> None:
+    """At the end of `build`: ties that no `add_weight` has met must find a variable now."""
+    state = state_of(layer)
+    if state is None:
+        return
+    for name in state.clashes:
+        paths.find_variable(layer, (name,))  # raises, now that both variables have their places
+    if state.pending:
+        with swapped(keras_seam.contained_layers(layer)):
+            _settle(layer, state)
+
+
+def _settle(layer: Any, state: State) -> None:
+    for path, asked in list(state.pending.items()):
+        found = paths.find_variable(layer, path)
+        child = None if found is not None else paths.find_child(layer, path)
+        if found is None and child is None:
+            del state.pending[path]
+            asked.forget()
+            layer.built = True
+            raise UnknownName(paths.nothing_there(layer, path, layer, path))
+        del state.pending[path]
+        if found is not None:
+            variable, canonical = found
+            refuse_tie(layer, "/".join(canonical), variable, asked.expression)
+            if asked.recorder() is layer:
+                asked.rename(canonical)
+            replace(layer, variable, "/".join(canonical), asked)
+        else:
+            place = paths.locate(layer, path)
+            below = become_tied(place.layer)
+            if place.variable is None:
+                below.pending[place.leaf] = asked
+            else:
+                refuse_tie(place.layer, place.leaf_name, place.variable, asked.expression)
+                replace(place.layer, place.variable, place.leaf_name, asked)
+
+
+def _pass_constraint(constraint: Any, expression: Expression) -> None:
+    if constraint is not None and isinstance(expression, Weight):
+        expression.variable.constraint = constraint
+
+
+__all__ = ["KEY", "Tied", "base_class", "own_entries", "tied_class"]

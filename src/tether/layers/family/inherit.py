@@ -13,14 +13,22 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.form import LayerForm
-from tether.layers.filling import Report, check_rule, describe
-from tether.layers.filling import fill as filled
-from tether.layers.named import Named, frozen_weights, named_weights, pairs, select, select_all, take_flags, train_only
-from tether.layers.refusing import refuse_layer
-from tether.layers.rollback import Rollback
-from tether.layers.state import weights_below
-from tether.layers.tie import tie, weight_of, weights_of
-from tether.layers.view import View, numpy_of
+from tether.layers.family.named import (
+    Named,
+    frozen_weights,
+    named_weights,
+    pairs,
+    select,
+    select_all,
+    take_flags,
+    train_only,
+)
+from tether.layers.family.values import Report, check_rule, describe
+from tether.layers.family.values import fill as filled
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.state import View, numpy_of, weights_below
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import tie, weight_of, weights_of
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
 from tether.weights.weight import Copy, Weight

@@ -18,8 +18,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
-from tether.layers.state import State, ordered_variables
-from tether.layers.view import View
+from tether.layers.tying.state import State, View, from_above, ordered_variables
 from tether.weights.codec import encode
 from tether.weights.identity import told_by_file
 from tether.weights.structure import invert, put
@@ -116,9 +115,7 @@ def save(layer: Any, state: State, store: Any, base_save: Any) -> None:
     """
     scope = keras_seam.saving_scope()
     if scope is not None and "checked" not in scope:
-        from tether.layers.recorded import refuse_to_lose
-
-        refuse_to_lose(scope["root"], told_by_file())
+        from_above["refuse_to_lose"](scope["root"], told_by_file())
         scope["checked"] = True
     note_ties(store, entries(layer, state, base_save))
     with keras_seam.listed_variables(layer, ordered_variables(layer, state)):

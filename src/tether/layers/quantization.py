@@ -18,10 +18,10 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import Unsupported, received
-from tether.layers import paths
-from tether.layers.state import hang_weights, state_of
-from tether.layers.swap import swapped
-from tether.layers.view import View
+from tether.layers.tying import paths
+from tether.layers.tying.state import View, hang_weights, state_of
+from tether.layers.tying.swap import swapped
+from tether.layers.tying.tie import weight_of
 from tether.planning.products import products
 from tether.weights.expression import Expression, Node, Shape, live_weights, program
 from tether.weights.operators.arithmetic import Add, ScaleGradient, StopGradient, Subtract
@@ -70,7 +70,7 @@ def quantize_weight(weight: Weight, mode: Any, config: Any) -> None:
     _carry_out({weight: _rounded(weight, mode, block)})
 
 
-keras_seam.quantizers.update(model=quantize_model, weight=quantize_weight)
+keras_seam.quantizers.update(model=quantize_model, weight=quantize_weight, layer=quantize_layer)
 
 
 def _settings(what: str, mode: Any, config: Any) -> tuple[str, int | None]:
@@ -92,8 +92,6 @@ def _settings(what: str, mode: Any, config: Any) -> tuple[str, int | None]:
 
 
 def _quantize(layers: list[Any], mode: Any, config: Any, passes: Callable[[Any], bool]) -> None:
-    from tether.layers.tie import weight_of
-
     mode, block = _settings(f"the layer {layers[0].name!r}", mode, config)
     found: dict[Weight, Rounded] = {}
     own: list[tuple[Any, str]] = []

@@ -10,8 +10,8 @@ import keras
 
 from tether import keras_seam
 from tether.errors import TetherError, received
-from tether.layers.state import state_of
-from tether.layers.tie import tie
+from tether.layers.tying.state import state_of
+from tether.layers.tying.tie import tie
 from tether.weights.expression import known_shape
 
 

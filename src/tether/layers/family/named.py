@@ -9,10 +9,9 @@ from typing import Any
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName
-from tether.layers import paths
-from tether.layers.state import state_of
-from tether.layers.tie import tie, weights_of
-from tether.layers.view import View, shape_of
+from tether.layers.tying import paths
+from tether.layers.tying.state import View, shape_of, state_of
+from tether.layers.tying.tie import tie, weights_of
 from tether.weights.expression import Expression, live_weights
 from tether.weights.weight import Weight
 

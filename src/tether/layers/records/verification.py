@@ -15,12 +15,11 @@ import keras
 
 from tether import keras_seam
 from tether.errors import LostTie
-from tether.layers import paths
-from tether.layers.arguments import arguments_in
-from tether.layers.penalty import Penalty
-from tether.layers.placing import become_tied
-from tether.layers.state import State, Tie, state_of
-from tether.layers.untie import become_plain
+from tether.layers.tying import paths
+from tether.layers.tying.penalty import Penalty
+from tether.layers.tying.state import State, Tie, arguments_in, from_above, state_of
+from tether.layers.tying.tied import become_tied
+from tether.layers.tying.untie import become_plain
 from tether.weights.expression import Expression
 from tether.weights.identity import told_by_config
 
@@ -220,6 +219,9 @@ def _path_below(chain: tuple[Any, ...], path: paths.Path) -> paths.Path:
     for inner, outer in itertools.pairwise(chain):
         path = paths.canonical_child(outer, inner) + path
     return path
+
+
+from_above.update(refuse_to_lose=refuse_to_lose)
 
 
 __all__ = ["Unrecorded", "message", "record_further_out", "recorder_for", "refuse_to_lose", "unrecorded"]

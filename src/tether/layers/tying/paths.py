@@ -16,7 +16,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import UnknownName, Unsupported, received
-from tether.layers.state import STATE, WEIGHTS, state_of
+from tether.layers.tying.state import STATE, WEIGHTS, state_of
 from tether.weights.weight import Weight
 
 Path = tuple[str, ...]

@@ -9,16 +9,13 @@ import keras
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, Unsupported, received
-from tether.layers import paths, penalizing
-from tether.layers.arguments import arguments_in
-from tether.layers.lambda_layer import Lambda
-from tether.layers.placing import drop_use
-from tether.layers.refusing import refuse_layer
-from tether.layers.rollback import Rollback
-from tether.layers.state import STATE, Slot, State, Tie, state_of
-from tether.layers.swap import exchange, swapped
-from tether.layers.tied import base_class, take_arguments, takes_arguments
-from tether.layers.view import View
+from tether.layers.family.lambda_layer import Lambda
+from tether.layers.tying import paths
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.state import STATE, Slot, State, Tie, View, arguments_in, state_of
+from tether.layers.tying.swap import Rollback, exchange, swapped
+from tether.layers.tying.tie import drop_void_penalties, has_penalties
+from tether.layers.tying.tied import base_class, drop_use, take_arguments, takes_arguments
 from tether.weights.weight import Weight
 
 
@@ -97,9 +94,9 @@ def _clear_up(layer: Any, affected: list[Any]) -> None:
         state = state_of(each)
         if state is not None:
             state.lent = [(tie, path) for tie, path in state.lent if tie.is_recorded]
-    if penalizing.are_any():
+    if has_penalties():
         affected = keras_seam.contained_layers(layer)
-        penalizing.drop_void(affected)
+        drop_void_penalties(affected)
     for each in affected:
         become_plain(each)
 

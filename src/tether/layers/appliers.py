@@ -1,0 +1,504 @@
+"""How each kind of layer applies its weight by plan: what it computes, in the letters of an einsum."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import keras
+
+from tether import keras_seam
+from tether.layers.tying.state import View, state_of
+from tether.planning import control
+from tether.planning.alternatives import make_plan
+from tether.planning.control import Noted
+from tether.planning.execution import Convolve, execute
+from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
+from tether.planning.products import Products, products
+from tether.weights.evaluation import hold, release, remembers
+from tether.weights.expression import Expression, Tensor, is_view, live_weights
+
+# --------------------------------------------------------------------------- calls by plan
+# The plan of one use: made at the first call of each kind, then kept with the view.
+
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+MAX_KEPT = 256
+"""Plans kept for one use: an eager loop over inputs of ever other lengths does not fill the memory."""
+
+MakeProblem = Callable[..., Problem]
+
+
+class Planner:
+    """The plans of one view."""
+
+    def __init__(self, view: View) -> None:
+        self.expression = view.expression
+        self.weights = view.expression.weights_used()
+        self._products: Products | None = None
+        self._plans: dict[Any, Plan] = {}
+
+    @property
+    def products(self) -> Products:
+        """The weight as a sum of products."""
+        if self._products is None:
+            self._products = products(self.expression)
+        return self._products
+
+    def stored(self) -> list[Tensor]:
+        """What is stored in the weights now."""
+        return [keras_seam.raw_value(weight.variable) for weight in self.weights]
+
+    def plan(self, view: View, x: Tensor, problem: MakeProblem, training: bool, dtype: str) -> Plan:
+        """The plan for a call with an input of this shape."""
+        live = view.use.live
+        flags = tuple(weight.trainable for weight in self.weights) if training and live else ()
+        mode, kept = control.mode(), remembers()
+        # JAX has symbols for sizes that are not known yet, which cannot be compared.
+        shape = tuple(size if isinstance(size, int) else None for size in x.shape)
+        key = (shape, dtype, training, live, flags, mode, kept, problem)
+        found = self._plans.get(key)
+        if found is None:
+            asked = problem(shape, training=training, itemsize=BYTES.get(dtype, 4))
+
+            def trains(expression: Expression) -> bool:
+                return live and any(weight.trainable for weight in live_weights(expression))
+
+            found = make_plan(replace(asked, repeated=True) if kept else asked, self.products, trains, mode)
+            if len(self._plans) >= MAX_KEPT:
+                self._plans.clear()
+            self._plans[key] = found
+        control.note(lambda: Noted(view.path, self.expression.notation(), shape, found))
+        return found
+
+
+def planner_of(view: Any) -> Planner | None:
+    """The planner of what a layer holds as its weight, or `None` if there is nothing to plan."""
+    if not isinstance(view, View) or is_view(view.expression) or not keras_seam.autocasts(view):
+        return None
+    planner = view.planner
+    if planner is None or planner.expression is not view.expression:
+        if view.expression.shape is None:
+            return None
+        planner = view.planner = Planner(view)
+    return planner
+
+
+def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | None = None) -> Tensor | None:
+    """What the layer computes with its weight, by plan; `None` where the layer has to build the weight itself."""
+    planner = planner_of(view)
+    if planner is None:
+        return None
+    dtype = view.dtype
+    training = control.assumed_training()
+    if training is None:
+        training = keras_seam.is_training_call()
+        if not training and keras_seam.TRACES_GRADIENTS:
+            training = keras_seam.is_differentiated(x, *planner.stored())
+    plan = planner.plan(view, x, problem, training, dtype)
+    if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
+        return None
+    factors = [_value(view, factor, dtype, how) for factor, how in plan.reads]
+    return execute(plan, x, factors, convolve)
+
+
+def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Any:
+    """A factor as the view would read it: in the view's dtype, without a gradient if the use has none."""
+    if how is not None:
+        return Integers(keras_seam.plain_tensor(view.read(how.stored)), how, dtype)
+    value = keras_seam.plain_tensor(view.read(factor))
+    if keras_seam.tensor_dtype(value) != dtype:
+        value = keras.ops.cast(value, dtype)
+    return value if view.use.live else keras.ops.stop_gradient(value)
+
+
+# --------------------------------------------------------------------------- matrix products
+# Dense and EinsumDense: inputs times a kernel.
+
+
+Shape = tuple[int | None, ...]
+
+
+def dense_problem(shape: Shape, **call: Any) -> Problem:
+    """Rows times a matrix."""
+    rows = tuple(f"b{axis}" for axis in range(len(shape) - 1))
+    return Problem((*rows, "i"), ("i", "o"), (*rows, "o"), shape, **call)
+
+
+@functools.lru_cache(maxsize=1024)
+def einsum_problem(equation: str) -> Callable[..., Problem]:
+    """The problem of an equation such as `"abc,cd->abd"`, which may begin with `...`."""
+
+    def problem(shape: Shape, **call: Any) -> Problem:
+        left, output = equation.replace(" ", "").split("->")
+        inputs, kernel = left.split(",")
+        extra = tuple(f"b{axis}" for axis in range(len(shape) - len(inputs.replace("...", ""))))
+        return Problem(_letters(inputs, extra), tuple(kernel), _letters(output, extra), shape, **call)
+
+    return problem
+
+
+def _letters(part: str, extra: tuple[str, ...]) -> tuple[str, ...]:
+    before, dots, after = part.partition("...")
+    return (*before, *(extra if dots else ()), *after)
+
+
+def _finished(layer: Any, y: Any) -> Any:
+    if layer.bias is not None:
+        y = keras_seam.add(y, _tensor(layer.bias))
+    return y if layer.activation is None else layer.activation(y)
+
+
+def _tensor(weight: Any) -> Any:
+    return weight.value if isinstance(weight, keras.Variable) else weight
+
+
+def _is_quicker_here(inputs: Any) -> bool:
+    """Whether the product is computed here where the weight is built, and not by Keras's own call."""
+    return keras_seam.RUNS_FROM_PYTHON and not keras_seam.is_sparse(inputs)
+
+
+def dense_call(base: Any) -> Callable[..., Any]:
+    """`Dense.call`."""
+
+    def call(self: Any, inputs: Any, training: Any = None) -> Any:
+        y = applied(self.kernel, inputs, dense_problem)
+        if y is None and _is_quicker_here(inputs):
+            y = keras_seam.matmul(inputs, _tensor(self.kernel))
+        return base.call(self, inputs, training=training) if y is None else _finished(self, y)
+
+    return call
+
+
+def einsum_dense_call(base: Any) -> Callable[..., Any]:
+    """`EinsumDense.call`."""
+
+    def call(self: Any, inputs: Any, training: Any = None) -> Any:
+        y = applied(self.kernel, inputs, einsum_problem(self.equation))
+        if y is None and _is_quicker_here(inputs):
+            y = keras.ops.einsum(self.equation, inputs, self.kernel)
+        return base.call(self, inputs, training=training) if y is None else _finished(self, y)
+
+    return call
+
+
+# --------------------------------------------------------------------------- lookups
+# Embedding and ReversibleEmbedding: rows of a table, which is looked up before it is multiplied.
+
+
+def lookup_problem(shape: Shape, **call: Any) -> Problem:
+    """Numbers of any shape, and the rows of a table."""
+    rows = tuple(f"b{axis}" for axis in range(len(shape)))
+    return Problem(rows, ("v", "d"), (*rows, "d"), shape, lookup=True, **call)
+
+
+def logits_problem(shape: Shape, **call: Any) -> Problem:
+    """Rows times the transposed table."""
+    rows = tuple(f"b{axis}" for axis in range(len(shape) - 1))
+    return Problem((*rows, "d"), ("v", "d"), (*rows, "v"), shape, **call)
+
+
+def _rows(layer: Any, inputs: Any) -> Any:
+    if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
+        inputs = keras.ops.cast(inputs, "int32")
+    y = applied(layer.embeddings, inputs, lookup_problem)
+    return y if y is None else keras.ops.cast(y, layer.compute_dtype)
+
+
+def embedding_call(base: Any) -> Callable[..., Any]:
+    """`Embedding.call`."""
+
+    def call(self: Any, inputs: Any) -> Any:
+        y = _rows(self, inputs)
+        return base.call(self, inputs) if y is None else y
+
+    return call
+
+
+def reversible_call(base: Any) -> Callable[..., Any]:
+    """`ReversibleEmbedding.call`, both ways."""
+
+    def call(self: Any, inputs: Any, reverse: bool = False) -> Any:
+        if not reverse:
+            y = _rows(self, inputs)
+            if y is None:
+                return base.call(self, inputs)
+            mask = keras.layers.Embedding.compute_mask(self, inputs)
+            if mask is not None:
+                keras_seam.set_mask(y, mask)
+            return y
+        y = None
+        if self.reverse_dtype is None and self.tie_weights:
+            y = applied(self.embeddings, inputs, logits_problem)
+        elif self.reverse_dtype is None:
+            y = applied(self.reverse_embeddings, inputs, dense_problem)
+        if y is None:
+            return base.call(self, inputs, reverse=True)
+        cap = self.logit_soft_cap
+        return y if cap is None else keras.ops.multiply(keras.ops.tanh(keras.ops.divide(y, cap)), cap)
+
+    return call
+
+
+# --------------------------------------------------------------------------- convolutions
+# Convolutions: channels mixed by the factors of a low-rank kernel, before or after the layer's own convolution.
+
+
+def convolution_call(base: Any) -> Callable[..., Any]:
+    """`call` of a convolution without groups."""
+
+    def call(self: Any, inputs: Any) -> Any:
+        y = None if self.groups != 1 else _convolved(self, inputs, keras.ops.conv, depthwise=False)
+        return base.call(self, inputs) if y is None else _finished_convolution(self, y, self.filters)
+
+    return call
+
+
+def depthwise_call(base: Any) -> Callable[..., Any]:
+    """`call` of a convolution of each channel by itself."""
+
+    def call(self: Any, inputs: Any) -> Any:
+        y = _convolved(self, inputs, keras.ops.depthwise_conv, depthwise=True)
+        if y is None:
+            return base.call(self, inputs)
+        channels = int(self.kernel.shape[-2]) * int(self.kernel.shape[-1])
+        shape = list(keras.ops.shape(y))
+        place = len(shape) - 2 if self.data_format == "channels_last" else 1
+        y = keras.ops.reshape(y, [*shape[:place], channels, *shape[place + 2 :]])
+        return _finished_convolution(self, y, channels)
+
+    return call
+
+
+def _convolved(layer: Any, x: Any, operation: Any, *, depthwise: bool) -> Any:
+    padding = layer.padding
+    if padding == "causal":
+        width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        last = layer.data_format == "channels_last"
+        padding = "valid"
+    else:
+        width, last = 0, True
+
+    def convolve(x: Any, kernel: Any) -> Any:
+        if width:  # zeros stay zeros when channels are mixed
+            x = keras.ops.pad(x, [[0, 0], [width, 0], [0, 0]] if last else [[0, 0], [0, 0], [width, 0]])
+        return operation(
+            x,
+            kernel,
+            strides=layer.strides if depthwise else list(layer.strides),  # as Keras does, and TensorFlow wants
+            padding=padding,
+            data_format=layer.data_format,
+            dilation_rate=layer.dilation_rate,
+        )
+
+    def problem(shape: Shape, **call: Any) -> Problem:
+        places = [f"s{axis}" for axis in range(layer.rank)]
+        made = [f"p{axis}" for axis in range(layer.rank)]
+        taps = [f"k{axis}" for axis in range(layer.rank)]
+        out = tuple(layer.compute_output_shape(shape))
+        ends = ("i", "o") if depthwise else ("o",)
+        if layer.data_format == "channels_last":
+            inputs, outputs, positions = ("b", *places, "i"), ("b", *made, *ends), out[1:-1]
+        else:
+            inputs, outputs, positions = ("b", "i", *places), ("b", *ends, *made), out[2:]
+        return Problem(inputs, (*taps, "i", "o"), outputs, shape, convolution=Convolution(positions, depthwise), **call)
+
+    return applied(layer.kernel, x, _Kept(layer, problem), convolve)
+
+
+class _Kept:
+    """The problem of one layer, equal for all its calls: plans are kept by it."""
+
+    def __init__(self, layer: Any, problem: Callable[..., Problem]) -> None:
+        self.settings = (layer.rank, layer.strides, layer.padding, layer.dilation_rate, layer.data_format)
+        self.problem = problem
+
+    def __call__(self, shape: Shape, **call: Any) -> Problem:
+        return self.problem(shape, **call)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kept) and self.settings == other.settings
+
+    def __hash__(self) -> int:
+        return hash(self.settings)
+
+
+def _finished_convolution(layer: Any, y: Any, channels: int) -> Any:
+    if layer.use_bias:
+        ones = (1,) * layer.rank
+        shape = (1, *ones, channels) if layer.data_format == "channels_last" else (1, channels, *ones)
+        y = keras.ops.add(y, keras.ops.reshape(layer.bias, shape))
+    return y if layer.activation is None else layer.activation(y)
+
+
+# --------------------------------------------------------------------------- recurrent cells
+# Cells of recurrent layers: what their time loop computes at each step.
+
+
+def step_problem(shape: Shape, **call: Any) -> Problem:
+    """Rows times a matrix, at each step of a loop."""
+    return Problem(("b", "i"), ("i", "o"), ("b", "o"), shape, repeated=True, **call)
+
+
+def _drops(cell: Any, training: Any) -> bool:
+    return bool(training) and (cell.dropout > 0 or cell.recurrent_dropout > 0)
+
+
+def _projected(cell: Any, x: Any, h: Any) -> tuple[Any, Any] | None:
+    """The input and the state, each times its kernel; `None` if both kernels are to be built."""
+    of_x, of_h = applied(cell.kernel, x, step_problem), applied(cell.recurrent_kernel, h, step_problem)
+    if of_x is None and of_h is None:
+        return None
+    return (
+        keras.ops.matmul(x, cell.kernel) if of_x is None else of_x,
+        keras.ops.matmul(h, cell.recurrent_kernel) if of_h is None else of_h,
+    )
+
+
+def lstm_cell_call(base: Any) -> Callable[..., Any]:
+    """`LSTMCell.call`."""
+
+    def call(self: Any, inputs: Any, states: Any, training: bool = False) -> Any:
+        found = None if _drops(self, training) else _projected(self, inputs, states[0])
+        if found is None:
+            return base.call(self, inputs, states, training=training)
+        z = keras.ops.add(*found)
+        if self.use_bias:
+            z = keras.ops.add(z, self.bias)
+        i, f, new, o = keras.ops.split(z, 4, axis=-1)
+        c = self.recurrent_activation(f) * states[1] + self.recurrent_activation(i) * self.activation(new)
+        h = self.recurrent_activation(o) * self.activation(c)
+        return h, [h, c]
+
+    return call
+
+
+def gru_cell_call(base: Any) -> Callable[..., Any]:
+    """`GRUCell.call`, with the reset gate after the product."""
+
+    def call(self: Any, inputs: Any, states: Any, training: bool = False) -> Any:
+        nested = isinstance(states, (list, tuple))
+        before = states[0] if nested else states
+        found = None
+        if self.reset_after and not _drops(self, training):
+            found = _projected(self, inputs, before)
+        if found is None:
+            return base.call(self, inputs, states, training=training)
+        of_x, of_h = found
+        if self.use_bias:
+            of_x, of_h = keras.ops.add(of_x, self.bias[0]), keras.ops.add(of_h, self.bias[1])
+        x_update, x_reset, x_new = keras.ops.split(of_x, 3, axis=-1)
+        h_update, h_reset, h_new = keras.ops.split(of_h, 3, axis=-1)
+        update = self.recurrent_activation(x_update + h_update)
+        reset = self.recurrent_activation(x_reset + h_reset)
+        h = update * before + (1 - update) * self.activation(x_new + reset * h_new)
+        return h, [h] if nested else h
+
+    return call
+
+
+def simple_cell_call(base: Any) -> Callable[..., Any]:
+    """`SimpleRNNCell.call`."""
+
+    def call(self: Any, sequence: Any, states: Any, training: bool = False) -> Any:
+        nested = isinstance(states, (list, tuple))
+        found = None if _drops(self, training) else _projected(self, sequence, states[0] if nested else states)
+        if found is None:
+            return base.call(self, sequence, states, training=training)
+        h = keras.ops.add(*found)
+        if self.bias is not None:
+            h = keras.ops.add(h, self.bias)
+        if self.activation is not None:
+            h = self.activation(h)
+        return h, [h] if nested else h
+
+    return call
+
+
+# --------------------------------------------------------------------------- loops
+# Weights of a cell are computed once, before the loop over time, and not at each of its steps.
+
+
+def _hold(cell: Any) -> None:
+    """Computes the cell's composite weights now, outside the time loop that is about to run."""
+    state = state_of(cell)
+    if state is None or state.held:
+        return
+    scope: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype):
+        scope = keras_seam.AutocastScope(cell.compute_dtype)
+    with scope:
+        state.held = [entry for slot in state.slots for entry in slot.view.read(slot.view.expression, hold)]
+
+
+def loop_hooks(base: Any) -> dict[str, Any]:
+    """An RNN asks its cell for a dropout mask before its loop, and takes it back after."""
+
+    def get_dropout_mask(self: Any, step_input: Any) -> Any:
+        _hold(self)
+        return base.get_dropout_mask(self, step_input)
+
+    def reset_dropout_mask(self: Any) -> None:
+        state = state_of(self)
+        if state is not None:
+            release(state.held)
+            state.held = []
+        base.reset_dropout_mask(self)
+
+    return {"get_dropout_mask": get_dropout_mask, "reset_dropout_mask": reset_dropout_mask}
+
+
+def holding(get_initial_state: Any) -> Any:
+    """A cell of the user's own has one call before the loop: the one for its first state."""
+
+    def held_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = state_of(self)
+        if state is not None:
+            state.held = []
+            _hold(self)
+            state.held = []
+        return get_initial_state(self, *args, **kwargs)
+
+    return held_state
+
+
+# --------------------------------------------------------------------------- which kind has which
+# How each kind of Keras layer applies a combined weight; a kind that is not here builds it first.
+#
+# An applier replaces one method of a tied layer, and only where the layer's class has Keras's own: a user's subclass
+# with a `call` of its own keeps it. What the layer does beside the product (bias, activation, precision) is written
+# as Keras does it.
+
+
+Applier = Callable[[type], Callable[..., Any]]
+
+_APPLIERS: tuple[tuple[type, Applier], ...] = (
+    (keras.layers.Dense, dense_call),
+    (keras.layers.EinsumDense, einsum_dense_call),
+    (keras.layers.ReversibleEmbedding, reversible_call),
+    (keras.layers.Embedding, embedding_call),
+    (keras.layers.Conv1D, convolution_call),
+    (keras.layers.Conv2D, convolution_call),
+    (keras.layers.Conv3D, convolution_call),
+    (keras.layers.DepthwiseConv1D, depthwise_call),
+    (keras.layers.DepthwiseConv2D, depthwise_call),
+    (keras.layers.LSTMCell, lstm_cell_call),
+    (keras.layers.GRUCell, gru_cell_call),
+    (keras.layers.SimpleRNNCell, simple_cell_call),
+)
+
+
+def planned_call(base: Any) -> Callable[..., Any] | None:
+    """A `call` that applies combined weights by plan, or `None` for a class that has no applier."""
+    for kind, applier in _APPLIERS:
+        if issubclass(base, kind) and base.call is kind.call:  # type: ignore[attr-defined]
+            call = applier(base)
+            call.__doc__ = base.call.__doc__
+            return call
+    return None
+
+
+__all__ = ["Planner", "applied", "planner_of"]
