@@ -24,7 +24,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, received
-from tether.files import adapter as adapter_file
+from tether.files.tensors import adapter as adapter_file
 from tether.forms.form import AddedForm
 from tether.layers.family.inherit import changed
 from tether.layers.family.named import named_weights, select_all, tie_what_learns

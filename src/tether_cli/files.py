@@ -47,8 +47,8 @@ def _why_not(path: Path, error: Exception, custom: dict[str, Any]) -> str:
 
 def _names_what_nobody_knows(path: Path, error: Exception, custom: dict[str, Any]) -> bool:
     from tether.errors import TetherError
-    from tether.files.archive import contents
-    from tether.files.making import missing_names
+    from tether.files.keras.archive import contents
+    from tether.files.keras.load import missing_names
 
     try:
         return bool(missing_names(error, contents(path).config, custom))

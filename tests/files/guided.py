@@ -5,9 +5,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["tether.files.archive", "zipfile"]):
+with atheris.instrument_imports(include=["tether.files.keras.archive", "zipfile"]):
     import tether
-    from tether.files.archive import contents
+    from tether.files.keras.archive import contents
 
 from tests.files import hostile
 

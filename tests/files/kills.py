@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 import tether
-from tether.files import archive
+from tether.files.keras import archive
 
 SIZE = 128
 

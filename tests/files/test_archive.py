@@ -9,7 +9,7 @@ import pytest
 import tether
 from tests.files import hostile
 from tether.errors import InvalidConfig, TetherError, Unsupported
-from tether.files.archive import contents, opened_values, with_config
+from tether.files.keras.archive import contents, opened_values, with_config
 
 
 @pytest.fixture

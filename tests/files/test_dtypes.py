@@ -14,8 +14,8 @@ from tests.files import hostile
 from tests.support import assert_close
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported
-from tether.files.entries import Entry
-from tether.files.tensors import write_tensors
+from tether.files.loading.entries import Entry
+from tether.files.tensors.safetensors import write_tensors
 
 BACKEND = keras.backend.backend()
 REAL = [

@@ -7,7 +7,7 @@ import pytest
 import tether
 from tests.support import numpy
 from tether.errors import ShapeMismatch, TetherError, ValueConflict
-from tether.files.filling import Offer, Wanted, fill
+from tether.files.loading.assignment import Offer, Wanted, fill
 
 layers = keras.layers
 

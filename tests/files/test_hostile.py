@@ -18,7 +18,7 @@ from tests.documents import ROOT
 from tests.files import hostile
 from tests.support import numpy
 from tether.errors import InvalidConfig, TetherError
-from tether.files.archive import contents
+from tether.files.keras.archive import contents
 
 READERS = {"load_model": tether.files.load_model, "facts": tether.inspection.facts}
 FILE = "model.keras"
@@ -364,7 +364,7 @@ def test_no_bytes_give_a_model_with_other_values(times, good, tmp_path):
 
 @pytest.mark.parametrize("times", SHORT_AND_LONG)
 def test_no_bytes_make_the_adapter_reader_fail_otherwise(times, adapter, tmp_path):
-    from tether.files.adapter import read
+    from tether.files.tensors.adapter import read
 
     search_bytes(read, adapter, tmp_path, 1000 * times)
 

@@ -15,7 +15,7 @@ from tests.scenarios.test_b_one_layer_several_places import (
     part_of_one_graph_in_another,
 )
 from tether import keras_seam
-from tether.files.instances import has_shared_layers, mended, shared_layers
+from tether.files.keras.save import has_shared_layers, mended, shared_layers
 
 layers = keras.layers
 

@@ -11,7 +11,7 @@ import tether
 from tests.files import hostile
 from tests.support import numpy
 from tether.errors import InvalidConfig, TetherError
-from tether.files import archive
+from tether.files.keras import archive
 
 register = keras.saving.register_keras_serializable("test_making")
 RAISES = {}

@@ -5,8 +5,7 @@ import numpy as np
 
 import tether
 from tests.files import hostile
-from tether.files.archive import contents
-from tether.files.places import places_of
+from tether.files.keras.archive import contents, places_of
 
 
 def test_the_places_are_those_in_the_file(tmp_path):

@@ -448,7 +448,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(value):
         raise MemoryError
 
-    monkeypatch.setattr(tether.files.safetensors.keras_seam, "on_host", fails)
+    monkeypatch.setattr(tether.files.tensors.safetensors.keras_seam, "on_host", fails)
     with pytest.raises(MemoryError):
         saved(model, tmp_path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -458,7 +458,7 @@ MEMORY = """
 import resource, sys
 import keras, numpy as np
 import tether
-import tether.files.safetensors
+import tether.files.tensors.safetensors
 size = int(sys.argv[3])
 layers = [keras.layers.Dense(size, use_bias=False, name=f"d{n}") for n in range(12)]
 model = keras.Sequential([keras.Input((size,)), *layers])

@@ -4,7 +4,7 @@ import keras
 import pytest
 
 from tether.errors import Unsupported
-from tether.files.sizes import sizes_of
+from tether.layers.resize import sizes_of
 
 layers = keras.layers
 

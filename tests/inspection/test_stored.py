@@ -497,7 +497,7 @@ def test_links_are_named_and_not_followed(link, autoencoder, tmp_path, nothing_l
 
 
 def test_a_compressed_archive_that_would_fill_the_disk(autoencoder, tmp_path, nothing_left, monkeypatch):
-    monkeypatch.setattr("tether.files.hdf5.SMALL", 10_000)
+    monkeypatch.setattr("tether.files.keras.archive.SMALL", 10_000)
     zeros = repacked(
         autoencoder, tmp_path / "m2.keras", compression=zipfile.ZIP_DEFLATED, values=lambda _: b"\0" * 10_000_000
     )
@@ -506,7 +506,7 @@ def test_a_compressed_archive_that_would_fill_the_disk(autoencoder, tmp_path, no
 
 
 def test_a_config_that_would_fill_the_memory(autoencoder, tmp_path, nothing_left, monkeypatch):
-    monkeypatch.setattr("tether.files.archive.MAX_CONFIG", 100)
+    monkeypatch.setattr("tether.files.keras.archive.MAX_CONFIG", 100)
     with pytest.raises(InvalidConfig, match="larger than 100 bytes"):
         facts(autoencoder)
 

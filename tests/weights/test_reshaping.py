@@ -4,7 +4,7 @@ import pytest
 
 import tether
 from tether.errors import ShapeMismatch
-from tether.weights.reshaping import shapes_with, take_shapes
+from tether.layers.resize import shapes_with, take_shapes
 
 
 def test_every_part_gets_its_shape():

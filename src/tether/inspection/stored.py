@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tether.errors import InvalidConfig, Unsupported, received
-from tether.files.archive import opened_archive, opened_values, reading
-from tether.files.tensors import opened_tensors
+from tether.files.keras.archive import opened_archive, opened_values, reading
+from tether.files.tensors.safetensors import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
 from tether.inspection.stored_config import stored_layers
 from tether.inspection.stored_layers import stored_facts

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 
 from tether.errors import InvalidConfig, Unsupported, received
-from tether.files.hdf5 import dtype_of, objects
+from tether.files.keras.archive import dtype_of, objects
 from tether.inspection.facts import Shape, itemsize
 from tether.inspection.live import OPTIMIZER
 

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 
 from tether.errors import Unsupported
-from tether.files.exporting.asking import Asked
-from tether.files.exporting.tensorflow_function import traced
+from tether.files.exporting.model import Asked
+from tether.files.exporting.saved_model import traced
 from tether.layers.tying.state import numpy_of
 
 BACKENDS = ("tensorflow", "jax")

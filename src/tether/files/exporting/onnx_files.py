@@ -12,8 +12,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import Unsupported
-from tether.files.exporting.asking import Asked, distinct, quiet
-from tether.files.exporting.holding import SMALL
+from tether.files.exporting.model import SMALL, Asked, distinct, quiet
 from tether.layers.tying.state import numpy_of
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -53,7 +52,7 @@ def write(asked: Asked, path: pathlib.Path, held: list[Any]) -> None:
 def _by_tf2onnx(asked: Asked, held: list[Any]) -> Any:
     import tf2onnx
 
-    from tether.files.exporting.tensorflow_function import traced
+    from tether.files.exporting.saved_model import traced
 
     keras_seam.mend_tf2onnx()
     function, names = traced(asked, held)

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tether.files.exporting.asking import Asked, distinct
+from tether.files.exporting.model import Asked, distinct
 
 BACKENDS = ("torch",)
 SUFFIX = ".pt2"

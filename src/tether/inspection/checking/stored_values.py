@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tether.files.archive import opened_values, reading
+from tether.files.keras.archive import opened_values, reading
 from tether.inspection.checking.values import Array, InMemory, Shape, Values
 from tether.inspection.facts import Facts
 

@@ -1,38 +1,251 @@
-"""Models as safetensors: each stored weight once, with what is tied in the header."""
+"""The safetensors format: a header in JSON, then arrays, which are read where they are wanted, when they are.
+
+The libraries of the format read what is written here. Dtypes that NumPy lacks (bfloat16) are kept as they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, TetherError, received
-from tether.files import bert
-from tether.files.entries import Entry, StoredTie, entry_of, stored_ties
-from tether.files.filling import Resolve, check_resolve, fill
-from tether.files.naming import Names, Naming, to_file
-from tether.files.offering import of_one_structure, offers_of
-from tether.files.positions import Position, check_built, named_positions, stored_names, tied_names, wanted
-from tether.files.report import Conflict, Report
-from tether.files.tensors import opened_tensors, write_tensors
+from tether.atomic import written_beside
+from tether.errors import InvalidConfig, TetherError, Unsupported, received
+from tether.files.keras.archive import reading
+from tether.files.loading.assignment import Resolve, check_resolve, fill
+from tether.files.loading.entries import Array, Conflict, Entry, Report, StoredTie, entry_of, stored_ties
+from tether.files.loading.matching import (
+    Position,
+    check_built,
+    named_positions,
+    of_one_structure,
+    offers_of,
+    stored_names,
+    tied_names,
+    wanted,
+)
+from tether.files.tensors import dialects
+from tether.files.tensors.dialects import Names, Naming, to_file
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import weights_below
 from tether.weights.codec import encode
+from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
+
+# --------------------------------------------------------------------------- the format
+# The safetensors format: a header in JSON, then arrays, which are read where they are wanted, when they are.
+#
+# The libraries of the format read what is written here. Dtypes that NumPy lacks (bfloat16) are kept as they are.
+
+
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+"""Bytes of a header, as the format has it."""
+MAX_SHARDS = 10_000
+
+
+# --------------------------------------------------------------------------- reading
+
+
+class TensorFile:
+    """A file that is open for reading, with its tensors by name."""
+
+    def __init__(self, file: io.FileIO, name: str) -> None:
+        self._file, self._name = file, name
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise InvalidConfig(
+                f"{name!r} is not what its name says: it is shorter than a header. {received(bytes=size)}"
+            )
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(MAX_HEADER, size - 8):
+            raise InvalidConfig(
+                f"{name!r} is not what its name says: it has no header. {received(length=length, bytes=size)}"
+            )
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_doubles)
+        if not isinstance(header, dict):
+            raise InvalidConfig(f"The header of {name!r} is a dict. {received(header=header)}")
+        self.metadata = _checked_metadata(header.pop("__metadata__", None) or {}, name)
+        self._start = 8 + length
+        self._places: dict[str, tuple[int, int]] = {}
+        self.entries = {name: self._entry(name, value) for name, value in header.items()}
+        end = 0
+        for begin, stop in sorted(self._places.values()):
+            if begin != end:
+                raise InvalidConfig(f"The tensors of {name!r} overlap, or leave holes.")
+            end = stop
+        if end != size - self._start:
+            raise InvalidConfig(f"{name!r} has another length than its header says.")
+
+    def _entry(self, name: str, value: Any) -> Entry:
+        if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+            raise InvalidConfig(f"The tensor {name!r} has dtype, shape and data_offsets. {received(tensor=value)}")
+        code, shape, place = value["dtype"], value["shape"], value["data_offsets"]
+        if code not in DTYPES:
+            raise Unsupported(f"The tensor {name!r} is of a dtype that Keras has not. {received(dtype=code)}")
+        if not all(isinstance(n, list) and all(type(m) is int and m >= 0 for m in n) for n in (shape, place)):
+            raise InvalidConfig(f"The shape and offsets of {name!r} are lists of integers. {received(tensor=value)}")
+        dtype = numpy_dtype(DTYPES[code])
+        if len(place) != 2 or place[1] - place[0] != math.prod(shape) * dtype.itemsize:
+            raise InvalidConfig(f"The offsets of {name!r} do not fit its shape. {received(tensor=value)}")
+        self._places[name] = (place[0], place[1])
+        return self._readable(name, tuple(shape), DTYPES[code], dtype)
+
+    def _readable(self, name: str, shape: tuple[int, ...], called: str, dtype: np.dtype[Any]) -> Entry:
+        start = self._start + self._places[name][0]
+        row = math.prod(shape[1:]) * dtype.itemsize
+
+        def rows(array: Array, first: int) -> None:
+            self._file.seek(start + first * row)
+            self._fill(array)
+
+        def read() -> Array:
+            array = np.empty(shape, dtype)
+            rows(array, 0)
+            return array
+
+        return Entry(name, shape, called, read, rows)
+
+    def _fill(self, array: Array) -> None:
+        if not array.size:
+            return
+        left = array.reshape(-1).view("uint8").data
+        while left:
+            count = self._file.readinto(left)
+            if not count:
+                raise InvalidConfig(f"{self._name!r} ends earlier than it did when it was opened.")
+            left = left[count:]
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise InvalidConfig("The header has one name twice.")
+    return found
+
+
+def _checked_metadata(metadata: Any, name: str) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidConfig(f"The metadata of {name!r} are strings by name. {received(metadata=metadata)}")
+    return metadata
+
+
+@contextlib.contextmanager
+def opened_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Entry], dict[str, str]]]:
+    """The entries and metadata of a `.safetensors` file, or of the shards that a `.safetensors.index.json` names.
+
+    Raises:
+        TetherError: There is no such file.
+        InvalidConfig: It is damaged, or not what its name says.
+    """
+    target = pathlib.Path(path)
+    if not target.is_file():
+        raise TetherError(f"There is no file {str(path)!r}.")
+    with contextlib.ExitStack() as stack:
+        with reading(target):
+            paths = _files(target)
+            files = [TensorFile(stack.enter_context(open(each, "rb", buffering=0)), each.name) for each in paths]
+        yield _together(files, target.name)
+
+
+def _together(files: Sequence[TensorFile], name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        twice = set(entries) & set(file.entries)
+        if twice:
+            raise InvalidConfig(f"Two shards of {name!r} have {sorted(twice)[0]!r}.")
+        entries.update(file.entries)
+        metadata.update(file.metadata)
+    return entries, metadata
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    if path.name.endswith(".safetensors"):
+        return [path]
+    if not path.name.endswith(".safetensors.index.json"):
+        raise Unsupported(
+            "Tensors are read from files that end with .safetensors or .safetensors.index.json. "
+            f"{received(path=str(path))}"
+        )
+    names = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    plain = all(isinstance(name, str) and name == pathlib.PurePosixPath(name).name for name in names)
+    if not plain or len(names) > MAX_SHARDS:
+        raise InvalidConfig(f"{path.name!r} names shards by their file names, beside it.")
+    found = [path.with_name(name) for name in names]
+    missing = [each.name for each in found if not each.is_file()]
+    if missing:
+        raise TetherError(f"The shard {missing[0]!r} of {path.name!r} is not beside it.")
+    return found
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def write_tensors(path: pathlib.Path, tensors: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+    """Writes tensors, one after another, beside the target, and renames.
+
+    Args:
+        path: The target.
+        tensors: What is written; each is read when its turn comes.
+        metadata: Strings for the header.
+    """
+    # Wide dtypes come first, so that each array is aligned to its own items.
+    ordered = sorted(tensors, key=lambda each: (-numpy_dtype(each.dtype).itemsize, each.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for each in ordered:
+        size = math.prod(each.shape) * numpy_dtype(each.dtype).itemsize
+        header[each.name] = {
+            "dtype": _code(each), "shape": list(each.shape), "data_offsets": [at, at + size],
+        }  # fmt: skip
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with written_beside(path) as beside, open(beside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for each in ordered:
+            array = np.ascontiguousarray(each.read())
+            if (str(array.dtype), array.size) != (each.dtype, math.prod(each.shape)):
+                raise TetherError(
+                    f"{each.name!r} became something else while the file was written: the header says {each.dtype} of "
+                    f"shape {each.shape}. {received(dtype=str(array.dtype), shape=array.shape)}"
+                )
+            file.write(array.reshape(-1).view("uint8").data if array.size else b"")
+
+
+def _code(tensor: Entry) -> str:
+    if tensor.dtype not in _CODES:
+        raise Unsupported(f"{tensor.name!r} is of a dtype that safetensors has not. {received(dtype=tensor.dtype)}")
+    return _CODES[tensor.dtype]
+
+
+# --------------------------------------------------------------------------- models
+# Models as safetensors: each stored weight once, with what is tied in the header.
+
 
 PLAN = "tether"
 """The key of the header's metadata under which the sharing plan is."""
 MAX_PLAN = 1 << 26
 _PART = 1 << 20
 _PAIRS = (
-    bert.TIED,
+    dialects.TIED,
     ("model.embed_tokens.weight", "lm_head.weight"),
     ("transformer.wte.weight", "lm_head.weight"),
 )
@@ -242,4 +455,4 @@ def _apart(first: Entry, second: Entry) -> float:
     return max((float(np.max(each, initial=0.0)) for each in found), default=0.0)
 
 
-__all__ = ["load_safetensors", "save_safetensors"]
+__all__ = ["DTYPES", "TensorFile", "load_safetensors", "opened_tensors", "save_safetensors", "write_tensors"]

@@ -11,12 +11,12 @@ from typing import Any
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
-from tether.files.archive import reading
-from tether.files.entries import Entry, entry_of
-from tether.files.filling import Plan
-from tether.files.making import making
-from tether.files.offering import as_offer
-from tether.files.tensors import TensorFile, write_tensors
+from tether.files.keras.archive import reading
+from tether.files.keras.load import making
+from tether.files.loading.assignment import Plan
+from tether.files.loading.entries import Entry, entry_of
+from tether.files.loading.matching import as_offer
+from tether.files.tensors.safetensors import TensorFile, write_tensors
 from tether.weights.codec import encode
 from tether.weights.expression import Expression
 from tether.weights.identity import sharing

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import keras
+
+from tether import keras_seam
 from tether.errors import TetherError, Unsupported
-from tether.files import unnoted
-from tether.files.entries import Entry
-from tether.files.filling import Offer, Resolve, check_resolve, fill
-from tether.files.keras_files import Values, opened
-from tether.files.offering import as_offer, offers_of
-from tether.files.positions import Position, check_built, in_old_order, own_in_old_order, positions, wanted
-from tether.files.report import Report
+from tether.files.keras.archive import opened_archive, reading
+from tether.files.keras.checkpoint import Values, opened
+from tether.files.keras.load import explained
+from tether.files.loading.assignment import Offer, Resolve, check_resolve, fill
+from tether.files.loading.entries import Entry, Report
+from tether.files.loading.matching import (
+    Position,
+    as_offer,
+    check_built,
+    in_old_order,
+    offers_of,
+    own_in_old_order,
+    positions,
+    wanted,
+)
 from tether.layers.tying.state import View
+from tether.layers.tying.tied import KEY
 from tether.weights.codec import encode
+from tether.weights.identity import dictionaries
 from tether.weights.weight import Weight
+
+# --------------------------------------------------------------------------- checkpoints with other sharing
+# Loading a checkpoint whose sharing is another than the model's: untied into tied, tied into untied.
 
 
 def load_untied(model: Any, path: str | os.PathLike[str], *, resolve: Resolve = "error", strict: bool = True) -> Report:
@@ -59,7 +76,7 @@ def load_untied(model: Any, path: str | os.PathLike[str], *, resolve: Resolve = 
             offers, skipped = _old_offers(model, values.old, name)
             return fill(offers, wanted(model), resolve=resolve, strict=strict, skipped=skipped, what=repr(name))
         if name.endswith(".keras"):
-            unnoted.note(path, values)
+            note(path, values)
         found = list(positions(model))
         misleading = _others_weights(found, values)
         entries = {place: [entry] for place, entry in values.entries.items() if place not in misleading}
@@ -155,4 +172,46 @@ def _old_offers(
     return offers, []
 
 
-__all__ = ["load_untied"]
+# --------------------------------------------------------------------------- ties in the config alone
+# What is tied in a `.keras` file without notes, as older files are: its config says it, and not where.
+#
+# The notes beside the entries of a file say which layer reads what, and which entry is which weight. Where there are
+# none, the model is made from the config, and says where its weights and ties would be in a file.
+
+
+def note(path: str | os.PathLike[str], values: Values) -> None:
+    """Adds the notes that a `.keras` file could have, if it has none.
+
+    Args:
+        path: The file.
+        values: What was read of it.
+
+    Raises:
+        TetherError: Its config records ties, and no model can be made of it.
+    """
+    if values.notes or values.uids:
+        return
+    with reading(path), opened_archive(path) as archive:
+        config = archive.config()
+    if not any(KEY in entry for entry in dictionaries(config)):
+        return
+    try:
+        model = keras.saving.deserialize_keras_object({**copy.deepcopy(config), "compile_config": None})
+    except Exception as error:  # Keras, and classes of others
+        why = explained(error, path, config)
+        raise type(why)(
+            f"{str(path)!r} has ties, without the notes beside its values that say where they are, and no model can be "
+            f"made from its config to see that. {why} What `tether.files.load_model` loads and `save_model` writes has "
+            "the notes."
+        ) from error
+    for each in positions(model):
+        group, _, key = each.place.rpartition("/")
+        if isinstance(each.holder, Weight):
+            values.uids[each.holder.uid] = each.place
+        elif isinstance(each.target, View):
+            dtype = keras_seam.stored_dtype(each.target)
+            tie = {"dtype": dtype, "steps": encode(each.target.expression)}
+            values.notes.setdefault(group, {})[key] = tie
+
+
+__all__ = ["load_untied", "note"]

@@ -19,9 +19,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
-from tether.files.comparing import difference_of, tolerance_of
-from tether.files.entries import Array, Rows
-from tether.files.report import Conflict, Loaded, Report
+from tether.files.loading.entries import Array, Conflict, Loaded, Report, Rows, difference_of, tolerance_of
 from tether.layers.tying.state import View, shape_of
 from tether.weights.expression import Expression
 from tether.weights.leaves import numpy_dtype
@@ -392,6 +390,4 @@ def _conflict_message(conflicts: Sequence[Conflict]) -> str:
     )
 
 
-__all__ = [
-    "RULES", "Array", "Offer", "Plan", "Report", "Resolve", "Wanted", "check_resolve", "fill",
-]  # fmt: skip
+__all__ = ["RULES", "Array", "Offer", "Plan", "Report", "Resolve", "Wanted", "check_resolve", "fill"]

@@ -21,10 +21,8 @@ import h5py
 import numpy as np
 
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
-from tether.files.archive import VALUES, opened_archive, reading
-from tether.files.entries import Entry, StoredTie, stored_ties
-from tether.files.hdf5 import dtype_of, objects, refuse_bomb
-from tether.files.npz import read_npz
+from tether.files.keras.archive import VALUES, dtype_of, objects, opened_archive, read_npz, reading, refuse_bomb
+from tether.files.loading.entries import Entry, StoredTie, stored_ties
 from tether.weights.leaves import numpy_dtype
 
 Array = np.ndarray[Any, Any]

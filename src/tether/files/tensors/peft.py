@@ -21,13 +21,12 @@ import numpy as np
 
 from tether.atomic import written_beside
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported, received
-from tether.files.archive import reading
-from tether.files.entries import Array, Entry, entry_of
-from tether.files.filling import Offer, Plan
-from tether.files.naming import Names, Naming
-from tether.files.positions import check_built, dotted
-from tether.files.report import Report
-from tether.files.tensors import opened_tensors, write_tensors
+from tether.files.keras.archive import reading
+from tether.files.loading.assignment import Offer, Plan
+from tether.files.loading.entries import Array, Entry, Report, entry_of
+from tether.files.loading.matching import check_built, dotted
+from tether.files.tensors.dialects import Names, Naming
+from tether.files.tensors.safetensors import opened_tensors, write_tensors
 from tether.forms.low_rank import low_rank
 from tether.layers.family.named import Named, named_weights, tie_what_learns
 from tether.layers.tying.state import View

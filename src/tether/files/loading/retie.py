@@ -8,10 +8,9 @@ from typing import Any
 import keras
 
 from tether.errors import TetherError, Unsupported, received
-from tether.files.entries import entry_of
-from tether.files.filling import Offer, Plan, Resolve
-from tether.files.positions import check_built
-from tether.files.report import Loaded, Report
+from tether.files.loading.assignment import Offer, Plan, Resolve
+from tether.files.loading.entries import Loaded, Report, entry_of
+from tether.files.loading.matching import check_built
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import View, weights_below
 from tether.layers.tying.swap import Rollback
