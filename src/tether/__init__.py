@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tether.forms.low_rank import low_rank
     from tether.inspection.checking import check
     from tether.inspection.plotting import plot
-    from tether.inspection.summarizing import summary
+    from tether.inspection.summary import summary
     from tether.layers.family.extend import extend
     from tether.layers.family.inherit import inherit
 
@@ -59,7 +59,7 @@ _LATER = {
     "low_rank": "tether.forms.low_rank",
     "planning": "tether.planning",
     "plot": "tether.inspection.plotting",
-    "summary": "tether.inspection.summarizing",
+    "summary": "tether.inspection.summary",
     "transfer": "tether.transfer",
 }
 """What not every program needs: imported when it is first asked for, or when a file names an operator in it."""

@@ -10,7 +10,7 @@ import pytest
 import tether
 from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError
-from tether.inspection.shares import shares
+from tether.inspection.gradients import shares
 
 layers = keras.layers
 

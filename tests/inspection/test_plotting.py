@@ -21,7 +21,7 @@ from tether import demo
 from tether.errors import TetherError, Unsupported
 from tether.inspection import Slot, plotting
 from tether.inspection.plotting import rows
-from tether.inspection.plotting.layout import HAIR, LINE
+from tether.inspection.plotting.rows import HAIR, LINE
 
 MODELS = {"autoencoder": lambda: demo.autoencoder(demo.TIED, 1), "low rank": low_rank_child, "bert": bert}
 

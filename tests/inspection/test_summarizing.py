@@ -21,8 +21,8 @@ import tether
 from tests.inspection import models
 from tests.inspection.models import MODELS, fitted, values
 from tether.inspection import Facts, StoredWeight, UseOf, facts
-from tether.inspection.layout import NARROWEST, fold, literal
-from tether.inspection.sizes import human_bytes
+from tether.inspection.facts import human_bytes
+from tether.inspection.summary import NARROWEST, fold, literal
 
 layers = keras.layers
 TITLE = r"weight, and what reads it +shape"

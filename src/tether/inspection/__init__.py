@@ -1,11 +1,9 @@
 """The facts of a model's sharing."""
 
-from tether.inspection.aliases import Aliases, aliases
 from tether.inspection.collect import diff, facts
-from tether.inspection.difference import Change, Difference
-from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
+from tether.inspection.facts import Change, Difference, Facts, Slot, StoredWeight, UseOf
 from tether.inspection.gradients import Gradients, UseGradient, WeightGradient, gradients
-from tether.inspection.unique import unique
+from tether.inspection.live import Aliases, aliases, unique
 
 __all__ = [
     "Aliases",

@@ -8,8 +8,7 @@ from typing import Any
 import keras
 
 from tether.errors import TetherError, received
-from tether.inspection.difference import Difference, difference
-from tether.inspection.facts import Facts
+from tether.inspection.facts import Difference, Facts, difference
 from tether.inspection.live import live_facts
 
 

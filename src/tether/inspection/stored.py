@@ -11,9 +11,7 @@ from tether.errors import InvalidConfig, Unsupported, received
 from tether.files.keras.archive import opened_archive, opened_values, reading
 from tether.files.tensors.safetensors import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
-from tether.inspection.stored_config import stored_layers
-from tether.inspection.stored_layers import stored_facts
-from tether.inspection.stored_values import NOTE, Values, noted_ties
+from tether.inspection.stored_layers import NOTE, Values, noted_ties, stored_facts, stored_layers
 from tether.weights.codec import decode
 from tether.weights.expression import known_shape
 from tether.weights.identity import sharing

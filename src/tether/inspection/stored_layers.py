@@ -1,26 +1,264 @@
-"""What an HDF5 file of values says of layers and weights, with what the config says of them.
-
-What is tied is said twice: by path and attribute in the config of the layer on which the tie was made, and in notes
-beside the entries of the layer that reads, by the number of the variable in whose place it is. Files of weights
-alone have the notes; files that an older Tether wrote have only the config.
-"""
+"""What an HDF5 file of weights holds, by place: the attributes that lead to the object that wrote an entry."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import h5py
+
 from tether import keras_seam
-from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
+from tether.errors import InvalidConfig, Unsupported, received
+from tether.files.keras.archive import dtype_of, objects
+from tether.inspection.facts import Facts, Shape, Slot, StoredWeight, UseOf, itemsize
 from tether.inspection.live import OPTIMIZER, layer_path
-from tether.inspection.stored_config import StoredLayer
-from tether.inspection.stored_values import Values, owner_of, written
+from tether.layers.records.record import Record, read_record
 from tether.layers.tying.state import WEIGHTS
+from tether.layers.tying.tied import KEY
 from tether.weights.codec import decode
 from tether.weights.expression import Expression, known_shape, live_weights
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
+
+# --------------------------------------------------------------------------- values
+# What an HDF5 file of weights holds, by place: the attributes that lead to the object that wrote an entry.
+
+
+NOTE, UID = "tether", "tether_uid"
+"""The attributes beside the entries of a layer, which say what is tied in it, and beside that of a weight."""
+
+
+class Values:
+    """What an HDF5 file of weights holds: shapes and dtypes by place, and the names of objects."""
+
+    def __init__(self, file: h5py.File, size: int) -> None:
+        """Reads what there is.
+
+        Args:
+            file: The open file.
+            size: The bytes that it has on the disk.
+        """
+        self.tensors: dict[str, tuple[Shape, str]] = {}
+        self.names: dict[str, str] = {}
+        """The name of the object at each place."""
+        self.notes: dict[str, dict[str, Any]] = {}
+        """Of a tied layer at a place: what is read instead of the entries that are left out, by their keys."""
+        self.uids: dict[str, str] = {}
+        """The entries of weights, by the ids that notes name them by."""
+        self._named: dict[str, list[str]] = {}
+        self._below: dict[str, dict[str, None]] = {}
+        """The groups in each group, by their names there."""
+        self._stems: dict[str, set[str]] = {}
+        """What these names are without their numbers."""
+        if "layer_names" in file.attrs or "model_weights" in file:
+            raise Unsupported("This file is of Keras's old format. Load it and save it as `.keras` or `.weights.h5`.")
+        for place, item in objects(file, size):
+            if isinstance(item, h5py.Dataset):
+                self.tensors[place] = (tuple(int(n) for n in item.shape), dtype_of(item))
+            elif place:
+                above, _, name = place.rpartition("/")
+                self._below.setdefault(above, {})[name] = None
+                self._read_group(place, item)
+
+    def _read_group(self, place: str, group: Any) -> None:
+        if not f"/{place}".endswith("/vars"):
+            return
+        owner = place.removesuffix("vars").removesuffix("/")
+        if "name" in group.attrs:
+            self.names[owner] = name = str(group.attrs["name"])
+            self._named.setdefault(name, []).append(owner)
+        if NOTE in group.attrs:
+            self.notes[owner] = noted_ties(group.attrs[NOTE], owner)
+        if UID in group.attrs:
+            self.uids[str(group.attrs[UID])] = f"{place}/0"
+
+    def nearest(self, name: Any, place: str) -> str | None:
+        """The place nearest below another whose object has a name."""
+        below = f"{place}/" if place else ""
+        found = [p for p in self._named.get(name, ()) if p and p.startswith(below)]
+        return min(found, key=lambda p: (p.count("/"), written(p)), default=None)
+
+    def follow(self, place: str, steps: list[str]) -> tuple[str, list[str]]:
+        """Where a path of attributes, items and names leads, and what of the path is not in the file."""
+        while steps:
+            keys = self._below.get(place, ())
+            key = next((key for key in (steps[0], steps[0].removeprefix("_")) if key in keys), None)
+            key = key or self._item(place, steps[0])
+            inner = self.nearest(steps[0], place) if key is None else f"{place}/{key}" if place else key
+            if inner is None:
+                break
+            place, steps = inner, steps[1:]
+        return place, steps
+
+    def _item(self, place: str, step: str) -> str | None:
+        """The name of an item of a list, if the names in the file tell which one it is: all of one class."""
+        if not step.isdigit():
+            return None
+        if place not in self._stems:
+            self._stems[place] = {re.sub(r"_\d+$", "", key) for key in self._below.get(place, ())}
+        stems = self._stems[place]
+        key = min(stems, default="") + (f"_{step}" if step != "0" else "")
+        return key if len(stems) == 1 and key in self._below[place] else None
+
+    def is_state(self, place: str) -> bool:
+        """Whether an entry is of the optimizer of a model within the model."""
+        return f"/{OPTIMIZER}" in place
+
+
+def _is_number(dtype: Any) -> bool:
+    try:
+        return isinstance(dtype, str) and itemsize(dtype) > 0
+    except TypeError:
+        return False
+
+
+def noted_ties(note: Any, place: str) -> dict[str, Any]:
+    """The ties in a note that a stranger may have written; their steps are not read yet."""
+    read = json.loads(note) if isinstance(note, str) else None
+    ties = read.get("ties") if isinstance(read, dict) and read.get("version") == 1 else None
+    if not isinstance(ties, dict) or not all(
+        isinstance(tie, dict) and set(tie) == {"dtype", "steps"} and _is_number(tie["dtype"]) for tie in ties.values()
+    ):
+        raise InvalidConfig(
+            f"A note of ties has version 1, and dtype and steps of each. {received(place=place, note=note)}"
+        )
+    return ties
+
+
+def owner_of(place: str) -> str:
+    """The place of the object that wrote an entry."""
+    return place.rpartition("vars/")[0].removesuffix("/")
+
+
+def written(place: str, graph: Mapping[str, int] | None = None) -> tuple[Any, ...]:
+    """Orders places as Keras writes them: an object's own entries, then its attributes, private ones last.
+
+    Layers of a graph come first and as they are numbered in `graph`, items of another list by the numbers in
+    their names.
+    """
+    key, above = [], ""
+    for part in place.split("/"):
+        at = f"{above}/{part}" if above else part
+        number = (graph or {}).get(at) if above.rpartition("/")[2] == "layers" else None
+        key.append((part != "vars", part != "layers", part.startswith("_"), number or 0, *_natural(part)))
+        above = at
+    return tuple(key)
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    return tuple((part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name))
+
+
+# --------------------------------------------------------------------------- configs
+# What the config of a model says of its layers, by their places in the file. A layer is found there by its name.
+
+
+WEIGHT = "tether>Weight"
+"""How a config names the class."""
+_NOT_ALL_TRAIN = {"BatchNormalization", "Normalization", "RNN", "SpectralNormalization", "TimeDistributed"}
+"""Keras's own layers that have variables which never train, or hold layers of others."""
+_PARTS = {"Bidirectional": ("forward_layer", "backward_layer")}
+"""Attributes of layers that Keras renames, so that no config has their names."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What a config says of a layer."""
+
+    kind: str
+    trainable: bool | None = None
+    """Its flag."""
+    dtype: str | None = None
+    """The dtype of its variables."""
+    all_train: bool = False
+    """Whether it is known that all of its variables train if the layer does."""
+    record: Record | None = None
+    held: tuple[tuple[str, Weight], ...] = ()
+    """The weights that its config holds, by their keys: attributes of a layer of somebody's own."""
+
+
+def stored_layers(config: dict[str, Any], values: Values) -> dict[str, StoredLayer]:
+    """The layers of a config by their places in the file, a layer before those in it."""
+    found: dict[str, StoredLayer] = {}
+    _add(config, "", values, found)
+    return found
+
+
+def _add(config: dict[str, Any], place: str, values: Values, found: dict[str, StoredLayer]) -> None:
+    inner = config["config"]
+    record = inner.get(KEY)
+    base = record.get("base") if isinstance(record, dict) else None
+    named = base if isinstance(base, dict) else config
+    kind, module = str(named.get("class_name")), str(named.get("module"))
+    trainable = inner.get("trainable")
+    layer = StoredLayer(
+        kind=kind,
+        trainable=trainable if isinstance(trainable, bool) else None,
+        dtype=_variable_dtype(inner.get("dtype")),
+        all_train=module == "keras.layers" and kind not in _NOT_ALL_TRAIN and not inner.get("lora_rank"),
+        record=None if record is None else read_record(_without_values(record)),
+        held=tuple(_held(inner, ())),
+    )
+    found.setdefault(place, layer)
+    for child in _configs(list(inner.values())):
+        name = child.get("name", child["config"].get("name"))
+        below = values.nearest(name, place) if isinstance(name, str) else None
+        if below is not None and below not in found:
+            _add(child, below, values, found)
+        elif below is None and kind in _PARTS:
+            for part in _PARTS[kind]:
+                _add(child, f"{place}/{part}" if place else part, values, found)
+
+
+def _configs(value: Any) -> Iterator[dict[str, Any]]:
+    """The configs of objects in a config, but not those in them."""
+    for entry in value.values() if isinstance(value, dict) else value:
+        if isinstance(entry, dict) and "class_name" in entry and isinstance(entry.get("config"), dict):
+            yield entry
+        elif isinstance(entry, (dict, list)):
+            yield from _configs(entry)
+
+
+def _held(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Weight]]:
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(entry, dict) and entry.get("registered_name") == WEIGHT:
+            yield "/".join((*path, str(key))), Weight.from_config(_bare(entry.get("config")))
+        elif isinstance(entry, list) or (isinstance(entry, dict) and "class_name" not in entry and key != KEY):
+            yield from _held(entry, (*path, str(key)))
+
+
+def _without_values(record: Any) -> Any:
+    """A record whose weights start with nothing, so that reading it makes no variable."""
+    weights = record.get("weights") if isinstance(record, dict) else None
+    if not isinstance(weights, dict):
+        return record
+    return {**record, "weights": {uid: _bare(config) for uid, config in weights.items()}}
+
+
+def _bare(config: Any) -> Any:
+    unset = dict.fromkeys(("initializer", "regularizer", "constraint"))
+    return {**config, **unset} if isinstance(config, dict) and set(unset) <= set(config) else config
+
+
+def _variable_dtype(policy: Any) -> str | None:
+    """The dtype that a layer's variables have by its policy."""
+    name = policy.get("config", {}).get("name") if isinstance(policy, dict) else policy
+    if isinstance(name, str) and name.startswith("mixed_"):
+        return "float32"
+    return name if name in ("float16", "bfloat16", "float32", "float64") else None
+
+
+# --------------------------------------------------------------------------- layers
+# What an HDF5 file of values says of layers and weights, with what the config says of them.
+#
+# What is tied is said twice: by path and attribute in the config of the layer on which the tie was made, and in notes
+# beside the entries of the layer that reads, by the number of the variable in whose place it is. Files of weights
+# alone have the notes; files that an older Tether wrote have only the config.
+
 
 _MOST = 10_000
 """More variables than a layer has of its own: weights that it holds come after them."""
@@ -293,4 +531,4 @@ def _upwards(place: str) -> Iterator[str]:
     yield ""
 
 
-__all__ = ["stored_facts"]
+__all__ = ["NOTE", "StoredLayer", "Values", "noted_ties", "owner_of", "stored_facts", "stored_layers", "written"]

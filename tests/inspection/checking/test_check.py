@@ -11,9 +11,8 @@ from tests.documents import ROOT
 from tests.inspection.checking.faults import FAULTS, tied_pair
 from tests.support import numpy
 from tether.errors import TetherError, UnknownName
-from tether.inspection.checking.finding import Finding, Findings
+from tether.inspection.checking.finding import Finding, Findings, rule
 from tether.inspection.checking.rules import RULES
-from tether.inspection.checking.rules.registry import rule
 
 layers = keras.layers
 

@@ -14,11 +14,10 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError
-from tether.inspection.aliases import unique_paths
 from tether.inspection.checking.captured import Found, arguments_of, reached
 from tether.inspection.checking.values import InMemory, Values
 from tether.inspection.facts import Facts, StoredWeight
-from tether.inspection.live import OPTIMIZER, UNSAVED, entries, layer_path
+from tether.inspection.live import OPTIMIZER, UNSAVED, entries, layer_path, unique_paths
 from tether.layers.tying import paths
 from tether.layers.tying.state import Slot, State, state_of, stored_variables
 from tether.weights.weight import Weight
@@ -182,7 +181,7 @@ class Context:
     def values(self) -> dict[str, Values]:
         """The values of the stored weights that have any, by place. They are read when they are asked for."""
         if self.file is not None:
-            from tether.inspection.checking.stored_values import opened
+            from tether.inspection.checking.values import opened
 
             return self._open.enter_context(opened(self.file, self.facts))
         found: dict[str, Values] = {}

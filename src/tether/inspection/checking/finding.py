@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from tether.weights.expression import Expression, Node
+from tether.weights.operators.structure import Transpose
+from tether.weights.weight import Weight
+
+if TYPE_CHECKING:
+    from tether.inspection.checking.context import Context
+
+# --------------------------------------------------------------------------- findings
+# What a check says: one finding, and all of them.
+
 
 Severity = Literal["error", "warning", "hint"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
@@ -128,3 +139,81 @@ class Findings(Sequence[Finding]):
             for finding in self
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p>{self._counts()}</p>"
+
+
+# --------------------------------------------------------------------------- rules by name
+# The rules: each a function from a context to findings, with what it can judge.
+
+
+Judge = Callable[["Context"], Iterator[Finding]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule."""
+
+    name: str
+    """In kebab case: `equal-weights`."""
+    description: str
+    """What it finds, in one line."""
+    judge: Judge
+    model: bool
+    """Whether it can judge a live model."""
+    file: bool
+    """Whether it can judge a file."""
+    needs_data: bool
+    """Whether it judges only with a batch of data."""
+
+    def suits(self, context: Context) -> bool:
+        """Whether it can judge what is checked."""
+        source = self.file if context.file is not None else self.model
+        return source and (context.data is not None or not self.needs_data)
+
+
+RULES: dict[str, Rule] = {}
+"""All rules, by name, in the order in which they are asked."""
+
+
+def rule(
+    name: str, description: str, *, model: bool = True, file: bool = False, needs_data: bool = False
+) -> Callable[[Judge], Judge]:
+    """Registers a function as a rule."""
+
+    def register(judge: Judge) -> Judge:
+        if name in RULES:
+            raise TypeError(f"Two rules are named {name!r}.")
+        RULES[name] = Rule(name, description, judge, model, file, needs_data)
+        return judge
+
+    return register
+
+
+# --------------------------------------------------------------------------- the line that mends it
+# Code that makes one weight out of another.
+
+
+def arranged(code: str, axes: tuple[int, ...], scale: float = 1.0) -> str:
+    """Code for `scale * weight.transpose(axes)`."""
+    if axes == tuple(range(len(axes))[::-1]) and len(axes) > 1:
+        code += ".T"
+    elif axes != tuple(range(len(axes))):
+        code += f".transpose({', '.join(map(str, axes))})"
+    return code if scale == 1 else f"{scale:.7g} * {code}"
+
+
+def in_words(axes: tuple[int, ...], scale: float = 1.0) -> str:
+    """How one array is made from another: ` transposed and times 0.5`, or nothing."""
+    turned = [" transposed"] if axes != tuple(range(len(axes))) else []
+    return " and".join([*turned, *([f" times {scale:.6g}"] if scale != 1 else [])])
+
+
+def code_of(expression: Expression, weight_code: dict[Weight, str]) -> str:
+    """Code for an expression, or its notation where that is not written in a few words."""
+    if isinstance(expression, Weight):
+        return weight_code.get(expression) or str(expression.name)
+    if isinstance(expression, Transpose) and isinstance(expression, Node):
+        (operand,) = expression.operands
+        axes = expression.parameters["axes"]
+        inner = code_of(operand, weight_code)
+        return f"{inner}.T" if axes is None else f"{inner}.transpose({', '.join(map(str, axes))})"
+    return expression.notation()

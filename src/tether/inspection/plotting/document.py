@@ -7,13 +7,24 @@ import hashlib
 from importlib import resources
 from string import Template
 
-from tether.inspection.facts import Facts
-from tether.inspection.plotting import words
+from tether.inspection.facts import Facts, human_bytes
+from tether.inspection.plotting import rows
 from tether.inspection.plotting.drawing import draw
-from tether.inspection.plotting.layout import ABOVE, GAP, HEADING, LINE
-from tether.inspection.plotting.measures import BAR, BELOW, CODE, LEFT, NARROWEST, RIGHT, WIDEST, WIDTH
-from tether.inspection.plotting.words import text
-from tether.inspection.sizes import human_bytes
+from tether.inspection.plotting.rows import (
+    ABOVE,
+    BAR,
+    BELOW,
+    CODE,
+    GAP,
+    HEADING,
+    LEFT,
+    LINE,
+    NARROWEST,
+    RIGHT,
+    WIDEST,
+    WIDTH,
+    text,
+)
 
 MARGIN = 24
 
@@ -54,7 +65,7 @@ def image(facts: Facts, title: str) -> str:
         f'viewBox="{-MARGIN} {-MARGIN // 2} {width} {height:g}" role="img" aria-labelledby="title desc">\n'
         f'<title id="title">{text(title)}</title>\n<desc id="desc">{text(_description(facts, title))}</desc>\n'
         f'<style>{_file("map.css")}</style>\n<rect class="paper" {frame}/>\n'
-        f'<text class="head" y="16">{text(words.fit_end(title, 84))}</text>\n'
+        f'<text class="head" y="16">{text(rows.fit_end(title, 84))}</text>\n'
         f"{_totals(facts)}\n{drawing.svg}\n</svg>\n"
     )
 
@@ -71,7 +82,7 @@ def _totals(facts: Facts) -> str:
 def totals_of(facts: Facts) -> list[tuple[str, str, str]]:
     """The totals: what of, how much, and a word on it."""
     shared = sum(1 for _ in facts.shared())
-    note = words.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
+    note = rows.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
     found = [("stored", human_bytes(facts.stored_bytes), note)]
     if facts.ties:
         saved = facts.unshared_bytes - facts.stored_bytes
@@ -87,11 +98,11 @@ def totals_of(facts: Facts) -> list[tuple[str, str, str]]:
 
 def _description(facts: Facts, title: str) -> str:
     said = ", ".join(f"{name} {value}" for name, value, _ in totals_of(facts))
-    weights, layers = words.number(len(facts.weights), "stored weight"), words.number(len(facts.layers), "layer")
+    weights, layers = rows.number(len(facts.weights), "stored weight"), rows.number(len(facts.layers), "layer")
     return (
         f"{title}: {said}. On the left are {weights}, as high as their bytes; "
         f"on the right {layers}, in the order of the model. "
-        f"A ribbon is one of {words.number(len(facts.uses), 'use')}."
+        f"A ribbon is one of {rows.number(len(facts.uses), 'use')}."
     )
 
 

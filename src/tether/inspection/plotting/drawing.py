@@ -1,38 +1,100 @@
-"""The map as SVG: the stored weights on the left, the layers in the order of the model on the right, ribbons between.
-
-Everything that the script of the page moves has an id or a number: `w3` is a weight, `r5` a row; a ribbon names both.
-"""
+"""What the colours and heights mean, of those that there are."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tether.inspection.facts import Facts, StoredWeight, UseOf
-from tether.inspection.plotting import words
-from tether.inspection.plotting.layout import GAP, HEADING, LINE, Heights, places_of, row_heights, scale_of, solid
-from tether.inspection.plotting.legend import legend
-from tether.inspection.plotting.measures import (
+from tether.inspection.facts import Facts, StoredWeight, UseOf, human_bytes
+from tether.inspection.plotting import rows
+from tether.inspection.plotting.rows import (
     BAR,
     BAR_OF_USE,
     BELOW,
     CLASSES,
     CODE,
+    GAP,
+    HEADING,
+    KINDS,
     LEFT,
+    LINE,
     MOST_OF_EXPRESSION,
     MOST_STEPS,
+    NARROWEST,
     PROSE,
     RIGHT,
     STEP,
     TWO_LINES,
     WIDE,
     WIDTH,
+    Heights,
+    kind_of,
+    places_of,
     px,
+    row_heights,
+    rows_of,
+    scale_of,
+    solid,
+    text,
+    use_kind,
+    weight_kind,
 )
-from tether.inspection.plotting.rows import kind_of, rows_of, use_kind, weight_kind
-from tether.inspection.plotting.words import text
-from tether.inspection.sizes import human_bytes
+
+# --------------------------------------------------------------------------- the legend
+# What the colours and heights mean, of those that there are.
+
+
+MARK = 12
+"""The width of a patch of colour."""
+
+
+def legend(facts: Facts, top: float) -> tuple[list[str], float]:
+    """The elements of the legend and of the names of the columns, and where the rows begin."""
+    parts = ['<g class="legend">']
+    x, y = 0.0, top + 12
+    for mark, said in _entries(facts):
+        wide = MARK + 6 + PROSE * len(said) + 18
+        if x and x + wide > NARROWEST:
+            x, y = 0.0, y + 22
+        parts.append(f'<g transform="translate({px(x)},{px(y)})">{mark}<text x="{MARK + 6}">{said}</text></g>')
+        x += wide
+    y += 28
+    parts += [
+        f'<text class="column" x="{LEFT + BAR}" y="{px(y)}" text-anchor="end">STORED WEIGHTS</text>',
+        f'<text class="column right" x="{WIDTH - RIGHT}" y="{px(y)}">LAYERS, AND WHAT THEY READ</text>',
+        "</g>",
+    ]
+    return parts, y + 6
+
+
+def _entries(facts: Facts) -> list[tuple[str, str]]:
+    kinds = {weight_kind(weight, facts) for weight in facts.weights} | {kind_of(use, facts) for use in facts.uses}
+    kinds |= {use_kind(use, facts.weight(place)) for use in facts.uses for place in use.weights}
+    found = [(_patch(CLASSES[kind]), kind) for kind in KINDS if kind in kinds]
+    if any(facts.shared()) or any(use.tied for use in facts.uses):
+        found.append((_patch("strong"), "strong: shared or tied"))
+    scale = scale_of(facts)
+    rounds = (step * 10**power for power in range(18) for step in (1, 2, 5))
+    count = max(itertools.takewhile(lambda count: count * scale <= LINE, rounds), default=1)
+    height = count * scale
+    bar = f'<rect class="scale" y="{px(-height / 2)}" width="{MARK}" height="{px(height)}"/>'
+    return [
+        *found,
+        (bar, f"{human_bytes(count)}; a hairline at least; paler is room for a name".replace(".0 ", " ")),
+    ]
+
+
+def _patch(kind: str) -> str:
+    return f'<rect class="mark {kind}" y="{-MARK / 2:g}" width="{MARK}" height="{MARK}" rx="2"/>'
+
+
+# --------------------------------------------------------------------------- the drawing
+# The map as SVG: the stored weights on the left, the layers in the order of the model on the right, ribbons between.
+#
+# Everything that the script of the page moves has an id or a number: `w3` is a weight, `r5` a row; a ribbon names
+# both.
 
 
 @dataclass(frozen=True)
@@ -97,8 +159,8 @@ def _weights(it: _Map, number: int) -> Iterator[str]:
     if row.heading:
         inside = [weight for inner in it.rows[number + 1 : row.end] for weight in inner.weights]
         if inside:
-            many = words.number(len(inside), "weight") if len(inside) > 1 else words.name_of(inside[0]).split("/")[-1]
-            said = text(f"{words.fit_end(many, 16)}, {human_bytes(sum(weight.bytes for weight in inside))}")
+            many = rows.number(len(inside), "weight") if len(inside) > 1 else rows.name_of(inside[0]).split("/")[-1]
+            said = text(f"{rows.fit_end(many, 16)}, {human_bytes(sum(weight.bytes for weight in inside))}")
             yield (
                 f'<text class="sum" data-row="{number}" x="{LEFT - 9}" y="{px(place.top + place.height / 2)}"'
                 f"{_hidden(not row.closed or place.stripe)}>{said}</text>"
@@ -119,7 +181,7 @@ def _weight(it: _Map, weight: StoredWeight, row: int, y: float, box: float, draw
     height = drawn.closed if stripe else drawn.open
     uses = facts.uses_of(weight)
     tied = weight.place in it.shared or any(use.tied for use in uses)
-    name = words.name_of(weight)
+    name = rows.name_of(weight)
     if uses and not tied:  # the row beside it says the rest
         name = name.rpartition("/")[2]
     size = human_bytes(weight.bytes)
@@ -127,13 +189,13 @@ def _weight(it: _Map, weight: StoredWeight, row: int, y: float, box: float, draw
     if drawn.open >= TWO_LINES:
         room = int((LEFT - 14) / CODE)
         label = (
-            f'<text class="name" x="-9" y="{px(middle - 8)}">{text(words.fit_path(name, room))}</text>'
-            f'<text class="note" x="-9" y="{px(middle + 9)}">{text(words.shape(weight.shape))}, {size}</text>'
+            f'<text class="name" x="-9" y="{px(middle - 8)}">{text(rows.fit_path(name, room))}</text>'
+            f'<text class="note" x="-9" y="{px(middle + 9)}">{text(rows.shape(weight.shape))}, {size}</text>'
         )
     else:
         room = int((LEFT - 20 - PROSE * len(size)) / CODE)
         label = (
-            f'<text class="name" x="-9" y="{px(middle)}">{text(words.fit_path(name, room))}'
+            f'<text class="name" x="-9" y="{px(middle)}">{text(rows.fit_path(name, room))}'
             f'<tspan class="note" dx="7">{size}</tspan></text>'
         )
     classes = f"weight {CLASSES[kind]}{' tied' if tied else ''}{' shared' if weight.place in it.shared else ''}"
@@ -141,7 +203,7 @@ def _weight(it: _Map, weight: StoredWeight, row: int, y: float, box: float, draw
         f'<g id="w{it.numbers[weight.place]}" class="{classes}" role="listitem" data-row="{row}" '
         f'data-bytes="{weight.bytes}" data-solid="{px(drawn.open)} {px(drawn.closed)}" '
         f'transform="translate({LEFT},{px(y)})">'
-        f"{_title(words.weight_facts(weight, facts, kind))}"
+        f"{_title(rows.weight_facts(weight, facts, kind))}"
         f'<rect class="box" width="{BAR}" height="{px(box)}" rx="{0 if stripe else 2}"/>'
         f'<rect class="solid" width="{BAR}" y="{px((box - height) / 2)}" height="{px(height)}"/>'
         f"<g{_hidden(stripe)}>{label}</g></g>"
@@ -176,11 +238,11 @@ def _heading(it: _Map, number: int, common: str) -> str:
     row, place = it.rows[number], it.places[number]
     x = BAR_OF_USE + 9 + STEP * min(row.depth, MOST_STEPS)
     room = RIGHT - x - 16
-    name = words.fit_path(row.name, int(room / CODE))
+    name = rows.fit_path(row.name, int(room / CODE))
     left = room - CODE * len(name) - 8
     kind = row.kind or ""
     if len(kind) * PROSE > left:  # wide letters must fit too, since nothing may stand beyond the edge
-        kind = words.fit_end(kind, int(left / WIDE)) if left > 6 * WIDE else ""
+        kind = rows.fit_end(kind, int(left / WIDE)) if left > 6 * WIDE else ""
     inner = range(number + 1, row.end)
     weights = [weight for n in inner for weight in it.rows[n].weights]
     uses = sum(it.rows[n].use is not None for n in inner)
@@ -188,7 +250,7 @@ def _heading(it: _Map, number: int, common: str) -> str:
     if row.kind:
         said.append(row.kind)
     said.append(
-        f"{words.number(uses, 'use')}; {words.number(len(weights), 'weight')} drawn here, "
+        f"{rows.number(uses, 'use')}; {rows.number(len(weights), 'weight')} drawn here, "
         f"{human_bytes(sum(weight.bytes for weight in weights))}"
     )
     bottom = max((it.places[n].top + it.places[n].height for n in inner), default=place.top)
@@ -225,24 +287,24 @@ def _use(it: _Map, number: int, use: UseOf, common: str) -> str:
     drawn = solid(use.bytes, it.scale)
     height = drawn.closed if place.stripe else drawn.open
     x = BAR_OF_USE + 11 + STEP * min(row.depth, MOST_STEPS)
-    name = words.attribute_of(use)
-    shape = words.shape(use.shape)
+    name = rows.attribute_of(use)
+    shape = rows.shape(use.shape)
     room = int((RIGHT - x - PROSE * len(shape) - 8) / CODE)
     tied = use.tied or any(weight.place in it.shared for weight in read)
     middle = it.heights[number].open / 2
     label = (
-        f'<text x="{x}" y="{px(middle)}"><tspan class="name">{text(words.fit_path(name, max(room, 8)))}</tspan>'
+        f'<text x="{x}" y="{px(middle)}"><tspan class="name">{text(rows.fit_path(name, max(room, 8)))}</tspan>'
         f'<tspan class="note" dx="8">{text(shape)}</tspan></text>'
     )
     if use.tied and use.expression:
-        full = words.fit_end(use.expression, MOST_OF_EXPRESSION)
-        short = words.fit_end(full, int((WIDTH - LEFT - BAR - RIGHT - 12) / CODE))
+        full = rows.fit_end(use.expression, MOST_OF_EXPRESSION)
+        short = rows.fit_end(full, int((WIDTH - LEFT - BAR - RIGHT - 12) / CODE))
         label += f'<text class="expression" data-full="{text(full)}" x="-8" y="{px(middle)}">{text(short)}</text>'
-    names = [(words.name_of(weight), use_kind(use, weight)) for weight in read]
+    names = [(rows.name_of(weight), use_kind(use, weight)) for weight in read]
     return (
         f'<g class="use {CLASSES[kind]}{" tied" if tied else ""}" role="treeitem" aria-level="{row.depth + 1}" '
         f'data-bytes="{use.bytes}" data-solid="{px(drawn.open)} {px(drawn.closed)}" {common}>'
-        f"{_title(words.use_facts(use, names))}"
+        f"{_title(rows.use_facts(use, names))}"
         f'<rect class="solid" width="{BAR_OF_USE}" y="{px((place.height - height) / 2)}" height="{px(height)}"/>'
         f'<g{_hidden(place.stripe)}><rect class="hit" width="{RIGHT}" height="{px(place.height)}"/>{label}</g></g>'
     )

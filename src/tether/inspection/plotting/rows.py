@@ -5,10 +5,18 @@ A weight is drawn at the row that reads it first. Weights that no layer reads ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from xml.sax.saxutils import escape
 
-from tether.inspection.facts import Facts, StoredWeight, UseOf
+from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf, human_bytes
+
+# --------------------------------------------------------------------------- rows
+# What the map shows, row by row: the layers as headings, one inside the other, and under each what it reads.
+#
+# A weight is drawn at the row that reads it first. Weights that no layer reads have rows of their own at the end.
+
 
 MOST_OPEN = 34
 """Layers are opened at first as long as the map has no more rows than these."""
@@ -179,3 +187,205 @@ def _close(rows: list[Row], shared: set[str]) -> None:
             rows[number].closed = False
         shown += more
         level = [inner for number in chosen for inner in inside.get(number, ()) if rows[inner].heading]
+
+
+# --------------------------------------------------------------------------- words
+# The words of the map: sizes, names that fit, and the facts that are shown on hover.
+
+
+MOST_LISTED = 8
+"""Of more uses than these, the facts of a weight give the number."""
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_TURNS_TEXT = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
+"""Characters that would show the text around them in another order."""
+
+
+def text(words: str) -> str:
+    """Any words as text or as an attribute's value in XML and HTML."""
+    return escape(_TURNS_TEXT.sub("�", _NOT_XML.sub("�", words)), {'"': "&quot;", "'": "&#39;"})
+
+
+def shape(dimensions: Shape) -> str:
+    """`784 × 64`."""
+    return " × ".join(map(str, dimensions)) or "scalar"
+
+
+def number(count: int, one: str, many: str | None = None) -> str:
+    """`1 use`, `12 uses`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def fit_end(words: str, room: int) -> str:
+    """The start of long words, then `…`."""
+    return words if len(words) <= room else words[: room - 1].rstrip() + "…"
+
+
+def fit_path(path: str, room: int) -> str:
+    """The last parts of a long path, after `…/`."""
+    if len(path) <= room:
+        return path
+    parts = path.split("/")
+    for start in range(1, len(parts)):
+        short = "…/" + "/".join(parts[start:])
+        if len(short) <= room:
+            return short
+    return "…" + path[len(path) - room + 1 :]
+
+
+def name_of(weight: StoredWeight) -> str:
+    """A weight's name: its variable's path, or its place in the file."""
+    return weight.path or weight.place
+
+
+def attribute_of(use: UseOf) -> str:
+    """The layer's name for what it reads; a file may know no more than a number."""
+    if use.attribute:
+        return use.attribute
+    return "/".join(use.weights[0].split("/")[-2:]) if use.weights else "?"
+
+
+def weight_facts(weight: StoredWeight, facts: Facts, kind: str) -> list[str]:
+    """What the map says of a weight, line by line. The first is what is searched, here and in those of a use."""
+    uses = facts.uses_of(weight)
+    lines = [
+        name_of(weight),
+        f"{shape(weight.shape)}, {weight.dtype}, {human_bytes(weight.bytes)}",
+        kind + (f", shared by {number(len(uses), 'use')}" if len(uses) > 1 else ""),
+    ]
+    lines += [f"read by {_reading(use)}" for use in uses[:MOST_LISTED]]
+    if len(uses) > MOST_LISTED:
+        lines.append(f"and {len(uses) - MOST_LISTED:,} more")
+    slots = facts.slots_of(weight)
+    if slots:
+        names = ", ".join(slot.name or "?" for slot in slots)
+        lines.append(f"optimizer: {names}, {human_bytes(sum(slot.bytes for slot in slots))}")
+    lines.append(f"stored at {weight.place}" + (f", again at {', '.join(weight.again)}" if weight.again else ""))
+    return lines
+
+
+def use_facts(use: UseOf, kinds: list[tuple[str, str]]) -> list[str]:
+    """What the map says of a use; `kinds` are its weights' names and how each is used."""
+    return [
+        _reading(use) + (f" ({use.kind})" if use.kind else ""),
+        f"{shape(use.shape)}, {use.dtype}, {human_bytes(use.bytes)}" + (" if it were stored" if use.tied else ""),
+        *(f"reads {name}: {kind}" for name, kind in kinds),
+    ]
+
+
+def _reading(use: UseOf) -> str:
+    return f"{use.layer}/{attribute_of(use)}" + (f" = {use.expression}" if use.expression else "")
+
+
+# --------------------------------------------------------------------------- measures
+# The widths of the drawing, and how colours are called in its styles.
+
+
+LEFT, BAR, RIGHT = 208, 36, 292
+"""The widths of the weights' names, of a weight, and of the layers' column."""
+BAR_OF_USE = 10
+STEP, MOST_STEPS = 13, 6
+"""How far a layer inside another is moved in, and how often at most."""
+WIDTH, NARROWEST, WIDEST = 960, 720, 1400
+"""Of the static drawing; that of the page is as wide as its window, between the others."""
+BELOW = 12
+"""Under the last row."""
+TWO_LINES = 36
+"""A weight of this height has its shape under its name."""
+MOST_OF_EXPRESSION = 120
+"""Characters of an expression on the widest map; the facts of its use have all."""
+CODE, PROSE, WIDE = 7.25, 6.9, 7.7
+"""About the width of a character of code, of the other words, and of these if many letters are wide."""
+CLASSES = dict(zip(KINDS, ("trained", "frozen", "here", "unused", "state", "unknown"), strict=True))
+
+
+def px(value: float) -> str:
+    """A number for SVG, to a hundredth of a pixel."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+# --------------------------------------------------------------------------- layout
+# Where everything is on the map. The script of the page does the same when a layer is closed or the window changes.
+#
+# Each row has a height when it is open and one when a layer around it is closed: then it is a stripe in a stack. What
+# is solid is to scale, in both.
+
+
+TALL, TALLEST = 380.0, 190.0
+"""All that layers read is drawn so tall, unless one weight would be taller than the second."""
+MOST_A_BYTE = 0.5
+"""Pixels a byte in a tiny model."""
+HEADING, LINE = 20.0, 18.0
+"""The heights of a heading and of the smallest open row."""
+HAIR = 1.0
+"""What is solid is never less than this, or half of it in a closed layer."""
+GAP = 2.0
+"""Between weights that are drawn at one row."""
+ABOVE = 4.0
+"""Above a heading."""
+
+
+@dataclass(frozen=True)
+class Heights:
+    """Heights of something that is drawn, open and in a closed layer."""
+
+    open: float
+    closed: float
+
+
+def scale_of(facts: Facts) -> float:
+    """Pixels a byte."""
+    largest = max(0, *(weight.bytes for weight in facts.weights), *(use.bytes for use in facts.uses))
+    return min(TALL / max(facts.unshared_bytes, 1), TALLEST / max(largest, 1), MOST_A_BYTE)
+
+
+def solid(count: int, scale: float) -> Heights:
+    """The heights of so many bytes."""
+    return Heights(max(count * scale, HAIR), max(count * scale, HAIR / 2))
+
+
+def row_heights(row: Row, scale: float) -> Heights:
+    """The heights of a row: its use beside the weights that are drawn at it."""
+    if row.heading:
+        return Heights(HEADING, 0.0)
+    weights = [solid(weight.bytes, scale) for weight in row.weights]
+    use = solid(row.use.bytes, scale) if row.use else Heights(0.0, 0.0)
+    boxes = [max(heights.open, LINE) for heights in weights]
+    return Heights(
+        max(sum(boxes) + GAP * (len(boxes) - 1), use.open, LINE),
+        max(sum(heights.closed for heights in weights), use.closed),
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row is."""
+
+    top: float
+    height: float
+    stripe: bool
+    """Whether it is a stripe of a closed layer."""
+
+
+def places_of(rows: Sequence[Row], heights: Sequence[Heights], top: float) -> tuple[list[Place], float]:
+    """The place of each row, and where the last ends."""
+    places: list[Place] = []
+    y, number = top, 0
+    while number < len(rows):
+        row = rows[number]
+        y += ABOVE if row.heading else 0.0
+        if row.closed:
+            inside = range(number + 1, row.end)
+            stack = sum(heights[inner].closed for inner in inside)
+            height = max(HEADING, stack)
+            places.append(Place(y, height, False))
+            at = y + (height - stack) / 2
+            for inner in inside:
+                places.append(Place(at, heights[inner].closed, True))
+                at += heights[inner].closed
+            number = row.end
+        else:
+            height = heights[number].open
+            places.append(Place(y, height, False))
+            number += 1
+        y += height
+    return places, y

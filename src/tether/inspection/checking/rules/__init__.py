@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from tether.inspection.checking.rules.registry import RULES, Rule
+from tether.inspection.checking.finding import RULES, Rule
 
 for _family in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_family.name}")

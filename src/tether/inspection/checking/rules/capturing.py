@@ -11,9 +11,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.inspection.checking.context import Captured, Context
-from tether.inspection.checking.finding import Finding, Severity
-from tether.inspection.checking.mending import arranged, in_words
-from tether.inspection.checking.rules.registry import rule
+from tether.inspection.checking.finding import Finding, Severity, arranged, in_words, rule
 from tether.inspection.checking.values import FEWEST, Likeness, Values, alike, is_equal, tolerance_of
 from tether.inspection.facts import StoredWeight
 
