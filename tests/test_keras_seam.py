@@ -1751,9 +1751,9 @@ def test_private_methods_of_classes_are_there():
 
 
 def test_without_the_method_by_which_variables_start_they_start_as_ever(monkeypatch):
-    from tether.keras_seam import starting
+    from tether.keras_seam import memory
 
-    monkeypatch.setattr(starting, "_method", private.private_method(keras.Variable, "_no_such", "A start"))
+    monkeypatch.setattr(memory, "_method", private.private_method(keras.Variable, "_no_such", "A start"))
     del private.METHODS["_no_such"]
     with keras_seam.random_starts_left_out(larger_than=0) as left_out:
         layer = dense()
@@ -1845,7 +1845,7 @@ def test_classes_without_a_public_name_are_found_by_those_that_have_one():
         and keras_seam.Functional.__name__ == "Functional"
     )
     assert not isinstance(keras.Sequential(), keras_seam.Functional)
-    from tether.keras_seam.classes import RandomInitializer
+    from tether.keras_seam.private import RandomInitializer
 
     drawing = (keras.initializers.GlorotUniform, keras.initializers.Orthogonal, keras.initializers.TruncatedNormal)
     assert all(issubclass(kind, RandomInitializer) for kind in drawing)
@@ -1854,7 +1854,7 @@ def test_classes_without_a_public_name_are_found_by_those_that_have_one():
 
 
 def test_automatic_names_are_made_of_classes_as_keras_makes_them():
-    from tether.keras_seam.classes import to_snake_case
+    from tether.keras_seam.private import to_snake_case
 
     for name in ("Dense", "LSTMCell", "Conv2DTranspose", "RMSNormalization", "My_Layer", "ABTest2D"):
         made = type(name, (keras.layers.Layer,), {})().name

@@ -25,13 +25,6 @@ from tether.keras_seam.calls import (
     trace_token,
 )
 from tether.keras_seam.census import see
-from tether.keras_seam.classes import Functional, KerasSaveable
-from tether.keras_seam.exporting import (
-    input_signature,
-    input_spec,
-    mend_tf2onnx,
-    store_each_variable_once,
-)
 from tether.keras_seam.frames import (
     copies_begun,
     copying_scope,
@@ -47,22 +40,34 @@ from tether.keras_seam.frames import (
 from tether.keras_seam.layers import (
     STORES,
     attributes,
+    calls_in_graph,
     contained_layers,
     counts,
+    decay_pattern,
     forget_attribute,
+    graph_outputs,
+    has_compiled_loss,
     holds_its_layers_configs,
+    inner_optimizer,
     insert_tracked,
     is_automatic_layer_name,
     is_default,
+    is_excluded_from_decay,
     is_locked,
+    layout_map,
     listed_variables,
     mark_like,
+    optimized_variables,
+    own_attributes,
     own_tracker,
     own_trainable_flag,
+    running_layers,
     set_own_trainable_flag,
     set_untracked,
     shield_tracker,
     sublayers,
+    training_loss,
+    undisturbed,
     unique_name,
     unlock,
     unlocked,
@@ -71,28 +76,19 @@ from tether.keras_seam.layers import (
     untrack_layer,
     variable_lists,
 )
-from tether.keras_seam.looking import (
-    calls_in_graph,
-    decay_pattern,
-    graph_outputs,
-    inner_optimizer,
-    is_excluded_from_decay,
-    layout_map,
-    optimized_variables,
-    own_attributes,
-)
-from tether.keras_seam.losses import has_compiled_loss, running_layers, training_loss, undisturbed
 from tether.keras_seam.memory import (
     is_concrete,
+    is_random,
     is_same_snapshot,
     is_stored_in,
     on_host,
+    random_starts_left_out,
     snapshot,
     stored_value,
     write,
     write_rows,
 )
-from tether.keras_seam.names import current_path, is_automatic_variable_name, name_scope, numbered, path_scope
+from tether.keras_seam.private import AutocastScope, Functional, KerasSaveable, get_autocast_scope
 from tether.keras_seam.quantizing import (
     WatchedSublayers,
     give_back_quantize,
@@ -101,15 +97,6 @@ from tether.keras_seam.quantizing import (
     quantization_config,
     quantizers,
     take_over_quantize,
-)
-from tether.keras_seam.registering import tell_apart
-from tether.keras_seam.reshaping import (
-    build_shapes,
-    give_shape,
-    give_value,
-    infer_graph,
-    recognize_variables,
-    set_build_shapes,
 )
 from tether.keras_seam.saving import (
     SHARED_ID,
@@ -121,7 +108,10 @@ from tether.keras_seam.saving import (
     entry_notes,
     find_class,
     graph_of,
+    input_signature,
+    input_spec,
     load_from,
+    mend_tf2onnx,
     optimizer_slots,
     read_archive,
     register_reader,
@@ -130,9 +120,8 @@ from tether.keras_seam.saving import (
     save_to,
     saved_objects,
     shared_object,
+    store_each_variable_once,
 )
-from tether.keras_seam.starting import is_random, random_starts_left_out
-from tether.keras_seam.threads import AutocastScope, get_autocast_scope
 from tether.keras_seam.torch_parameters import (
     LISTS_PARAMETERS,
     Change,
@@ -153,17 +142,29 @@ from tether.keras_seam.variables import (
     Variable,
     add,
     autocasts,
+    build_shapes,
+    current_path,
+    give_shape,
+    give_value,
     held_dtype,
+    infer_graph,
+    is_automatic_variable_name,
     is_float,
     matmul,
     multiply,
+    name_scope,
+    numbered,
     own_copy,
     own_tensor,
+    path_scope,
     plain_tensor,
     prepare_view,
     raw_value,
+    recognize_variables,
+    set_build_shapes,
     stored_dtype,
     subtract,
+    tell_apart,
     tensor_dtype,
 )
 

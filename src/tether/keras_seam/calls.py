@@ -10,8 +10,7 @@ import keras
 from keras import backend as _backend
 
 from tether.keras_seam.layers import set_untracked
-from tether.keras_seam.private import private
-from tether.keras_seam.threads import of_this_thread
+from tether.keras_seam.private import of_this_thread, private
 
 _set_keras_mask = private("keras.src.backend.common.masking.set_keras_mask", "A mask from an Embedding applied by plan")
 

@@ -23,8 +23,7 @@ from keras import backend as _backend
 from keras.layers import SpectralNormalization as _SpectralNormalization
 
 from tether.errors import Unsupported
-from tether.keras_seam.classes import KerasSaveable, unpickle
-from tether.keras_seam.private import is_missing
+from tether.keras_seam.private import KerasSaveable, is_missing, unpickle
 
 
 def code_of(function: Callable[..., Any]) -> CodeType:

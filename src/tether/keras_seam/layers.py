@@ -1,18 +1,23 @@
-"""Layers: what they track, hold and list."""
+"""Layers: what they list and track, what is below them, and their losses."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+from keras import Layer as _Layer
 from keras import Sequential
 from keras import backend as _backend
 
-from tether.keras_seam.classes import Functional, to_snake_case
-from tether.keras_seam.private import private_method
+from tether.keras_seam.private import Functional, of_this_thread, private_method, to_snake_case
+
+# --------------------------------------------------------------------------- lists and trackers
+# Layers: what they track, hold and list.
+
 
 flatten_layers = private_method(keras.Layer, "_flatten_layers", "Finding the layers of a model")
 
@@ -200,3 +205,120 @@ def unique_name(prefix: str) -> str:
 def contained_layers(layer: Any) -> list[Any]:
     """Every layer below `layer`, itself first, each once."""
     return list(flatten_layers(layer))
+
+
+# --------------------------------------------------------------------------- what Keras looks into
+# Models looked at from outside: graphs, attributes, optimizers.
+
+
+def calls_in_graph(model: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The calls in the graph of a functional or sequential model, inputs first: what is called, and its arguments."""
+    graph = model._functional if isinstance(model, Sequential) else model
+    if not isinstance(graph, Functional):
+        return []
+    depths = sorted(graph._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in graph._nodes_by_depth[depth] if not node.is_input]
+    return [(node.operation, node.arguments.args, node.arguments.kwargs) for node in nodes]
+
+
+def graph_outputs(model: Any) -> list[Any]:
+    """What makes each output of a functional or sequential model: a layer or an operation."""
+    graph = model._functional if isinstance(model, Sequential) else model
+    return [o._keras_history.operation for o in graph.outputs] if isinstance(graph, Functional) else []
+
+
+_OF_MODELS = {
+    "_functional", "optimizer", "loss", "compiled", "history", "stop_training", "stop_evaluating", "stop_predicting",
+    "_eval_epoch_iterator", "unrolled_steps_per_execution",
+    "_compile_config", "_compile_loss", "_compile_metrics", "_loss_tracker", "_compiled_trainable_state",
+    "train_function", "test_function", "predict_function", "steps_per_execution", "_jax_state", "_jax_state_synced",
+}  # fmt: skip
+
+
+def own_attributes(layer: Any) -> list[tuple[str, Any]]:
+    """The attributes of a layer that are not those of any layer, or of any model that was compiled."""
+    common = _common_attributes()
+    return [(name, value) for name, value in attributes(layer) if name not in common]
+
+
+@functools.cache
+def _common_attributes() -> frozenset[str]:
+    # The names are given, so that no counter of automatic names goes on.
+    return frozenset({*vars(_Layer(name="layer")), *vars(keras.Model(name="model")), *_OF_MODELS})
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer that a loss scale is around, or the optimizer itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def optimized_variables(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer was built with, as often as it was given them."""
+    return list(getattr(inner_optimizer(optimizer), "_trainable_variables", None) or ())
+
+
+def decay_pattern(optimizer: Any) -> Any:
+    """The pattern of names that are excluded from weight decay, if there is one: it is searched for in `name`."""
+    return getattr(inner_optimizer(optimizer), "_exclude_from_weight_decay_pattern", None)
+
+
+def is_excluded_from_decay(optimizer: Any, variable: Any) -> bool:
+    """Whether a variable was itself given as one that does not decay."""
+    optimizer = inner_optimizer(optimizer)
+    return optimizer._var_key(variable) in (getattr(optimizer, "_exclude_from_weight_decay", None) or ())
+
+
+def layout_map() -> Any:
+    """The layouts by path of the distribution in force, if it has any."""
+    return getattr(keras.distribution.distribution(), "_layout_map", None)
+
+
+# --------------------------------------------------------------------------- losses
+# A loss, computed by somebody else than `fit`.
+
+
+def running_layers() -> Iterator[Any]:
+    """The layers whose calls are in progress on this thread, innermost first."""
+    for scope in reversed(of_this_thread("name_scope_stack") or ()):
+        if isinstance(scope.caller, _Layer):
+            yield scope.caller
+
+
+def has_compiled_loss(model: Any) -> bool:
+    """Whether `compile` was given a loss."""
+    return getattr(model, "_compile_loss", None) is not None
+
+
+def training_loss(model: Any, x: Any, y: Any, y_pred: Any) -> Any:
+    """The compiled loss and the model's own losses, as a training step adds them up."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, training=True)
+
+
+@contextlib.contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Puts back what a call of a model, and of its compiled loss, changes beside variables.
+
+    A call forgets the losses that layers added in the call before; the compiled loss makes metrics when it first
+    sees outputs. Within the scope no layer computes its forward pass again for the gradient either: it would read
+    its weights outside of its call then.
+    """
+    layers = contained_layers(model)
+    losses = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in layers]
+    rematerialized = [(layer, layer._remat_mode) for layer in layers if layer._remat_mode is not None]
+    compiled = getattr(model, "_compile_loss", None)
+    for layer, _ in rematerialized:
+        set_untracked(layer, "_remat_mode", None)
+    if compiled is not None:
+        own = type(compiled)(compiled._user_loss, compiled._user_loss_weights, output_names=compiled.output_names)
+        set_untracked(model, "_compile_loss", own)
+    try:
+        yield
+    finally:
+        for layer, before, ids in losses:
+            layer._losses[:] = before
+            layer._loss_ids.clear()
+            layer._loss_ids.update(ids)
+        for layer, mode in rematerialized:
+            set_untracked(layer, "_remat_mode", mode)
+        if compiled is not None:
+            set_untracked(model, "_compile_loss", compiled)

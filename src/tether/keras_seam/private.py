@@ -15,6 +15,13 @@ import keras
 
 from tether.errors import Unsupported
 
+# --------------------------------------------------------------------------- names that may be gone
+# The private names of Keras that Tether uses, and the versions of Keras on which that is tested.
+#
+# A private name may move or go with any release. Each is looked up when Tether is imported, and one that is gone
+# costs what it is needed for: an error then says so, and the rest of Tether works.
+
+
 OLDEST, NEWEST = (3, 13), (3, 15)
 """The oldest and the newest Keras, by their first two numbers, on which every test of Tether's seam is run."""
 
@@ -97,3 +104,50 @@ def warn_of_an_untested_keras(version: str) -> None:
 
 
 warn_of_an_untested_keras(keras.__version__)
+
+
+# --------------------------------------------------------------------------- threads
+# What Keras keeps for each thread: the scopes that are open, the call in progress.
+
+
+of_this_thread = private("keras.src.backend.common.global_state.get_global_attribute", "Evaluating a weight")
+"""The value of a name: `stateless_scope`, `autocast_scope`, `name_scope_stack`, `current_call_ctx`."""
+
+set_in_this_thread = private("keras.src.backend.common.global_state.set_global_attribute", "Making a weight")
+
+AutocastScope = private("keras.src.backend.common.variables.AutocastScope", "Reading a weight under mixed precision")
+
+
+def get_autocast_scope() -> Any:
+    """The scope that says to which precision variables are cast when they are read, if there is one."""
+    return of_this_thread("autocast_scope")
+
+
+# --------------------------------------------------------------------------- classes
+# Classes of Keras that have no public name, and are found by what has.
+
+
+def _common_base(*classes: type) -> Any:
+    """The most special class that all of these derive from."""
+    first, *others = classes
+    return next(base for base in first.__mro__ if all(issubclass(other, base) for other in others))
+
+
+KerasSaveable = _common_base(keras.Layer, keras.Metric, keras.Optimizer)
+"""What Keras writes to a file and reads from one."""
+
+RandomInitializer = _common_base(keras.initializers.RandomNormal, keras.initializers.RandomUniform)
+"""An initializer that draws from a seed."""
+
+
+Functional: Any = type(keras.Model.__new__(keras.Model, inputs=None, outputs=None))
+"""The class of a model that is made of its inputs and outputs. Its constructor, which would count names, is not run."""
+
+unpickle = private_method(KerasSaveable, "_unpickle_model", "Unpickling a tied layer")
+"""What makes a model or layer again of the bytes that it is pickled as."""
+
+
+def to_snake_case(name: str) -> str:
+    """A class's name as Keras makes automatic names of it: `dense` of `Dense`."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

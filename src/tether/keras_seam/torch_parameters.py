@@ -17,7 +17,7 @@ from keras import backend as _backend
 
 from tether.keras_seam import census
 from tether.keras_seam.layers import contained_layers
-from tether.keras_seam.names import numbered
+from tether.keras_seam.variables import numbered
 
 LIST = "_torch_params"
 LISTS_PARAMETERS = _backend.backend() == "torch"

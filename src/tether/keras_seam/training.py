@@ -30,8 +30,7 @@ from tether.keras_seam.frames import (
     nested,
     saving_scope,
 )
-from tether.keras_seam.layers import contained_layers, set_untracked
-from tether.keras_seam.looking import inner_optimizer, optimized_variables
+from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
 
 answers: dict[str, Callable[..., Any]] = {}
 """What those who know ties say of a model: `"is_tied"`, whether it holds any; `"live"`, which of its uses let a

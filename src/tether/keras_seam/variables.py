@@ -1,14 +1,33 @@
-"""Variables: their stored values, and what a view is made of."""
+"""Variables: what they are made of, their names and paths, and their names among PyTorch's parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Container, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import keras
+from keras import Sequential
 from keras import backend as _backend
 
-from tether.keras_seam.threads import of_this_thread
+from tether.keras_seam.layers import inner_optimizer, set_untracked
+from tether.keras_seam.private import (
+    Functional,
+    is_missing,
+    of_this_thread,
+    private,
+    private_method,
+    set_in_this_thread,
+    to_snake_case,
+)
+
+# --------------------------------------------------------------------------- variables
+# Variables: their stored values, and what a view is made of.
+
 
 Variable = keras.Variable
 """The backend's concrete variable class, the one that `add_weight` creates."""
@@ -134,3 +153,227 @@ def autocasts(variable: Any) -> bool:
 
 def is_float(dtype: str) -> bool:
     return "float" in dtype
+
+
+# --------------------------------------------------------------------------- names and paths
+# Name scopes, and the paths of variables.
+
+
+_name_scope = private("keras.src.backend.common.name_scope.name_scope", "A weight under a path of its own")
+_current_path = private("keras.src.backend.common.name_scope.current_path", "A path for a variable")
+
+
+@contextlib.contextmanager
+def path_scope(path: str) -> Iterator[None]:
+    """The name scope in which a variable of the path's last name is created under the path, whatever scopes are open.
+
+    A layout map looks a variable up while it is created, so a path that is set afterwards comes too late. It is Keras's
+    own scope and none of TensorFlow's, whose graphs do not take every name: the variable is created outside of them.
+    """
+    *above, scope = path.split("/")[:-1] or [""]
+    with _outside_graphs(), _name_scope(scope, override_parent="/".join(above)):
+        yield
+
+
+def _make_outside_graphs() -> Any:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope
+    return contextlib.nullcontext
+
+
+_outside_graphs = _make_outside_graphs()
+
+
+@contextlib.contextmanager
+def _outside_stateless_scopes() -> Iterator[None]:
+    """Allows new variables, which Keras refuses in a stateless scope."""
+    scope = of_this_thread("stateless_scope")
+    set_in_this_thread("stateless_scope", None)
+    try:
+        yield
+    finally:
+        set_in_this_thread("stateless_scope", scope)
+
+
+def name_scope(layer: Any) -> Any:
+    """The name scope that `add_weight` opens around a new variable of `layer`."""
+    return keras.name_scope(layer.name, caller=layer)
+
+
+def current_path() -> str:
+    return str(_current_path())
+
+
+def numbered(name: str, taken: Container[str]) -> str:
+    """A name, with a number if it is taken: how things of one name in one model are told apart, in its order."""
+    numbers = (f"{name}_{number}" for number in itertools.count(1))
+    return next(each for each in itertools.chain([name], numbers) if each not in taken)
+
+
+def is_automatic_variable_name(name: str) -> bool:
+    """Whether Keras made the variable's name up (`variable`, `jax_variable_3`)."""
+    stem = name.rstrip("0123456789").rstrip("_")
+    return stem in {"variable", to_snake_case(Variable.__name__)}
+
+
+# --------------------------------------------------------------------------- PyTorch's names
+# The names under which PyTorch has a model's parameters.
+#
+# Keras registers them by path, so of two variables of one path one would be no parameter of the model: no optimizer
+# of PyTorch's would train it, and no `state_dict` have it. A variable does not know what else a model holds; the
+# stack says which model is registering its variables. Those of weights then give their paths with numbers, in the
+# model's order.
+
+
+_REGISTERING: CodeType | None = None
+_READING: set[CodeType] = set()
+_RESERVED: set[str] = set()
+"""What a list of parameters has as attributes of its own, such as `half`: no parameter can be called so."""
+if keras.backend.backend() == "torch":
+    from torch.compiler import is_compiling as _is_compiling
+    from torch.nn import ParameterDict as _ParameterDict
+
+    _RESERVED = set(dir(_ParameterDict()))
+    _track = private_method(keras.Layer, "_track_variables", "Two parameters of one path in one model of PyTorch's")
+    if not is_missing(_track):
+        _REGISTERING = _track.__code__
+        # Before Python 3.12 the comprehension in it has a frame of its own.
+        _READING = {_REGISTERING, *(each for each in _REGISTERING.co_consts if isinstance(each, CodeType))}
+
+
+class _Keyed(keras.Variable):
+    """A variable whose path is another one while a model registers it that has the path already."""
+
+    @property
+    def path(self) -> str:
+        """Its path; asked by Keras for the key of a parameter, one that no other variable of the model has."""
+        path = str(self._path)
+        if _is_compiling():  # there are no frames then
+            return path
+        frame: FrameType | None = sys._getframe(1)
+        if frame is None or frame.f_code not in _READING:
+            return path
+        while frame is not None and frame.f_code is not _REGISTERING:
+            frame = frame.f_back
+        if frame is None:
+            return path
+        keys = frame.f_locals.setdefault(".tether.keys", {})
+        if not keys:
+            keys.update(_keys(frame.f_locals["self"].variables))
+        return str(keys.get(id(self), path))
+
+
+def _keys(variables: list[Any]) -> dict[int, str]:
+    """What the variables of weights are called among all of a model's, by their ids."""
+    found: dict[int, str] = {}
+    taken = {variable.path for variable in variables if not isinstance(variable, _Keyed)} | _RESERVED
+    for variable in variables:
+        if isinstance(variable, _Keyed):
+            found[id(variable)] = numbered(variable.path, taken)
+            taken.add(found[id(variable)])
+    return found
+
+
+def tell_apart(variable: Any) -> None:
+    """Lets a stored variable be a parameter of its own, whatever else in a model has its path."""
+    if _REGISTERING is not None:
+        variable.__class__ = _Keyed
+
+
+# --------------------------------------------------------------------------- another shape
+# Giving a variable another value, or another shape.
+
+
+def _make_give_value() -> Callable[[Any, Any], None]:
+    name = _backend.backend()
+    if name == "torch":
+        import torch
+
+        def of_torch(variable: Any, value: Any) -> None:
+            parameter = variable._value  # the same object, since optimizers and modules of PyTorch's hold it
+            with torch.no_grad():
+                tensor = keras.ops.convert_to_tensor(value, dtype=variable._dtype).to(parameter.device)
+                parameter.grad = None
+                if tensor.is_floating_point():
+                    # A graph that somebody still holds knows the old shape; another dtype in between ends its hold.
+                    other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+                    parameter.data = torch.empty(0, dtype=other, device=tensor.device)
+                parameter.data = torch.empty_like(tensor)
+                parameter.copy_(tensor)  # counts as a change
+            variable._shape = tuple(value.shape)
+
+        return of_torch
+
+    def of_others(variable: Any, value: Any) -> None:
+        tensor = own_copy(keras.ops.convert_to_tensor(value, dtype=variable._dtype))
+        before, variable._shape = variable._shape, tuple(value.shape)
+        try:
+            if name == "jax":
+                set_untracked(variable, "_value", tensor)
+            else:
+                variable._initialize(tensor)
+        except BaseException:
+            variable._shape = before
+            raise
+
+    return of_others
+
+
+give_value = _make_give_value()
+"""Gives a variable a value of another shape; it stays the object that layers and optimizers know."""
+
+
+def recognize_variables(optimizer: Any) -> None:
+    """Lets an optimizer know its variables again after `give_value`: TensorFlow's has other names for them then."""
+    for each in {id(found): found for found in (optimizer, inner_optimizer(optimizer))}.values():
+        before = {place: key for key, place in (getattr(each, "_trainable_variables_indices", None) or {}).items()}
+        if before:
+            after = {place: each._var_key(variable) for place, variable in enumerate(each._trainable_variables)}
+            excluded = getattr(each, "_exclude_from_weight_decay", None) or set()
+            renamed = {after[place] for place, key in before.items() if key in excluded}
+            excluded.difference_update(before.values())
+            excluded.update(renamed)
+            decays = getattr(each, "_weight_decay_by_var_key", None)  # of Keras 3.16
+            if decays:
+                each._weight_decay_by_var_key = {after[place]: decays[key] for place, key in before.items()}
+            each._trainable_variables_indices = {key: place for place, key in after.items()}
+
+
+def give_shape(variable: Any, shape: tuple[int, ...]) -> None:
+    """Lets a variable without storage know its shape."""
+    variable._shape = shape
+
+
+def build_shapes(layer: Any) -> dict[str, Any] | None:
+    """The shapes of the inputs that a layer was built for, which its config holds."""
+    return getattr(layer, "_build_shapes_dict", None)
+
+
+def set_build_shapes(layer: Any, shapes: dict[str, Any] | None) -> None:
+    set_untracked(layer, "_build_shapes_dict", shapes)
+
+
+def infer_graph(model: Any, undo: list[Callable[[], None]]) -> None:
+    """Works out the shapes of all tensors in a model's graph again, in the graphs that it calls first.
+
+    Args:
+        model: A functional or sequential model whose layers have other sizes than when it was made.
+        undo: Gets what puts each shape back.
+    """
+    graph = model._functional if isinstance(model, Sequential) else model
+    if not isinstance(graph, Functional):
+        return
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.is_input:
+                continue
+            operation = node.operation
+            if isinstance(operation, (Functional, Sequential)):
+                infer_graph(operation, undo)
+            outputs = operation.compute_output_spec(*node.arguments.args, **node.arguments.kwargs)
+            for tensor, found in zip(node.outputs, keras.tree.flatten(outputs), strict=True):
+                if tensor._shape != found.shape:
+                    undo.append(functools.partial(setattr, tensor, "_shape", tensor._shape))
+                    tensor._shape = found.shape
