@@ -22,7 +22,7 @@ import tether
 from tests import documents
 from tests.documents import ROOT
 from tether import demo
-from tether_cli import app, commands, errors, files, starting, waiting
+from tether_cli import app, commands, console, models
 
 MY_LAYERS = """
 import keras
@@ -337,7 +337,7 @@ def test_a_materialize_that_fails_leaves_everything_as_it_was(folder, monkeypatc
         raise OSError(28, "No space left on device", "out.keras")
 
     monkeypatch.setattr(tether.keras_seam, "save_to", lambda model, file: file.write(b"half"))
-    monkeypatch.setattr(files.shutil, "copyfileobj", lambda source, target, _: broken(None, target))
+    monkeypatch.setattr(models.shutil, "copyfileobj", lambda source, target, _: broken(None, target))
     monkeypatch.setattr(tether, "materialize", lambda model: model)
     assert refused("materialize", "model.keras", "-o", "out.keras", "--force") == "No space left on device: out.keras"
     assert sorted(folder.iterdir()) == before
@@ -533,12 +533,12 @@ def test_an_error_that_nobody_expects_is_not_hidden(folder, monkeypatch):
 
 
 def test_a_message_is_its_first_paragraph_on_one_line():
-    assert errors.one_line(ValueError("a\n  b\n\nconfig: {}")) == "a b"
-    assert errors.one_line(ValueError("\n\nc")) == "c"
-    assert errors.one_line(ValueError("One failed:\n\n too  long \n\n config")) == "One failed: too long"
-    assert errors.one_line(KeyError()) == "KeyError"
-    assert len(errors.one_line(ValueError("x" * 10_000))) < 1000
-    assert errors.one_line(OSError(5, "Input/output error")) == "Input/output error"
+    assert console.one_line(ValueError("a\n  b\n\nconfig: {}")) == "a b"
+    assert console.one_line(ValueError("\n\nc")) == "c"
+    assert console.one_line(ValueError("One failed:\n\n too  long \n\n config")) == "One failed: too long"
+    assert console.one_line(KeyError()) == "KeyError"
+    assert len(console.one_line(ValueError("x" * 10_000))) < 1000
+    assert console.one_line(OSError(5, "Input/output error")) == "Input/output error"
 
 
 # --------------------------------------------------------------------------- the backend
@@ -560,7 +560,7 @@ def test_the_backend_is_the_one_asked_for_or_the_first_that_is_installed(install
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     if asked is not None:
         monkeypatch.setenv("KERAS_BACKEND", asked)
-    assert starting._choose_backend() == chosen
+    assert models._choose_backend() == chosen
     assert os.environ["KERAS_BACKEND"] == chosen
 
 
@@ -585,19 +585,19 @@ def test_a_backend_that_cannot_be_had_is_one_line(installed, asked, said, folder
 
 
 def test_a_spinner_runs_on_a_terminal_only(monkeypatch, capfd):
-    monkeypatch.setattr(waiting, "PATIENCE", 0.01)
-    with waiting.busy("Loading"):
+    monkeypatch.setattr(console, "PATIENCE", 0.01)
+    with console.busy("Loading"):
         time.sleep(0.1)
     assert capfd.readouterr() == ("", "")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with waiting.busy("Loading"):
+    with console.busy("Loading"):
         time.sleep(0.3)
     out, err = capfd.readouterr()
     assert out == ""
     assert "Loading …" in err
-    monkeypatch.setattr(waiting, "PATIENCE", 60.0)
-    with waiting.busy("Loading"):
+    monkeypatch.setattr(console, "PATIENCE", 60.0)
+    with console.busy("Loading"):
         pass
     assert "Loading" not in capfd.readouterr().err
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tether_cli.errors import Commands, Failed
+from tether_cli.console import Commands, Failed
 
 app = typer.Typer(
     name="tether",
@@ -117,7 +117,7 @@ def check(
     Reading a file tells less than the model does: --load asks the rules
     for live models.
     """
-    from tether_cli.waiting import busy
+    from tether_cli.console import busy
 
     package, source = _source(file, load, custom, compile=True)
     with busy(f"Checking {file.name}"):
@@ -147,8 +147,8 @@ def plot(
 
     The page is one file that needs no network.
     """
-    from tether_cli.files import require, target
-    from tether_cli.waiting import busy
+    from tether_cli.console import busy
+    from tether_cli.models import require, target
 
     require(file)
     final = target(output or Path(f"{file.name.partition('.')[0]}-weights.html"), inputs=(file,), force=force)
@@ -166,8 +166,7 @@ def diff(before: File, after: File, as_json: Json = False) -> None:
 
     Ends with exit code 1 if anything does. Values are not compared.
     """
-    from tether_cli.files import require
-    from tether_cli.starting import start
+    from tether_cli.models import require, start
 
     require(before, after)
     found = start().inspection.diff(before, after)
@@ -189,9 +188,8 @@ def explain(
 
     The model is loaded in Keras's safe mode; nothing is computed with it.
     """
-    from tether_cli.files import load, require
-    from tether_cli.starting import import_custom, start
-    from tether_cli.waiting import busy
+    from tether_cli.console import busy
+    from tether_cli.models import import_custom, load, require, start
 
     require(model)
     package = start()
@@ -214,9 +212,8 @@ def materialize(
     The file that is written needs no Tether to be read. The model is loaded
     in Keras's safe mode; the file that is read stays as it is.
     """
-    from tether_cli.files import load, require, save, target
-    from tether_cli.starting import import_custom, start
-    from tether_cli.waiting import busy
+    from tether_cli.console import busy
+    from tether_cli.models import import_custom, load, require, save, start, target
 
     require(model)
     if output.suffix != ".keras":
@@ -258,9 +255,8 @@ def export(
     before it gets its name. Not every backend writes every format; the error
     says which one does: KERAS_BACKEND=tensorflow tether export ...
     """
-    from tether_cli.files import load, require, target
-    from tether_cli.starting import import_custom, start
-    from tether_cli.waiting import busy
+    from tether_cli.console import busy
+    from tether_cli.models import import_custom, load, require, start, target
 
     require(model)
     final = target(output, inputs=(model,), force=force, folder=format == "tf_saved_model")
@@ -278,7 +274,7 @@ def demo(
     output: Annotated[Literal["linear", "sigmoid"], typer.Option(help="The output's activation.")] = "linear",
 ) -> None:
     """Trains tied and untied autoencoders on real digits, and maps the weights of the tied one."""
-    from tether_cli.starting import start
+    from tether_cli.models import start
 
     start()
     from tether.demo import main as run
@@ -297,8 +293,7 @@ def demo(
 
 def _source(file: Path, load_it: bool, custom: list[str] | None, *, compile: bool = False) -> tuple[Any, Any]:
     """The package, and what it is to look at: the path, or the model that the file holds."""
-    from tether_cli.files import load, require
-    from tether_cli.starting import import_custom, start
+    from tether_cli.models import import_custom, load, require, start
 
     require(file)
     if custom and not load_it:

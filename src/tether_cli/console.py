@@ -1,13 +1,20 @@
-"""What goes wrong is one line on stderr and the exit code 2; a traceback comes only if it is asked for."""
+"""What the command says while it works and when it fails: one line."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import typer
 import typer.core
+
+# --------------------------------------------------------------------------- errors
+# What goes wrong is one line on stderr and the exit code 2; a traceback comes only if it is asked for.
+
 
 EXIT_CODE = 2
 MAX_CHARACTERS = 700
@@ -59,3 +66,32 @@ def one_line(error: BaseException) -> str:
     if text.endswith(":"):
         text = " ".join(paragraphs[:2])
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+
+
+# --------------------------------------------------------------------------- waiting
+# A spinner on stderr for what takes longer than a second; nothing where nobody watches.
+
+
+PATIENCE = 1.0
+"""Seconds after which a person wants to know."""
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Says what is going on, if it goes on for long and stderr is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    status = console.status(f"{what} …")
+    timer = threading.Timer(PATIENCE, status.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # or it could start after it was stopped
+        status.stop()
