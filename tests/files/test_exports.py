@@ -10,7 +10,7 @@ from tests.files.running import BACKEND, ELSEWHERE, HERE, SUFFIXES, WRITTEN_ON, 
 from tests.kinds import Bilinear
 from tests.support import numpy
 from tether.errors import TetherError, Unsupported
-from tether.files.exporting import export
+from tether.files.exporting import exporter
 from tether.files.exporting.model import Asked
 
 layers = keras.layers
@@ -393,7 +393,7 @@ def test_a_folder_takes_the_place_of_a_saved_model_only(tmp_path):
     (mine / "thesis.txt").write_text("all of it")
     with (
         pytest.raises(TetherError, match="is not replaced by one"),
-        export.replaced(mine, folder=True) as beside,
+        exporter.replaced(mine, folder=True) as beside,
     ):
         beside.mkdir()
     assert [file.name for file in mine.iterdir()] == ["thesis.txt"]
@@ -403,15 +403,15 @@ def test_a_folder_whose_rename_fails_is_the_old_one(tmp_path, monkeypatch):
     served = tmp_path / "served"
     served.mkdir()
     (served / "saved_model.pb").write_text("old")
-    replace = export.os.replace
+    replace = exporter.os.replace
 
     def fails(source, target):
         if target == served and source.name.startswith(".") and (source / "new").exists():
             raise OSError("the disk is gone")
         replace(source, target)
 
-    monkeypatch.setattr(export.os, "replace", fails)
-    with pytest.raises(OSError, match="the disk is gone"), export.replaced(served, folder=True) as beside:
+    monkeypatch.setattr(exporter.os, "replace", fails)
+    with pytest.raises(OSError, match="the disk is gone"), exporter.replaced(served, folder=True) as beside:
         beside.mkdir()
         (beside / "new").write_text("new")
     assert (served / "saved_model.pb").read_text() == "old"

@@ -4,8 +4,7 @@ from tether.files.exporting import Exported, export
 from tether.files.keras.load import load_model
 from tether.files.keras.save import save_model
 from tether.files.loading.entries import Report
-from tether.files.loading.retie import retie
-from tether.files.loading.untied import load_untied
+from tether.files.loading.untied import load_untied, retie
 from tether.files.tensors.dialects import Tensor
 from tether.files.tensors.peft import load_peft, save_peft
 from tether.files.tensors.safetensors import load_safetensors, save_safetensors
