@@ -9,9 +9,9 @@ from tests.forms.cases import base_weight, own_weights
 from tests.support import as_zero, gradients, numpy
 from tether import forms
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch
-from tether.forms.masked import MAX_ELEMENTS
 from tether.forms.spectral_norm import SpectralNorm
 from tether.weights.codec import decode, encode
+from tether.weights.leaves import MAX_CONSTANT
 
 
 def gradient_of(loss, weight):
@@ -222,7 +222,7 @@ def test_a_mask_that_broadcasts():
 
 
 def test_a_mask_too_large_for_a_config_is_stored(tmp_path):
-    shape = (1024, MAX_ELEMENTS // 1024 + 1)
+    shape = (1024, MAX_CONSTANT // 1024 + 1)
     mask = np.random.default_rng(1).random(shape) > 0.5
     base = tether.Weight(np.ones(shape, "float32"), name="w")
     expression = forms.masked(mask)(base)

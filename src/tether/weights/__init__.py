@@ -5,9 +5,13 @@
 This package knows no layer that uses a weight.
 """
 
+from tether.weights import codec, evaluation, operators, structure
 from tether.weights.expression import Expression, Node, StatefulNode, Term
 from tether.weights.identity import sharing
 from tether.weights.leaves import Argument, Constant, bind
 from tether.weights.weight import Use, Weight
+
+_WAYS = (codec, evaluation, operators, structure)
+"""What an expression is written, computed and changed by: imported, they provide it."""
 
 __all__ = ["Argument", "Constant", "Expression", "Node", "StatefulNode", "Term", "Use", "Weight", "bind", "sharing"]

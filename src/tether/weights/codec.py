@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from tether.errors import NUMERIC, InvalidConfig, TetherError, received
-from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, Term, operator, program
+from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, Stored, Term, operator, program, provide
 from tether.weights.leaves import MAX_CONSTANT, Argument, Constant, numpy_dtype
-from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- as JSON
 # Expressions as JSON: a flat list of steps that name earlier steps, so that no file can hold a cycle.
@@ -31,7 +30,7 @@ def encode(root: Expression) -> list[dict[str, Any]]:
         if isinstance(current, Node):
             parameters = {key: _plain(value) for key, value in current.parameters.items()}
             steps.append({"op": current.name, "of": list(step.operands), **parameters})
-        elif isinstance(current, Weight):
+        elif isinstance(current, Stored):
             steps.append({"weight": current.uid})
         elif isinstance(current, Argument):
             steps.append({"argument": _encode_argument(current)})
@@ -64,7 +63,7 @@ def _encode_constant(constant: Constant) -> dict[str, Any]:
     return {"array": {"dtype": str(array.dtype), "shape": list(array.shape), "data": data}}
 
 
-def decode(steps: Any, weights: Mapping[str, Weight]) -> Expression:
+def decode(steps: Any, weights: Mapping[str, Stored]) -> Expression:
     """The expression of a JSON list.
 
     Args:
@@ -104,7 +103,7 @@ def encode_became(expression: Expression) -> dict[str, Any]:
     return {"steps": encode(expression), "weights": {part.uid: part.get_config() for part in parts}}
 
 
-def decode_became(content: Any, weight: Weight) -> Expression:
+def decode_became(content: Any, weight: Stored) -> Expression:
     """What a weight has become, from the JSON that `encode_became` wrote.
 
     Args:
@@ -119,7 +118,7 @@ def decode_became(content: Any, weight: Weight) -> Expression:
     configs = content["weights"]
     if not isinstance(configs, dict) or any(not isinstance(c, dict) or "became" in c for c in configs.values()):
         raise InvalidConfig(f"What a weight has become names stored weights. {received(weights=configs)}")
-    parts = {uid: Weight.from_config(config) for uid, config in configs.items()}
+    parts = {uid: type(weight).from_config(config) for uid, config in configs.items()}
     expression = decode(content["steps"], parts)
     if not isinstance(expression, Node) or not expression.weights_used():
         raise InvalidConfig(f"What a weight has become is made of other weights. {received(steps=content['steps'])}")
@@ -131,7 +130,7 @@ def decode_became(content: Any, weight: Weight) -> Expression:
     return expression
 
 
-def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[str, Weight]) -> Expression:
+def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[str, Stored]) -> Expression:
     if "op" in step:
         return _decode_node(step, done)
     if len(step) != 1:
@@ -234,3 +233,6 @@ def notation(root: Expression) -> str:
             term = Term(expression.name)  # type: ignore[attr-defined]
         terms.append(term if len(term.text) <= MAX_TEXT else Term("..."))
     return terms[-1].text
+
+
+provide(notation=notation)

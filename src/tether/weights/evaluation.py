@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tether import keras_seam
-from tether.weights.expression import Expression, Node, StatefulNode, Tensor, is_view, program
+from tether.weights.expression import Expression, Node, StatefulNode, Stored, Tensor, is_view, program, provide
 from tether.weights.leaves import Argument, Constant, bindings
-from tether.weights.weight import Weight
 
 _CACHE = "_tether_values"
 _ADVANCED = "_tether_advanced"
@@ -26,7 +25,7 @@ _memory: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 
 def evaluate(expression: Expression) -> Tensor:
     """The tensor of an expression, under the caller's stateless, autocast and argument scopes."""
-    if isinstance(expression, Weight) and expression.became is None:
+    if isinstance(expression, Stored) and expression.became is None:
         return expression.variable.value
     if is_view(expression):
         return _compute(expression)
@@ -82,7 +81,7 @@ def _snapshot(expression: Expression) -> list[Any]:
     found = []
     for step in program(expression):
         leaf = step.expression
-        if isinstance(leaf, Weight):
+        if isinstance(leaf, Stored):
             found.append(keras_seam.snapshot(keras_seam.raw_value(leaf.variable)))
         elif isinstance(leaf, Argument):
             found.append((bindings().get(leaf.key, leaf.default), 0))
@@ -134,7 +133,7 @@ def _fingerprint(expression: Expression) -> tuple[Any, ...]:
     found: list[Any] = []
     for step in program(expression):
         leaf = step.expression
-        if isinstance(leaf, Weight):
+        if isinstance(leaf, Stored):
             tensor = keras_seam.raw_value(leaf.variable)
             found.append((tensor, 0 if tensor is None else keras_seam.mutations(tensor), leaf.generation))
         elif isinstance(leaf, Argument):
@@ -154,7 +153,7 @@ def _compute(expression: Expression) -> Tensor:
         current = step.expression
         if isinstance(current, Node):
             values.append(_apply(current, [values[place] for place in step.operands]))
-        elif isinstance(current, Weight):
+        elif isinstance(current, Stored):
             values.append(keras_seam.plain_tensor(current.value))
         elif isinstance(current, Constant):
             values.append(current.tensor())
@@ -193,3 +192,6 @@ def cast_to_scope(value: Tensor) -> Tensor:
     """What autocast does to a variable, done to a tensor."""
     scope = keras_seam.get_autocast_scope()
     return value if scope is None or scope.dtype is None else scope.maybe_cast(value)
+
+
+provide(evaluate=evaluate)

@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
+import keras
 import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotATensor, ShapeMismatch, TetherError, UnknownShape, received
-
-if TYPE_CHECKING:
-    from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- no silent conversion
 # What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
@@ -102,6 +100,16 @@ MAX_ELEMENTS = 1 << 34
 """64 GiB of float32: a value beyond that is a mistake, or a file of somebody who means harm."""
 
 
+_ways: dict[str, Callable[..., Any]] = {}
+"""What is done with an expression, by name: evaluating, assigning, writing, each operator. The modules of these use the
+classes here, so they put their functions in when they are imported."""
+
+
+def provide(**functions: Callable[..., Any]) -> None:
+    """Lets the methods and operators of expressions call these functions."""
+    _ways.update(functions)
+
+
 class Expression(NoTensor):
     """A value built from stored weights: immutable, comparable, hashable, printed as mathematics.
 
@@ -115,6 +123,9 @@ class Expression(NoTensor):
     """
 
     __slots__ = ()
+
+    stops_gradient: ClassVar[bool] = False
+    """Whether no gradient flows through it to what it is made of."""
 
     # NumPy must hand `array * expression` to the expression instead of looping over it.
     __array_ufunc__: ClassVar[None] = None
@@ -143,14 +154,10 @@ class Expression(NoTensor):
     @property
     def value(self) -> Tensor:
         """The tensor, computed now from what is stored, on the backend in use."""
-        from tether.weights.evaluation import evaluate
-
-        return evaluate(self)
+        return _ways["evaluate"](self)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The value as a NumPy array (a copy)."""
-        import keras
-
         return np.array(keras.ops.convert_to_numpy(self.value))
 
     def assign(self, value: Any) -> None:
@@ -163,9 +170,7 @@ class Expression(NoTensor):
             NotInvertible: The expression has no inverse; the error names the part.
             ShapeMismatch: The value has another shape.
         """
-        from tether.weights.structure import assign
-
-        assign(self, value)
+        _ways["assign"](self, value)
 
     # ------------------------------------------------------------------ structure
 
@@ -176,41 +181,29 @@ class Expression(NoTensor):
 
     def transpose(self, *axes: int) -> Expression:
         """The value with its axes permuted, reversed if no axes are given."""
-        from tether.weights.operators.structure import transpose
-
-        return transpose(self, axes or None)
+        return _ways["transpose"](self, axes or None)
 
     def reshape(self, *shape: int | tuple[int, ...]) -> Expression:
         """The value in another shape of as many elements; one size may be -1."""
-        from tether.weights.operators.structure import reshape
-
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        return reshape(self, sizes)
+        return _ways["reshape"](self, sizes)
 
     def __getitem__(self, key: Any) -> Expression:
-        from tether.weights.operators.structure import index
-
-        return index(self, key)
+        return _ways["index"](self, key)
 
     def astype(self, dtype: str) -> Expression:
         """The value in another dtype."""
-        from tether.weights.operators.structure import cast
-
-        return cast(self, dtype)
+        return _ways["cast"](self, dtype)
 
     # ------------------------------------------------------------------ gradient
 
     def stop_gradient(self) -> Expression:
         """The same value; no gradient flows through this use."""
-        from tether.weights.operators.arithmetic import stop_gradient
-
-        return stop_gradient(self)
+        return _ways["stop_gradient"](self)
 
     def scale_gradient(self, scale: float) -> Expression:
         """The same value; the gradient through this use is multiplied by `scale`."""
-        from tether.weights.operators.arithmetic import scale_gradient
-
-        return scale_gradient(self, scale)
+        return _ways["scale_gradient"](self, scale)
 
     # ------------------------------------------------------------------ arithmetic
 
@@ -264,27 +257,25 @@ class Expression(NoTensor):
 
     def notation(self) -> str:
         """The expression in mathematics, as in `0.5 * codec.T + A @ B`."""
-        from tether.weights.codec import notation
+        return _ways["notation"](self)
 
-        return notation(self)
-
-    def weights_used(self) -> tuple[Weight, ...]:
+    def weights_used(self) -> tuple[Stored, ...]:
         """The stored weights in it, each once, in the order in which they appear."""
         # A method, not a property: Keras's save walks into what a layer's properties hold, and the
         # only weight that a Weight uses is itself.
-        from tether.weights.weight import Weight
+        return tuple(leaf for leaf in leaves(self) if isinstance(leaf, Stored))
 
-        return tuple(leaf for leaf in leaves(self) if isinstance(leaf, Weight))
+
+class Stored(Expression, keras.layers.Layer):
+    """A leaf that owns storage; `tether.Weight` is the only one. What is below that class knows it by this name."""
 
 
 def _arithmetic(operator: str, *operands: Any) -> Any:
-    from tether.weights.operators import arithmetic
-
     try:
         expressions = [as_expression(operand) for operand in operands]
     except TypeError:
         return NotImplemented
-    return getattr(arithmetic, operator)(*expressions)
+    return _ways[operator](*expressions)
 
 
 def as_expression(value: Any) -> Expression:
@@ -293,9 +284,7 @@ def as_expression(value: Any) -> Expression:
     Raises:
         TypeError: It is neither.
     """
-    from tether.weights.leaves import Constant
-
-    return value if isinstance(value, Expression) else Constant.of(value)
+    return value if isinstance(value, Expression) else _ways["constant"](value)
 
 
 class Node(Expression):
@@ -340,7 +329,7 @@ class Node(Expression):
     _since: int  # how many weights had become expressions when the next three were found
     _program: tuple[Step, ...] | None
     _cheap: bool | None
-    _live: tuple[Weight, ...] | None
+    _live: tuple[Stored, ...] | None
     _hash: int
 
     def __init__(self, *operands: Expression, **parameters: Any) -> None:
@@ -475,7 +464,7 @@ class StatefulNode(Node):
 
     __slots__ = ()
 
-    def advance(self, *values: Tensor) -> dict[Weight, Tensor]:
+    def advance(self, *values: Tensor) -> dict[Stored, Tensor]:
         """The new state: a value for each weight that holds some, from the tensors of the operands."""
         raise TypeError(f"{type(self).__name__} does not say how its state goes on.")
 
@@ -680,7 +669,7 @@ def is_view(root: Expression) -> bool:
     return cheap
 
 
-def live_weights(root: Expression) -> tuple[Weight, ...]:
+def live_weights(root: Expression) -> tuple[Stored, ...]:
     """The weights with an occurrence that no `stop_gradient` shields."""
     if not isinstance(root, Node):
         return root.weights_used() if root.became is None else live_weights(root.became)
@@ -691,16 +680,13 @@ def live_weights(root: Expression) -> tuple[Weight, ...]:
     return found
 
 
-def _live_weights(steps: tuple[Step, ...]) -> tuple[Weight, ...]:
-    from tether.weights.operators.arithmetic import StopGradient
-    from tether.weights.weight import Weight
-
+def _live_weights(steps: tuple[Step, ...]) -> tuple[Stored, ...]:
     live = {len(steps) - 1}
     for place in range(len(steps) - 1, -1, -1):
-        if place in live and not isinstance(steps[place].expression, StopGradient):
+        if place in live and not steps[place].expression.stops_gradient:
             live.update(steps[place].operands)
     return tuple(
-        step.expression for place, step in enumerate(steps) if place in live and isinstance(step.expression, Weight)
+        step.expression for place, step in enumerate(steps) if place in live and isinstance(step.expression, Stored)
     )
 
 

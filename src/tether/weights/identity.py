@@ -19,17 +19,15 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from tether import keras_seam
-
-if TYPE_CHECKING:
-    from tether.weights.weight import Weight
+from tether.weights.expression import Stored
 
 _explicit = threading.local()
-_births: weakref.WeakValueDictionary[str, Weight] = weakref.WeakValueDictionary()
+_births: weakref.WeakValueDictionary[str, Stored] = weakref.WeakValueDictionary()
 
 
 def fresh_uid() -> str:
@@ -38,7 +36,7 @@ def fresh_uid() -> str:
 
 
 @contextlib.contextmanager
-def sharing(known: dict[str, Weight] | None = None) -> Iterator[dict[str, Weight]]:
+def sharing(known: dict[str, Stored] | None = None) -> Iterator[dict[str, Stored]]:
     """Lets several loads or clones share weights, as one would.
 
     Without it, a tie holds within one call that loads or clones, and never between two of them.
@@ -53,7 +51,7 @@ def sharing(known: dict[str, Weight] | None = None) -> Iterator[dict[str, Weight
     Yields:
         The weights made so far, by the uid in the files.
     """
-    before: dict[str, Weight] | None = getattr(_explicit, "scope", None)
+    before: dict[str, Stored] | None = getattr(_explicit, "scope", None)
     _explicit.scope = {} if known is None else known
     try:
         yield _explicit.scope
@@ -61,15 +59,15 @@ def sharing(known: dict[str, Weight] | None = None) -> Iterator[dict[str, Weight
         _explicit.scope = before
 
 
-def born(weight: Weight) -> None:
+def born(weight: Stored) -> None:
     """Notes when a weight was made, so that a copy of it can be told from what is made along with it."""
     _births[weight.uid] = weight
     keras_seam.set_untracked(weight, "born", keras_seam.copies_begun())
 
 
-def scope_of(uid: str) -> dict[str, Weight] | None:
+def scope_of(uid: str) -> dict[str, Stored] | None:
     """The weights made so far by the copy in which a config names a uid, by uid; `None` outside of any copy."""
-    explicit: dict[str, Weight] | None = getattr(_explicit, "scope", None)
+    explicit: dict[str, Stored] | None = getattr(_explicit, "scope", None)
     if explicit is not None:
         return explicit
     original = _births.get(uid)

@@ -14,7 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NUMERIC, NotATensor, ShapeMismatch, TetherError, UnboundArgument, as_dtype, as_int, received
-from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Tensor, Term
+from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Tensor, Term, provide
 
 # --------------------------------------------------------------------------- arguments
 # A leaf without storage that is bound when the layer is called: a choice, a depth, a computed tensor.
@@ -346,3 +346,6 @@ class Constant(Expression):
 
 def _rebuild_constant(number: int | float | None, array: np.ndarray[Any, Any] | None) -> Constant:
     return Constant(number=number, array=array)
+
+
+provide(constant=Constant.of)

@@ -11,7 +11,19 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch
-from tether.weights.expression import Expression, Node, Shape, Step, Tensor, known_shape, leaves, live_weights, program
+from tether.weights.expression import (
+    Expression,
+    Node,
+    Shape,
+    Step,
+    Stored,
+    Tensor,
+    known_shape,
+    leaves,
+    live_weights,
+    program,
+    provide,
+)
 from tether.weights.operators.arithmetic import (
     Add,
     Divide,
@@ -25,7 +37,6 @@ from tether.weights.operators.arithmetic import (
 from tether.weights.operators.choice import Adapted
 from tether.weights.operators.quantized import Dequantize
 from tether.weights.operators.structure import Cast, Einsum, Where
-from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- backwards
 # Pushing a value or a shape back through an expression, into the weights it is made of.
@@ -45,7 +56,7 @@ def assign(expression: Expression, value: Any) -> None:
 
 def invert(
     expression: Expression, value: Tensor, otherwise: Callable[[Node], tuple[Expression, ...]] | None = None
-) -> dict[Weight, Tensor]:
+) -> dict[Stored, Tensor]:
     """The weights' values that make the expression evaluate to `value`.
 
     Args:
@@ -58,7 +69,7 @@ def invert(
     """
     steps = program(expression)
     wanted: dict[int, list[Tensor]] = {len(steps) - 1: [value]}
-    found: dict[Weight, Tensor] = {}
+    found: dict[Stored, Tensor] = {}
     for place in range(len(steps) - 1, -1, -1):
         if place not in wanted:
             continue
@@ -68,7 +79,7 @@ def invert(
                 f"{expression.notation()} uses {current.notation()} more than once, so no single value of it gives "
                 "what was assigned. Assign to the weights themselves."
             )
-        if isinstance(current, Weight):
+        if isinstance(current, Stored):
             found[current] = values[0]
         else:
             parts = current.inverse(values[0]) if isinstance(current, Node) else None
@@ -105,9 +116,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(np.array_equal(keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)))
 
 
-def solve_shape(expression: Expression, shape: Shape) -> tuple[Weight, Shape] | None:
+def solve_shape(expression: Expression, shape: Shape) -> tuple[Stored, Shape] | None:
     """The one weight without a shape and the shape that it must have, where `shape` determines it."""
-    unknown = {leaf for leaf in leaves(expression) if isinstance(leaf, Weight) and leaf.shape is None}
+    unknown = {leaf for leaf in leaves(expression) if isinstance(leaf, Stored) and leaf.shape is None}
     if len(unknown) != 1:
         return None
     current: Expression = expression
@@ -118,7 +129,7 @@ def solve_shape(expression: Expression, shape: Shape) -> tuple[Weight, Shape] | 
         if found is None or len(open_operands) != 1:
             return None
         current, wanted = open_operands[0], found
-    return (current, wanted) if isinstance(current, Weight) else None
+    return (current, wanted) if isinstance(current, Stored) else None
 
 
 def is_invertible(expression: Expression) -> bool:
@@ -209,7 +220,7 @@ def _has_weights(expression: Expression) -> bool:
     waiting, seen = [expression], set()
     while waiting:
         current = waiting.pop()
-        if isinstance(current, Weight):
+        if isinstance(current, Stored):
             return True
         if isinstance(current, Node) and id(current) not in seen:
             seen.add(id(current))
@@ -231,7 +242,7 @@ def _base_of(may_be: list[Expression], parts: list[Expression], shape: Shape | N
     return left[0] if len(left) == 1 and any(left[0] is part for part in may_be) else None
 
 
-def _is_made_for(part: Expression, plain: set[Weight]) -> bool:
+def _is_made_for(part: Expression, plain: set[Stored]) -> bool:
     """Whether weights of a part have a role, and the others in it are those of parts without such weights."""
     made = {weight for weight in part.weights_used() if weight.role in MADE}
     return bool(made) and set(part.weights_used()) <= made | plain
@@ -274,19 +285,19 @@ def _valued(expression: Expression) -> Expression:
 # --------------------------------------------------------------------------- what follows from it
 
 
-def as_it_is(expression: Expression) -> Weight | None:
+def as_it_is(expression: Expression) -> Stored | None:
     """The stored weight that an expression is, whatever gradient flows to it."""
     found = _valued(expression)
-    return found if isinstance(found, Weight) and found.became is None else None
+    return found if isinstance(found, Stored) and found.became is None else None
 
 
-def base_of(expression: Expression) -> Weight | None:
+def base_of(expression: Expression) -> Stored | None:
     """The weight to which all else in an expression was added: `w` of `w.stop_gradient() + a @ b`, or of `w` itself.
 
     A value that the plain layer had is a value for it, as it is, and for nothing else.
     """
     current = expression
-    while not isinstance(current, Weight):
+    while not isinstance(current, Stored):
         if isinstance(current, (StopGradient, ScaleGradient)) or _is_between_floats(current):
             current = current.operands[0]  # type: ignore[attr-defined]
             continue
@@ -303,7 +314,7 @@ def _is_between_floats(expression: Expression) -> bool:
     )
 
 
-def put(expression: Expression, value: Tensor) -> dict[Weight, Tensor]:
+def put(expression: Expression, value: Tensor) -> dict[Stored, Tensor]:
     """Values for the weights of an expression that make it the value of a plain layer, with what was added on top.
 
     Where an expression has an inverse, it is as assigned. Else the base takes the value.
@@ -320,15 +331,15 @@ def _heirs(node: Node) -> tuple[Expression, ...]:
     return () if found is None or found.base.shape != node.shape else (found.base, *found.copies)
 
 
-def added_weights(expression: Expression) -> set[Weight]:
+def added_weights(expression: Expression) -> set[Stored]:
     """The weights that were only added: those to which no value of a plain layer goes."""
-    added: set[Weight] = set()
-    kept: set[Weight] = set()
+    added: set[Stored] = set()
+    kept: set[Stored] = set()
     waiting = [expression]
     while waiting:
         current = waiting.pop()
         found = split(current)
-        if isinstance(current, Weight):
+        if isinstance(current, Stored):
             kept.add(current)
         elif found is not None:
             added.update(weight for part in found.added for weight in part.weights_used())
@@ -340,9 +351,12 @@ def added_weights(expression: Expression) -> set[Weight]:
     return added - kept
 
 
-def is_added(weight: Weight) -> bool:
+def is_added(weight: Stored) -> bool:
     """Whether a weight was only added to others, wherever it is used."""
     return bool(weight.uses) and all(weight in added_weights(use.expression) for use in weight.uses)
+
+
+provide(assign=assign)
 
 
 __all__ = ["MADE", "Split", "added_weights", "as_it_is", "base_of", "is_added", "put", "split"]

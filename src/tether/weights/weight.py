@@ -21,8 +21,10 @@ from tether.errors import (
     ValueConflict,
     received,
 )
-from tether.weights.expression import Expression, Shape, Tensor, live_weights, note_replacement, resolved
+from tether.weights.codec import decode_became, encode_became
+from tether.weights.expression import Expression, Shape, Stored, Tensor, live_weights, note_replacement, resolved
 from tether.weights.identity import born, fresh_uid, mark, scope_of, told_by_file
+from tether.weights.structure import is_added
 from tether.weights.weight_config import check_agrees, check_config, check_role, read_start
 
 # --------------------------------------------------------------------------- uses
@@ -60,7 +62,7 @@ class Use:
 
 
 @keras.saving.register_keras_serializable(package="tether", name="Weight")
-class Weight(Expression, keras.layers.Layer):
+class Weight(Stored):
     """One stored weight, to be used in any number of layers and expressions.
 
     A `Weight` is a Keras layer underneath, so Keras tracks, counts, optimises and saves it once.
@@ -495,8 +497,6 @@ class Weight(Expression, keras.layers.Layer):
         derived = self.initializer is None
         became = {}
         if self._became is not None:
-            from tether.weights.codec import encode_became
-
             became["became"] = encode_became(self._became)
         return {
             "name": self.name,
@@ -536,8 +536,6 @@ class Weight(Expression, keras.layers.Layer):
             weight.autocasts = autocasts
             weight.initializer = keras.initializers.get(initializer)
             if became is not None:
-                from tether.weights.codec import decode_became
-
                 weight.become(decode_became(became, weight))
             elif weight.shape is not None and weight.initializer is not None:
                 weight._create(weight.initializer, weight.shape, weight._given_dtype)
@@ -586,8 +584,6 @@ class Weight(Expression, keras.layers.Layer):
             )
 
     def _is_added(self) -> bool:
-        from tether.weights.structure import is_added
-
         return is_added(self)
 
     def load_value(self, value: Any, loaded: dict[int, Any], *, source: str) -> None:

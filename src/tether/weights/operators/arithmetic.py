@@ -10,7 +10,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, received
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, register
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term, provide, register
 from tether.weights.leaves import Constant
 
 # --------------------------------------------------------------------------- arithmetic
@@ -275,7 +275,7 @@ class _Same(Node):
 class StopGradient(_Same):
     """No gradient through this use."""
 
-    name, elementwise_cost = "stop_gradient", False
+    name, elementwise_cost, stops_gradient = "stop_gradient", False, True
 
     def compute(self, *values: Tensor) -> Tensor:
         """The value, cut off from its gradient."""
@@ -319,3 +319,7 @@ def stop_gradient(x: Expression) -> Expression:
 def scale_gradient(x: Expression, scale: float) -> Expression:
     """`x`, through which the gradient is multiplied by `scale`."""
     return ScaleGradient(x, scale=scale)
+
+
+provide(add=add, subtract=subtract, multiply=multiply, divide=divide, matmul=matmul, negative=negative)
+provide(stop_gradient=stop_gradient, scale_gradient=scale_gradient)

@@ -11,9 +11,8 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, as_dtype, as_int, as_ints, received
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, register
+from tether.weights.expression import Expression, Node, Shape, Stored, Tensor, Term, register
 from tether.weights.operators import arithmetic, structure
-from tether.weights.weight import Weight
 
 
 @register
@@ -147,10 +146,10 @@ class Rounded:
     """For 4 bits: how many integers there are along it."""
     shape: Shape
 
-    def expression(self, of: Weight, dtype: str) -> Expression:
+    def expression(self, of: Stored, dtype: str) -> Expression:
         """What the array was, over two new weights that do not train, beside the one that they stand for."""
-        codes = Weight.beside(of, self.mode, self.codes, dtype="int8", trainable=False, role="integers")
-        scale = Weight.beside(of, "scale", self.scale, dtype="float32", trainable=False, role="scale")
+        codes = of.beside(of, self.mode, self.codes, dtype="int8", trainable=False, role="integers")
+        scale = of.beside(of, "scale", self.scale, dtype="float32", trainable=False, role="scale")
         integers: Expression = codes if self.mode == "int8" else Unpack(codes, axis=self.axis, size=self.size)
         shape = None if integers.shape == self.shape else self.shape
         return Dequantize(integers, scale, dtype=dtype, shape=shape)

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_dtype, as_int, as_ints, received
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, register
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, provide, register
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 
@@ -475,3 +475,6 @@ def where(condition: Any, x1: Any, x2: Any) -> Expression:
 def einsum(equation: str, *xs: Any) -> Expression:
     """A contraction of values."""
     return Einsum(*map(as_expression, xs), equation=equation)
+
+
+provide(transpose=transpose, reshape=reshape, index=index, cast=cast)
