@@ -155,6 +155,7 @@ types: $(VENV)/.test-stamp ## mypy, strict
 contracts: $(VENV)/.test-stamp ## the house's direction: who may import whom
 	@echo "== contracts"
 	@$(VENV)/bin/lint-imports --no-logo
+	@$(PY) scripts/check_circles.py
 	@$(PY) scripts/check_seam.py
 	@$(PY) scripts/check_seam.py src/tether_cli
 
