@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import keras
 import numpy as np
 
 from tether import keras_seam
@@ -34,6 +35,7 @@ from tether.layers.tying.state import View
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, weight_of, weights_of
 from tether.layers.tying.untie import untie
+from tether.types import AnyLayer
 from tether.weights.codec import decode
 from tether.weights.expression import Expression
 from tether.weights.operators.arithmetic import StopGradient
@@ -50,7 +52,7 @@ _MERGED = "_tether_merged"
 # --------------------------------------------------------------------------- adding and removing
 
 
-def add(model: Any, name: str, changes: Mapping[str, Any], /, *, freeze: bool = True) -> Any:
+def add(model: AnyLayer, name: str, changes: Mapping[str, Any], /, *, freeze: bool = True) -> AnyLayer:
     """Adds a named adapter to weights of a model, in place. Its strength is 1.
 
     What was frozen in the model stays frozen, and the adapter learns all the same. A model that has trained has to
@@ -83,7 +85,7 @@ def add(model: Any, name: str, changes: Mapping[str, Any], /, *, freeze: bool = 
     return _adapt(model, name, 1.0, parts, freeze=freeze)
 
 
-def remove(model: Any, name: str) -> Any:
+def remove(model: AnyLayer, name: str) -> AnyLayer:
     """Takes an adapter off, in place. The bases stay frozen as they were under it.
 
     Args:
@@ -109,7 +111,12 @@ def remove(model: Any, name: str) -> Any:
 
 
 def _adapt(
-    model: Any, name: str, strength: float, parts: Mapping[str, Callable[[Expression], Expression]], *, freeze: bool
+    model: keras.Model,
+    name: str,
+    strength: float,
+    parts: Mapping[str, Callable[[Expression], Expression]],
+    *,
+    freeze: bool,
 ) -> Any:
     """Adds to weights, by path, the part that a function makes of the weight, all under one strength."""
     found = named_weights(model)
@@ -143,12 +150,12 @@ def _adapted(base: Expression, parts: Mapping[str, tuple[Expression, Expression]
 # --------------------------------------------------------------------------- what there is
 
 
-def names(model: Any) -> list[str]:
+def names(model: keras.Model) -> list[str]:
     """The names of a model's adapters, in the order in which they were added."""
     return list(strengths(model))
 
 
-def strengths(model: Any) -> dict[str, float]:
+def strengths(model: keras.Model) -> dict[str, float]:
     """The present strength of each adapter."""
     found: dict[str, float] = {}
     for adapted in _adapted_weights(model).values():
@@ -157,7 +164,7 @@ def strengths(model: Any) -> dict[str, float]:
     return found
 
 
-def set_strengths(model: Any, wanted: Mapping[str, float], /) -> None:
+def set_strengths(model: keras.Model, wanted: Mapping[str, float], /) -> None:
     """Sets how strongly adapters count: 1 is on, 0 is off, several make a weighted sum. Others stay as they are.
 
     It is one assignment: nothing is compiled again.
@@ -174,7 +181,7 @@ def set_strengths(model: Any, wanted: Mapping[str, float], /) -> None:
             strength.assign(np.asarray(wanted[name], strength.dtype))
 
 
-def activate(model: Any, *wanted: str) -> None:
+def activate(model: keras.Model, *wanted: str) -> None:
     """Turns adapters on (strength 1), and all others off; without names, all off.
 
     Raises:
@@ -184,7 +191,7 @@ def activate(model: Any, *wanted: str) -> None:
     set_strengths(model, {name: float(name in wanted) for name in names(model)})
 
 
-def _strength_weights(model: Any) -> list[tuple[Weight, str]]:
+def _strength_weights(model: keras.Model) -> list[tuple[Weight, str]]:
     found = {}
     for adapted in _adapted_weights(model).values():
         for name, (strength, _) in adapted.parts.items():
@@ -193,7 +200,7 @@ def _strength_weights(model: Any) -> list[tuple[Weight, str]]:
     return list(found.values())
 
 
-def _adapted_weights(model: Any) -> dict[str, Adapted]:
+def _adapted_weights(model: keras.Model) -> dict[str, Adapted]:
     """The expressions with adapters, by path."""
     merged = getattr(model, _MERGED, None)
     if merged:
@@ -205,17 +212,17 @@ def _adapted_weights(model: Any) -> dict[str, Adapted]:
     }
 
 
-def _known(model: Any, wanted: Iterable[str]) -> None:
+def _known(model: keras.Model, wanted: Iterable[str]) -> None:
     unknown = [name for name in wanted if name not in names(model)]
     if unknown:
         raise UnknownName(f"{model.name!r} has no adapter {unknown[0]!r}. It has: {_listed(model)}.")
 
 
-def _listed(model: Any) -> str:
+def _listed(model: keras.Model) -> str:
     return ", ".join(names(model)) or "none"
 
 
-def _check(model: Any, function: str) -> None:
+def _check(model: keras.Model, function: str) -> None:
     refuse_layer(f"adapters.{function}", model)
     if not model.built:
         raise TetherError(f"{model.name!r} is not built yet. Call it on data first, or `build` it.")
@@ -223,7 +230,7 @@ def _check(model: Any, function: str) -> None:
         raise TetherError(f"The adapters of {model.name!r} are merged. Take them apart first: `unmerge(model)`.")
 
 
-def _check_new_name(model: Any, name: Any) -> None:
+def _check_new_name(model: keras.Model, name: Any) -> None:
     if not isinstance(name, str) or not name or name in names(model):
         raise TetherError(f"An adapter has a name of its own; the model has: {_listed(model)}. {received(name=name)}")
 
@@ -241,7 +248,7 @@ def _check_strength(name: str, value: Any) -> None:
 # --------------------------------------------------------------------------- merging
 
 
-def merge(model: Any) -> Any:
+def merge(model: AnyLayer) -> AnyLayer:
     """Gives the weights with adapters plain variables of their present values, in place, until `unmerge`.
 
     Nothing that is stored is written to, so merging and taking apart loses not a bit, however often. For a plain
@@ -259,7 +266,7 @@ def merge(model: Any) -> Any:
     return model
 
 
-def unmerge(model: Any) -> Any:
+def unmerge(model: AnyLayer) -> AnyLayer:
     """Makes the expressions again that `merge` replaced, in place.
 
     Raises:
@@ -277,7 +284,7 @@ def unmerge(model: Any) -> Any:
 # --------------------------------------------------------------------------- files
 
 
-def save(model: Any, name: str, path: str | os.PathLike[str]) -> None:
+def save(model: keras.Model, name: str, path: str | os.PathLike[str]) -> None:
     """Writes one adapter, and nothing of the base, to a safetensors file.
 
     Args:
@@ -304,7 +311,7 @@ def save(model: Any, name: str, path: str | os.PathLike[str]) -> None:
     adapter_file.write(target, name, strengths(model)[name], parts, bases)
 
 
-def load(model: Any, path: str | os.PathLike[str], /, *, name: str | None = None, freeze: bool = True) -> Any:
+def load(model: keras.Model, path: str | os.PathLike[str], /, *, name: str | None = None, freeze: bool = True) -> Any:
     """Adds the adapter of a file to a model, in place, at the strength that it was saved with.
 
     Args:
@@ -334,7 +341,7 @@ def load(model: Any, path: str | os.PathLike[str], /, *, name: str | None = None
 
 
 def _read_part(
-    model: Any, place: str, header: Mapping[str, Any], weights: Mapping[str, Weight], base: Expression
+    model: keras.Model, place: str, header: Mapping[str, Any], weights: Mapping[str, Weight], base: Expression
 ) -> Expression:
     """The part that a file has for a weight, with this base in the place of the one that it was made for."""
     uids, own = header["bases"].get(place, []), base.weights_used()

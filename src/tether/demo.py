@@ -130,14 +130,14 @@ class Clock(keras.callbacks.Callback):
         self.tick()
 
 
-def train(model: Any, digits: Images, setting: Setting, tick: Callable[[], object] = lambda: None) -> float:
+def train(model: keras.Model, digits: Images, setting: Setting, tick: Callable[[], object] = lambda: None) -> float:
     """Trains a model and returns the median seconds per epoch, without the first epoch if there are more."""
     clock = Clock(tick)
     model.fit(digits, digits, batch_size=setting.batch, epochs=setting.epochs, verbose=0, callbacks=[clock])
     return statistics.median(clock.seconds[1:] or clock.seconds)
 
 
-def error_of(model: Any, held_out: Images) -> float:
+def error_of(model: keras.Model, held_out: Images) -> float:
     """The mean squared error on digits that the model has not seen."""
     return float(model.evaluate(held_out, held_out, batch_size=len(held_out), verbose=0))
 
@@ -145,7 +145,7 @@ def error_of(model: Any, held_out: Images) -> float:
 # --------------------------------------------------------------------------- does the tie hold?
 
 
-def is_tied(model: Any) -> bool:
+def is_tied(model: keras.Model) -> bool:
     """Whether one kernel is stored, and the decoder's is the encoder's transposed, bit for bit."""
     encode, decode = (keras.ops.convert_to_numpy(model.get_layer(name).kernel) for name in ("encode", "decode"))
     stored = [variable for variable in model.weights if len(variable.shape) == 2]
@@ -157,7 +157,7 @@ def shares_nothing(a: Any, b: Any) -> bool:
     return not {id(variable) for variable in a.weights} & {id(variable) for variable in b.weights}
 
 
-def survive(model: Any, digits: Images, setting: Setting, file: Path) -> dict[str, bool]:
+def survive(model: keras.Model, digits: Images, setting: Setting, file: Path) -> dict[str, bool]:
     """Reloads, clones and trains on a model that is saved in `file`; says after which steps it is tied."""
     still = {"train": is_tied(model)}
     loaded = keras.saving.load_model(file)

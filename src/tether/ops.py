@@ -12,9 +12,10 @@ layer = tether.tie(keras.layers.Embedding(1000, 64), embeddings=embeddings)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from tether.types import Function
 from tether.weights.expression import Expression, as_expression
 from tether.weights.operators import arithmetic, choice, function, structure
 
@@ -112,7 +113,7 @@ def scale_gradient(x: Any, scale: float) -> Expression:
     return arithmetic.scale_gradient(as_expression(x), scale)
 
 
-def apply(function_: Callable[..., Any], *xs: Any) -> Expression:
+def apply(function_: Function, *xs: Any) -> Expression:
     """`function_(*xs)`, for a function of ordinary Keras code that a file can name.
 
     Args:

@@ -29,7 +29,7 @@ class Concatenate(LayerForm):
         self.units = as_rank(units, "units")
         self.kernel_initializer, self.bias_initializer = kernel_initializer, bias_initializer
 
-    def layer(self, parent: Any) -> Any:
+    def layer(self, parent: keras.Layer) -> Any:
         """A layer like the parent, with more units."""
         units = units_of("concatenate", parent)
         if not _is_elementwise(parent.activation):

@@ -11,6 +11,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, TetherError, UnknownShape, received
+from tether.types import Array
 from tether.weights.expression import Expression, Node, NoTensor, Shape, Tensor, as_expression
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
@@ -108,7 +109,7 @@ class LayerForm(NoTensor):
     def _instead(self) -> str:
         return f"{self!r} is a form, not a value: `tether.inherit(parent, form)` makes a layer with it."
 
-    def layer(self, parent: Any) -> Any:
+    def layer(self, parent: keras.Layer) -> Any:
         """The child: a new Keras layer, not built.
 
         Raises:
@@ -162,7 +163,7 @@ def widened(value: Tensor) -> Tensor:
     return value if dtype in ("float32", "float64") else keras.ops.cast(value, "float32")
 
 
-def as_array(value: Tensor) -> np.ndarray[Any, Any]:
+def as_array(value: Tensor) -> Array:
     """A tensor as a float64 array, for inverses: what they check and decompose has to be exact."""
     return np.asarray(keras.ops.convert_to_numpy(widened(value)), dtype="float64")
 
@@ -267,7 +268,7 @@ def part_dtype(base: Expression) -> str:
     return base.dtype if base.dtype is not None and keras_seam.is_float(base.dtype) else keras.config.floatx()
 
 
-def start_value(base: Expression) -> np.ndarray[Any, Any]:
+def start_value(base: Expression) -> Array:
     """The base's present value in float64, for start values that depend on it."""
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(base.value, "float32")), dtype="float64")
 

@@ -11,8 +11,6 @@ Householder transformations, revisited" (ACM TOMS 32). The conventions are those
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import numpy as np
 
@@ -28,6 +26,7 @@ from tether.forms.form import (
     rows_and_columns,
     shape_of,
 )
+from tether.types import Array
 from tether.weights.expression import Expression, Shape, Tensor, register
 
 __all__ = ["orthogonal"]
@@ -58,7 +57,7 @@ class _Orthogonal(Float32Node):
         """The orthogonal matrix for an X with at least as many rows as columns."""
         raise TypeError(f"{type(self).__name__} does not compute.")
 
-    def checked(self, value: Tensor) -> np.ndarray[Any, Any]:
+    def checked(self, value: Tensor) -> Array:
         """The value as a tall array with orthonormal columns."""
         array = as_array(value)
         array = array.T if array.shape[0] < array.shape[1] else array
@@ -70,7 +69,7 @@ class _Orthogonal(Float32Node):
             )
         return array
 
-    def like(self, value: Tensor, array: np.ndarray[Any, Any]) -> Tensor:
+    def like(self, value: Tensor, array: Array) -> Tensor:
         """A tall array as a value of the first operand, of the shape of a value of this expression."""
         return self.start(array if array.shape == tuple(value.shape) else array.T)
 

@@ -9,7 +9,6 @@ conventions are those of `torch.nn.utils.parametrizations.spectral_norm`.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import keras
 import numpy as np
@@ -29,6 +28,7 @@ from tether.forms.form import (
     start_value,
     widened,
 )
+from tether.types import Config
 from tether.weights.expression import Expression, Shape, StatefulNode, Tensor, Term, register
 from tether.weights.weight import Weight
 
@@ -45,7 +45,7 @@ class SpectralNorm(Float32Node, StatefulNode):
     __slots__ = ()
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """Iterations per training call, and the least norm that is divided by."""
         iterations, epsilon = as_int(given.get("iterations"), "iterations"), given.get("epsilon")
         if not 1 <= iterations <= 1000:

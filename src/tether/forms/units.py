@@ -24,13 +24,13 @@ KINDS: dict[Any, str] = {
 }
 
 
-def _kind(parent: Any) -> Any:
+def _kind(parent: keras.Layer) -> Any:
     """The Keras class that a layer is an instance of, and not of a subclass that may compute otherwise."""
     cls = getattr(type(parent), "_tether_base", type(parent))
     return cls if cls in KINDS else None
 
 
-def units_of(form: str, parent: Any) -> int:
+def units_of(form: str, parent: keras.Layer) -> int:
     """How many outputs a layer has on the last axis of its kernel.
 
     Raises:
@@ -58,7 +58,7 @@ def units_of(form: str, parent: Any) -> int:
     return int(getattr(parent, KINDS[kind]))
 
 
-def _last_of_einsum(form: str, parent: Any) -> int:
+def _last_of_einsum(form: str, parent: keras.Layer) -> int:
     inputs, _, output = parent.equation.replace(" ", "").partition("->")
     features, _, kernel = inputs.partition(",")
     last = kernel[-1:]
@@ -73,7 +73,7 @@ def _last_of_einsum(form: str, parent: Any) -> int:
     return int(size)
 
 
-def resized(parent: Any, units: int, *, needs_bias: bool = False, **changes: Any) -> Any:
+def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **changes: Any) -> Any:
     """A new layer like the parent, not built, with another number of units.
 
     Constraints stay with the parent: they hold for what is stored, not for what a child makes of it.

@@ -8,13 +8,12 @@ Neural Networks" (arXiv:1602.07868).
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, as_int, received
 from tether.forms.form import Float32Node, Form, as_array, base_of, part, rows_and_columns, shape_of, start_value
+from tether.types import Array, Config
 from tether.weights.expression import Expression, Shape, Tensor, Term, register
 
 __all__ = ["weight_norm"]
@@ -30,7 +29,7 @@ class _OverNorms(Float32Node):
     __slots__ = ()
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """How many leading axes the norm goes over, and 1 for a detached norm."""
         return {"rows": as_int(given.get("rows"), "rows"), "detached": as_int(given.get("detached", 0), "detached")}
 
@@ -94,7 +93,7 @@ class Magnitude(_OverNorms):
         return [self.start(array, 0), self.start(norms_of(array, self.parameters["rows"]), 1)]
 
 
-def norms_of(array: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+def norms_of(array: Array, rows: int) -> Array:
     """Euclidean norms over the leading axes."""
     return np.asarray(np.sqrt(np.sum(np.square(array), axis=tuple(range(rows)))))
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from tether.errors import InvalidConfig, received
+from tether.types import Config
 from tether.weights.leaves import numpy_dtype
 
 # --------------------------------------------------------------------------- facts
@@ -190,7 +191,7 @@ class Facts:
         """What the optimizer keeps."""
         return sum(slot.bytes for slot in self.optimizer)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Config:
         """The facts as what JSON can hold; `from_json` reads it."""
         totals = {
             "stored_bytes": self.stored_bytes,
@@ -224,7 +225,7 @@ class Facts:
             raise InvalidConfig(f"These facts are not what `to_json` writes: {error}.") from error
 
 
-def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+def _tuples(entry: Config) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
@@ -283,7 +284,7 @@ def difference(before: Facts, after: Facts) -> Difference:
     return Difference(tuple(changes))
 
 
-def _weights(facts: Facts) -> dict[str, dict[str, Any]]:
+def _weights(facts: Facts) -> dict[str, Config]:
     """Every place that holds a weight; one that holds a weight again is a place too."""
     return {
         place: {"shape": weight.shape, "dtype": weight.dtype, "trainable": weight.trainable}
@@ -319,7 +320,7 @@ def _compared(ties: dict[str, UseOf]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _slots(facts: Facts) -> dict[str, dict[str, Any]]:
+def _slots(facts: Facts) -> dict[str, Config]:
     return {
         place: {"shape": slot.shape, "dtype": slot.dtype}
         for slot in facts.optimizer

@@ -23,6 +23,7 @@ from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.inspection.live import layer_path, unique_paths
 from tether.layers.tying.state import WEIGHTS, View, state_of, stored_variables
+from tether.types import Array, Config
 from tether.weights.expression import Expression, Tensor
 from tether.weights.weight import Weight
 
@@ -38,7 +39,7 @@ from tether.weights.weight import Weight
 class Reader:
     """Who reads a stored variable: a view of it, or a layer that holds it."""
 
-    owner: Any
+    owner: keras.Layer
     where: str
     """The layer and its own name for the weight, or the rest: what reads it and is none of them."""
     expression: str | None = None
@@ -66,7 +67,7 @@ def readers(model: Any) -> dict[int, list[Reader]]:
     return {variable: list(of_variable.values()) for variable, of_variable in found.items()}
 
 
-def _reads(layer: Any) -> Iterator[tuple[Any, Any, str, str | None]]:
+def _reads(layer: keras.Layer) -> Iterator[tuple[Any, Any, str, str | None]]:
     """What one layer reads by itself: the variable, who it is that reads, the layer's name for it, the expression."""
     state = state_of(layer)
     for slot in state.slots if state is not None else ():
@@ -95,7 +96,7 @@ class _HandedOut(keras.StatelessScope):
         self._split = {variable for variable, reader in tensors if reader is not None}
         self._here = threading.local()
 
-    def get_current_value(self, variable: Any) -> Tensor:
+    def get_current_value(self, variable: keras.Variable) -> Tensor:
         """What was assigned in the scope, or the tensor of the reader at work, or `None`."""
         assigned = super().get_current_value(variable)
         if assigned is not None:
@@ -139,7 +140,7 @@ class _HandedOut(keras.StatelessScope):
 class Shares:
     """The gradient of one stored variable, by who read it; `None` where none came."""
 
-    variable: Any
+    variable: keras.Variable
     readers: tuple[Reader, ...]
     gradients: tuple[Tensor | None, ...]
 
@@ -287,7 +288,7 @@ class Gradients:
         """The weights with more than one use."""
         return {path: weight for path, weight in self.weights.items() if len(weight.uses) > 1}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Config:
         """All of it as what JSON can hold; a number that is not finite is `None`."""
         weights = {path: _plain(asdict(weight)) for path, weight in self.weights.items()}
         return {"version": VERSION, "name": self.name, "of": self.of, "loss": _plain(self.loss), "weights": weights}
@@ -503,7 +504,7 @@ def _measured(share: Shares) -> WeightGradient:
     )
 
 
-def _products(arrays: Sequence[np.ndarray[Any, Any] | None]) -> np.ndarray[Any, Any]:
+def _products(arrays: Sequence[Array | None]) -> Array:
     """The inner products of some vectors and of their sum, which comes last; a missing one is zero."""
     found = np.zeros((len(arrays) + 1, len(arrays) + 1))
     size = max((array.size for array in arrays if array is not None), default=0)
@@ -519,7 +520,7 @@ def _products(arrays: Sequence[np.ndarray[Any, Any] | None]) -> np.ndarray[Any, 
     return found
 
 
-def _cosine(products: np.ndarray[Any, Any], norms: np.ndarray[Any, Any], a: int, b: int) -> Cosine:
+def _cosine(products: Array, norms: Array, a: int, b: int) -> Cosine:
     if not all(0 < norm < math.inf for norm in (norms[a], norms[b])):
         return None
     return float(np.clip(products[a, b] / (norms[a] * norms[b]), -1.0, 1.0))

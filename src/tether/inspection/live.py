@@ -14,6 +14,7 @@ from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
 from tether.layers.tying.paths import holders
 from tether.layers.tying.state import shape_of, state_of, stored_variables
 from tether.layers.tying.tied import base_class
+from tether.types import Config
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- the facts of a model
@@ -26,7 +27,7 @@ UNSAVED = "!"
 """What the places of weights begin with that no file of the model would hold."""
 
 
-def entries(saveable: Any) -> dict[str, Any]:
+def entries(saveable: Any) -> Config:
     """What a saved object writes of its own, by key: variables as they are, nothing converted.
 
     An array that it makes for the file stands for the variable of its own that it was made from, if there is one
@@ -56,7 +57,7 @@ def live_facts(model: Any) -> Facts:
     """The facts of a model or layer."""
     objects = list(keras_seam.saved_objects(model))
     names = {place: saveable.name for place, saveable in objects if isinstance(saveable, keras.layers.Layer)}
-    variables: dict[str, Any] = {}
+    variables: dict[str, keras.Variable] = {}
     places: dict[int, list[str]] = {}
     state: set[str] = set()
     for place, saveable in objects:
@@ -90,7 +91,9 @@ def live_facts(model: Any) -> Facts:
     )
 
 
-def _weights(variables: dict[str, Any], places: dict[int, list[str]], state: set[str]) -> Iterator[StoredWeight]:
+def _weights(
+    variables: dict[str, keras.Variable], places: dict[int, list[str]], state: set[str]
+) -> Iterator[StoredWeight]:
     for entry, value in variables.items():
         first, *again = places[id(value)]
         if entry == first and not entry.startswith(OPTIMIZER):
@@ -125,7 +128,7 @@ def layer_path(place: str, names: dict[str, str]) -> str:
     return "/".join(names[prefix] for prefix in above if prefix in names)
 
 
-def _held_uses(layer: Any, path: str, kind: str, places: dict[int, list[str]]) -> Iterator[UseOf]:
+def _held_uses(layer: keras.Layer, path: str, kind: str, places: dict[int, list[str]]) -> Iterator[UseOf]:
     """The uses of weights that a layer of somebody's own holds as attributes, to read them in its `call`.
 
     A layer that holds a weight to tie it to itself or to layers below does not read it.
@@ -148,7 +151,7 @@ def _held_uses(layer: Any, path: str, kind: str, places: dict[int, list[str]]) -
             )
 
 
-def _uses(layer: Any, path: str, kind: str, places: dict[int, list[str]]) -> list[UseOf]:
+def _uses(layer: keras.Layer, path: str, kind: str, places: dict[int, list[str]]) -> list[UseOf]:
     state = state_of(layer)
     slots = [] if state is None else state.slots
     lists = keras_seam.variable_lists(layer)
@@ -189,7 +192,9 @@ def _uses(layer: Any, path: str, kind: str, places: dict[int, list[str]]) -> lis
     return [use for _, _, use in sorted(found, key=lambda entry: (keras_seam.STORES.index(entry[0]), entry[1]))]
 
 
-def _slots(optimizer: Any, variables: dict[str, Any], places: dict[int, list[str]]) -> list[Slot]:
+def _slots(
+    optimizer: keras.Optimizer, variables: dict[str, keras.Variable], places: dict[int, list[str]]
+) -> list[Slot]:
     if optimizer is None:
         return []
     owners = {
@@ -221,7 +226,7 @@ def _dtype(value: Any) -> str:
 class Aliases(Mapping[str, tuple[str, ...]]):
     """The names of each stored variable, by its path; `find` searches all of them."""
 
-    def __init__(self, names: dict[str, tuple[str, ...]], variables: dict[str, Any]) -> None:
+    def __init__(self, names: dict[str, tuple[str, ...]], variables: dict[str, keras.Variable]) -> None:
         self._names = names
         self._variables = variables
 
@@ -287,7 +292,7 @@ def aliases(model: Any) -> Aliases:
 # Each stored variable once: what an optimizer has to be given.
 
 
-def unique(variables: Iterable[Any]) -> list[Any]:
+def unique(variables: Iterable[keras.Variable]) -> list[Any]:
     """The stored variables of a list, each once, in the order in which they first appear.
 
     `a.trainable_weights + b.trainable_weights` lists a shared weight twice, and an optimizer that is

@@ -19,6 +19,7 @@ from tether.inspection.live import OPTIMIZER, layer_path
 from tether.layers.records.record import Record, read_record
 from tether.layers.tying.state import WEIGHTS
 from tether.layers.tying.tied import KEY
+from tether.types import Config
 from tether.weights.codec import decode
 from tether.weights.expression import Expression, known_shape, live_weights
 from tether.weights.identity import sharing
@@ -45,7 +46,7 @@ class Values:
         self.tensors: dict[str, tuple[Shape, str]] = {}
         self.names: dict[str, str] = {}
         """The name of the object at each place."""
-        self.notes: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, Config] = {}
         """Of a tied layer at a place: what is read instead of the entries that are left out, by their keys."""
         self.uids: dict[str, str] = {}
         """The entries of weights, by the ids that notes name them by."""
@@ -116,7 +117,7 @@ def _is_number(dtype: Any) -> bool:
         return False
 
 
-def noted_ties(note: Any, place: str) -> dict[str, Any]:
+def noted_ties(note: Any, place: str) -> Config:
     """The ties in a note that a stranger may have written; their steps are not read yet."""
     read = json.loads(note) if isinstance(note, str) else None
     ties = read.get("ties") if isinstance(read, dict) and read.get("version") == 1 else None
@@ -181,14 +182,14 @@ class StoredLayer:
     """The weights that its config holds, by their keys: attributes of a layer of somebody's own."""
 
 
-def stored_layers(config: dict[str, Any], values: Values) -> dict[str, StoredLayer]:
+def stored_layers(config: Config, values: Values) -> dict[str, StoredLayer]:
     """The layers of a config by their places in the file, a layer before those in it."""
     found: dict[str, StoredLayer] = {}
     _add(config, "", values, found)
     return found
 
 
-def _add(config: dict[str, Any], place: str, values: Values, found: dict[str, StoredLayer]) -> None:
+def _add(config: Config, place: str, values: Values, found: dict[str, StoredLayer]) -> None:
     inner = config["config"]
     record = inner.get(KEY)
     base = record.get("base") if isinstance(record, dict) else None
@@ -214,7 +215,7 @@ def _add(config: dict[str, Any], place: str, values: Values, found: dict[str, St
                 _add(child, f"{place}/{part}" if place else part, values, found)
 
 
-def _configs(value: Any) -> Iterator[dict[str, Any]]:
+def _configs(value: Any) -> Iterator[Config]:
     """The configs of objects in a config, but not those in them."""
     for entry in value.values() if isinstance(value, dict) else value:
         if isinstance(entry, dict) and "class_name" in entry and isinstance(entry.get("config"), dict):

@@ -11,6 +11,7 @@ from keras import backend as _backend
 
 from tether.keras_seam.layers import set_untracked
 from tether.keras_seam.private import of_this_thread, private
+from tether.types import Function
 
 _set_keras_mask = private("keras.src.backend.common.masking.set_keras_mask", "A mask from an Embedding applied by plan")
 
@@ -43,7 +44,7 @@ def set_mask(tensor: Any, mask: Any) -> None:
     _set_keras_mask(tensor, mask)
 
 
-def refresh_call_signature(layer: Any) -> None:
+def refresh_call_signature(layer: keras.Layer) -> None:
     """Makes Keras read a layer's `call` again, after its class has changed: it read the signature when it was made."""
     signature = inspect.signature(layer.call)
     names = [parameter.name for parameter in signature.parameters.values()]
@@ -57,7 +58,7 @@ def refresh_call_signature(layer: Any) -> None:
         set_untracked(layer, attribute, value)
 
 
-def call_parameters(layer: Any) -> list[str]:
+def call_parameters(layer: keras.Layer) -> list[str]:
     """The names of what a layer's call takes, as Keras knows them."""
     return list(layer.call_signature_parameters)
 
@@ -156,7 +157,7 @@ TRACES_GRADIENTS = _backend.backend() == "jax"
 _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
 
 
-def trace(function: Callable[..., Any], *specs: Any) -> Any:
+def trace(function: Function, *specs: Any) -> Any:
     """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
     return _Traced(function).output_spec(*specs)
 
@@ -164,7 +165,7 @@ def trace(function: Callable[..., Any], *specs: Any) -> Any:
 class _Traced(keras.Operation):
     """A function as one of Keras's operations, which are traced on every backend."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Function) -> None:
         super().__init__(name="traced")
         self.function = function
         self.error: Exception | None = None

@@ -26,7 +26,7 @@ _OF_OPTIMIZERS = nested(*methods(keras.optimizers.Optimizer, "__init__"))
 _AT_A_TIME = 20_000
 """Objects that are looked at before it is asked whether all have been seen."""
 
-_layers: weakref.WeakSet[Any] = weakref.WeakSet()
+_layers: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 """What has been seen, of what is alive."""
 _orphans: dict[int, weakref.WeakSet[Any]] = {}
@@ -76,7 +76,7 @@ told_of_models: list[Callable[[Any], None]] = []
 """What is called with each model that is seen for the first time."""
 
 
-def layers() -> list[Any]:
+def layers() -> list[keras.Layer]:
     """The layers that have been seen."""
     return list(_layers)
 

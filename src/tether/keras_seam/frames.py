@@ -24,20 +24,21 @@ from keras.layers import SpectralNormalization as _SpectralNormalization
 
 from tether.errors import Unsupported
 from tether.keras_seam.private import KerasSaveable, is_missing, unpickle
+from tether.types import Function
 
 
-def code_of(function: Callable[..., Any]) -> CodeType:
+def code_of(function: Function) -> CodeType:
     """The code of a function, whatever decorates it."""
     return inspect.unwrap(function).__code__
 
 
-def methods(cls: type, *names: str) -> list[Callable[..., Any]]:
+def methods(cls: type, *names: str) -> list[Function]:
     """The functions of these names that a class and its bases have."""
     found = (vars(base).get(name) for base in cls.__mro__ for name in names)
     return [method for method in found if inspect.isfunction(method)]
 
 
-def nested(*functions: Callable[..., Any]) -> tuple[CodeType, ...]:
+def nested(*functions: Function) -> tuple[CodeType, ...]:
     """The functions that are made while other functions run."""
     return tuple(code for one in functions for code in code_of(one).co_consts if isinstance(code, CodeType))
 
@@ -235,7 +236,7 @@ def inside_bidirectional_init() -> bool:
     return any(frame.f_code is _BIDIRECTIONAL_INIT for frame in _frames())
 
 
-def refuse_spectral_normalization(view: Any) -> None:
+def refuse_spectral_normalization(view: keras.Variable) -> None:
     """Raises while Keras's SpectralNormalization takes a view: it assigns to it at every training step.
 
     The view is asked whether it trains. Only if a layer's tracker asks is somebody taking it.
@@ -260,7 +261,7 @@ def maker(exclude: Any) -> Any:
     return found
 
 
-def running_methods(layer: Any) -> Iterator[type]:
+def running_methods(layer: keras.Layer) -> Iterator[type]:
     """The classes whose methods are at work on a layer, innermost first."""
     for frame in _frames(1):
         if frame.f_code.co_argcount and _first_local(frame) is layer:

@@ -22,17 +22,17 @@ from tether.keras_seam.private import Functional, of_this_thread, private_method
 flatten_layers = private_method(keras.Layer, "_flatten_layers", "Finding the layers of a model")
 
 
-def untrack(layer: Any, variable: Any) -> None:
+def untrack(layer: keras.Layer, variable: keras.Variable) -> None:
     layer._untrack_variable(variable)
 
 
-def own_tracker(layer: Any) -> Any:
+def own_tracker(layer: keras.Layer) -> Any:
     """What sorts the variables and layers that are set as attributes; `None` before a layer's constructor has begun."""
     return vars(layer).get("_tracker")
 
 
 @contextlib.contextmanager
-def unlocked(layer: Any) -> Iterator[None]:
+def unlocked(layer: keras.Layer) -> Iterator[None]:
     """Allows a layer that is built to take new sub-layers and variables."""
     tracker = layer._tracker
     locked = tracker.locked
@@ -44,12 +44,12 @@ def unlocked(layer: Any) -> Iterator[None]:
             tracker.lock()
 
 
-def unlock(layer: Any) -> None:
+def unlock(layer: keras.Layer) -> None:
     """Allows a layer in its `build` to take new variables, whatever its parent's build has locked."""
     layer._tracker.unlock()
 
 
-def is_locked(layer: Any) -> bool:
+def is_locked(layer: keras.Layer) -> bool:
     """Whether Keras refuses new variables, because the layer is built."""
     return bool(layer._tracker.locked)
 
@@ -57,12 +57,12 @@ def is_locked(layer: Any) -> bool:
 STORES = ("trainable_variables", "non_trainable_variables")
 
 
-def variable_lists(layer: Any) -> dict[str, list[Any]]:
+def variable_lists(layer: keras.Layer) -> dict[str, list[Any]]:
     """The layer's own variables, by the tracker's store: the order in which Keras lists and saves them."""
     return {store: getattr(layer, f"_{store}") for store in STORES}
 
 
-def counts(layer: Any) -> tuple[int, int, int]:
+def counts(layer: keras.Layer) -> tuple[int, int, int]:
     """How many variables of each store a layer has, and how many parts that add to them: asked for at every step."""
     return (
         len(layer._trainable_variables),
@@ -72,7 +72,7 @@ def counts(layer: Any) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def listed_variables(layer: Any, lists: dict[str, list[Any]]) -> Iterator[None]:
+def listed_variables(layer: keras.Layer, lists: dict[str, list[Any]]) -> Iterator[None]:
     """Shows other lists of own variables to the layer's save and load methods."""
     before = variable_lists(layer)
     for store, variables in lists.items():
@@ -84,7 +84,7 @@ def listed_variables(layer: Any, lists: dict[str, list[Any]]) -> Iterator[None]:
             object.__setattr__(layer, f"_{store}", variables)
 
 
-def insert_tracked(layer: Any, store: str, index: int, variable: Any) -> None:
+def insert_tracked(layer: keras.Layer, store: str, index: int, variable: keras.Variable) -> None:
     """Tracks a variable at a position of one of the layer's lists."""
     with unlocked(layer):
         layer._tracker.config[store][1].insert(index, variable)
@@ -93,7 +93,7 @@ def insert_tracked(layer: Any, store: str, index: int, variable: Any) -> None:
             layer._post_track_variable(variable)
 
 
-def shield_tracker(layer: Any, ignored: type) -> None:
+def shield_tracker(layer: keras.Layer, ignored: type) -> None:
     """Makes the layer's tracker pass over instances of `ignored`, also inside containers."""
     config = layer._tracker.config
     for store in STORES:
@@ -109,7 +109,7 @@ def shield_tracker(layer: Any, ignored: type) -> None:
         config[store] = (shielded, variables)
 
 
-def unshield_tracker(layer: Any) -> None:
+def unshield_tracker(layer: keras.Layer) -> None:
     config = layer._tracker.config
     for store in STORES:
         test, variables = config[store]
@@ -124,7 +124,7 @@ _BOOKKEEPING = {
 }  # fmt: skip
 
 
-def attributes(layer: Any) -> list[tuple[str, Any]]:
+def attributes(layer: keras.Layer) -> list[tuple[str, Any]]:
     """The attributes that the layer's author set, the same on every backend."""
     own = {
         name: value for name, value in vars(layer).items() if name not in _BOOKKEEPING and not name.startswith("_self_")
@@ -134,28 +134,28 @@ def attributes(layer: Any) -> list[tuple[str, Any]]:
     return list(own.items())
 
 
-def sublayers(layer: Any) -> list[Any]:
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return list(layer._layers)
 
 
-def own_trainable_flag(layer: Any) -> bool:
+def own_trainable_flag(layer: keras.Layer) -> bool:
     return bool(layer._trainable)
 
 
-def set_own_trainable_flag(layer: Any, value: bool) -> None:
+def set_own_trainable_flag(layer: keras.Layer, value: bool) -> None:
     layer._trainable = value
 
 
-def untrack_layer(layer: Any, sublayer: Any) -> None:
+def untrack_layer(layer: keras.Layer, sublayer: Any) -> None:
     layer._tracker.untrack(sublayer)
 
 
-def set_untracked(layer: Any, name: str, value: Any) -> None:
+def set_untracked(layer: keras.Layer, name: str, value: Any) -> None:
     """Sets an attribute that neither Keras nor the backend must track."""
     object.__setattr__(layer, name, value)
 
 
-def forget_attribute(layer: Any, name: str) -> None:
+def forget_attribute(layer: keras.Layer, name: str) -> None:
     """Removes the backend's own record of an attribute that held a variable (TensorFlow's checkpoints)."""
     if _backend.backend() != "tensorflow":
         return
@@ -174,7 +174,7 @@ def mark_like(function: Any, other: Any) -> Any:
     return function
 
 
-def holds_its_layers_configs(model: Any) -> bool:
+def holds_its_layers_configs(model: keras.Model) -> bool:
     """Whether the model's config is made of the configs of its layers, by Keras's own code."""
     cls = type(model)
     if isinstance(model, Sequential):
@@ -190,7 +190,7 @@ def _takes_a_graph(cls: type) -> bool:
     return given.args == inspect.getfullargspec(Functional.__init__).args or bool(given.varargs and given.varkw)
 
 
-def is_automatic_layer_name(layer: Any) -> bool:
+def is_automatic_layer_name(layer: keras.Layer) -> bool:
     """Whether Keras made the layer's name up from its class (`dense`, `dense_3`)."""
     stem = to_snake_case(type(layer).__name__)
     return layer.name == stem or (layer.name.startswith(f"{stem}_") and layer.name[len(stem) + 1 :].isdigit())
@@ -202,7 +202,7 @@ def unique_name(prefix: str) -> str:
     return f"{prefix}_{number}" if number else prefix
 
 
-def contained_layers(layer: Any) -> list[Any]:
+def contained_layers(layer: keras.Layer) -> list[keras.Layer]:
     """Every layer below `layer`, itself first, each once."""
     return list(flatten_layers(layer))
 
@@ -211,7 +211,7 @@ def contained_layers(layer: Any) -> list[Any]:
 # Models looked at from outside: graphs, attributes, optimizers.
 
 
-def calls_in_graph(model: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def calls_in_graph(model: keras.Model) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The calls in the graph of a functional or sequential model, inputs first: what is called, and its arguments."""
     graph = model._functional if isinstance(model, Sequential) else model
     if not isinstance(graph, Functional):
@@ -221,7 +221,7 @@ def calls_in_graph(model: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any
     return [(node.operation, node.arguments.args, node.arguments.kwargs) for node in nodes]
 
 
-def graph_outputs(model: Any) -> list[Any]:
+def graph_outputs(model: keras.Model) -> list[Any]:
     """What makes each output of a functional or sequential model: a layer or an operation."""
     graph = model._functional if isinstance(model, Sequential) else model
     return [o._keras_history.operation for o in graph.outputs] if isinstance(graph, Functional) else []
@@ -235,7 +235,7 @@ _OF_MODELS = {
 }  # fmt: skip
 
 
-def own_attributes(layer: Any) -> list[tuple[str, Any]]:
+def own_attributes(layer: keras.Layer) -> list[tuple[str, Any]]:
     """The attributes of a layer that are not those of any layer, or of any model that was compiled."""
     common = _common_attributes()
     return [(name, value) for name, value in attributes(layer) if name not in common]
@@ -247,22 +247,22 @@ def _common_attributes() -> frozenset[str]:
     return frozenset({*vars(_Layer(name="layer")), *vars(keras.Model(name="model")), *_OF_MODELS})
 
 
-def inner_optimizer(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: keras.Optimizer) -> Any:
     """The optimizer that a loss scale is around, or the optimizer itself."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def optimized_variables(optimizer: Any) -> list[Any]:
+def optimized_variables(optimizer: keras.Optimizer) -> list[Any]:
     """The variables that an optimizer was built with, as often as it was given them."""
     return list(getattr(inner_optimizer(optimizer), "_trainable_variables", None) or ())
 
 
-def decay_pattern(optimizer: Any) -> Any:
+def decay_pattern(optimizer: keras.Optimizer) -> Any:
     """The pattern of names that are excluded from weight decay, if there is one: it is searched for in `name`."""
     return getattr(inner_optimizer(optimizer), "_exclude_from_weight_decay_pattern", None)
 
 
-def is_excluded_from_decay(optimizer: Any, variable: Any) -> bool:
+def is_excluded_from_decay(optimizer: keras.Optimizer, variable: keras.Variable) -> bool:
     """Whether a variable was itself given as one that does not decay."""
     optimizer = inner_optimizer(optimizer)
     return optimizer._var_key(variable) in (getattr(optimizer, "_exclude_from_weight_decay", None) or ())
@@ -284,18 +284,18 @@ def running_layers() -> Iterator[Any]:
             yield scope.caller
 
 
-def has_compiled_loss(model: Any) -> bool:
+def has_compiled_loss(model: keras.Model) -> bool:
     """Whether `compile` was given a loss."""
     return getattr(model, "_compile_loss", None) is not None
 
 
-def training_loss(model: Any, x: Any, y: Any, y_pred: Any) -> Any:
+def training_loss(model: keras.Model, x: Any, y: Any, y_pred: Any) -> Any:
     """The compiled loss and the model's own losses, as a training step adds them up."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, training=True)
 
 
 @contextlib.contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
+def undisturbed(model: keras.Model) -> Iterator[None]:
     """Puts back what a call of a model, and of its compiled loss, changes beside variables.
 
     A call forgets the losses that layers added in the call before; the compiled loss makes metrics when it first

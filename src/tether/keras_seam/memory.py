@@ -23,6 +23,7 @@ from tether.keras_seam.frames import _first_local, _frames
 from tether.keras_seam.private import RandomInitializer as _RandomInitializer
 from tether.keras_seam.private import is_missing, private_method
 from tether.keras_seam.variables import Variable
+from tether.types import Array, Function
 
 # --------------------------------------------------------------------------- values in memory
 # Values as they lie in memory: lent to NumPy, compared over time, and stored with little memory beside them.
@@ -34,7 +35,7 @@ ALIGNED = 64
 """What the addresses of arrays are a multiple of whose memory the backends take as it is."""
 
 
-def stored_value(variable: Any) -> Any:
+def stored_value(variable: keras.Variable) -> Any:
     """The tensor that a variable stores; `None` if it is not initialised yet."""
     return variable._value
 
@@ -51,7 +52,7 @@ def is_concrete(value: Any) -> bool:
     return not is_traced(value) and not (hasattr(value, "is_deleted") and value.is_deleted())
 
 
-def is_stored_in(value: Any, variable: Any) -> bool:
+def is_stored_in(value: Any, variable: keras.Variable) -> bool:
     """Whether a value is what a variable stores: that very tensor, or an array over its memory."""
     if isinstance(value, numpy.ndarray) and _backend.backend() == "torch":
         return bool(value.__array_interface__["data"][0] == variable._value.data_ptr())
@@ -67,14 +68,14 @@ def _lent_by_tensorflow(tensor: Any) -> memoryview:
     return memoryview(tensor)
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any, make: Callable[..., Any] = numpy.empty) -> Any:
+def _aligned(shape: tuple[int, ...], dtype: str, make: Function = numpy.empty) -> Any:
     size = numpy.dtype(dtype).itemsize * math.prod(shape)
     memory = make(size + ALIGNED, "uint8")
     first = -memory.ctypes.data % ALIGNED
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _given_to_tensorflow(array: Any) -> Any:
+def _given_to_tensorflow(array: Array) -> Any:
     """A tensor that has an array's memory from now on; TensorFlow writes to other memory when it is first assigned."""
     import tensorflow as tf
 
@@ -83,7 +84,7 @@ def _given_to_tensorflow(array: Any) -> Any:
     return tf.bitcast(tensor, "bfloat16") if bits else tensor
 
 
-def _can_be_given(dtype: Any) -> bool:
+def _can_be_given(dtype: str) -> bool:
     name = numpy.dtype(dtype).name
     return name == "bfloat16" or numpy.dtype(name).isbuiltin == 1  # TensorFlow makes no float8 of other bits
 
@@ -95,7 +96,7 @@ def untouched_zeros(shape: tuple[int, ...], dtype: str) -> Any:
     return _given_to_tensorflow(_aligned(shape, dtype, numpy.zeros))
 
 
-def _lent_to_torch(array: Any) -> Any:
+def _lent_to_torch(array: Array) -> Any:
     """A tensor over the memory of an array, also of a dtype that PyTorch takes from NumPy only as integers."""
     import torch
 
@@ -180,15 +181,15 @@ def _address(view: memoryview) -> tuple[int, int]:
 def _make_write() -> Callable[[Any, Any], None]:
     name = _backend.backend()
 
-    def assign(variable: Any, array: Any) -> None:
+    def assign(variable: keras.Variable, array: Array) -> None:
         variable.assign(keras.ops.convert_to_tensor(array, dtype=variable._dtype))
 
-    def of_jax(variable: Any, array: Any) -> None:
+    def of_jax(variable: keras.Variable, array: Array) -> None:
         import jax
 
         variable.assign(jax.numpy.array(array, dtype=variable._value.dtype, copy=True))
 
-    def of_torch(variable: Any, array: Any) -> None:
+    def of_torch(variable: keras.Variable, array: Array) -> None:
         import torch
 
         if not array.flags.writeable or not array.flags.c_contiguous:
@@ -206,12 +207,14 @@ write = _make_write()
 def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:
     name = _backend.backend()
 
-    def whole(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+    def whole(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
         array = numpy.empty(tuple(variable.shape), dtype)
         rows(array, 0)
         write(variable, array)
 
-    def in_parts(variable: Any, dtype: Any, rows: Callable[[Any, int], None], store: Callable[[int, Any], Any]) -> None:
+    def in_parts(
+        variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None], store: Callable[[int, Any], Any]
+    ) -> None:
         shape = tuple(variable.shape)
         row = numpy.dtype(dtype).itemsize * int(numpy.prod(shape[1:]))
         memory = _aligned((min(max(1, PART // max(1, row)), shape[0]), *shape[1:]), dtype)
@@ -220,17 +223,17 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             rows(memory, start)
             store(start, memory)
 
-    def holders(owner: Any) -> int:
+    def holders(owner: keras.Layer) -> int:
         return sys.getrefcount(owner._value)
 
-    def of_jax(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+    def of_jax(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
         value = types.SimpleNamespace(_value=object())
         if holders(variable) > holders(value) or len(variable._value.devices()) > 1:
             whole(variable, dtype, rows)  # somebody else has the array
             return
         value._value, variable._value = variable._value, None
 
-        def store(start: int, array: Any) -> None:
+        def store(start: int, array: Array) -> None:
             value._value = update()(value._value, array, start)
             value._value.block_until_ready()  # before the memory of the part is used again
 
@@ -248,7 +251,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             lambda old, part, start: jax.lax.dynamic_update_slice_in_dim(old, part, start, 0), donate_argnums=0
         )
 
-    def of_torch(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+    def of_torch(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
         import torch
 
         tensor = variable._value.detach()
@@ -259,7 +262,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
         with torch.no_grad():
             in_parts(variable, dtype, rows, lambda at, part: tensor[at : at + len(part)].copy_(_lent_to_torch(part)))
 
-    def of_tensorflow(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+    def of_tensorflow(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
         if not _can_be_given(dtype):
             whole(variable, dtype, rows)
             return
@@ -270,7 +273,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
 
     known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, whole)
 
-    def write_rows(variable: Any, dtype: Any, rows: Callable[[Any, int], None]) -> None:
+    def write_rows(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
         size = numpy.dtype(dtype).itemsize * int(numpy.prod(variable.shape))
         large = size > SMALL and getattr(variable, "_layout", None) is None
         (known if large else whole)(variable, dtype, rows)
@@ -361,7 +364,7 @@ _own = vars(Variable).get("_initialize_with_initializer")
 _method = private_method(Variable, "_initialize_with_initializer", "A start without random numbers")
 
 
-def _initialize(variable: Any, initializer: Any) -> None:
+def _initialize(variable: keras.Variable, initializer: Any) -> None:
     if not _is_left_out(variable, initializer):
         _method(variable, initializer)
         return
@@ -371,7 +374,7 @@ def _initialize(variable: Any, initializer: Any) -> None:
     begun[key] = (weakref.ref(variable, lambda _: begun.pop(key, None)), start), _snapshot(variable)
 
 
-def _is_left_out(variable: Any, initializer: Any) -> bool:
+def _is_left_out(variable: keras.Variable, initializer: Any) -> bool:
     if _here.larger_than is None or not is_random(initializer):
         return False
     if not isinstance(initializer.seed, int):
@@ -392,7 +395,7 @@ def _make_snapshot_of_all() -> Callable[[Any], Any]:
     if _backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        def of_tensorflow(variable: Any) -> Any:
+        def of_tensorflow(variable: keras.Variable) -> Any:
             with tf.init_scope():  # a graph may be in the making
                 return snapshot(variable._value)
 

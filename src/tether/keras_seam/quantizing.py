@@ -36,7 +36,7 @@ _FLATTEN_LAYERS = None if is_missing(flatten_layers) else code_of(flatten_layers
 class WatchedSublayers:
     """The list of a layer's sub-layers; who reads it to quantise a whole model is noticed first."""
 
-    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+    def __get__(self, layer: keras.Layer, owner: type | None = None) -> Any:
         if layer is None:
             return self
         if not _is_tracing():
@@ -49,7 +49,7 @@ class WatchedSublayers:
         except KeyError:
             raise AttributeError("_layers") from None
 
-    def __set__(self, layer: Any, value: Any) -> None:
+    def __set__(self, layer: keras.Layer, value: Any) -> None:
         vars(layer)["_layers"] = value
 
 
@@ -71,12 +71,12 @@ def quantization_config(mode: Any, config: Any) -> Any:
     return _resolve_quantization(mode, config)
 
 
-def passes(layer: Any, filters: Any) -> bool:
+def passes(layer: keras.Layer, filters: Any) -> bool:
     """Whether the filters of `Model.quantize` let a layer through."""
     return bool(_should_quantize_layer(layer, filters))
 
 
-def take_over_quantize(layer: Any) -> None:
+def take_over_quantize(layer: keras.Layer) -> None:
     """Has what quantises ties called for `layer.quantize(...)`, with the layer and Keras's own method first.
 
     Keras gives each layer a `quantize` of its own when it is made, so that one of another class would not be found.
@@ -91,7 +91,7 @@ def take_over_quantize(layer: Any) -> None:
     set_untracked(layer, "quantize", quantize)
 
 
-def give_back_quantize(layer: Any) -> None:
+def give_back_quantize(layer: keras.Layer) -> None:
     """Undoes `take_over_quantize`."""
     original = getattr(layer.quantize, "original", None)
     if original is not None:

@@ -17,6 +17,7 @@ from tether.keras_seam.layers import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host, random_starts_left_out
 from tether.keras_seam.private import KerasSaveable, is_missing, private, to_snake_case, unpickle
 from tether.keras_seam.variables import _outside_stateless_scopes
+from tether.types import Config
 
 # --------------------------------------------------------------------------- archives
 # What a file holds, and the classes that it names.
@@ -35,7 +36,7 @@ _retrieve_class = private("keras.src.saving.serialization_lib._retrieve_class_or
 _names_of_classes = private("keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES", "Naming a tied layer's class")
 
 
-def saved_objects(root: Any) -> Iterator[tuple[str, Any]]:
+def saved_objects(root: keras.Layer) -> Iterator[tuple[str, Any]]:
     """Everything that Keras writes of a model, each object once, with its place in the file, as it is written."""
     yield from _saved_below(root, "", set())
 
@@ -59,7 +60,9 @@ _NESTED = is_missing(_H5IOStore) or hasattr(_H5IOStore, "has_path")
 """Whether this Keras writes what is in a container within a container."""
 
 
-def _saved_in_container(container: Any, place: str, seen: set[int], containers: set[int]) -> Iterator[tuple[str, Any]]:
+def _saved_in_container(
+    container: keras.Layer, place: str, seen: set[int], containers: set[int]
+) -> Iterator[tuple[str, Any]]:
     if id(container) in containers:
         return
     containers.add(id(container))
@@ -174,7 +177,7 @@ _COPYING.add(code_of(read_archive))
 _LOADING.add(code_of(read_archive))
 
 
-def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
+def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[tuple[str, Any]]]:
     """What an optimizer keeps for each variable, by the variable's id: the name of the slot, and its variable.
 
     An optimizer holds a list for each kind of slot, in the order of the variables that it was built with.
@@ -193,7 +196,7 @@ def optimizer_slots(optimizer: Any) -> dict[int, list[tuple[str, Any]]]:
     return found
 
 
-def config_with_ids(model: Any) -> dict[str, Any]:
+def config_with_ids(model: keras.Model) -> Config:
     """A model's config in which every object has the key `SHARED_ID`, and not just the second mention of one.
 
     Keras notes an object when it meets it, writes its id from the second time on, and copies the configs of graphs
@@ -211,12 +214,12 @@ SHARED_ID = "shared_object_id"
 """Where a config holds the id of an object that the file has in several places."""
 
 
-def deserialized(config: dict[str, Any], custom_objects: dict[str, Any]) -> Any:
+def deserialized(config: Config, custom_objects: dict[str, Any]) -> Any:
     """The model of a config that this process wrote, as `load_model` makes it before it reads values."""
     return _deserialized(config, custom_objects, safe_mode=False)
 
 
-def _deserialized(config: dict[str, Any], custom_objects: dict[str, Any] | None, *, safe_mode: bool) -> Any:
+def _deserialized(config: Config, custom_objects: dict[str, Any] | None, *, safe_mode: bool) -> Any:
     with _ObjectSharingScope():
         return keras.saving.deserialize_keras_object(config, custom_objects, safe_mode=safe_mode)
 
@@ -231,7 +234,7 @@ def calls_of(operation: Any) -> int:
     return len(operation._inbound_nodes)
 
 
-def graph_of(model: Any) -> list[tuple[Any, list[Any], list[Any]]]:
+def graph_of(model: keras.Model) -> list[tuple[Any, list[Any], list[Any]]]:
     """What a functional model's graph computes, inputs first: what is called, its input and its output tensors."""
     depths = sorted(model._nodes_by_depth, reverse=True)
     nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
@@ -251,7 +254,7 @@ def register_reader(reader: Any) -> None:
     keras.saving.get_custom_objects()[TIED_NAME] = reader
 
 
-def class_reference(cls: type) -> dict[str, Any]:
+def class_reference(cls: type) -> Config:
     """How Keras names a class in a file."""
     found = _name_class(cls, {})
     return {key: found[key] for key in ("module", "class_name", "registered_name")}
@@ -273,7 +276,7 @@ def registered_function(name: str) -> Any:
     return keras.saving.get_registered_object(name)
 
 
-def save_to(model: Any, fileobj: Any) -> None:
+def save_to(model: keras.Model, fileobj: Any) -> None:
     """Writes the archive that a Keras model or layer is pickled as."""
     _, (archive,) = KerasSaveable.__reduce__(model)
     fileobj.write(archive.getbuffer())
@@ -305,7 +308,7 @@ _patch_tf2onnx = private("keras.src.export.tf2onnx_lib.patch_tf2onnx", "An ONNX 
 _make_input_spec = private("keras.src.export.export_utils.make_input_spec", "Exporting a model")
 
 
-def input_signature(model: Any) -> list[Any]:
+def input_signature(model: keras.Model) -> list[Any]:
     """The positional arguments of a model's call, as structures of specs, as Keras's exporters read them.
 
     Raises:

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 from keras import backend as _backend
 
 from tether.keras_seam import census
 from tether.keras_seam.layers import contained_layers
 from tether.keras_seam.variables import numbered
+from tether.types import Config
 
 LIST = "_torch_params"
 LISTS_PARAMETERS = _backend.backend() == "torch"
@@ -28,7 +30,7 @@ LISTS_PARAMETERS = _backend.backend() == "torch"
 class Change:
     """What a layer stored before a change and stores after it, as Keras variables."""
 
-    layer: Any
+    layer: keras.Layer
     before: Sequence[Any]
     after: Sequence[Any]
 
@@ -73,13 +75,13 @@ _below: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 """The layers below a module, by id, as they were last found."""
 
 
-def _note(module: Any) -> None:
+def _note(module: keras.Layer) -> None:
     _modules.add(module)
     for parameter in _parameters(module).values():
         _listing.setdefault(id(parameter), weakref.WeakSet()).add(module)
 
 
-def _listing_of(variable: Any) -> weakref.WeakSet[Any]:
+def _listing_of(variable: keras.Variable) -> weakref.WeakSet[Any]:
     return _listing.get(id(variable._value), weakref.WeakSet())
 
 
@@ -91,14 +93,14 @@ def _may_follow(change: Change) -> list[Any]:
     return [module for module in found.values() if module is not change.layer]
 
 
-def _parameters(module: Any) -> dict[str, Any]:
+def _parameters(module: keras.Layer) -> dict[str, Any]:
     """The parameters that a module lists, by path."""
     listed = module._modules.get(LIST)
     found: dict[str, Any] = {} if listed is None else listed._parameters
     return found
 
 
-def _find_modules(variables: Sequence[Any]) -> None:
+def _find_modules(variables: Sequence[keras.Variable]) -> None:
     """Looks for modules that list one of these parameters, unless all who refer to them are known."""
     if any(variable._value is not None and _is_held_by_others(variable) for variable in variables):
         census.find_new()
@@ -108,12 +110,12 @@ def _find_modules(variables: Sequence[Any]) -> None:
                 _note(layer)
 
 
-def _is_held_by_others(variable: Any) -> bool:
+def _is_held_by_others(variable: keras.Variable) -> bool:
     """Whether more refer to a parameter than its variable and the modules that are known to list it."""
     return sys.getrefcount(variable._value) > len(_listing_of(variable)) + 2  # the variable, and the one passed here
 
 
-def _contains(module: Any, layer: Any) -> bool:
+def _contains(module: keras.Layer, layer: keras.Layer) -> bool:
     """Whether a layer is below a module. What was found before is looked at again only where it may have grown."""
     if not module._layers:
         return False
@@ -125,12 +127,12 @@ def _contains(module: Any, layer: Any) -> bool:
     return id(layer) in known
 
 
-def _lists_any(module: Any, layer: Any) -> bool:
+def _lists_any(module: keras.Layer, layer: keras.Layer) -> bool:
     listed = _parameters(module)
     return any(listed.get(variable.path) is variable._value for variable in layer.variables)
 
 
-def _list_again(module: Any, change: Change, stored: set[int]) -> None:
+def _list_again(module: keras.Layer, change: Change, stored: set[int]) -> None:
     """Lists what a module stores, given the ids of that, and no more what it no longer does."""
     parameters, listed = _parameters(module), module._modules[LIST]
     for variable in change.before:
@@ -144,7 +146,7 @@ def _list_again(module: Any, change: Change, stored: set[int]) -> None:
             _listing.setdefault(id(variable._value), weakref.WeakSet()).add(module)
 
 
-def _paths_of(variable: Any, parameters: dict[str, Any]) -> list[str]:
+def _paths_of(variable: keras.Variable, parameters: Config) -> list[str]:
     """The paths under which a parameter is listed: as a rule its own, or with a number."""
     if parameters.get(variable.path) is variable._value:
         return [variable.path]

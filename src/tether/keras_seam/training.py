@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -31,8 +31,9 @@ from tether.keras_seam.frames import (
     saving_scope,
 )
 from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
+from tether.types import Function
 
-answers: dict[str, Callable[..., Any]] = {}
+answers: dict[str, Function] = {}
 """What those who know ties say of a model: `"is_tied"`, whether it holds any; `"live"`, which of its uses let a
 gradient through; `"differences"`, the names of the weights of which that has changed since; `"still"`, the variables
 that train elsewhere, and that the model holds in frozen uses only."""
@@ -52,15 +53,15 @@ _IN_COMPILE = {id(code): code for code in (_COMPILE, *nested(keras.Model.compile
 # --------------------------------------------------------------------------- which models there are
 
 
-_models: weakref.WeakSet[Any] = weakref.WeakSet()
+_models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 """The models that have been seen."""
-_tied: weakref.WeakSet[Any] = weakref.WeakSet()
+_tied: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
 """Those of them that hold ties."""
 _OF_TRACES = nested(*methods(keras.Model, "_make_function", *_MAKERS))
 """The functions that are made for each model when it is traced."""
 
 
-def _notice(model: Any) -> None:
+def _notice(model: keras.Model) -> None:
     _models.add(model)
     if vars(model).get("compiled") and answers["is_tied"](model):
         hand_over_what_trains(model)
@@ -108,7 +109,7 @@ def before_freezing() -> None:
             _gate_of(model).remember(model)
 
 
-def before_change(layers: Iterable[Any], *, resized: Iterable[Any] = (), adjusted: Any = None) -> None:
+def before_change(layers: Iterable[keras.Layer], *, resized: Iterable[keras.Layer] = (), adjusted: Any = None) -> None:
     """Called before layers that are built get other variables, or other expressions to compute with.
 
     Args:
@@ -138,7 +139,7 @@ def before_change(layers: Iterable[Any], *, resized: Iterable[Any] = (), adjuste
             gate.resized += map(weakref.ref, resized)
 
 
-def _is_concerned(model: Any, changed: dict[int, Any], *, again: bool) -> bool:
+def _is_concerned(model: keras.Model, changed: dict[int, Any], *, again: bool) -> bool:
     """Whether a model has been compiled or traced, contains one of what is changed, and is not known to."""
     attributes = vars(model)
     gate = attributes.get(_GATE)
@@ -149,7 +150,7 @@ def _is_concerned(model: Any, changed: dict[int, Any], *, again: bool) -> bool:
     return not changed.keys().isdisjoint(map(id, contained_layers(model)))
 
 
-def _refuse_at_work(models: list[Any]) -> None:
+def _refuse_at_work(models: list[keras.Model]) -> None:
     for frame in _frames():
         if id(frame.f_code) in _RUNNING:
             at_work = _first_local(frame)
@@ -160,11 +161,11 @@ def _refuse_at_work(models: list[Any]) -> None:
                 )
 
 
-def _is_built(optimizer: Any) -> bool:
+def _is_built(optimizer: keras.Optimizer) -> bool:
     return bool(getattr(inner_optimizer(optimizer), "built", False))
 
 
-def _gate_of(model: Any) -> _Gate:
+def _gate_of(model: keras.Model) -> _Gate:
     gate = vars(model).get(_GATE)
     return _Gate(model) if gate is None else gate
 
@@ -172,18 +173,18 @@ def _gate_of(model: Any) -> _Gate:
 class _Gate:
     """What has to be seen to before a model is used again, since something in it has changed."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: keras.Model) -> None:
         self.is_stale = False
         """Whether what was traced may compute something else than the model does now."""
         self.resized: list[weakref.ref[Any]] = []
-        self.optimizer: weakref.ref[Any] | None = None
+        self.optimizer: weakref.ref[keras.Optimizer] | None = None
         self.trained: list[weakref.ref[Any]] | None = None
         self.live: Any = None
         set_untracked(model, _GATE, self)
         for name in _GUARDED:
             set_untracked(model, name, _Guarded(model, name))
 
-    def remember(self, model: Any, trained: list[Any] | None = None) -> None:
+    def remember(self, model: keras.Model, trained: list[Any] | None = None) -> None:
         """Notes how things are before the first change, given what trains if that is not in the middle of changing."""
         optimizer = vars(model).get("optimizer")
         if _is_built(optimizer) and (self.optimizer is None or self.optimizer() is not optimizer):
@@ -193,7 +194,7 @@ class _Gate:
         if self.live is None and vars(model).get("train_function") is not None:
             self.live = answers["live"](model)
 
-    def forget_traces(self, model: Any) -> None:
+    def forget_traces(self, model: keras.Model) -> None:
         """Has everything traced again, if it may be another thing than it was."""
         if self.is_stale:
             self.is_stale = False
@@ -202,7 +203,7 @@ class _Gate:
             if vars(model).get("compiled"):
                 hand_over_what_trains(model)
 
-    def let_train(self, model: Any) -> None:
+    def let_train(self, model: keras.Model) -> None:
         """Takes the gate away, or refuses to.
 
         Raises:
@@ -229,7 +230,7 @@ class _Gate:
                 stacklevel=5,
             )
 
-    def fits(self, model: Any) -> bool:
+    def fits(self, model: keras.Model) -> bool:
         """Whether the optimizer may go on, or begin, with what trains now."""
         optimizer, now = vars(model).get("optimizer"), model.trainable_variables
         known = optimized_variables(optimizer) if _is_built(optimizer) else now
@@ -242,11 +243,11 @@ class _Gate:
         return not is_the_same or self.trained is None or _are_the_same([one() for one in self.trained], now)
 
 
-def _is_among(variable: Any, variables: list[Any]) -> bool:
+def _is_among(variable: keras.Variable, variables: list[keras.Variable]) -> bool:
     return any(variable is one for one in variables)
 
 
-def _are_the_same(variables: list[Any], others: list[Any]) -> bool:
+def _are_the_same(variables: list[keras.Variable], others: list[Any]) -> bool:
     """Whether two lists have the same variables in the same order: JAX goes by the order."""
     return len(variables) == len(others) and all(a is b for a, b in zip(variables, others, strict=True))
 
@@ -254,11 +255,11 @@ def _are_the_same(variables: list[Any], others: list[Any]) -> bool:
 class _Guarded:
     """Stands in the place of a method of a model."""
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: keras.Model, name: str) -> None:
         self.model, self.name = weakref.ref(model), name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model()
+        model: keras.Model = self.model()
         gate = vars(model)[_GATE]
         if self.name in _MAKERS:
             gate.forget_traces(model)
@@ -276,7 +277,7 @@ def _listed(names: list[str]) -> str:
 # --------------------------------------------------------------------------- what an optimizer gets
 
 
-def hand_over_what_trains(model: Any) -> None:
+def hand_over_what_trains(model: keras.Model) -> None:
     """Keeps from the optimizer of a compiled model what only trains in other models.
 
     Keras has one flag for a variable, so it gives the optimizer a weight that trains elsewhere and of which the model
@@ -294,34 +295,34 @@ def hand_over_what_trains(model: Any) -> None:
             step.models.add(model)
 
 
-def is_given_what_trains(optimizer: Any, model: Any) -> bool:
+def is_given_what_trains(optimizer: keras.Optimizer, model: keras.Model) -> bool:
     """Whether an optimizer gets only what trains in a model."""
     steps = (vars(part).get("apply") for part in _parts(optimizer))
     return any(isinstance(step, _Step) and model in step.models for step in steps)
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def _parts(optimizer: keras.Optimizer) -> list[Any]:
     """The optimizers that make the steps of an optimizer: it may scale a loss for one, or be made of several."""
     inner = inner_optimizer(optimizer)
     return [inner, *inner.optimizers] if _is_of_several(inner) else [inner]
 
 
-def _is_of_several(optimizer: Any) -> bool:
+def _is_of_several(optimizer: keras.Optimizer) -> bool:
     return isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ()))
 
 
 class _Step:
     """Stands in the place of an optimizer's `apply`: passes on what trains in the model that it optimises."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: keras.Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
-        self.models: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self._found: tuple[Any, frozenset[int]] = (None, frozenset())
         set_untracked(optimizer, "apply", self)
         set_untracked(optimizer, "finalize_variable_values", self.finalize)
 
     def __call__(self, grads: Any, trainable_variables: Any = None) -> Any:
-        optimizer: Any = self.optimizer()
+        optimizer: keras.Optimizer = self.optimizer()
         still = self._still(optimizer)
         if not still or len(grads) == 0:
             return type(optimizer).apply(optimizer, grads, trainable_variables)
@@ -341,16 +342,16 @@ class _Step:
 
     def finalize(self, var_list: Any) -> None:
         """Gives averages to what trained."""
-        optimizer: Any = self.optimizer()
+        optimizer: keras.Optimizer = self.optimizer()
         kept = self._values(optimizer, self._still(optimizer)) if getattr(optimizer, "use_ema", False) else []
         type(optimizer).finalize_variable_values(optimizer, var_list)
         _put_back(kept)
 
-    def _values(self, optimizer: Any, still: frozenset[int]) -> list[tuple[Any, Any]]:
+    def _values(self, optimizer: keras.Optimizer, still: frozenset[int]) -> list[tuple[Any, Any]]:
         """An average of a weight that does not train is of what it was: it must not take the weight's place."""
         return [(one, keras.ops.copy(one.value)) for one in optimized_variables(optimizer) if id(one) in still]
 
-    def _still(self, optimizer: Any) -> frozenset[int]:
+    def _still(self, optimizer: keras.Optimizer) -> frozenset[int]:
         """The ids of the variables that none of the models trains."""
         models = [model for model in self.models if any(one is optimizer for one in _parts(model.optimizer))]
         state = (_changes, *(tuple(map(id, model.layers)) for model in models))

@@ -24,6 +24,7 @@ from tether.keras_seam.private import (
     set_in_this_thread,
     to_snake_case,
 )
+from tether.types import Array
 
 # --------------------------------------------------------------------------- variables
 # Variables: their stored values, and what a view is made of.
@@ -33,7 +34,7 @@ Variable = keras.Variable
 """The backend's concrete variable class, the one that `add_weight` creates."""
 
 
-def raw_value(variable: Any) -> Any:
+def raw_value(variable: keras.Variable) -> Any:
     """The tensor that a variable holds now, before autocast; `None` if not initialised yet."""
     scope = of_this_thread("stateless_scope")
     if scope is not None:
@@ -84,12 +85,12 @@ def _quick(name: str) -> Callable[[Any, Any], Any]:
 add, subtract, multiply, matmul = map(_quick, ("add", "subtract", "multiply", "matmul"))
 
 
-def stored_dtype(variable: Any) -> str:
+def stored_dtype(variable: keras.Variable) -> str:
     """The dtype of what is stored, whatever the autocast scope says."""
     return str(keras.backend.standardize_dtype(variable._dtype))
 
 
-def held_dtype(variable: Any) -> str:
+def held_dtype(variable: keras.Variable) -> str:
     """The dtype of the tensor that a variable holds, which is not always the one that the variable says it has.
 
     JAX without 64 bits holds float32 for float64, PyTorch has no uint16 and holds int32.
@@ -110,7 +111,7 @@ plain_tensor = _make_plain_tensor()
 """A tensor of what a variable's `value` gives: on TensorFlow its own variable, which some of `keras.ops` refuse."""
 
 
-def own_tensor(array: Any, dtype: str | None) -> Any:
+def own_tensor(array: Array, dtype: str | None) -> Any:
     """An array as a tensor for a variable to start with, of a dtype or of the array's.
 
     PyTorch would take NumPy's memory, at whose addresses a matrix product may take half as long again.
@@ -129,7 +130,9 @@ def own_copy(tensor: Any) -> Any:
     return tensor
 
 
-def prepare_view(view: Any, *, name: str, path: str, shape: tuple[int, ...], dtype: str, autocast: bool) -> None:
+def prepare_view(
+    view: keras.Variable, *, name: str, path: str, shape: tuple[int, ...], dtype: str, autocast: bool
+) -> None:
     """Gives a variable that owns no storage the attributes that `Variable.__init__` would set."""
     view._name = name
     view._path = path
@@ -147,7 +150,7 @@ def prepare_view(view: Any, *, name: str, path: str, shape: tuple[int, ...], dty
     view._value = None
 
 
-def autocasts(variable: Any) -> bool:
+def autocasts(variable: keras.Variable) -> bool:
     return bool(variable._autocast)
 
 
@@ -197,7 +200,7 @@ def _outside_stateless_scopes() -> Iterator[None]:
         set_in_this_thread("stateless_scope", scope)
 
 
-def name_scope(layer: Any) -> Any:
+def name_scope(layer: keras.Layer) -> Any:
     """The name scope that `add_weight` opens around a new variable of `layer`."""
     return keras.name_scope(layer.name, caller=layer)
 
@@ -265,7 +268,7 @@ class _Keyed(keras.Variable):
         return str(keys.get(id(self), path))
 
 
-def _keys(variables: list[Any]) -> dict[int, str]:
+def _keys(variables: list[keras.Variable]) -> dict[int, str]:
     """What the variables of weights are called among all of a model's, by their ids."""
     found: dict[int, str] = {}
     taken = {variable.path for variable in variables if not isinstance(variable, _Keyed)} | _RESERVED
@@ -276,7 +279,7 @@ def _keys(variables: list[Any]) -> dict[int, str]:
     return found
 
 
-def tell_apart(variable: Any) -> None:
+def tell_apart(variable: keras.Variable) -> None:
     """Lets a stored variable be a parameter of its own, whatever else in a model has its path."""
     if _REGISTERING is not None:
         variable.__class__ = _Keyed
@@ -291,7 +294,7 @@ def _make_give_value() -> Callable[[Any, Any], None]:
     if name == "torch":
         import torch
 
-        def of_torch(variable: Any, value: Any) -> None:
+        def of_torch(variable: keras.Variable, value: Any) -> None:
             parameter = variable._value  # the same object, since optimizers and modules of PyTorch's hold it
             with torch.no_grad():
                 tensor = keras.ops.convert_to_tensor(value, dtype=variable._dtype).to(parameter.device)
@@ -306,7 +309,7 @@ def _make_give_value() -> Callable[[Any, Any], None]:
 
         return of_torch
 
-    def of_others(variable: Any, value: Any) -> None:
+    def of_others(variable: keras.Variable, value: Any) -> None:
         tensor = own_copy(keras.ops.convert_to_tensor(value, dtype=variable._dtype))
         before, variable._shape = variable._shape, tuple(value.shape)
         try:
@@ -325,7 +328,7 @@ give_value = _make_give_value()
 """Gives a variable a value of another shape; it stays the object that layers and optimizers know."""
 
 
-def recognize_variables(optimizer: Any) -> None:
+def recognize_variables(optimizer: keras.Optimizer) -> None:
     """Lets an optimizer know its variables again after `give_value`: TensorFlow's has other names for them then."""
     for each in {id(found): found for found in (optimizer, inner_optimizer(optimizer))}.values():
         before = {place: key for key, place in (getattr(each, "_trainable_variables_indices", None) or {}).items()}
@@ -341,21 +344,21 @@ def recognize_variables(optimizer: Any) -> None:
             each._trainable_variables_indices = {key: place for place, key in after.items()}
 
 
-def give_shape(variable: Any, shape: tuple[int, ...]) -> None:
+def give_shape(variable: keras.Variable, shape: tuple[int, ...]) -> None:
     """Lets a variable without storage know its shape."""
     variable._shape = shape
 
 
-def build_shapes(layer: Any) -> dict[str, Any] | None:
+def build_shapes(layer: keras.Layer) -> dict[str, Any] | None:
     """The shapes of the inputs that a layer was built for, which its config holds."""
     return getattr(layer, "_build_shapes_dict", None)
 
 
-def set_build_shapes(layer: Any, shapes: dict[str, Any] | None) -> None:
+def set_build_shapes(layer: keras.Layer, shapes: dict[str, Any] | None) -> None:
     set_untracked(layer, "_build_shapes_dict", shapes)
 
 
-def infer_graph(model: Any, undo: list[Callable[[], None]]) -> None:
+def infer_graph(model: keras.Model, undo: list[Callable[[], None]]) -> None:
     """Works out the shapes of all tensors in a model's graph again, in the graphs that it calls first.
 
     Args:

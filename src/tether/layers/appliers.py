@@ -18,6 +18,7 @@ from tether.planning.control import Noted
 from tether.planning.execution import Convolve, execute
 from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
 from tether.planning.products import Products, products
+from tether.types import Function
 from tether.weights.evaluation import hold, release, remembers
 from tether.weights.expression import Expression, Tensor, is_view, live_weights
 
@@ -75,7 +76,7 @@ class Planner:
         return found
 
 
-def planner_of(view: Any) -> Planner | None:
+def planner_of(view: keras.Variable) -> Planner | None:
     """The planner of what a layer holds as its weight, or `None` if there is nothing to plan."""
     if not isinstance(view, View) or is_view(view.expression) or not keras_seam.autocasts(view):
         return None
@@ -87,7 +88,7 @@ def planner_of(view: Any) -> Planner | None:
     return planner
 
 
-def applied(view: Any, x: Tensor, problem: MakeProblem, convolve: Convolve | None = None) -> Tensor | None:
+def applied(view: keras.Variable, x: Tensor, problem: MakeProblem, convolve: Convolve | None = None) -> Tensor | None:
     """What the layer computes with its weight, by plan; `None` where the layer has to build the weight itself."""
     planner = planner_of(view)
     if planner is None:
@@ -146,7 +147,7 @@ def _letters(part: str, extra: tuple[str, ...]) -> tuple[str, ...]:
     return (*before, *(extra if dots else ()), *after)
 
 
-def _finished(layer: Any, y: Any) -> Any:
+def _finished(layer: keras.Layer, y: Tensor) -> Any:
     if layer.bias is not None:
         y = keras_seam.add(y, _tensor(layer.bias))
     return y if layer.activation is None else layer.activation(y)
@@ -156,15 +157,15 @@ def _tensor(weight: Any) -> Any:
     return weight.value if isinstance(weight, keras.Variable) else weight
 
 
-def _is_quicker_here(inputs: Any) -> bool:
+def _is_quicker_here(inputs: Tensor) -> bool:
     """Whether the product is computed here where the weight is built, and not by Keras's own call."""
     return keras_seam.RUNS_FROM_PYTHON and not keras_seam.is_sparse(inputs)
 
 
-def dense_call(base: Any) -> Callable[..., Any]:
+def dense_call(base: type[keras.Layer]) -> Function:
     """`Dense.call`."""
 
-    def call(self: Any, inputs: Any, training: Any = None) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, dense_problem)
         if y is None and _is_quicker_here(inputs):
             y = keras_seam.matmul(inputs, _tensor(self.kernel))
@@ -173,10 +174,10 @@ def dense_call(base: Any) -> Callable[..., Any]:
     return call
 
 
-def einsum_dense_call(base: Any) -> Callable[..., Any]:
+def einsum_dense_call(base: type[keras.Layer]) -> Function:
     """`EinsumDense.call`."""
 
-    def call(self: Any, inputs: Any, training: Any = None) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, einsum_problem(self.equation))
         if y is None and _is_quicker_here(inputs):
             y = keras.ops.einsum(self.equation, inputs, self.kernel)
@@ -201,27 +202,27 @@ def logits_problem(shape: Shape, **call: Any) -> Problem:
     return Problem((*rows, "d"), ("v", "d"), (*rows, "v"), shape, **call)
 
 
-def _rows(layer: Any, inputs: Any) -> Any:
+def _rows(layer: keras.Layer, inputs: Tensor) -> Any:
     if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
         inputs = keras.ops.cast(inputs, "int32")
     y = applied(layer.embeddings, inputs, lookup_problem)
     return y if y is None else keras.ops.cast(y, layer.compute_dtype)
 
 
-def embedding_call(base: Any) -> Callable[..., Any]:
+def embedding_call(base: type[keras.Layer]) -> Function:
     """`Embedding.call`."""
 
-    def call(self: Any, inputs: Any) -> Any:
+    def call(self: keras.Layer, inputs: Tensor) -> Any:
         y = _rows(self, inputs)
         return base.call(self, inputs) if y is None else y
 
     return call
 
 
-def reversible_call(base: Any) -> Callable[..., Any]:
+def reversible_call(base: type[keras.Layer]) -> Function:
     """`ReversibleEmbedding.call`, both ways."""
 
-    def call(self: Any, inputs: Any, reverse: bool = False) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, reverse: bool = False) -> Any:
         if not reverse:
             y = _rows(self, inputs)
             if y is None:
@@ -247,20 +248,20 @@ def reversible_call(base: Any) -> Callable[..., Any]:
 # Convolutions: channels mixed by the factors of a low-rank kernel, before or after the layer's own convolution.
 
 
-def convolution_call(base: Any) -> Callable[..., Any]:
+def convolution_call(base: type[keras.Layer]) -> Function:
     """`call` of a convolution without groups."""
 
-    def call(self: Any, inputs: Any) -> Any:
+    def call(self: keras.Layer, inputs: Tensor) -> Any:
         y = None if self.groups != 1 else _convolved(self, inputs, keras.ops.conv, depthwise=False)
         return base.call(self, inputs) if y is None else _finished_convolution(self, y, self.filters)
 
     return call
 
 
-def depthwise_call(base: Any) -> Callable[..., Any]:
+def depthwise_call(base: type[keras.Layer]) -> Function:
     """`call` of a convolution of each channel by itself."""
 
-    def call(self: Any, inputs: Any) -> Any:
+    def call(self: keras.Layer, inputs: Tensor) -> Any:
         y = _convolved(self, inputs, keras.ops.depthwise_conv, depthwise=True)
         if y is None:
             return base.call(self, inputs)
@@ -273,7 +274,7 @@ def depthwise_call(base: Any) -> Callable[..., Any]:
     return call
 
 
-def _convolved(layer: Any, x: Any, operation: Any, *, depthwise: bool) -> Any:
+def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool) -> Any:
     padding = layer.padding
     if padding == "causal":
         width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
@@ -282,7 +283,7 @@ def _convolved(layer: Any, x: Any, operation: Any, *, depthwise: bool) -> Any:
     else:
         width, last = 0, True
 
-    def convolve(x: Any, kernel: Any) -> Any:
+    def convolve(x: Tensor, kernel: Tensor) -> Any:
         if width:  # zeros stay zeros when channels are mixed
             x = keras.ops.pad(x, [[0, 0], [width, 0], [0, 0]] if last else [[0, 0], [0, 0], [width, 0]])
         return operation(
@@ -312,7 +313,7 @@ def _convolved(layer: Any, x: Any, operation: Any, *, depthwise: bool) -> Any:
 class _Kept:
     """The problem of one layer, equal for all its calls: plans are kept by it."""
 
-    def __init__(self, layer: Any, problem: Callable[..., Problem]) -> None:
+    def __init__(self, layer: keras.Layer, problem: Callable[..., Problem]) -> None:
         self.settings = (layer.rank, layer.strides, layer.padding, layer.dilation_rate, layer.data_format)
         self.problem = problem
 
@@ -326,7 +327,7 @@ class _Kept:
         return hash(self.settings)
 
 
-def _finished_convolution(layer: Any, y: Any, channels: int) -> Any:
+def _finished_convolution(layer: keras.Layer, y: Tensor, channels: int) -> Any:
     if layer.use_bias:
         ones = (1,) * layer.rank
         shape = (1, *ones, channels) if layer.data_format == "channels_last" else (1, channels, *ones)
@@ -343,11 +344,11 @@ def step_problem(shape: Shape, **call: Any) -> Problem:
     return Problem(("b", "i"), ("i", "o"), ("b", "o"), shape, repeated=True, **call)
 
 
-def _drops(cell: Any, training: Any) -> bool:
+def _drops(cell: keras.Layer, training: Any) -> bool:
     return bool(training) and (cell.dropout > 0 or cell.recurrent_dropout > 0)
 
 
-def _projected(cell: Any, x: Any, h: Any) -> tuple[Any, Any] | None:
+def _projected(cell: keras.Layer, x: Tensor, h: Any) -> tuple[Any, Any] | None:
     """The input and the state, each times its kernel; `None` if both kernels are to be built."""
     of_x, of_h = applied(cell.kernel, x, step_problem), applied(cell.recurrent_kernel, h, step_problem)
     if of_x is None and of_h is None:
@@ -358,10 +359,10 @@ def _projected(cell: Any, x: Any, h: Any) -> tuple[Any, Any] | None:
     )
 
 
-def lstm_cell_call(base: Any) -> Callable[..., Any]:
+def lstm_cell_call(base: type[keras.Layer]) -> Function:
     """`LSTMCell.call`."""
 
-    def call(self: Any, inputs: Any, states: Any, training: bool = False) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Any:
         found = None if _drops(self, training) else _projected(self, inputs, states[0])
         if found is None:
             return base.call(self, inputs, states, training=training)
@@ -376,10 +377,10 @@ def lstm_cell_call(base: Any) -> Callable[..., Any]:
     return call
 
 
-def gru_cell_call(base: Any) -> Callable[..., Any]:
+def gru_cell_call(base: type[keras.Layer]) -> Function:
     """`GRUCell.call`, with the reset gate after the product."""
 
-    def call(self: Any, inputs: Any, states: Any, training: bool = False) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Any:
         nested = isinstance(states, (list, tuple))
         before = states[0] if nested else states
         found = None
@@ -400,10 +401,10 @@ def gru_cell_call(base: Any) -> Callable[..., Any]:
     return call
 
 
-def simple_cell_call(base: Any) -> Callable[..., Any]:
+def simple_cell_call(base: type[keras.Layer]) -> Function:
     """`SimpleRNNCell.call`."""
 
-    def call(self: Any, sequence: Any, states: Any, training: bool = False) -> Any:
+    def call(self: keras.Layer, sequence: Tensor, states: Tensor, training: bool = False) -> Any:
         nested = isinstance(states, (list, tuple))
         found = None if _drops(self, training) else _projected(self, sequence, states[0] if nested else states)
         if found is None:
@@ -422,7 +423,7 @@ def simple_cell_call(base: Any) -> Callable[..., Any]:
 # Weights of a cell are computed once, before the loop over time, and not at each of its steps.
 
 
-def _hold(cell: Any) -> None:
+def _hold(cell: keras.Layer) -> None:
     """Computes the cell's composite weights now, outside the time loop that is about to run."""
     state = state_of(cell)
     if state is None or state.held:
@@ -434,14 +435,14 @@ def _hold(cell: Any) -> None:
         state.held = [entry for slot in state.slots for entry in slot.view.read(slot.view.expression, hold)]
 
 
-def loop_hooks(base: Any) -> dict[str, Any]:
+def loop_hooks(base: type[keras.Layer]) -> dict[str, Any]:
     """An RNN asks its cell for a dropout mask before its loop, and takes it back after."""
 
-    def get_dropout_mask(self: Any, step_input: Any) -> Any:
+    def get_dropout_mask(self: keras.Layer, step_input: Any) -> Any:
         _hold(self)
         return base.get_dropout_mask(self, step_input)
 
-    def reset_dropout_mask(self: Any) -> None:
+    def reset_dropout_mask(self: keras.Layer) -> None:
         state = state_of(self)
         if state is not None:
             release(state.held)
@@ -454,7 +455,7 @@ def loop_hooks(base: Any) -> dict[str, Any]:
 def holding(get_initial_state: Any) -> Any:
     """A cell of the user's own has one call before the loop: the one for its first state."""
 
-    def held_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def held_state(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
         if state is not None:
             state.held = []
@@ -475,7 +476,7 @@ def holding(get_initial_state: Any) -> Any:
 
 Applier = Callable[[type], Callable[..., Any]]
 
-_APPLIERS: tuple[tuple[type, Applier], ...] = (
+_APPLIERS: tuple[tuple[type[keras.Layer], Applier], ...] = (
     (keras.layers.Dense, dense_call),
     (keras.layers.EinsumDense, einsum_dense_call),
     (keras.layers.ReversibleEmbedding, reversible_call),
@@ -491,10 +492,10 @@ _APPLIERS: tuple[tuple[type, Applier], ...] = (
 )
 
 
-def planned_call(base: Any) -> Callable[..., Any] | None:
+def planned_call(base: type[keras.Layer]) -> Function | None:
     """A `call` that applies combined weights by plan, or `None` for a class that has no applier."""
     for kind, applier in _APPLIERS:
-        if issubclass(base, kind) and base.call is kind.call:  # type: ignore[attr-defined]
+        if issubclass(base, kind) and base.call is kind.call:
             call = applier(base)
             call.__doc__ = base.call.__doc__
             return call

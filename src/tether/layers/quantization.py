@@ -41,7 +41,7 @@ _NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
 # --------------------------------------------------------------------------- who asks
 
 
-def quantize_model(model: Any, mode: Any, config: Any, filters: Any) -> None:
+def quantize_model(model: keras.Model, mode: Any, config: Any, filters: Any) -> None:
     """Quantises the weights of the tied layers in a model: the part of `Model.quantize` that Keras leaves out."""
     layers = [layer for layer in keras_seam.contained_layers(model) if _is_tied(layer)]
     asked = [
@@ -51,7 +51,7 @@ def quantize_model(model: Any, mode: Any, config: Any, filters: Any) -> None:
         _quantize(asked, mode, config, lambda layer: keras_seam.passes(layer, filters))
 
 
-def quantize_layer(layer: Any, original: Callable[..., None], mode: Any, config: Any, **kwargs: Any) -> None:
+def quantize_layer(layer: keras.Layer, original: Callable[..., None], mode: Any, config: Any, **kwargs: Any) -> None:
     """`quantize` of a tied layer. Where another user of its weights was asked before, nothing is left to do."""
     if _own_matrices(layer) or _present(layer):
         _quantize([layer], mode, config, lambda layer: True)
@@ -91,7 +91,7 @@ def _settings(what: str, mode: Any, config: Any) -> tuple[str, int | None]:
     return config.mode, None if block in (None, -1) else int(block)
 
 
-def _quantize(layers: list[Any], mode: Any, config: Any, passes: Callable[[Any], bool]) -> None:
+def _quantize(layers: list[keras.Layer], mode: Any, config: Any, passes: Callable[[Any], bool]) -> None:
     mode, block = _settings(f"the layer {layers[0].name!r}", mode, config)
     found: dict[Weight, Rounded] = {}
     own: list[tuple[Any, str]] = []
@@ -115,7 +115,7 @@ def _quantize(layers: list[Any], mode: Any, config: Any, passes: Callable[[Any],
         _carry_out({weight: _rounded(weight, mode, block)})
 
 
-def _is_tied(layer: Any) -> bool:
+def _is_tied(layer: keras.Layer) -> bool:
     state = state_of(layer)
     return state is not None and bool(state.slots)
 
@@ -140,24 +140,24 @@ def _users(weight: Weight) -> list[Any]:
 # --------------------------------------------------------------------------- what is quantised
 
 
-def _named(layer: Any) -> list[Any]:
+def _named(layer: keras.Layer) -> list[Any]:
     """The variables and views of a layer that Keras quantises in a layer of its kind."""
     names = [name for kind, known in _NAMES if isinstance(layer, kind) for name in known]
     return [variable for variable in paths.own_variables(layer) if variable.name in names]
 
 
-def _own_matrices(layer: Any) -> list[Any]:
+def _own_matrices(layer: keras.Layer) -> list[Any]:
     """Those of which something is not quantised yet."""
     return [variable for variable in _named(layer) if _holds_a_matrix(variable)]
 
 
-def _present(layer: Any) -> set[str]:
+def _present(layer: keras.Layer) -> set[str]:
     """How those are quantised that are."""
     views = [variable for variable in _named(layer) if isinstance(variable, View)]
     return {mode for view in views for mode in _modes(view.expression)}
 
 
-def _holds_a_matrix(variable: Any) -> bool:
+def _holds_a_matrix(variable: keras.Variable) -> bool:
     if isinstance(variable, View):
         return bool(matrices(variable.expression))
     return len(variable.shape) > 1 and keras_seam.is_float(keras_seam.stored_dtype(variable))
@@ -234,7 +234,7 @@ def _inputs(weight: Weight) -> tuple[int, ...]:
     return tuple(range(len(shape) - 1))
 
 
-def _output_axes(layer: Any, use: Use, rank: int) -> set[int] | None:
+def _output_axes(layer: keras.Layer, use: Use, rank: int) -> set[int] | None:
     """The axes of a layer's weight that have one entry for each output channel (of a table: for each row)."""
     if isinstance(layer, keras.layers.EinsumDense):
         _, _, kernel = layer.equation.replace(" ", "").partition("->")[0].partition(",")

@@ -25,7 +25,9 @@ from tether.weights.expression import Expression, Node, Shape, known_shape
 from tether.weights.weight import Use, Weight
 
 
-def resize(weight: Any, axis: int, new_size: int, *, fill: Any = "initializer", model: Any = None) -> Report:
+def resize(
+    weight: Any, axis: int, new_size: int, *, fill: Any = "initializer", model: keras.Model | None = None
+) -> Report:
     """Gives a stored weight another size along an axis, in place; every layer that uses it follows.
 
     Settings that hold the size follow (`Dense.units`, `Embedding.input_dim`, `EinsumDense`'s output shape,
@@ -94,7 +96,7 @@ def _with_size(shape: Shape, axis: int, size: int) -> Shape:
 class _Change:
     """A variable that gets another value, and the name that it has in the report."""
 
-    variable: Any
+    variable: keras.Variable
     name: str
     value: Array
     how: str
@@ -119,7 +121,7 @@ class _Plan:
         initializer = self.weight.initializer or self.weight.first_initializer
         self._change(self.weight.variable, self.weight.name, self.shape, self.fill, initializer)
 
-    def _change(self, variable: Any, name: str, shape: Shape, rule: Any, initializer: Any) -> None:
+    def _change(self, variable: keras.Variable, name: str, shape: Shape, rule: Any, initializer: Any) -> None:
         present = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)))
         value, how = _resized(present, shape, rule, initializer, self.axis)
         self.changes[id(variable)] = _Change(variable, name, value, how)
@@ -143,7 +145,7 @@ class _Plan:
         except TetherError as error:
             self.problems.append(f"{name} = {use.expression.notation()} cannot follow: {error}")
 
-    def _follow_in(self, layer: Any, view: View, before: Shape, after: Shape) -> None:
+    def _follow_in(self, layer: keras.Layer, view: View, before: Shape, after: Shape) -> None:
         axes = [axis for axis, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
         if len(before) != len(after) or len(axes) != 1:
             raise Unsupported(f"its shape would go from {before} to {after}")
@@ -157,7 +159,7 @@ class _Plan:
                 if variable.name == name and variable is not view:
                     self._take_along(layer, variable, at, after[axis])
 
-    def _take_along(self, layer: Any, variable: Any, axis: int, size: int) -> None:
+    def _take_along(self, layer: keras.Layer, variable: keras.Variable, axis: int, size: int) -> None:
         """Resizes what belongs to a weight: a bias."""
         if isinstance(variable, View):
             if shapes_with(variable.expression, {self.weight: self.shape})[-1][1][axis] != size:
@@ -169,7 +171,7 @@ class _Plan:
             variable, f"{layer.name}/{variable.name}", _with_size(tuple(variable.shape), axis, size), rule, initializer
         )
 
-    def look_around(self, model: Any) -> None:
+    def look_around(self, model: keras.Model) -> None:
         """Adds what in a model uses the weight without a tie, and what its optimizer cannot follow."""
         for layer in keras_seam.contained_layers(model):
             state = state_of(layer)
@@ -187,7 +189,7 @@ class _Plan:
                     "the model anew before"
                 )
 
-    def _slots(self, model: Any) -> Iterator[tuple[Any, Any, str]]:
+    def _slots(self, model: keras.Model) -> Iterator[tuple[Any, Any, str]]:
         optimizer = getattr(model, "optimizer", None)
         kept = keras_seam.optimizer_slots(optimizer) if optimizer is not None else {}
         for key, change in self.changes.items():
@@ -196,7 +198,7 @@ class _Plan:
 
     # ------------------------------------------------------------------ changing
 
-    def carry_out(self, model: Any) -> None:
+    def carry_out(self, model: keras.Model) -> None:
         """Changes everything, or nothing.
 
         Raises:
@@ -218,7 +220,7 @@ class _Plan:
                 ) from error
             raise
 
-    def _carry_out(self, model: Any, undo: Undo) -> None:
+    def _carry_out(self, model: keras.Model, undo: Undo) -> None:
         optimizer = getattr(model, "optimizer", None)
         slots = list(self._slots(model))
         undo.append(lambda: keras_seam.recognize_variables(optimizer))
@@ -261,7 +263,7 @@ def _plainly(error: Exception) -> str:
     return " ".join(text.split()).rstrip(".") + "."
 
 
-def _give(variable: Any, value: Array, undo: Undo) -> None:
+def _give(variable: keras.Variable, value: Array, undo: Undo) -> None:
     before = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)))
     undo.append(lambda: keras_seam.give_value(variable, before))
     keras_seam.give_value(variable, value)
@@ -316,7 +318,7 @@ class Size:
     """Tells the layer the new size; gives the undo list what puts the old one back."""
 
 
-def sizes_of(layer: Any) -> list[Size]:
+def sizes_of(layer: keras.Layer) -> list[Size]:
     """The sizes of a layer that can change after it was built.
 
     Raises:
@@ -331,20 +333,20 @@ def sizes_of(layer: Any) -> list[Size]:
     raise Unsupported(f"{base.__name__} does not say which of its settings hold the size")
 
 
-def _setting(layer: Any, name: str) -> Callable[[int, Undo], None]:
+def _setting(layer: keras.Layer, name: str) -> Callable[[int, Undo], None]:
     def set_it(size: int, undo: Undo) -> None:
         _replace(layer, name, size, undo)
 
     return set_it
 
 
-def _replace(layer: Any, name: str, value: Any, undo: Undo) -> None:
+def _replace(layer: keras.Layer, name: str, value: Any, undo: Undo) -> None:
     before = getattr(layer, name)
     undo.append(lambda: setattr(layer, name, before))
     setattr(layer, name, value)
 
 
-def _input(layer: Any, axis: int) -> Callable[[int, Undo], None]:
+def _input(layer: keras.Layer, axis: int) -> Callable[[int, Undo], None]:
     """The size of an axis of the layer's input."""
 
     def set_it(size: int, undo: Undo) -> None:
@@ -363,21 +365,21 @@ def _input(layer: Any, axis: int) -> Callable[[int, Undo], None]:
     return set_it
 
 
-def _dense(layer: Any) -> list[Size]:
+def _dense(layer: keras.Layer) -> list[Size]:
     return [
         Size((("kernel", 0),), _input(layer, -1)),
         Size((("kernel", 1), ("bias", 0)), _setting(layer, "units")),
     ]
 
 
-def _embedding(layer: Any) -> list[Size]:
+def _embedding(layer: keras.Layer) -> list[Size]:
     return [
         Size((("embeddings", 0), ("reverse_embeddings", 1)), _setting(layer, "input_dim")),
         Size((("embeddings", 1), ("reverse_embeddings", 0)), _setting(layer, "output_dim")),
     ]
 
 
-def _convolution(layer: Any) -> list[Size]:
+def _convolution(layer: keras.Layer) -> list[Size]:
     channels = -1 if layer.data_format == "channels_last" else 1
     out, into = (-2, -1) if "Transpose" in base_class(type(layer)).__name__ else (-1, -2)
     rank = layer.rank + 2
@@ -387,7 +389,7 @@ def _convolution(layer: Any) -> list[Size]:
     return [filters, Size((("kernel", into % rank),), _input(layer, channels))]
 
 
-def _einsum(layer: Any) -> list[Size]:
+def _einsum(layer: keras.Layer) -> list[Size]:
     equation = layer.equation.replace(" ", "")
     if "." in equation:
         raise Unsupported("its equation has an ellipsis")

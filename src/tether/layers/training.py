@@ -8,18 +8,20 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import keras
+
 from tether import keras_seam
 from tether.layers.tying import paths
 from tether.layers.tying.state import state_of
 from tether.weights.weight import Use, Weight
 
 
-def is_tied(model: Any) -> bool:
+def is_tied(model: keras.Model) -> bool:
     """Whether a model holds weights, or layers that will."""
     return any(isinstance(layer, Weight) or state_of(layer) is not None for layer in keras_seam.contained_layers(model))
 
 
-def live(model: Any) -> weakref.WeakKeyDictionary[Any, bool]:
+def live(model: keras.Model) -> weakref.WeakKeyDictionary[Any, bool]:
     """The uses in a model, and whether a gradient may flow through each; its weights, and whether each may train."""
     found: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
     for layer in keras_seam.contained_layers(model):
@@ -33,7 +35,7 @@ def live(model: Any) -> weakref.WeakKeyDictionary[Any, bool]:
     return found
 
 
-def differences(model: Any, before: weakref.WeakKeyDictionary[Any, bool]) -> list[str]:
+def differences(model: keras.Model, before: weakref.WeakKeyDictionary[Any, bool]) -> list[str]:
     """The names of the weights of which something has been frozen or unfrozen since `live`."""
     found: dict[str, None] = {}
     for one, was in live(model).items():
@@ -43,14 +45,14 @@ def differences(model: Any, before: weakref.WeakKeyDictionary[Any, bool]) -> lis
     return list(found)
 
 
-def still(model: Any) -> list[Any]:
+def still(model: keras.Model) -> list[Any]:
     """The variables of weights that train elsewhere, and of which a model holds frozen uses only."""
     layers = {id(layer): layer for layer in keras_seam.contained_layers(model)}
     weights = [layer for layer in layers.values() if isinstance(layer, Weight) and layer.is_built and layer.trainable]
     return [weight.variable for weight in weights if not _trains_in(weight, layers)]
 
 
-def _trains_in(weight: Weight, layers: dict[int, Any]) -> bool:
+def _trains_in(weight: Weight, layers: dict[int, keras.Layer]) -> bool:
     if any(id(use.layer()) in layers and use.reaches(weight) for use in weight.uses):
         return True
     holders = (layer for layer in layers.values() if not isinstance(layer, Weight))

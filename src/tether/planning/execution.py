@@ -41,7 +41,7 @@ def _jax(y: Tensor, tangent: Tangent, x: Tensor, varying: tuple[Tensor, ...], ot
     import jax
 
     @jax.custom_jvp  # type: ignore[untyped-decorator]
-    def attached(y: Any, x: Any, varying: Any, others: Any) -> Any:
+    def attached(y: Tensor, x: Tensor, varying: Any, others: Any) -> Any:
         return y
 
     @attached.defjvp  # type: ignore[untyped-decorator]
@@ -60,7 +60,7 @@ def _tensorflow(
     import tensorflow as tf
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def attached(y: Any, *varying: Any) -> Any:
+    def attached(y: Tensor, *varying: Any) -> Any:
         def gradients(upstream: Any) -> Any:
             with tf.GradientTape() as tape:
                 tape.watch(varying)
@@ -83,7 +83,7 @@ def _torch_function() -> Any:
 
     class Attached(torch.autograd.Function):
         @staticmethod
-        def forward(context: Any, y: Any, tangent: Tangent, count: int, x: Any, *factors: Any) -> Any:
+        def forward(context: Any, y: Tensor, tangent: Tangent, count: int, x: Tensor, *factors: Any) -> Any:
             context.tangent, context.count = tangent, count
             context.save_for_backward(x, *factors)
             return y.view_as(y)

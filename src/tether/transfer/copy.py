@@ -140,7 +140,7 @@ class _Plan:
         except ShapeMismatch as error:
             raise ShapeMismatch(f"{source.path!r} to {path!r}: {error}") from error
 
-    def _take(self, path: str, place: Any, variable: Any, value: Array, source: Held) -> str:
+    def _take(self, path: str, place: Any, variable: keras.Variable, value: Array, source: Held) -> str:
         """Plans the value of one stored variable."""
         array, how = self._fitted(path, value, numpy_of(variable), source)
         old, new = keras_seam.stored_dtype(source.variable), keras_seam.stored_dtype(variable)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, received
 from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, numpy_of, shape_of, stored_variables
+from tether.types import Array
 from tether.weights.expression import Expression, program
 from tether.weights.weight import Weight
 
@@ -33,8 +33,8 @@ class Held:
     """By the names of layers, as an error would list it."""
     key: tuple[Any, ...]
     """What corresponding weights have in common."""
-    layer: Any
-    variable: Any
+    layer: keras.Layer
+    variable: keras.Variable
     expression: Expression | None
     """What it reads, if it is tied; the Weight, if an attribute of the user's holds one."""
 
@@ -48,12 +48,12 @@ class Held:
         """The stored variables behind it."""
         return stored_variables(self.variable)
 
-    def numpy(self) -> np.ndarray[Any, Any]:
+    def numpy(self) -> Array:
         """A copy of its value, before autocast."""
         return numpy_of(self.variable)
 
 
-def held_weights(root: Any) -> list[Held]:
+def held_weights(root: keras.Layer) -> list[Held]:
     """The weights below a layer, each once, views included."""
     found: dict[int, Held] = {}
     for held in _walk(root, (), (), (root,)):
@@ -61,7 +61,7 @@ def held_weights(root: Any) -> list[Held]:
     return list(found.values())
 
 
-def _walk(layer: Any, names: tuple[str, ...], key: tuple[Any, ...], around: tuple[Any, ...]) -> Iterator[Held]:
+def _walk(layer: keras.Layer, names: tuple[str, ...], key: tuple[Any, ...], around: tuple[Any, ...]) -> Iterator[Held]:
     inside = paths.Holdings().of(layer)
     for variable in inside.variables:
         leaf = inside.names[id(variable)]
@@ -79,7 +79,7 @@ def _walk(layer: Any, names: tuple[str, ...], key: tuple[Any, ...], around: tupl
 
 
 def _step(
-    canonical: paths.Path, in_graph: bool, child: Any, counts: dict[str, int]
+    canonical: paths.Path, in_graph: bool, child: keras.Layer, counts: dict[str, int]
 ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """The path to a sub-layer for people, and what its counterpart has in common with it."""
     if canonical[0] != "layers" or not in_graph:
@@ -94,7 +94,7 @@ def _step(
 # --------------------------------------------------------------------------- pairs
 
 
-def built(function: str, role: str, layer: Any) -> None:
+def built(function: str, role: str, layer: keras.Layer) -> None:
     """Refuses what is no layer, or has no weights yet.
 
     Raises:
@@ -160,7 +160,7 @@ def _checked(match: Any) -> dict[str, str | None]:
     return dict(match)
 
 
-def _fitting(root: Any, weights: list[Held], pattern: str) -> list[tuple[Held, tuple[str, ...]]]:
+def _fitting(root: keras.Layer, weights: list[Held], pattern: str) -> list[tuple[Held, tuple[str, ...]]]:
     """The weights that a path or pattern means, and what each star stands for."""
     if "*" not in pattern:
         return [(_named(root, weights, pattern), ())]
@@ -176,7 +176,7 @@ def _filled(pattern: str, captured: tuple[str, ...]) -> str:
     return "".join(part + text for part, text in zip(parts, (*captured[: len(parts) - 1], ""), strict=True))
 
 
-def _named(root: Any, weights: list[Held], path: str) -> Held:
+def _named(root: keras.Layer, weights: list[Held], path: str) -> Held:
     for held in weights:
         if held.path == path:
             return held

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import keras
+
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.layers.tying import paths
@@ -20,7 +22,7 @@ from tether.weights.weight import Weight
 class SoftTie:
     """A soft tie that was made: what it says, what it costs now, and how to remove it."""
 
-    def __init__(self, model: Any, penalty: Penalty) -> None:
+    def __init__(self, model: keras.Model, penalty: Penalty) -> None:
         self._model = weakref.ref(model)
         self._penalty = penalty
 
@@ -56,7 +58,7 @@ class SoftTie:
         return f"<SoftTie {self._penalty.notation()}>"
 
 
-def soft_tie(model: Any, a: Any, b: Any, strength: Any) -> SoftTie:
+def soft_tie(model: keras.Model, a: Any, b: Any, strength: Any) -> SoftTie:
     """Adds the loss `strength * sum((a - b)**2)` to a model, which pulls two weights towards each other.
 
     The gradient flows to both sides; put one under `stop_gradient()` to pull only the other. The penalty is
@@ -109,7 +111,7 @@ def soft_tie(model: Any, a: Any, b: Any, strength: Any) -> SoftTie:
     return SoftTie(model, penalty)
 
 
-def soft_ties(model: Any) -> list[SoftTie]:
+def soft_ties(model: keras.Model) -> list[SoftTie]:
     """The soft ties of a model, for example of one that was loaded.
 
     Args:
@@ -127,7 +129,7 @@ def soft_ties(model: Any) -> list[SoftTie]:
     return [SoftTie(model, penalty) for penalty in found.values()]
 
 
-def _expression(model: Any, name: str, value: Any, *, paths_allowed: bool) -> Expression:
+def _expression(model: keras.Model, name: str, value: Any, *, paths_allowed: bool) -> Expression:
     if isinstance(value, str) and paths_allowed:
         promoted: Expression = weight_of(model, value)
         return promoted
@@ -138,7 +140,7 @@ def _expression(model: Any, name: str, value: Any, *, paths_allowed: bool) -> Ex
         raise TetherError(f"`{name}` of a soft tie is {kinds}. {received(**{name: value})}") from None
 
 
-def _check_places(model: Any, a: Any, b: Any) -> None:
+def _check_places(model: keras.Model, a: Any, b: Any) -> None:
     """What can be said of paths before their weights are promoted."""
     if not (isinstance(a, str) and isinstance(b, str)):
         return
@@ -153,7 +155,7 @@ def _check_places(model: Any, a: Any, b: Any) -> None:
         raise ShapeMismatch(f"{a!r} has shape {shape}, but {b!r} has shape {other_shape}.{hint}")
 
 
-def _weights_of_layers(model: Any) -> set[Weight]:
+def _weights_of_layers(model: keras.Model) -> set[Weight]:
     """The weights that layers of the model use or hold, those that only penalties have left out."""
     found: set[Weight] = set()
     for layer in keras_seam.contained_layers(model):

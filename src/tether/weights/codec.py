@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tether.errors import NUMERIC, InvalidConfig, TetherError, received
+from tether.types import Array, Config
 from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, Stored, Term, operator, program, provide
 from tether.weights.leaves import MAX_CONSTANT, Argument, Constant, numpy_dtype
 
@@ -130,7 +131,7 @@ def decode_became(content: Any, weight: Stored) -> Expression:
     return expression
 
 
-def _decode_step(step: dict[str, Any], done: list[Expression], weights: Mapping[str, Stored]) -> Expression:
+def _decode_step(step: Config, done: list[Expression], weights: Mapping[str, Stored]) -> Expression:
     if "op" in step:
         return _decode_node(step, done)
     if len(step) != 1:
@@ -167,7 +168,7 @@ def _decode_argument(content: Any) -> Argument:
     return Argument(content["name"], tuple(shape), content["dtype"], default=default, choices=content.get("choices"))
 
 
-def _decode_node(step: dict[str, Any], done: list[Expression]) -> Expression:
+def _decode_node(step: Config, done: list[Expression]) -> Expression:
     parameters = dict(step)
     name, places = parameters.pop("op"), parameters.pop("of", None)
     found = operator(name) if isinstance(name, str) else None
@@ -184,7 +185,7 @@ def _decode_node(step: dict[str, Any], done: list[Expression]) -> Expression:
     return found(*(done[place] for place in places), **parameters)
 
 
-def _decode_array(content: Any) -> np.ndarray[Any, Any]:
+def _decode_array(content: Any) -> Array:
     if not isinstance(content, dict) or set(content) != {"dtype", "shape", "data"}:
         raise InvalidConfig(f"An array has dtype, shape and data. {received(array=type(content).__name__)}")
     shape, data = content["shape"], content["data"]

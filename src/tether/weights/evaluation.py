@@ -13,6 +13,8 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
+
 from tether import keras_seam
 from tether.weights.expression import Expression, Node, StatefulNode, Stored, Tensor, is_view, program, provide
 from tether.weights.leaves import Argument, Constant, bindings
@@ -119,7 +121,7 @@ def _call_caches() -> list[dict[Any, Any]]:
     return caches
 
 
-def _of_this_call(owner: Any, name: str, make: Callable[[], Any]) -> Any:
+def _of_this_call(owner: keras.Layer, name: str, make: Callable[[], Any]) -> Any:
     """What is remembered under a name for as long as a call runs."""
     found = getattr(owner, name, None)
     if found is None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotATensor, ShapeMismatch, TetherError, UnknownShape, received
+from tether.types import Array, Config, Function
 
 # --------------------------------------------------------------------------- no silent conversion
 # What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
@@ -100,12 +101,12 @@ MAX_ELEMENTS = 1 << 34
 """64 GiB of float32: a value beyond that is a mistake, or a file of somebody who means harm."""
 
 
-_ways: dict[str, Callable[..., Any]] = {}
+_ways: dict[str, Function] = {}
 """What is done with an expression, by name: evaluating, assigning, writing, each operator. The modules of these use the
 classes here, so they put their functions in when they are imported."""
 
 
-def provide(**functions: Callable[..., Any]) -> None:
+def provide(**functions: Function) -> None:
     """Lets the methods and operators of expressions call these functions."""
     _ways.update(functions)
 
@@ -156,7 +157,7 @@ class Expression(NoTensor):
         """The tensor, computed now from what is stored, on the backend in use."""
         return _ways["evaluate"](self)
 
-    def numpy(self) -> np.ndarray[Any, Any]:
+    def numpy(self) -> Array:
         """The value as a NumPy array (a copy)."""
         return np.array(keras.ops.convert_to_numpy(self.value))
 
@@ -321,7 +322,7 @@ class Node(Expression):
         "parameters",
     )
     operands: tuple[Expression, ...]
-    parameters: dict[str, Any]
+    parameters: Config
     _shape: Shape | None  # as known when it was written down
     _dtype: str | None
     _late: tuple[tuple[Shape | None, ...], Shape] | None  # the leaves' shapes, and the shape found from them later
@@ -372,7 +373,7 @@ class Node(Expression):
     # ------------------------------------------------------------------ what an operator defines
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """Validates parameters, also those of a stranger's file; returns all of them, hashable."""
         return {}
 

@@ -24,6 +24,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
+from tether.types import Config
 from tether.weights.expression import Stored
 
 _explicit = threading.local()
@@ -86,7 +87,7 @@ MARK = "tether_mark"
 _marks: contextvars.ContextVar[dict[str, tuple[Any, ...]] | None] = contextvars.ContextVar("tether_marks", default=None)
 
 
-def mark(entry: dict[str, Any], *told: Any) -> dict[str, Any]:
+def mark(entry: Config, *told: Any) -> dict[str, Any]:
     """Marks an entry of a config as the one that tells of some objects, while somebody looks for them."""
     marks = _marks.get()
     if marks is not None:
@@ -95,7 +96,7 @@ def mark(entry: dict[str, Any], *told: Any) -> dict[str, Any]:
     return entry
 
 
-def told_by_config(root: Any) -> dict[int, Any]:
+def told_by_config(root: keras.Layer) -> dict[int, Any]:
     """The objects of Tether's (ties, penalties, weights) that the config of a model or layer tells of, by their ids."""
     token = _marks.set({})
     try:
@@ -118,7 +119,7 @@ def told_by_file() -> dict[int, Any] | None:
     return found
 
 
-def dictionaries(config: Any) -> Iterator[dict[str, Any]]:
+def dictionaries(config: Any) -> Iterator[Config]:
     """The dictionaries in a config, at any depth."""
     waiting = [config]
     while waiting:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NUMERIC, NotATensor, ShapeMismatch, TetherError, UnboundArgument, as_dtype, as_int, received
+from tether.types import Array
 from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Tensor, Term, provide
 
 # --------------------------------------------------------------------------- arguments
@@ -231,11 +232,11 @@ class Constant(Expression):
     """
 
     __slots__ = ("__weakref__", "_key", "array", "number")
-    array: np.ndarray[Any, Any] | None
+    array: Array | None
     number: int | float | None
     _key: tuple[Any, ...]
 
-    def __init__(self, *, number: int | float | None = None, array: np.ndarray[Any, Any] | None = None) -> None:
+    def __init__(self, *, number: int | float | None = None, array: Array | None = None) -> None:
         object.__setattr__(self, "number", number)
         object.__setattr__(self, "array", array)
         key = (
@@ -344,7 +345,7 @@ class Constant(Expression):
         return (_rebuild_constant, (self.number, self.array))
 
 
-def _rebuild_constant(number: int | float | None, array: np.ndarray[Any, Any] | None) -> Constant:
+def _rebuild_constant(number: int | float | None, array: Array | None) -> Constant:
     return Constant(number=number, array=array)
 
 

@@ -21,6 +21,7 @@ from tether.errors import (
     ValueConflict,
     received,
 )
+from tether.types import Array, Config
 from tether.weights.codec import decode_became, encode_became
 from tether.weights.expression import Expression, Shape, Stored, Tensor, live_weights, note_replacement, resolved
 from tether.weights.identity import born, fresh_uid, mark, scope_of, told_by_file
@@ -41,7 +42,7 @@ class Use:
     name: str
     """The layer's own name for the weight: `kernel`."""
     expression: Expression
-    layer: weakref.ref[Any]
+    layer: weakref.ref[keras.Layer]
     live: bool = True
     """Whether gradient may flow through this use: the layer is trainable, and so is the attribute."""
     regularizer: Any = None
@@ -106,7 +107,7 @@ class Weight(Stored):
     _container_flag: bool
     _given_shape: Shape | None
     _given_dtype: str | None
-    _variable: Any
+    _variable: keras.Variable
     _wanted_path: str
     _role: str | None
     _became: Weight | None
@@ -320,7 +321,7 @@ class Weight(Stored):
         """Whether it has no variable yet and nothing speaks against one of this dtype."""
         return self._variable is None and self.dtype in (None, dtype)
 
-    def adopt(self, variable: Any) -> None:
+    def adopt(self, variable: keras.Variable) -> None:
         """Takes over a variable that exists: the very object, so that optimizers that know it stay valid."""
         if self._variable is not None:
             raise TetherError(f"The weight {self.name!r} has a variable already.")
@@ -341,7 +342,7 @@ class Weight(Stored):
             )
         self._hold(variable)
 
-    def _hold(self, variable: Any) -> None:
+    def _hold(self, variable: keras.Variable) -> None:
         if self.regularizer is not None:
             variable.regularizer = self.regularizer
         if self.constraint is not None:
@@ -395,7 +396,7 @@ class Weight(Stored):
         return variable
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[keras.Variable]:
         """The one variable, if it has been made, or those of what it has become. Keras asks at every step."""
         if self._became is not None:
             return [variable for part in self.parts for variable in part.variables]
@@ -488,11 +489,11 @@ class Weight(Stored):
 
     # ------------------------------------------------------------------ configs and files
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The weight as JSON: everything but its value."""
         return mark(self.own_config(), self)
 
-    def own_config(self) -> dict[str, Any]:
+    def own_config(self) -> Config:
         """The same for a record of ties, which names the weight: whether a file holds it, `get_config` says."""
         derived = self.initializer is None
         became = {}
@@ -515,7 +516,7 @@ class Weight(Stored):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Weight:
+    def from_config(cls, config: Config) -> Weight:
         """The weight of a config: one object for each uid and sharing scope.
 
         Raises:
@@ -661,7 +662,7 @@ def _made_for_others(use: Use) -> Iterator[str]:
 class Copy(keras.initializers.Initializer):
     """Starts a variable at a copy of an array."""
 
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+    def __init__(self, array: Array) -> None:
         self.array = array
 
     def __call__(self, shape: Shape, dtype: str | None = None) -> Tensor:
@@ -669,7 +670,7 @@ class Copy(keras.initializers.Initializer):
         return keras_seam.own_tensor(self.array, dtype)
 
 
-def _rebuild(config: dict[str, Any], value: Any, became: Expression | None = None) -> Weight:
+def _rebuild(config: Config, value: Any, became: Expression | None = None) -> Weight:
     """A copy with an id of its own; pickle's memo makes it one for all that share it."""
     config = check_config(config)
     config.pop("became", None)

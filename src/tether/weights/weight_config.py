@@ -12,6 +12,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_dtype, received
+from tether.types import Config
 from tether.weights.expression import MAX_ELEMENTS, Expression, Shape
 
 ROLES = ("part", "strength", "state", "integers", "scale")
@@ -134,7 +135,7 @@ def check_config(config: Any) -> dict[str, Any]:
     return config
 
 
-def check_agrees(config: dict[str, Any], weight: Any) -> None:
+def check_agrees(config: Config, weight: Any) -> None:
     """Refuses a second config of a weight that is unlike what the first one made.
 
     Args:

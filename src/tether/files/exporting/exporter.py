@@ -21,6 +21,7 @@ from tether.errors import TetherError, Unsupported, received
 from tether.files.exporting import litert, onnx_files, saved_model, torch_program
 from tether.files.exporting.model import BATCHES, Asked, all_large, ask, held_out
 from tether.planning import force
+from tether.types import Array
 
 Format = Literal["tf_saved_model", "onnx", "litert", "torch"]
 
@@ -63,7 +64,7 @@ class Exported:
 
 
 def export(
-    model: Any,
+    model: keras.Model,
     path: str | os.PathLike[str],
     format: Format = "tf_saved_model",
     *,
@@ -182,7 +183,7 @@ def _compare(
     written: ModuleType,
     beside: pathlib.Path,
     format: str,
-    arrays: list[np.ndarray[Any, Any]] | None,
+    arrays: list[Array] | None,
     tolerance: float,
 ) -> float:
     """Runs what was written. The largest difference from the model."""
@@ -237,7 +238,7 @@ def _difference(name: str, expected: Any, found: Any, format: str, tolerance: fl
     return difference
 
 
-def _arrays(asked: Asked, inputs: Any) -> list[np.ndarray[Any, Any]]:
+def _arrays(asked: Asked, inputs: Any) -> list[Array]:
     """Inputs as the caller gave them, flat, with the dtypes of the signature."""
     found = [np.asarray(keras.ops.convert_to_numpy(tensor)) for tensor in keras.tree.flatten(inputs)]
     if len(found) != len(asked.specs):

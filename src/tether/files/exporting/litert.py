@@ -14,6 +14,7 @@ from tether.errors import Unsupported
 from tether.files.exporting.model import Asked
 from tether.files.exporting.saved_model import traced
 from tether.layers.tying.state import numpy_of
+from tether.types import Array
 
 BACKENDS = ("tensorflow", "jax")
 SUFFIX = ".tflite"
@@ -45,7 +46,7 @@ def write(asked: Asked, path: pathlib.Path, held: list[Any]) -> None:
     path.write_bytes(_with_constants(converted, dict(zip(names, map(numpy_of, held), strict=True))))
 
 
-def _with_constants(converted: bytes, values: dict[str, np.ndarray[Any, Any]]) -> bytes:
+def _with_constants(converted: bytes, values: dict[str, Array]) -> bytes:
     """The same file, with inputs that have become stored constants."""
     from tensorflow.lite.python import schema_py_generated as schema
     from tensorflow.lite.tools import flatbuffer_utils
@@ -95,7 +96,7 @@ def runner(path: pathlib.Path) -> Any:
     interpreter = tf.lite.Interpreter(model_path=str(path))
     ((_, signature),) = interpreter.get_signature_list().items()
 
-    def run(asked: Asked, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def run(asked: Asked, arrays: Sequence[Array]) -> list[Array]:
         call = interpreter.get_signature_runner()
         names = [name for name, _, _ in asked.specs]
         given = {name: array for name, array in zip(names, arrays, strict=True) if name in signature["inputs"]}

@@ -18,6 +18,7 @@ from tether import keras_seam
 from tether.errors import TetherError, received
 from tether.layers.tying.state import state_of, stored_variables
 from tether.layers.tying.tied import base_class
+from tether.types import Array
 from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
@@ -38,7 +39,7 @@ Shape = tuple[int | None, ...]
 class Asked:
     """A model, and the inputs of one call of it."""
 
-    model: Any
+    model: keras.Model
     signature: list[Any]
     """The positional arguments of the call: structures of specs."""
     specs: list[tuple[str, Shape, str]]
@@ -65,12 +66,12 @@ class Asked:
         inputs = len(self.specs)
         return self.call(tensors[:inputs], list(zip(held, tensors[inputs:], strict=True)))
 
-    def reference(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def reference(self, arrays: Sequence[Array]) -> list[Array]:
         """The model's own outputs."""
         outputs = self.call([keras.ops.convert_to_tensor(array) for array in arrays])
         return [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
 
-    def made_up(self, batch: int) -> list[np.ndarray[Any, Any]]:
+    def made_up(self, batch: int) -> list[Array]:
         """Inputs with these shapes and dtypes: noise, and zeros where a number may be an index."""
         rng = np.random.default_rng(0)
         arrays = []
@@ -83,7 +84,7 @@ class Asked:
         return arrays
 
     @cached_property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[keras.Variable]:
         """All that the model stores, each variable once."""
         return list({id(variable): variable for variable in self.model.variables}.values())
 
@@ -107,7 +108,7 @@ class Asked:
         ]
 
 
-def ask(model: Any, signature: Any, options: dict[str, Any]) -> Asked:
+def ask(model: keras.Model, signature: Any, options: dict[str, Any]) -> Asked:
     """What is to be exported.
 
     Raises:
@@ -155,7 +156,7 @@ def distinct(names: list[str]) -> list[str]:
     return found if len(set(found)) == len(found) else [f"{name}_{at}" for at, name in enumerate(found)]
 
 
-def bytes_of(variable: Any) -> int:
+def bytes_of(variable: keras.Variable) -> int:
     """What storing a variable takes, or the value of a view."""
     return math.prod(variable.shape) * numpy_dtype(str(variable.dtype)).itemsize
 

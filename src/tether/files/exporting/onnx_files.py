@@ -14,6 +14,7 @@ from tether import keras_seam
 from tether.errors import Unsupported
 from tether.files.exporting.model import SMALL, Asked, distinct, quiet
 from tether.layers.tying.state import numpy_of
+from tether.types import Array
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SUFFIX = ".onnx"
@@ -63,7 +64,7 @@ def _by_tf2onnx(asked: Asked, held: list[Any]) -> Any:
     return with_initializers(model, names, held)
 
 
-def with_initializers(model: Any, names: list[str], held: list[Any]) -> Any:
+def with_initializers(model: keras.Model, names: list[str], held: list[Any]) -> Any:
     """The same model, with inputs that have become stored weights under the variables' own names."""
     import onnx
 
@@ -150,7 +151,7 @@ def runner(path: pathlib.Path) -> Any:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     known = {found.name for found in session.get_inputs()}
 
-    def run(asked: Asked, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def run(asked: Asked, arrays: Sequence[Array]) -> list[Array]:
         given = {name: array for (name, _, _), array in zip(asked.specs, arrays, strict=True) if name in known}
         return list(session.run(asked.output_names, given))
 

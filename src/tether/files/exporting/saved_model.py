@@ -11,6 +11,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.files.exporting.model import Asked, quiet
+from tether.types import Array
 
 BACKENDS = ("tensorflow", "jax")
 SUFFIX = ""
@@ -38,7 +39,7 @@ def runner(path: pathlib.Path) -> Any:
     with quiet("absl"):
         served = tf.saved_model.load(str(path))
 
-    def run(asked: Asked, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def run(asked: Asked, arrays: Sequence[Array]) -> list[Array]:
         arguments = keras.tree.pack_sequence_as(asked.signature, list(map(tf.convert_to_tensor, arrays)))
         return [np.asarray(output) for output in keras.tree.flatten(served.serve(*arguments))]
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from tether.files.exporting.model import Asked, distinct
+from tether.types import Array
 
 BACKENDS = ("torch",)
 SUFFIX = ".pt2"
@@ -80,7 +81,7 @@ def runner(path: pathlib.Path) -> Any:
     with open(path, "rb") as file:
         module = torch.export.load(file).module()
 
-    def run(asked: Asked, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def run(asked: Asked, arrays: Sequence[Array]) -> list[Array]:
         with torch.no_grad():
             found = module(*(torch.as_tensor(array).to(_device(asked)) for array in arrays))
         outputs = found if isinstance(found, tuple) else (found,)

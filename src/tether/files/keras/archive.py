@@ -31,6 +31,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NUMERIC, InvalidConfig, TetherError, Unsupported, received
+from tether.types import Config
 from tether.weights.leaves import numpy_dtype
 
 # --------------------------------------------------------------------------- HDF5
@@ -244,7 +245,7 @@ _ENCRYPTED = 1
 class Contents:
     """What an archive says that it holds."""
 
-    config: dict[str, Any]
+    config: Config
     values: dict[str, tuple[int, ...]]
     """The shapes of the stored values, by their places in the file."""
     written_by: str | None = None
@@ -457,7 +458,7 @@ class _Part(io.RawIOBase):
         return int(count)
 
 
-def with_config(source: pathlib.Path, target: pathlib.Path, config: dict[str, Any]) -> None:
+def with_config(source: pathlib.Path, target: pathlib.Path, config: Config) -> None:
     """Copies an archive and gives it another config."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for info in old.infolist():
@@ -476,7 +477,7 @@ class _Noted(dict[str, Any]):
     """A store that only notes what would be written."""
 
 
-def places_of(model: Any, *, of_layers: bool = False) -> dict[str, tuple[int, ...]]:
+def places_of(model: keras.Model, *, of_layers: bool = False) -> dict[str, tuple[int, ...]]:
     """The shapes of all values that a file of the model has, by their places.
 
     Args:

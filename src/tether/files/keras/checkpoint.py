@@ -23,6 +23,7 @@ import numpy as np
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.keras.archive import VALUES, dtype_of, objects, opened_archive, read_npz, reading, refuse_bomb
 from tether.files.loading.entries import Entry, StoredTie, stored_ties
+from tether.types import Config
 from tether.weights.leaves import numpy_dtype
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +39,7 @@ class Values:
     """Entries by place (`layers/dense/vars/0`), and ties by the place that the layer's own entry would have."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
-    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, Config] = field(default_factory=dict)
     """What is written beside the entries of a layer, by the place of its group."""
     uids: dict[str, str] = field(default_factory=dict)
     """The place of each shared weight's entry."""

@@ -32,6 +32,7 @@ from tether.files.loading.matching import positions
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, state_of
 from tether.layers.tying.tied import KEY
+from tether.types import Config
 from tether.weights.identity import dictionaries
 from tether.weights.leaves import numpy_dtype
 
@@ -161,7 +162,7 @@ def _is_known(kind: str, name: str, module: str, custom_objects: dict[str, Any])
         return any(hasattr(each, name) for each in _FUNCTIONS)
     if package != "keras":
         return package in _KERAS and importlib.util.find_spec(package) is not None
-    holder: Any = keras
+    holder: keras.Layer = keras
     for part in rest:
         holder = getattr(holder, part, None)
     return hasattr(holder or sys.modules.get(module), name)
@@ -332,7 +333,7 @@ def _read(path: Any, **options: Any) -> Any:
         )
 
 
-def _stored_in_parts(model: Any, values: h5py.File) -> dict[str, Any]:
+def _stored_in_parts(model: keras.Model, values: h5py.File) -> dict[str, Any]:
     """Stores large weights that are in the file as they are in memory, a few rows at a time.
 
     And those of float8, of which Keras writes the bytes and cannot read them.
@@ -381,7 +382,7 @@ def _check_plan(found: Contents, *, path: Any) -> None:
         )
 
 
-def _check_values(model: Any, found: Contents, *, compiled: bool, path: Any) -> None:
+def _check_values(model: keras.Model, found: Contents, *, compiled: bool, path: Any) -> None:
     """Raises unless each weight has a value in the file, and each value a weight."""
     needed, known = places_of(model, of_layers=True), places_of(model)
     absent = [place for place, shape in needed.items() if found.values.get(place) != shape]
@@ -396,7 +397,7 @@ def _check_values(model: Any, found: Contents, *, compiled: bool, path: Any) -> 
         raise InvalidConfig(f"{str(path)!r} has values that the model in it has no place for: {_some(extra)}.")
 
 
-def _check_ties(model: Any, config: dict[str, Any], *, path: Any) -> None:
+def _check_ties(model: keras.Model, config: Config, *, path: Any) -> None:
     """Raises unless each tie that the file records holds."""
     layers: dict[str, list[Any]] = {}
     for layer in keras_seam.contained_layers(model):
@@ -422,7 +423,7 @@ def _recorded(config: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, list(record["ties"])
 
 
-def _records(config: Any) -> Iterator[dict[str, Any]]:
+def _records(config: Any) -> Iterator[Config]:
     """The records of ties in a config."""
     for entry in dictionaries(config):
         record = entry.get(KEY)
@@ -430,7 +431,7 @@ def _records(config: Any) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _is_tied(layer: Any, path: str) -> bool:
+def _is_tied(layer: keras.Layer, path: str) -> bool:
     try:
         place = paths.locate(layer, paths.split(path))
     except TetherError:

@@ -17,10 +17,11 @@ from tether.errors import TetherError, Unsupported, received
 from tether.files.keras.archive import contents, places_of, with_config
 from tether.layers.records.verification import record_further_out
 from tether.layers.tying.tied import base_class
+from tether.types import Config
 from tether.weights.weight import Weight
 
 
-def save_model(model: Any, path: str | os.PathLike[str]) -> None:
+def save_model(model: keras.Model, path: str | os.PathLike[str]) -> None:
     """Writes a standard `.keras` file that `keras.saving.load_model` reads.
 
     It is written beside the target, checked, and renamed: if a tie would be lost, or anything else fails, the file
@@ -81,12 +82,12 @@ def save_model(model: Any, path: str | os.PathLike[str]) -> None:
 _READER = "tether>CallCounter"
 
 
-def has_shared_layers(model: Any) -> bool:
+def has_shared_layers(model: keras.Model) -> bool:
     """Whether a layer is in two layers or models at once."""
     return bool(shared_layers(model))
 
 
-def shared_layers(model: Any) -> list[Any]:
+def shared_layers(model: keras.Model) -> list[Any]:
     """The layers that are in two layers or models at once, weights and inputs aside."""
     parents: Counter[int] = Counter()
     found: dict[int, Any] = {}
@@ -98,7 +99,7 @@ def shared_layers(model: Any) -> list[Any]:
     return [found[key] for key, count in parents.items() if count > 1]
 
 
-def mended(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+def mended(model: keras.Model, config: Config) -> dict[str, Any]:
     """The config of a model with shared layers, so that plain Keras reads back one instance of each.
 
     Args:
@@ -155,7 +156,7 @@ def _graphs(config: Any) -> list[dict[str, Any]]:
     return [graph for graph in inner if keys <= set(graph)]
 
 
-def _rehearse(model: Any, config: dict[str, Any], shared: set[int]) -> tuple[dict[int, dict[str, int]], Any]:
+def _rehearse(model: keras.Model, config: Config, shared: set[int]) -> tuple[dict[int, dict[str, int]], Any]:
     """Puts the model together from its config, once, and counts the calls that each graph finds in its layers."""
     offsets: dict[int, dict[str, int]] = {}
     trial = copy.deepcopy(config)
@@ -170,7 +171,7 @@ def _rehearse(model: Any, config: dict[str, Any], shared: set[int]) -> tuple[dic
         """Read in the place of a layer, when the other layers of its graph have been made."""
 
         @staticmethod
-        def from_config(config: dict[str, Any]) -> Any:
+        def from_config(config: Config) -> Any:
             """Counts, and corrects the graph that is being read."""
             place = config["place"]
             offsets[place] = _calls_so_far(parts[place], shared)
@@ -225,7 +226,7 @@ def _shift_one(history: list[Any], offsets: dict[str, int]) -> None:
 # --------------------------------------------------------------------------- what came back
 
 
-def _compare(model: Any, again: Any) -> None:
+def _compare(model: keras.Model, again: Any) -> None:
     """Raises unless a model has the same layers in the same places, and graphs that compute the same."""
     if _layers(model) != _layers(again):
         raise Unsupported(
@@ -239,11 +240,11 @@ def _compare(model: Any, again: Any) -> None:
         )
 
 
-def _names(model: Any) -> str:
+def _names(model: keras.Model) -> str:
     return "The layer " + ", ".join(repr(layer.name) for layer in shared_layers(model)) + ", which is in several models"
 
 
-def _layers(model: Any) -> list[tuple[str, str, str]]:
+def _layers(model: keras.Model) -> list[tuple[str, str, str]]:
     """Where a file has the values of each layer, its name and its class."""
     return [
         (place, found.name, base_class(type(found)).__name__)
@@ -252,7 +253,7 @@ def _layers(model: Any) -> list[tuple[str, str, str]]:
     ]
 
 
-def _computed(model: Any) -> list[tuple[str, list[int], list[int]]]:
+def _computed(model: keras.Model) -> list[tuple[str, list[int], list[int]]]:
     """For each graph a number for all that it calls, and for each of its outputs."""
     found = []
     for layer in keras_seam.contained_layers(model):

@@ -53,7 +53,7 @@ class Offer:
 class Wanted:
     """A stored variable that a file should fill."""
 
-    variable: Any
+    variable: keras.Variable
     name: str
     required: bool = True
 
@@ -91,7 +91,7 @@ class Plan:
         check_resolve(resolve)
         self.resolve = resolve
         self.candidates: dict[int, list[_Candidate]] = {}
-        self.variables: dict[int, Any] = {}
+        self.variables: dict[int, keras.Variable] = {}
         self.owners: dict[int, Weight] = {}
         self.to_compare: list[Offer] = []
         self.values: dict[int, Callable[[], Array]] = {}

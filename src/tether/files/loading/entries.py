@@ -46,7 +46,7 @@ class Entry:
         return array
 
 
-def entry_of(variable: Any, name: str) -> Entry:
+def entry_of(variable: keras.Variable, name: str) -> Entry:
     """What a variable holds, as a file has it: in the dtype of the tensor that is really there."""
 
     def read() -> Array:

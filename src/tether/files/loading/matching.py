@@ -31,13 +31,13 @@ class Position:
 
     place: str
     """`layers/dense/vars/0`, as in the file."""
-    holder: Any
+    holder: keras.Layer
     """The layer that writes it."""
     target: Any
     """A variable, a view, or what else a layer writes."""
 
 
-def check_built(function: str, model: Any) -> None:
+def check_built(function: str, model: keras.Model) -> None:
     """Refuses what is no layer, and what has no weights yet.
 
     Raises:
@@ -48,7 +48,7 @@ def check_built(function: str, model: Any) -> None:
         raise TetherError(f"{model.name!r} is not built yet. Call it on data first, or `build` it.")
 
 
-def positions(model: Any) -> Iterator[Position]:
+def positions(model: keras.Model) -> Iterator[Position]:
     """The entries of all layers and random seeds, in the order in which Keras writes them."""
     for place, holder in keras_seam.saved_objects(model):
         if isinstance(holder, (keras.layers.Layer, keras.random.SeedGenerator)):
@@ -57,7 +57,7 @@ def positions(model: Any) -> Iterator[Position]:
                 yield Position(f"{below}/{key}", holder, target)
 
 
-def stored_names(model: Any, named: Sequence[Named] | None = None) -> dict[int, str]:
+def stored_names(model: keras.Model, named: Sequence[Named] | None = None) -> dict[int, str]:
     """The name under which a file by names has each stored weight, by the variable's id.
 
     It is that of the first layer that uses the weight as it is; else of the first one of which it is the base; else
@@ -86,12 +86,12 @@ def stored_names(model: Any, named: Sequence[Named] | None = None) -> dict[int, 
     return found
 
 
-def _owners(model: Any) -> dict[int, Weight]:
+def _owners(model: keras.Model) -> dict[int, Weight]:
     """The shared weights below a model, by their variables' ids."""
     return {id(weight.variable): weight for weight in weights_below(model) if weight.is_built}
 
 
-def named_positions(model: Any, named: Sequence[Named]) -> list[Position]:
+def named_positions(model: keras.Model, named: Sequence[Named]) -> list[Position]:
     """What a file by names may have: the stored weights by their names, then what layers call them."""
     owners = _owners(model)
     names = stored_names(model, named)
@@ -108,7 +108,7 @@ def named_positions(model: Any, named: Sequence[Named]) -> list[Position]:
     return list(found.values())
 
 
-def tied_names(model: Any, named: Sequence[Named] | None = None) -> dict[str, View]:
+def tied_names(model: keras.Model, named: Sequence[Named] | None = None) -> dict[str, View]:
     """What layers call their views, but those that read the stored weight of that name as it is."""
     found = named or named_weights(model)
     names = set(stored_names(model, found).values())
@@ -130,7 +130,7 @@ def dotted(path: str) -> str:
     return path.replace("/", ".")
 
 
-def wanted(model: Any, named: Sequence[Named] | None = None) -> list[Wanted]:
+def wanted(model: keras.Model, named: Sequence[Named] | None = None) -> list[Wanted]:
     """The stored weights that a file should fill; what an adapter adds to its base may be new."""
     added = _of_adapters(named or named_weights(model))
     return [Wanted(variable, str(variable.path), id(variable) not in added) for variable in model.weights]
@@ -148,7 +148,7 @@ def _of_adapters(weights: Sequence[Named]) -> set[int]:
     return found - others
 
 
-def in_old_order(model: Any) -> list[tuple[str, list[Any]]]:
+def in_old_order(model: keras.Model) -> list[tuple[str, list[Any]]]:
     """The layers of a model that have weights, with these as Keras 2 wrote them: those that train first."""
     found = []
     for layer in model.layers:
@@ -158,14 +158,14 @@ def in_old_order(model: Any) -> list[tuple[str, list[Any]]]:
     return found
 
 
-def own_in_old_order(model: Any) -> list[Any]:
+def own_in_old_order(model: keras.Model) -> list[Any]:
     """The weights of a model itself, as Keras 2 wrote them."""
     state = state_of(model)
     lists = keras_seam.variable_lists(model) if state is None else ordered_variables(model, state)
     return [variable for store in keras_seam.STORES for variable in lists[store]]
 
 
-def _of_layer(layer: Any) -> tuple[list[Any], list[Any]]:
+def _of_layer(layer: keras.Layer) -> tuple[list[Any], list[Any]]:
     found: dict[str, dict[int, Any]] = {store: {} for store in keras_seam.STORES}
     waiting = [layer]
     while waiting:

@@ -42,7 +42,9 @@ from tether.weights.weight import Weight
 # Loading a checkpoint whose sharing is another than the model's: untied into tied, tied into untied.
 
 
-def load_untied(model: Any, path: str | os.PathLike[str], *, resolve: Resolve = "error", strict: bool = True) -> Report:
+def load_untied(
+    model: keras.Model, path: str | os.PathLike[str], *, resolve: Resolve = "error", strict: bool = True
+) -> Report:
     """Loads weights into a model from a checkpoint of the same layers, whatever is tied in either.
 
     A checkpoint of untied layers has a value for each; where one weight is in several of them here, the values are
@@ -142,7 +144,7 @@ def _is_state(place: str) -> bool:
     )
 
 
-def _finish(holders: Iterable[Any]) -> None:
+def _finish(holders: Iterable[keras.Layer]) -> None:
     """Lets layers that derive something from their weights derive it again (Normalization)."""
     for holder in dict.fromkeys(holders):
         if hasattr(holder, "finalize_state"):
@@ -153,7 +155,7 @@ def _finish(holders: Iterable[Any]) -> None:
 
 
 def _old_offers(
-    model: Any, layers: list[tuple[str, list[Entry]]], name: str
+    model: keras.Model, layers: list[tuple[str, list[Entry]]], name: str
 ) -> tuple[list[Offer], list[tuple[str, bool]]]:
     """Keras 2 wrote layers in the model's order, and what is in them as a flat list."""
     if not hasattr(model, "layers"):
@@ -284,7 +286,7 @@ def retie(*models: Any, resolve: Resolve = "error") -> Report:
     return Report(loaded=tuple(loaded), conflicting=tuple(plan.conflicts))
 
 
-def _joined(models: tuple[Any, ...]) -> dict[str, list[tuple[Any, Weight]]]:
+def _joined(models: tuple[keras.Model, ...]) -> dict[str, list[tuple[Any, Weight]]]:
     """The weights of one origin in different models, by origin."""
     found: dict[str, list[tuple[Any, Weight]]] = {}
     for model in models:
@@ -303,12 +305,12 @@ def _joined(models: tuple[Any, ...]) -> dict[str, list[tuple[Any, Weight]]]:
     return {origin: weights for origin, weights in found.items() if len(weights) > 1}
 
 
-def _offer(target: Weight, model: Any, weight: Weight) -> Offer:
+def _offer(target: Weight, model: keras.Model, weight: Weight) -> Offer:
     held = entry_of(weight.variable, weight.name)
     return Offer(target, f"{_name(model)}: {weight.name}", held.shape, held.dtype, lambda: held.read().copy())
 
 
-def _ties(model: Any, replaced: dict[str, Weight]) -> dict[str, Expression]:
+def _ties(model: keras.Model, replaced: dict[str, Weight]) -> dict[str, Expression]:
     """The model's expressions with other weights in them, by path."""
     ties = {}
     for named in named_weights(model):
@@ -321,7 +323,7 @@ def _ties(model: Any, replaced: dict[str, Weight]) -> dict[str, Expression]:
     return ties
 
 
-def _check_gone(model: Any, replaced: dict[str, Weight]) -> None:
+def _check_gone(model: keras.Model, replaced: dict[str, Weight]) -> None:
     left = [weight.name for weight in weights_below(model) if weight.uid in replaced]
     if left:
         raise Unsupported(
@@ -330,7 +332,7 @@ def _check_gone(model: Any, replaced: dict[str, Weight]) -> None:
         )
 
 
-def _name(model: Any) -> str:
+def _name(model: keras.Model) -> str:
     return str(model.name) if isinstance(model, keras.layers.Layer) else repr(model)
 
 

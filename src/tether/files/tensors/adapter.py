@@ -17,6 +17,7 @@ from tether.files.loading.assignment import Plan
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import as_offer
 from tether.files.tensors.safetensors import TensorFile, write_tensors
+from tether.types import Config
 from tether.weights.codec import encode
 from tether.weights.expression import Expression
 from tether.weights.identity import sharing
@@ -98,7 +99,7 @@ def _header(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
     return header
 
 
-def _weights_of(header: dict[str, Any], tensors: Mapping[str, Entry], taken: Container[str]) -> dict[str, Weight]:
+def _weights_of(header: Config, tensors: Mapping[str, Entry], taken: Container[str]) -> dict[str, Weight]:
     if set(header["weights"]) != set(tensors):
         raise InvalidConfig("The file's header names other weights than it holds.")
     weights = {}
@@ -116,7 +117,7 @@ def _weights_of(header: dict[str, Any], tensors: Mapping[str, Entry], taken: Con
     return weights
 
 
-def _beside_others(config: dict[str, Any], taken: Container[str]) -> dict[str, Any]:
+def _beside_others(config: Config, taken: Container[str]) -> dict[str, Any]:
     """The config of a weight with a path that is not taken, and with the same number in its name."""
     path, name = config.get("path"), config.get("name")
     if not isinstance(path, str) or not isinstance(name, str):

@@ -66,7 +66,7 @@ class _Place:
 # --------------------------------------------------------------------------- loading
 
 
-def load_peft(model: Any, folder: str | os.PathLike[str], *, names: Names = None) -> Report:
+def load_peft(model: keras.Model, folder: str | os.PathLike[str], *, names: Names = None) -> Report:
     """Adds the LoRA adapter of a PEFT folder to a model, in place.
 
     Each weight that the adapter names becomes `w.stop_gradient() + s · a @ b`, with the adapter's scale. Where there is
@@ -218,7 +218,7 @@ def _without_part(expression: Expression, name: str) -> Expression:
     raise Unsupported(f"{name} = {expression.notation()} has an adapter of another kind. Remove it first.")
 
 
-def _places(model: Any, names: Names) -> list[_Place]:
+def _places(model: keras.Model, names: Names) -> list[_Place]:
     found = named_weights(model)
     naming = Naming(names, frozenset(dotted(named.name) for named in found))
     places = []
@@ -238,7 +238,7 @@ def _module(name: str) -> str:
 
 
 def save_peft(
-    model: Any,
+    model: keras.Model,
     folder: str | os.PathLike[str],
     *,
     names: Names = None,
@@ -315,7 +315,7 @@ def _factor(name: str, weight: Weight, axis: int) -> Entry:
     return Entry(name, matrix[::-1], held.dtype, read)
 
 
-def _parts(model: Any, names: Names, adapter: str | None) -> dict[str, tuple[float, Weight, Weight, bool]]:
+def _parts(model: keras.Model, names: Names, adapter: str | None) -> dict[str, tuple[float, Weight, Weight, bool]]:
     """The scale, the factors, and whether it is an embedding's, by module."""
     found = {}
     for place in _places(model, names):

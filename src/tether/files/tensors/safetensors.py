@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from tether import keras_seam
@@ -37,6 +38,7 @@ from tether.files.tensors import dialects
 from tether.files.tensors.dialects import Names, Naming, to_file
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import weights_below
+from tether.types import Config
 from tether.weights.codec import encode
 from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
@@ -207,7 +209,7 @@ def write_tensors(path: pathlib.Path, tensors: Sequence[Entry], metadata: Mappin
     """
     # Wide dtypes come first, so that each array is aligned to its own items.
     ordered = sorted(tensors, key=lambda each: (-numpy_dtype(each.dtype).itemsize, each.name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: Config = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for each in ordered:
         size = math.prod(each.shape) * numpy_dtype(each.dtype).itemsize
@@ -252,7 +254,7 @@ _PAIRS = (
 """What `tie_word_embeddings` speaks of: an embedding, and the kernel of a head."""
 
 
-def save_safetensors(model: Any, path: str | os.PathLike[str], *, names: Names = None) -> None:
+def save_safetensors(model: keras.Model, path: str | os.PathLike[str], *, names: Names = None) -> None:
     """Writes the weights of a model, each once and in its own dtype, as safetensors.
 
     A weight has the name of the first layer that uses it as it is, with dots (`encoder.dense.kernel`), or that adds
@@ -293,7 +295,7 @@ def save_safetensors(model: Any, path: str | os.PathLike[str], *, names: Names =
     write_tensors(target, tensors, metadata)
 
 
-def _plan(model: Any, stored: Mapping[int, str], naming: Naming) -> dict[str, Any]:
+def _plan(model: keras.Model, stored: Mapping[int, str], naming: Naming) -> dict[str, Any]:
     """Which layer has what in the place of a stored weight, where the file has the weights as they are."""
     plain: dict[str, str] = {}
     for weight in weights_below(model):
@@ -311,7 +313,12 @@ def _plan(model: Any, stored: Mapping[int, str], naming: Naming) -> dict[str, An
 
 
 def load_safetensors(
-    model: Any, path: str | os.PathLike[str], *, names: Names = None, resolve: Resolve = "error", strict: bool = True
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    names: Names = None,
+    resolve: Resolve = "error",
+    strict: bool = True,
 ) -> Report:
     """Loads the weights of a model by name from safetensors, whatever is tied in it or in the file.
 

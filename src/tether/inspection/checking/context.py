@@ -43,7 +43,7 @@ class Captured:
     where: str
     """The layer or operation, and the attribute."""
     found: Found
-    layer: Any
+    layer: keras.Layer
     """The layer that holds it, or the layer whose graph calls an operation with it."""
     in_graph: bool
     """Whether it is an argument of a call in a graph."""
@@ -80,7 +80,7 @@ class Context:
     # ------------------------------------------------------------------ layers
 
     @cached_property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[keras.Layer]:
         """Every layer of the model, itself first, without Tether's weights."""
         found = keras_seam.contained_layers(self.model)
         return [layer for layer in found if not isinstance(layer, Weight)]
@@ -98,7 +98,7 @@ class Context:
         names = {place: saveable.name for place, saveable in self._objects if isinstance(saveable, keras.layers.Layer)}
         return {id(saveable): layer_path(place, names) for place, saveable in self._objects}
 
-    def path_of(self, layer: Any) -> str:
+    def path_of(self, layer: keras.Layer) -> str:
         """The names of the layers from the model down to one of them."""
         return self._layer_paths.get(id(layer)) or str(layer.name)
 
@@ -125,14 +125,14 @@ class Context:
                 found.setdefault(id(stored), []).append(slot.view)
         return found
 
-    def views_of(self, variable: Any) -> list[Any]:
+    def views_of(self, variable: keras.Variable) -> list[Any]:
         """The views of tied layers that read a stored variable."""
         return self._readers.get(id(variable), [])
 
     # ------------------------------------------------------------------ weights
 
     @cached_property
-    def variables(self) -> dict[str, Any]:
+    def variables(self) -> dict[str, keras.Variable]:
         """The variable of each stored weight, by its place."""
         found: dict[str, Any] = {}
         for place, saveable in self._objects:
@@ -146,7 +146,7 @@ class Context:
     def _unique_paths(self) -> dict[int, str]:
         return unique_paths(self.model)
 
-    def unique_path(self, variable: Any) -> str:
+    def unique_path(self, variable: keras.Variable) -> str:
         """The path of a variable, with a number where another one of the model has it too."""
         return self._unique_paths.get(id(variable), str(variable.path))
 
@@ -154,7 +154,7 @@ class Context:
     def _by_variable(self) -> dict[int, StoredWeight]:
         return {id(self.variables[weight.place]): weight for weight in self.facts.weights}
 
-    def weight_of(self, variable: Any) -> StoredWeight | None:
+    def weight_of(self, variable: keras.Variable) -> StoredWeight | None:
         """The facts of a variable, if the model stores it."""
         return self._by_variable.get(id(variable))
 
@@ -191,7 +191,7 @@ class Context:
                 found[weight.place] = value
         return found
 
-    def values_of(self, variable: Any) -> Values | None:
+    def values_of(self, variable: keras.Variable) -> Values | None:
         """The values of a variable or array; `None` of a variable that has none yet."""
         if isinstance(variable, np.ndarray):
             return InMemory(variable.shape, lambda: variable)
@@ -294,7 +294,7 @@ class Context:
 
     # ------------------------------------------------------------------ code that mends
 
-    def use_path(self, layer: Any, variable: Any) -> str:
+    def use_path(self, layer: keras.Layer, variable: keras.Variable) -> str:
         """The path by which `tether.tie(model, {path: ...})` finds a variable or view of a layer."""
         if (id(layer), id(variable)) not in self._places:
             return f"{self.path_of(layer)}/{variable.name}"
@@ -336,22 +336,22 @@ class Context:
                     found.setdefault(id(expression.variable), []).append((layer, held))
         return found
 
-    def uses(self, variable: Any) -> list[tuple[Any, Any]]:
+    def uses(self, variable: keras.Variable) -> list[tuple[Any, Any]]:
         """The layers that read a stored variable as it is, and what they hold: the variable, or a view of it."""
         return self._uses.get(id(variable), [])
 
-    def weight_code(self, variable: Any) -> str:
+    def weight_code(self, variable: keras.Variable) -> str:
         """Code for the weight behind a variable."""
         if not self.uses(variable):
             return self.variable_code(variable)
         layer, held = self.uses(variable)[0]
         return f"tether.weight_of(model, {self.use_path(layer, held)!r})"
 
-    def variable_code(self, variable: Any) -> str:
+    def variable_code(self, variable: keras.Variable) -> str:
         """Code for a stored variable."""
         return f"tether.inspection.aliases(model).find({'^' + self.unique_path(variable) + '$'!r})[0]"
 
-    def layer_code(self, layer: Any) -> str:
+    def layer_code(self, layer: keras.Layer) -> str:
         """Code for a layer."""
         chain: list[Any] = [layer]
         while chain[-1] is not self.model:

@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
+from tether.types import Config
 from tether.weights.expression import Expression, Node
 from tether.weights.operators.structure import Transpose
 from tether.weights.weight import Weight
@@ -107,7 +108,7 @@ class Findings(Sequence[Finding]):
         """Those of one rule."""
         return Findings([finding for finding in self if finding.rule == name], rules=self.rules)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Config:
         """The findings as what JSON can hold."""
         return {
             "version": VERSION,

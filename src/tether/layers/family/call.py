@@ -15,6 +15,7 @@ from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer, refuse_unsupported
 from tether.layers.tying.state import View, shape_of, state_of, view_like
 from tether.layers.tying.tie import tie
+from tether.types import Config
 from tether.weights.expression import Expression, Tensor
 from tether.weights.leaves import Argument, bind
 from tether.weights.operators.choice import choose
@@ -22,7 +23,7 @@ from tether.weights.weight import Use, Weight
 
 
 def call(
-    layer: Any,
+    layer: keras.Layer,
     inputs: Any,
     weights: Mapping[str, Any] | None = None,
     /,
@@ -76,7 +77,7 @@ def call(
     return _call(layer, inputs if isinstance(inputs, tuple) else (inputs,), tensors, training)
 
 
-def _call(layer: Any, inputs: tuple[Any, ...], tensors: Mapping[str, Tensor], training: bool | None) -> Any:
+def _call(layer: keras.Layer, inputs: tuple[Any, ...], tensors: Mapping[str, Tensor], training: bool | None) -> Any:
     keywords = {} if training is None else {"training": training}
     with contextlib.ExitStack() as stack:
         for path, tensor in tensors.items():
@@ -84,7 +85,7 @@ def _call(layer: Any, inputs: tuple[Any, ...], tensors: Mapping[str, Tensor], tr
         return layer(*inputs, **keywords)
 
 
-def _by_argument(layer: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _by_argument(layer: keras.Layer, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Makes weights of a layer that is not built arguments of its call, unless they are already."""
     state = state_of(layer)
     waiting = {} if state is None else state.pending
@@ -97,7 +98,7 @@ def _by_argument(layer: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 @contextlib.contextmanager
-def _given(layer: Any, path: str, tensor: Tensor) -> Iterator[None]:
+def _given(layer: keras.Layer, path: str, tensor: Tensor) -> Iterator[None]:
     """Lets a weight be a tensor for as long as the block runs."""
     place = paths.locate(layer, paths.split(path))
     state = state_of(place.layer)
@@ -153,7 +154,7 @@ class WithWeights(keras.layers.Layer):
         **kwargs: As for any layer.
     """
 
-    def __init__(self, layer: Any, paths: list[str], keeps: bool | None = None, **kwargs: Any) -> None:
+    def __init__(self, layer: keras.Layer, paths: list[str], keeps: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.layer = layer
         self.weight_paths = list(paths)
@@ -174,7 +175,7 @@ class WithWeights(keras.layers.Layer):
         takes = "training" in keras_seam.call_parameters(self.layer)
         return _call(self.layer, arguments, tensors, training if takes else None)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The layer and the paths."""
         return {
             **super().get_config(),
@@ -184,7 +185,7 @@ class WithWeights(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> WithWeights:
+    def from_config(cls, config: Config) -> WithWeights:
         """Reads what `get_config` wrote."""
         config = dict(config)
         layer, names = config.pop("layer", None), config.pop("paths", None)
@@ -198,7 +199,7 @@ class WithWeights(keras.layers.Layer):
 
 
 def route(
-    layer: Any,
+    layer: keras.Layer,
     options: Mapping[str, Any] | None = None,
     /,
     *,

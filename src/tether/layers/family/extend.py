@@ -144,7 +144,7 @@ class Extended:
 
     def load_own_variables(self, store: Any) -> None:
         """Reads every own variable by name, or by position from a file of the class before it was extended."""
-        parent: Any = super()
+        parent: keras.Layer = super()
         load(
             self,
             store,
@@ -185,7 +185,7 @@ def _parents_build(cls: type, mixin: type) -> Any:
         building = vars(self).get(BUILDING)
         if building is not None:
             building.add(cls)
-        parent: Any = super(mixin, self)
+        parent: keras.Layer = super(mixin, self)
         parent.build(*args, **kwargs)
         if building is not None:
             keras_seam.unlock(self)  # `enable_lora` in the parent's build locks the layer before the child is done
@@ -193,12 +193,12 @@ def _parents_build(cls: type, mixin: type) -> Any:
     return build
 
 
-def _refuse_unbuilt_parent(layer: Any, cls: type, mixin: type, args: Any, kwargs: Any) -> None:
+def _refuse_unbuilt_parent(layer: keras.Layer, cls: type, mixin: type, args: Any, kwargs: Any) -> None:
     behind = type(layer).__mro__[type(layer).__mro__.index(mixin) + 1 :]
     provider = next(each for each in behind if "build" in vars(each))
     if issubclass(keras.Model, provider):
         return  # `Layer` and `Model` have no weights of their own to build
-    parent: Any = next(each for each in behind if issubclass(each, keras.layers.Layer))
+    parent: keras.Layer = next(each for each in behind if issubclass(each, keras.layers.Layer))
     wanted = _weights_of_the_parent(layer, parent, args, kwargs)
     missing = None if wanted is None else [name for name in wanted if name not in _weight_names(layer)]
     if missing == []:
@@ -212,7 +212,7 @@ def _refuse_unbuilt_parent(layer: Any, cls: type, mixin: type, args: Any, kwargs
     )
 
 
-def _weights_of_the_parent(layer: Any, parent: Any, args: Any, kwargs: Any) -> list[str] | None:
+def _weights_of_the_parent(layer: keras.Layer, parent: keras.Layer, args: Any, kwargs: Any) -> list[str] | None:
     """The weights that a layer of the parent's class would have; `None` if such a layer cannot be made."""
     try:
         with keras.StatelessScope():
@@ -223,7 +223,7 @@ def _weights_of_the_parent(layer: Any, parent: Any, args: Any, kwargs: Any) -> l
         return None
 
 
-def _weight_names(layer: Any, prefix: tuple[str, ...] = ()) -> list[str]:
+def _weight_names(layer: keras.Layer, prefix: tuple[str, ...] = ()) -> list[str]:
     """The paths of all weights below a layer, the same in every instance."""
     held = paths.Holdings().of(layer)
     found = ["/".join((*prefix, *held.names[id(variable)])) for variable in held.variables]
@@ -235,7 +235,7 @@ def _weight_names(layer: Any, prefix: tuple[str, ...] = ()) -> list[str]:
 # --------------------------------------------------------------------------- whose weight it is
 
 
-def _author(layer: Any) -> type | None:
+def _author(layer: keras.Layer) -> type | None:
     """The class whose method is making or keeping a weight; `None` outside of the layer's methods."""
     for cls in keras_seam.running_methods(layer):
         is_machinery = cls is Tied or (issubclass(cls, Extended) and not issubclass(cls, keras.layers.Layer))
@@ -244,24 +244,24 @@ def _author(layer: Any) -> type | None:
     return None
 
 
-def _note(layer: Any, author: type | None, variable: Any) -> None:
+def _note(layer: keras.Layer, author: type | None, variable: keras.Variable) -> None:
     if author is not None:
         if AUTHORS not in vars(layer):
             keras_seam.set_untracked(layer, AUTHORS, {})
         vars(layer)[AUTHORS].setdefault(variable.name, author)
 
 
-def _author_of(layer: Any, variable: Any) -> type | None:
+def _author_of(layer: keras.Layer, variable: keras.Variable) -> type | None:
     return vars(layer).get(AUTHORS, {}).get(variable.name)
 
 
-def _is_behind(layer: Any, author: type | None) -> bool:
+def _is_behind(layer: keras.Layer, author: type | None) -> bool:
     """Whether a class is a parent of the extended classes."""
     mro = type(layer).__mro__
     return author in mro and mro.index(author) > mro.index(Extended)
 
 
-def _is_inherited(layer: Any, variable: Any) -> bool:
+def _is_inherited(layer: keras.Layer, variable: keras.Variable) -> bool:
     author = _author_of(layer, variable)
     return isinstance(variable, View) if author is None else _is_behind(layer, author)
 
@@ -269,14 +269,14 @@ def _is_inherited(layer: Any, variable: Any) -> bool:
 # --------------------------------------------------------------------------- what is refused
 
 
-def _described(layer: Any, variable: Any) -> str:
+def _described(layer: keras.Layer, variable: keras.Variable) -> str:
     author = _author_of(layer, variable)
     held = paths.holders(layer, variable)
     at = f" in the attribute `{'.'.join(held[0])}`" if held else ""
     return f"{variable.path}{at}{f', made by {author.__name__}' if author is not None else ''}"
 
 
-def _refuse_name(layer: Any, author: type | None, name: str) -> None:
+def _refuse_name(layer: keras.Layer, author: type | None, name: str) -> None:
     """Two weights of one name have one path, and one entry in a file and in PyTorch's `state_dict`."""
     present = next((each for each in paths.own_variables(layer) if each.name == name), None)
     if present is None or (_is_behind(layer, author) and _author_of(layer, present) is author):
@@ -289,7 +289,7 @@ def _refuse_name(layer: Any, author: type | None, name: str) -> None:
     )
 
 
-def _refuse_property(layer: Any, name: str, value: Any) -> None:
+def _refuse_property(layer: keras.Layer, name: str, value: Any) -> None:
     found = inspect.getattr_static(type(layer), name, None)
     if not isinstance(found, property) or found.fset is not None:
         return
@@ -303,7 +303,7 @@ def _refuse_property(layer: Any, name: str, value: Any) -> None:
     )
 
 
-def _refuse_attribute(layer: Any, author: type | None, name: str, variable: Any) -> None:
+def _refuse_attribute(layer: keras.Layer, author: type | None, name: str, variable: keras.Variable) -> None:
     """An attribute for a weight of the child's must not be an argument or a weight of the parent's."""
     if author is None or _is_behind(layer, author):
         return
@@ -355,7 +355,7 @@ Entries = dict[str, Any]
 Method = Callable[[Any], None]
 
 
-def keyed(layer: Any) -> Entries:
+def keyed(layer: keras.Layer) -> Entries:
     """The layer's own variables by the key that each has in a file.
 
     It is the variable's name; where that was made up, or is not the only one of its kind, it is the
@@ -374,7 +374,7 @@ def keyed(layer: Any) -> Entries:
     return found
 
 
-def save(layer: Any, store: Any, parent_save: Method) -> None:
+def save(layer: keras.Layer, store: Any, parent_save: Method) -> None:
     """Writes every own variable, and what else the parent writes."""
     own = keyed(layer)
     for key, variable in own.items():
@@ -384,7 +384,9 @@ def save(layer: Any, store: Any, parent_save: Method) -> None:
             store[PREFIX + key] = value
 
 
-def load(layer: Any, store: Any, parent_save: Method, parent_load: Method, is_inherited: Callable[[Any], bool]) -> None:
+def load(
+    layer: keras.Layer, store: Any, parent_save: Method, parent_load: Method, is_inherited: Callable[[Any], bool]
+) -> None:
     """Reads what `save` wrote, or what the class wrote when it was not extended.
 
     Raises:
@@ -433,14 +435,16 @@ def _is_derived(key: str, parent_save: Method) -> bool:
     return key.isdigit() and method.__module__.startswith("keras.")
 
 
-def _listed(layer: Any, written: Entries) -> dict[str, list[Any]]:
+def _listed(layer: keras.Layer, written: Entries) -> dict[str, list[Any]]:
     """The layer's own variables that the parent writes: it counts them, and must not meet the others."""
     ids = {id(value) for value in written.values()}
     lists = keras_seam.variable_lists(layer)
     return {store: [variable for variable in each if id(variable) in ids] for store, each in lists.items()}
 
 
-def _by_name(layer: Any, own: Entries, entries: Entries, parent_save: Method) -> tuple[Entries, dict[str, list[Any]]]:
+def _by_name(
+    layer: keras.Layer, own: Entries, entries: Entries, parent_save: Method
+) -> tuple[Entries, dict[str, list[Any]]]:
     """A store in the parent's format, made from a file that has every variable by name."""
     written = _written(parent_save)
     keys = {id(variable): key for key, variable in own.items()}
@@ -455,7 +459,7 @@ def _by_name(layer: Any, own: Entries, entries: Entries, parent_save: Method) ->
 
 
 def _by_position(
-    layer: Any, own: Entries, entries: Entries, parent_save: Method, is_inherited: Callable[[Any], bool]
+    layer: keras.Layer, own: Entries, entries: Entries, parent_save: Method, is_inherited: Callable[[Any], bool]
 ) -> tuple[Entries, dict[str, list[Any]]]:
     """A store in the parent's format, from a file that the class wrote when it was not extended."""
     everything = keras_seam.variable_lists(layer)
@@ -482,7 +486,7 @@ def _by_position(
 # --------------------------------------------------------------------------- what is refused
 
 
-def _refuse_missing(layer: Any, missing: list[str], entries: Entries) -> None:
+def _refuse_missing(layer: keras.Layer, missing: list[str], entries: Entries) -> None:
     if missing:
         raise TetherError(
             f"Layer {layer.name!r} ({type(layer).__name__}): the file holds no value for {', '.join(missing)}; nothing "
@@ -493,7 +497,7 @@ def _refuse_missing(layer: Any, missing: list[str], entries: Entries) -> None:
         )
 
 
-def _refuse_unknown(layer: Any, unknown: list[str]) -> None:
+def _refuse_unknown(layer: keras.Layer, unknown: list[str]) -> None:
     if not unknown:
         return
     written: Entries = {}
@@ -508,7 +512,7 @@ def _refuse_unknown(layer: Any, unknown: list[str]) -> None:
         )
 
 
-def _refuse_shapes(layer: Any, named: Entries, entries: Entries) -> None:
+def _refuse_shapes(layer: keras.Layer, named: Entries, entries: Entries) -> None:
     for key, variable in named.items():
         shape = shape_of(variable)
         if not isinstance(variable, View) and tuple(np.shape(entries[key])) != shape:

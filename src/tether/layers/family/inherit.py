@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import keras
-import numpy as np
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
@@ -29,13 +28,14 @@ from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, numpy_of, weights_below
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, weight_of, weights_of
+from tether.types import Array, Config
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
 from tether.weights.weight import Copy, Weight
 
 
 def inherit(
-    parent: Any,
+    parent: keras.Layer,
     changes: Any = None,
     /,
     *,
@@ -142,9 +142,9 @@ class _Heir:
 
     def __init__(
         self,
-        parent: Any,
-        child: Any,
-        asked: dict[str, Any],
+        parent: keras.Layer,
+        child: keras.Layer,
+        asked: Config,
         *,
         into: Any,
         share: Any,
@@ -182,7 +182,7 @@ class _Heir:
         return found
 
     @staticmethod
-    def _one(root: Any, weights: list[Named], name: str) -> list[Named]:
+    def _one(root: keras.Layer, weights: list[Named], name: str) -> list[Named]:
         found = select(root, weights, name)
         if len(found) > 1:
             raise UnknownName(
@@ -190,7 +190,7 @@ class _Heir:
             )
         return found
 
-    def _changes(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _changes(self, asked: Config) -> dict[str, Any]:
         found = select_all(self.child, self.mine, asked)
         for weight, change in found:
             if change is None:
@@ -221,7 +221,7 @@ class _Heir:
 
     def make(self) -> Any:
         """Copies, then ties; everything is computed before anything of the child is tied."""
-        copies: list[tuple[Named, np.ndarray[Any, Any]]] = []
+        copies: list[tuple[Named, Array]] = []
         ties: dict[str, Expression] = {}
         report = Report()
         shared = (self.sources[weight.path].path for weight in self.mine if weight.path in self.shared)
@@ -289,14 +289,14 @@ class _Heir:
         """Whether the child has nothing of its own, so that what trains of it may be switched as of the parent."""
         return not self.changes and all(weight.path in self.shared for weight in self.mine)
 
-    def _copied(self, weight: Named, source: Named) -> tuple[np.ndarray[Any, Any], str]:
+    def _copied(self, weight: Named, source: Named) -> tuple[Array, str]:
         value, start = numpy_of(source.variable), numpy_of(weight.variable)
         try:
             return filled(value, start, self.fill), describe(value.shape, start.shape, self.fill)
         except ShapeMismatch as error:
             raise ShapeMismatch(f"{weight.name!r}: {error}") from error
 
-    def _of_copy(self, weight: Named, value: np.ndarray[Any, Any], change: Any) -> Expression:
+    def _of_copy(self, weight: Named, value: Array, change: Any) -> Expression:
         own = Weight(name=_label(self.child, weight))
         own.find_path()
         own.give_start(value.shape, keras_seam.stored_dtype(weight.variable), Copy(value), path=weight.variable.path)
@@ -308,7 +308,7 @@ class _Heir:
                 own.assign(value)
         return expression
 
-    def _assign(self, copies: list[tuple[Named, np.ndarray[Any, Any]]]) -> None:
+    def _assign(self, copies: list[tuple[Named, Array]]) -> None:
         originals = {weight.origin: weight for weight in weights_below(self.parent)}
         done: set[int] = set()
         for weight, value in copies:
@@ -355,14 +355,14 @@ class _Heir:
                 weight.variable.trainable = False
 
 
-def _label(child: Any, weight: Named) -> str:
+def _label(child: keras.Layer, weight: Named) -> str:
     return f"{child.name}.{weight.name}".replace("/", ".")
 
 
 # --------------------------------------------------------------------------- making and building the child
 
 
-def copy_of(parent: Any, name: str | None = None) -> Any:
+def copy_of(parent: keras.Layer, name: str | None = None) -> Any:
     """A new layer of the parent's class and config under a name of its own, with fresh weights."""
     config = dict(parent.get_config())
     config["name"] = keras_seam.unique_name(f"{parent.name}_child") if name is None else name
@@ -377,7 +377,7 @@ def copy_of(parent: Any, name: str | None = None) -> Any:
         ) from error
 
 
-def _instance(into: Any, parent: Any) -> Any:
+def _instance(into: Any, parent: keras.Layer) -> Any:
     cls: Any = into if inspect.isclass(into) else None
     if cls is not None and issubclass(cls, keras.layers.Layer):
         config = {key: value for key, value in parent.get_config().items() if key not in ("name", "tether")}
@@ -393,7 +393,7 @@ def _instance(into: Any, parent: Any) -> Any:
     return into
 
 
-def build_like(child: Any, parent: Any) -> None:
+def build_like(child: keras.Layer, parent: keras.Layer) -> None:
     """Builds a layer for the inputs that another was built for.
 
     Raises:
@@ -414,7 +414,7 @@ def build_like(child: Any, parent: Any) -> None:
         ) from error
 
 
-def _by_form(parent: Any, form: LayerForm, asked: dict[str, Any], **others: Any) -> Any:
+def _by_form(parent: keras.Layer, form: LayerForm, asked: Config, **others: Any) -> Any:
     """A child that a layer form makes."""
     if others["into"] is not None or others["match"] or others["fill"] is not None or others["share"] is not True:
         raise TetherError(f"{form!r} makes the child and says what it shares; leave out into, share, match and fill.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ from tether import keras_seam
 from tether.errors import TetherError, received
 from tether.layers.tying.state import state_of
 from tether.layers.tying.tie import tie
+from tether.types import Config, Function
 from tether.weights.expression import known_shape
 
 
@@ -43,7 +44,7 @@ class Lambda(keras.layers.Layer):
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Function,
         weights: Mapping[str, Any] | None = None,
         /,
         *,
@@ -83,12 +84,12 @@ class Lambda(keras.layers.Layer):
             values["training"] = training
         return self.function(inputs, **values)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The function by its registered name; the weights are in the record of ties."""
         return {**super().get_config(), "function": keras.saving.serialize_keras_object(self.function)}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Lambda:
+    def from_config(cls, config: Config) -> Lambda:
         """Reads what `get_config` wrote. A Python lambda is read only where Keras's safe mode is off."""
         config = dict(config)
         function = keras.saving.deserialize_keras_object(config.pop("function"))
@@ -98,7 +99,7 @@ class Lambda(keras.layers.Layer):
         return cls(function, dtype=dtype, **config)
 
 
-def _check_parameters(function: Any, parameters: Any, given: dict[str, Any]) -> None:
+def _check_parameters(function: Any, parameters: Any, given: Config) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     missing = [name for name in given if name not in parameters]

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName
 from tether.layers.tying import paths
@@ -22,8 +24,8 @@ class Named:
 
     path: str
     name: str
-    layer: Any
-    variable: Any
+    layer: keras.Layer
+    variable: keras.Variable
     can_train: bool
     """Whether the layer made it to be trained: a kernel, not a moving mean."""
     frozen: bool
@@ -39,7 +41,7 @@ class Named:
         return any(fnmatch.fnmatchcase(known, pattern) for known in (self.path, self.name))
 
 
-def named_weights(root: Any) -> list[Named]:
+def named_weights(root: keras.Layer) -> list[Named]:
     """The weights below a built layer, each once."""
     found: dict[int, Named] = {}
     for path, name, layer, variable in paths.walk(root):
@@ -49,7 +51,7 @@ def named_weights(root: Any) -> list[Named]:
     return list(found.values())
 
 
-def select(root: Any, weights: list[Named], pattern: str) -> list[Named]:
+def select(root: keras.Layer, weights: list[Named], pattern: str) -> list[Named]:
     """The weights that a name or pattern means.
 
     Raises:
@@ -65,7 +67,7 @@ def select(root: Any, weights: list[Named], pattern: str) -> list[Named]:
     return found
 
 
-def select_all(root: Any, weights: list[Named], changes: Mapping[str, Any]) -> list[tuple[Named, Any]]:
+def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[str, Any]) -> list[tuple[Named, Any]]:
     """The weights that the names and patterns of changes mean, each with its change.
 
     Raises:
@@ -89,7 +91,7 @@ def frozen_weights(weights: list[Named]) -> set[str]:
     return {weight.path for weight in weights if weight.frozen}
 
 
-def train_only(root: Any, weights: list[Named], learns: set[str], frozen: set[str]) -> None:
+def train_only(root: keras.Layer, weights: list[Named], learns: set[str], frozen: set[str]) -> None:
     """Sets the flags of layers so that weights learn in layers that were frozen; the rest of these is cut off.
 
     Args:
@@ -116,7 +118,7 @@ def train_only(root: Any, weights: list[Named], learns: set[str], frozen: set[st
             keras_seam.set_own_trainable_flag(layer, True)
 
 
-def tie_what_learns(root: Any, ties: Mapping[str, Expression], weights: list[Named]) -> None:
+def tie_what_learns(root: keras.Layer, ties: Mapping[str, Expression], weights: list[Named]) -> None:
     """Ties, and lets what is in the ties learn in layers that were frozen, without what was frozen there.
 
     Args:
@@ -133,7 +135,7 @@ def tie_what_learns(root: Any, ties: Mapping[str, Expression], weights: list[Nam
     train_only(root, weights, learns, frozen)
 
 
-def pairs(root: Any, source: Any) -> Iterator[tuple[Any, Any]]:
+def pairs(root: keras.Layer, source: Any) -> Iterator[tuple[Any, Any]]:
     """A layer, and all layers and weights below it, each beside what stands there in a layer that is made alike."""
     waiting, done = [(root, source)], set()
     while waiting:
@@ -146,7 +148,7 @@ def pairs(root: Any, source: Any) -> Iterator[tuple[Any, Any]]:
         waiting.extend((child, below[path]) for path, child in paths.children(layer) if path in below)
 
 
-def take_flags(root: Any, source: Any) -> None:
+def take_flags(root: keras.Layer, source: Any) -> None:
     """Gives a layer, and all below it, the flags that those of another layer have, which is made alike.
 
     Keras writes a layer's flag into its config, but not the flags of what a layer makes itself, nor those of variables.
@@ -170,7 +172,7 @@ def take_flags(root: Any, source: Any) -> None:
                 penalty.follow(flag)
 
 
-def _take_variable_flag(variable: Any, flag: bool, can_train: bool, frozen: bool) -> None:
+def _take_variable_flag(variable: keras.Variable, flag: bool, can_train: bool, frozen: bool) -> None:
     if can_train and isinstance(variable, View):
         variable.frozen = frozen and flag
         variable.follow(flag)
@@ -178,14 +180,14 @@ def _take_variable_flag(variable: Any, flag: bool, can_train: bool, frozen: bool
         variable.trainable = not frozen
 
 
-def _set_variable_flag(layer: Any, variable: Any, flag: bool) -> None:
+def _set_variable_flag(layer: keras.Layer, variable: keras.Variable, flag: bool) -> None:
     if isinstance(variable, View):
         variable.follow(flag)
     elif any(variable is own for own in keras_seam.variable_lists(layer)["trainable_variables"]):
         variable.trainable = flag
 
 
-def _training_state(layer: Any, variable: Any) -> tuple[bool, bool]:
+def _training_state(layer: keras.Layer, variable: keras.Variable) -> tuple[bool, bool]:
     """Whether a weight could train, and whether it could and does not."""
     if isinstance(variable, View):
         return variable.slot_trainable, variable.slot_trainable and not variable.use.live

@@ -16,11 +16,12 @@ from tether.layers.records.record import VERSION, read_record
 from tether.layers.tying.state import from_above
 from tether.layers.tying.tie import restore
 from tether.layers.tying.tied import KEY, Tied
+from tether.types import Config
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
 
-def revive(base: type, config: dict[str, Any]) -> Any:
+def revive(base: type, config: Config) -> Any:
     """A layer of the base class from a config, with the ties that the config records."""
     config = dict(config)
     record = config.pop(KEY, None)
@@ -44,7 +45,7 @@ class TiedReader:
     def __bases__(self) -> tuple[type, ...]:
         return tuple(_subclasses(keras.layers.Layer))
 
-    def from_config(self, config: dict[str, Any]) -> Any:
+    def from_config(self, config: Config) -> Any:
         """The tied layer of a config that a stranger may have written.
 
         Raises:

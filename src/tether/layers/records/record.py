@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+
 from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
 from tether.layers.tying.penalty import Penalty, check
@@ -32,7 +34,7 @@ NEEDS = "This file holds ties of weights. Install keras-tether (`pip install ker
 """The first words of a record: Keras's error prints them where Tether was not imported."""
 
 
-def ties_to_write(layer: Any, state: State) -> dict[str, Tie]:
+def ties_to_write(layer: keras.Layer, state: State) -> dict[str, Tie]:
     """The ties that this layer's config has to hold: its own, and those that no config around it will hold."""
     ties = {"/".join(path): tie for path, tie in state.recorded.items()}
     elsewhere: list[tuple[str, Tie]] = [("/".join(path), tie) for path, tie in state.pending.items()]
@@ -45,7 +47,7 @@ def ties_to_write(layer: Any, state: State) -> dict[str, Tie]:
     return ties
 
 
-def penalties_to_write(layer: Any, state: State) -> list[Penalty]:
+def penalties_to_write(layer: keras.Layer, state: State) -> list[Penalty]:
     """The penalties that this layer's config has to hold: its own, and those that no config around it will hold."""
     found = []
     for penalty in state.penalties:
@@ -55,7 +57,7 @@ def penalties_to_write(layer: Any, state: State) -> list[Penalty]:
     return found
 
 
-def encode_ties(layer: Any, state: State) -> dict[str, Any]:
+def encode_ties(layer: keras.Layer, state: State) -> dict[str, Any]:
     """The `"tether"` entry of a layer's config."""
     written = ties_to_write(layer, state)
     ties = {path: tie.expression for path, tie in written.items()}

@@ -19,6 +19,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.tying.state import State, View, from_above, ordered_variables
+from tether.types import Array, Config
 from tether.weights.codec import encode
 from tether.weights.identity import told_by_file
 from tether.weights.structure import invert, put
@@ -107,7 +108,7 @@ class FromFile:
         take(view, self.array)
 
 
-def save(layer: Any, state: State, store: Any, base_save: Any) -> None:
+def save(layer: keras.Layer, state: State, store: Any, base_save: Any) -> None:
     """Writes the layer's own variables, without those that are views.
 
     Raises:
@@ -122,7 +123,7 @@ def save(layer: Any, state: State, store: Any, base_save: Any) -> None:
         base_save(_WithoutViews(store))
 
 
-def entries(layer: Any, state: State, base_save: Any) -> dict[str, Any]:
+def entries(layer: keras.Layer, state: State, base_save: Any) -> Config:
     """What the untied layer would write, by key: variables, and views for what its file would have of its own."""
     with keras_seam.listed_variables(layer, ordered_variables(layer, state)):
         recorder = _Recorder()
@@ -149,7 +150,7 @@ def note_ties(store: Any, written: dict[str, Any]) -> None:
         notes[NOTE] = json.dumps({"version": 1, "ties": ties})
 
 
-def load(layer: Any, state: State, store: Any, base_save: Any, base_load: Any) -> None:
+def load(layer: keras.Layer, state: State, store: Any, base_save: Any, base_load: Any) -> None:
     """Reads what `save` wrote, or what the untied layer wrote."""
     written = entries(layer, state, base_save)
     views = {key: value for key, value in written.items() if isinstance(value, View)}
@@ -157,7 +158,7 @@ def load(layer: Any, state: State, store: Any, base_save: Any, base_load: Any) -
         base_load(_Filled(store, views))
 
 
-def take(view: View, array: np.ndarray[Any, Any]) -> None:
+def take(view: View, array: Array) -> None:
     """Brings a value of an untied file to the weights of a view.
 
     Raises:
@@ -184,7 +185,7 @@ def take(view: View, array: np.ndarray[Any, Any]) -> None:
         weight.load_value(keras.ops.convert_to_numpy(part), loaded, source=source)
 
 
-def _parts(view: View, array: np.ndarray[Any, Any], loaded: Container[int]) -> dict[Weight, Any]:
+def _parts(view: View, array: Array, loaded: Container[int]) -> dict[Weight, Any]:
     """The values that a view's weights take: through its inverse, else its base if nothing was loaded for that."""
     value = keras.ops.convert_to_tensor(array)
     with contextlib.suppress(NotInvertible):

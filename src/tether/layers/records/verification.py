@@ -28,7 +28,7 @@ from tether.weights.identity import told_by_config
 class Unrecorded:
     """A tie, or a soft tie, that a config does not hold."""
 
-    layer: Any
+    layer: keras.Layer
     """The layer with the weight, or the one that has the penalty."""
     path: paths.Path
     """The weight's path from there."""
@@ -41,7 +41,7 @@ class Unrecorded:
         return self.tie.expression if isinstance(self.tie, Tie) else None
 
 
-def unrecorded(root: Any, told: dict[int, Any] | None = None) -> list[Unrecorded]:
+def unrecorded(root: keras.Layer, told: dict[int, Any] | None = None) -> list[Unrecorded]:
     """The ties below a model or layer that are neither in its config nor made again by a constructor.
 
     Args:
@@ -76,7 +76,7 @@ def _ties_of(state: State) -> Iterator[tuple[paths.Path, Tie, bool]]:
         yield path, tie, False
 
 
-def _copied_by_constructors(root: Any) -> set[int]:
+def _copied_by_constructors(root: keras.Layer) -> set[int]:
     """The layers whose configs a constructor of Keras reads and makes others from, which drops the ties in them."""
     found: set[int] = set()
     for layer in keras_seam.contained_layers(root):
@@ -88,7 +88,7 @@ def _copied_by_constructors(root: Any) -> set[int]:
 # --------------------------------------------------------------------------- refusing
 
 
-def refuse_to_lose(root: Any, told: dict[int, Any] | None = None) -> None:
+def refuse_to_lose(root: keras.Layer, told: dict[int, Any] | None = None) -> None:
     """Raises if the config of what is saved does not hold a tie.
 
     Raises:
@@ -99,7 +99,7 @@ def refuse_to_lose(root: Any, told: dict[int, Any] | None = None) -> None:
         raise LostTie(message(lost[0], root))
 
 
-def message(lost: Unrecorded, root: Any) -> str:
+def message(lost: Unrecorded, root: keras.Layer) -> str:
     """Says which tie would be lost, and where to put it."""
     saving = f"Saving {getattr(root, 'name', 'the model')!r} would lose a"
     if isinstance(lost.tie, Penalty):
@@ -124,7 +124,7 @@ def message(lost: Unrecorded, root: Any) -> str:
     )
 
 
-def recorder_for(lost: Unrecorded, root: Any) -> tuple[Any, paths.Path] | None:
+def recorder_for(lost: Unrecorded, root: keras.Layer) -> tuple[Any, paths.Path] | None:
     """The layer on which a tie has to be made so that the root's config holds it, and the weight's path from there."""
     chain = next(iter(_chains(root, lost.layer)), ())
     for place in range(len(chain) - 1, 0, -1):
@@ -133,7 +133,7 @@ def recorder_for(lost: Unrecorded, root: Any) -> tuple[Any, paths.Path] | None:
     return None
 
 
-def _mend(lost: Unrecorded, root: Any) -> str:
+def _mend(lost: Unrecorded, root: keras.Layer) -> str:
     found = recorder_for(lost, root)
     if found is None:
         return f"Tie from the outermost object that is saved: `tether.tie(model, {{'path/to/{lost.path[-1]}': ...}})`"
@@ -141,7 +141,7 @@ def _mend(lost: Unrecorded, root: Any) -> str:
     return f"Tie from a layer around it: `tether.tie({layer.name}, {{{'/'.join(path)!r}: ...}})`"
 
 
-def _refuse_to_forget(penalty: Penalty, root: Any, told: dict[int, Any]) -> None:
+def _refuse_to_forget(penalty: Penalty, root: keras.Layer, told: dict[int, Any]) -> None:
     """Raises if a weight of a penalty will be another one when the file is read."""
     for weight in penalty.weights:
         if weight not in penalty.owned and not weight.uses and id(weight) not in told:
@@ -156,7 +156,7 @@ def _refuse_to_forget(penalty: Penalty, root: Any, told: dict[int, Any]) -> None
 # --------------------------------------------------------------------------- recording further out
 
 
-def record_further_out(root: Any) -> None:
+def record_further_out(root: keras.Layer) -> None:
     """Records ties that would be lost on the nearest layer around them whose config is part of the root's.
 
     Raises:
@@ -175,7 +175,7 @@ def record_further_out(root: Any) -> None:
         raise
 
 
-def _move(lost: Unrecorded, root: Any, tried: dict[int, int], moved: list[tuple[Tie, Any, paths.Path]]) -> bool:
+def _move(lost: Unrecorded, root: keras.Layer, tried: dict[int, int], moved: list[tuple[Tie, Any, paths.Path]]) -> bool:
     """Records a tie on the next layer around it; `False` if there is no further one."""
     tie = lost.tie
     if not isinstance(tie, Tie) or lost.quantized or arguments_in(tie.expression):
@@ -191,7 +191,7 @@ def _move(lost: Unrecorded, root: Any, tried: dict[int, int], moved: list[tuple[
     return True
 
 
-def _record(tie: Tie, recorder: Any, path: paths.Path) -> None:
+def _record(tie: Tie, recorder: keras.Layer, path: paths.Path) -> None:
     before = tie.recorder()
     tie.forget()
     if before is not None:
@@ -200,7 +200,7 @@ def _record(tie: Tie, recorder: Any, path: paths.Path) -> None:
     tie.record(recorder, path)
 
 
-def _chains(root: Any, layer: Any) -> Iterator[tuple[Any, ...]]:
+def _chains(root: keras.Layer, layer: keras.Layer) -> Iterator[tuple[Any, ...]]:
     """The layers from one up to the root, by every way that leads there."""
     holders: dict[int, list[Any]] = {}
     for outer in keras_seam.contained_layers(root):

@@ -23,7 +23,7 @@ from tether.weights.weight import Copy, Weight
 # that is being built gives them what the layer's own initializer would have given.
 
 
-def misfit(layer: Any, name: str, shape: tuple[int, ...], expression: Expression) -> TetherError:
+def misfit(layer: keras.Layer, name: str, shape: tuple[int, ...], expression: Expression) -> TetherError:
     """The error of an expression whose shape is not that of the weight."""
     given = expression.shape
     hint = ""
@@ -35,7 +35,7 @@ def misfit(layer: Any, name: str, shape: tuple[int, ...], expression: Expression
     )
 
 
-def start_from_values(layer: Any, name: str, expression: Expression, variable: Any) -> None:
+def start_from_values(layer: keras.Layer, name: str, expression: Expression, variable: keras.Variable) -> None:
     """Gives weights without a variable the present values, so that the tie changes no output."""
     shape = shape_of(variable)
     dtype = keras_seam.stored_dtype(variable)
@@ -107,7 +107,7 @@ def _invertible_or_none(through: _Through) -> _Through | None:
     return through if is_invertible(through.expression) else None
 
 
-def warn_of_initializer(layer: Any, name: str, expression: Expression, initializer: Any) -> None:
+def warn_of_initializer(layer: keras.Layer, name: str, expression: Expression, initializer: Any) -> None:
     """A later tie whose layer was explicitly given another initializer than the one that was used."""
     if not isinstance(expression, Weight) or not expression.is_built or expression.first_initializer is None:
         return
@@ -130,7 +130,7 @@ def _described_initializer(initializer: Any) -> tuple[str, str] | None:
     return type(initializer).__name__, repr(sorted(config.items()))
 
 
-def _is_the_class_default(layer: Any, described: tuple[str, str]) -> bool:
+def _is_the_class_default(layer: keras.Layer, described: tuple[str, str]) -> bool:
     """Whether the layer's class, not its user, chose the initializer."""
     for cls in type(layer).__mro__:
         init = cls.__dict__.get("__init__")
@@ -146,7 +146,7 @@ def _is_the_class_default(layer: Any, described: tuple[str, str]) -> bool:
 # What a tie refuses, before anything is changed.
 
 
-def refuse_layer(function: str, layer: Any) -> None:
+def refuse_layer(function: str, layer: keras.Layer) -> None:
     """Refuses what is no layer or model."""
     if not isinstance(layer, keras.layers.Layer) or isinstance(layer, Weight):
         raise TetherError(f"`{function}` takes a Keras layer or model. {received(layer=layer)}")
@@ -157,7 +157,7 @@ def refuse_layer(function: str, layer: Any) -> None:
         )
 
 
-def refuse_unsupported(layer: Any) -> None:
+def refuse_unsupported(layer: keras.Layer) -> None:
     """Refuses a layer that does not compute with its variables as they are."""
     if layer.quantization_mode is not None:
         raise Unsupported(
@@ -176,7 +176,7 @@ def refuse_unsupported(layer: Any) -> None:
         )
 
 
-def refuse_twice(layer: Any, places: dict[str, paths.Place]) -> None:
+def refuse_twice(layer: keras.Layer, places: dict[str, paths.Place]) -> None:
     """Refuses two paths that lead to one weight."""
     seen: dict[Any, str] = {}
     for path, place in places.items():
@@ -186,7 +186,7 @@ def refuse_twice(layer: Any, places: dict[str, paths.Place]) -> None:
         seen[key] = path
 
 
-def refuse_tie(layer: Any, name: str, variable: Any, expression: Expression) -> None:
+def refuse_tie(layer: keras.Layer, name: str, variable: keras.Variable, expression: Expression) -> None:
     """Refuses what can be known before a tie changes anything; without a variable, that is less.
 
     Raises:
@@ -200,7 +200,9 @@ def refuse_tie(layer: Any, name: str, variable: Any, expression: Expression) -> 
         refuse_misfit(layer, name, shape_of(variable), constraint, expression)
 
 
-def refuse_misfit(layer: Any, name: str, shape: tuple[int, ...], constraint: Any, expression: Expression) -> None:
+def refuse_misfit(
+    layer: keras.Layer, name: str, shape: tuple[int, ...], constraint: Any, expression: Expression
+) -> None:
     """Refuses an expression in the place of a variable of this shape and constraint."""
     if expression.shape is None and solve_shape(expression, shape) is None:
         known_shape(expression)
@@ -210,7 +212,7 @@ def refuse_misfit(layer: Any, name: str, shape: tuple[int, ...], constraint: Any
         _refuse_constraint(layer, name, constraint, expression)
 
 
-def _refuse_constraint(layer: Any, name: str, constraint: Any, expression: Expression) -> None:
+def _refuse_constraint(layer: keras.Layer, name: str, constraint: Any, expression: Expression) -> None:
     if not isinstance(expression, Weight):
         raise Unsupported(
             f"Layer {layer.name!r} constrains its {name} by {type(constraint).__name__}, which is applied to what is "

@@ -26,12 +26,12 @@ Path = tuple[str, ...]
 class Place:
     """Where a path leads: the layer that has (or will make) the variable, and who records a tie of it."""
 
-    layer: Any
+    layer: keras.Layer
     leaf: Path
     """What is left of the path: a variable's name, or more as long as the layer is not built."""
-    recorder: Any
+    recorder: keras.Layer
     recorded_path: Path
-    variable: Any = None
+    variable: keras.Variable | None = None
     """The variable or view, if it exists."""
     leaf_name: str = ""
     lent: tuple[Any, Path] | None = None
@@ -50,7 +50,7 @@ def split(path: Any) -> Path:
     return tuple(path.split("/"))
 
 
-def locate(root: Any, path: Path, holdings: Holdings | None = None) -> Place:
+def locate(root: keras.Layer, path: Path, holdings: Holdings | None = None) -> Place:
     """Follows a path from a layer.
 
     Args:
@@ -97,7 +97,7 @@ def locate(root: Any, path: Path, holdings: Holdings | None = None) -> Place:
 _FOREIGN = (keras.layers.TorchModuleWrapper, keras.layers.TFSMLayer)
 
 
-def _refuse_in_place(layer: Any, rest: Path) -> None:
+def _refuse_in_place(layer: keras.Layer, rest: Path) -> None:
     if isinstance(layer, _FOREIGN):
         raise Unsupported(
             f"Layer {layer.name!r} ({type(layer).__name__}) computes with parameters of its own framework, so a "
@@ -113,19 +113,19 @@ def _refuse_in_place(layer: Any, rest: Path) -> None:
 # --------------------------------------------------------------------------- variables
 
 
-def own_variables(layer: Any) -> list[Any]:
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     """The variables of the layer itself, views included, sub-layers not."""
     state = state_of(layer)
     found = [variable for variables in keras_seam.variable_lists(layer).values() for variable in variables]
     return found + ([slot.view for slot in state.slots] if state is not None else [])
 
 
-def holders(layer: Any, variable: Any) -> list[Path]:
+def holders(layer: keras.Layer, variable: keras.Variable) -> list[Path]:
     """The attributes, and places in containers, that hold a variable or sub-layer, public ones first."""
     return _places(layer, [variable]).get(id(variable), [])
 
 
-def _places(layer: Any, wanted: Iterable[Any]) -> dict[int, list[Path]]:
+def _places(layer: keras.Layer, wanted: Iterable[Any]) -> dict[int, list[Path]]:
     """The attributes, and places in containers, that hold each of several variables or sub-layers, by its id."""
     ids = set(map(id, wanted))
     found: dict[int, list[Path]] = {}
@@ -135,7 +135,7 @@ def _places(layer: Any, wanted: Iterable[Any]) -> dict[int, list[Path]]:
     return {key: sorted(places, key=lambda p: (p[0].startswith("_"), len(p), p)) for key, places in found.items()}
 
 
-def _attributes(layer: Any) -> Iterator[tuple[Path, Any]]:
+def _attributes(layer: keras.Layer) -> Iterator[tuple[Path, Any]]:
     for name, value in keras_seam.attributes(layer):
         if name not in (STATE, WEIGHTS):
             yield from _inside((name,), value, 0)
@@ -152,7 +152,7 @@ def _inside(path: Path, value: Any, depth: int) -> Iterator[tuple[Path, Any]]:
                 yield from _inside((*path, key), item, depth + 1)
 
 
-def put_item(layer: Any, path: Path, value: Any, *, what: str = "weight", advice: str = "") -> None:
+def put_item(layer: keras.Layer, path: Path, value: Any, *, what: str = "weight", advice: str = "") -> None:
     """Puts a value where an attribute of the layer, or a container in one, holds another, past all trackers.
 
     Raises:
@@ -166,7 +166,7 @@ def put_item(layer: Any, path: Path, value: Any, *, what: str = "weight", advice
         dict.__setitem__(container, path[-1], value)
 
 
-def refuse_fixed(layer: Any, path: Path, *, what: str = "weight", advice: str = "") -> None:
+def refuse_fixed(layer: keras.Layer, path: Path, *, what: str = "weight", advice: str = "") -> None:
     """Raises if what an attribute, or a container in one, holds cannot be replaced: it is in a tuple.
 
     Raises:
@@ -178,8 +178,8 @@ def refuse_fixed(layer: Any, path: Path, *, what: str = "weight", advice: str = 
         )
 
 
-def _container(layer: Any, path: Path) -> Any:
-    container: Any = vars(layer)
+def _container(layer: keras.Layer, path: Path) -> Any:
+    container: keras.Layer = vars(layer)
     for key in path[:-1]:
         container = _item(container, key)
     return container
@@ -193,7 +193,7 @@ class Holdings:
         self._many = count is None or count > 1
         self._known: dict[int, _Held] = {}
 
-    def of(self, layer: Any) -> _Held:
+    def of(self, layer: keras.Layer) -> _Held:
         """What a layer holds."""
         if id(layer) not in self._known:
             self._known[id(layer)] = _Held(layer, many=self._many)
@@ -206,7 +206,7 @@ class _Held:
     If many are going to be asked for, all are found with the first: a model may have a thousand layers.
     """
 
-    def __init__(self, layer: Any, *, many: bool = False) -> None:
+    def __init__(self, layer: keras.Layer, *, many: bool = False) -> None:
         self.layer, self.many = layer, many
         self.variables = own_variables(layer)
         self._asked: dict[str, Any] = {}
@@ -275,7 +275,7 @@ class _Held:
             return {}
         return {id(child): ("layers", str(place)) for place, child in enumerate(self.layer.layers)}
 
-    def child(self, child: Any) -> Path:
+    def child(self, child: keras.Layer) -> Path:
         """The canonical path of a sub-layer: where every instance of the layer holds it."""
         places = (self.places if self.many else _places(self.layer, [child])).get(id(child), [])
         if places and not (self.is_graph and places[0][0].startswith("_")):
@@ -283,14 +283,14 @@ class _Held:
         listed = self._listed_at(child) if self.is_graph else None
         return listed or (places[0] if places else (child.name,))
 
-    def _listed_at(self, child: Any) -> Path | None:
+    def _listed_at(self, child: keras.Layer) -> Path | None:
         if self.many:
             return self.graph.get(id(child))
         places = (place for place, other in enumerate(self.layer.layers) if other is child)
         return next((("layers", str(place)) for place in places), None)
 
 
-def _is_child(layer: Any) -> bool:
+def _is_child(layer: keras.Layer) -> bool:
     return not isinstance(layer, Weight)
 
 
@@ -301,11 +301,11 @@ def _grouped(named: Iterable[Any]) -> dict[str, list[Any]]:
     return found
 
 
-def _is_made_up(variable: Any) -> bool:
+def _is_made_up(variable: keras.Variable) -> bool:
     return keras_seam.is_automatic_variable_name(variable.name)
 
 
-def find_variable(layer: Any, rest: Path) -> tuple[Any, Path] | None:
+def find_variable(layer: keras.Layer, rest: Path) -> tuple[Any, Path] | None:
     """The layer's own variable of that name or attribute, and its canonical path."""
     return _find_variable(_Held(layer), rest)
 
@@ -333,12 +333,12 @@ def _find_variable(held: _Held, rest: Path) -> tuple[Any, Path] | None:
     return variable, held.names[id(variable)]
 
 
-def canonical_name(layer: Any, variable: Any) -> Path:
+def canonical_name(layer: keras.Layer, variable: keras.Variable) -> Path:
     """The variable's name, or its attribute where the name was made up or is not the only one of its kind."""
     return canonical_names(layer).get(id(variable), (variable.name,))
 
 
-def canonical_names(layer: Any) -> dict[int, Path]:
+def canonical_names(layer: keras.Layer) -> dict[int, Path]:
     """The canonical names of all variables of a layer, by their ids."""
     return _Held(layer).names
 
@@ -346,7 +346,7 @@ def canonical_names(layer: Any) -> dict[int, Path]:
 # --------------------------------------------------------------------------- sub-layers
 
 
-def find_child(layer: Any, rest: Path) -> tuple[Any, Path, Path] | None:
+def find_child(layer: keras.Layer, rest: Path) -> tuple[Any, Path, Path] | None:
     """The sub-layer that the path goes through next: the layer, its canonical path, what is left."""
     return _find_child(_Held(layer), rest)
 
@@ -377,18 +377,18 @@ def _find_child(held: _Held, rest: Path) -> tuple[Any, Path, Path] | None:
     return next(iter(found.values()), None)
 
 
-def _item(container: Any, key: str) -> Any:
+def _item(container: keras.Layer, key: str) -> Any:
     if isinstance(container, dict):
         return container.get(key)
     return container[int(key)] if key.isdigit() and int(key) < len(container) else None
 
 
-def canonical_child(layer: Any, child: Any) -> Path:
+def canonical_child(layer: keras.Layer, child: keras.Layer) -> Path:
     """The attribute, or the place in a container, that holds a sub-layer in every instance of the layer."""
     return _Held(layer).child(child)
 
 
-def children(layer: Any) -> Iterator[tuple[Path, Any]]:
+def children(layer: keras.Layer) -> Iterator[tuple[Path, Any]]:
     """The sub-layers, weights that are attributes included, each by a path that is the same in a layer made alike."""
     if _Held(layer).is_graph:
         yield from ((("layers", str(place)), child) for place, child in enumerate(layer.layers))
@@ -403,7 +403,7 @@ def children(layer: Any) -> Iterator[tuple[Path, Any]]:
 # --------------------------------------------------------------------------- errors
 
 
-def weight_paths(layer: Any, prefix: Path = (), depth: int = 0) -> list[str]:
+def weight_paths(layer: keras.Layer, prefix: Path = (), depth: int = 0) -> list[str]:
     """The paths of all weights below a layer."""
     held = _Held(layer)
     found = ["/".join((*prefix, *held.names[id(variable)])) for variable in held.variables]
@@ -413,13 +413,13 @@ def weight_paths(layer: Any, prefix: Path = (), depth: int = 0) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def walk(layer: Any) -> Iterator[tuple[Path, Path, Any, Any]]:
+def walk(layer: keras.Layer) -> Iterator[tuple[Path, Path, Any, Any]]:
     """Every weight below a built layer, at every place: canonical path, path by layer names, its layer, itself."""
     yield from _walk(Holdings(), layer, (), (), (layer,))
 
 
 def _walk(
-    holdings: Holdings, layer: Any, path: Path, names: Path, around: tuple[Any, ...]
+    holdings: Holdings, layer: keras.Layer, path: Path, names: Path, around: tuple[Any, ...]
 ) -> Iterator[tuple[Path, Path, Any, Any]]:
     held = holdings.of(layer)
     for variable in held.variables:
@@ -431,7 +431,7 @@ def _walk(
             yield from _walk(holdings, child, path + held.child(child), (*names, child.name), (*around, child))
 
 
-def nothing_there(root: Any, path: Path, layer: Any, rest: Path) -> str:
+def nothing_there(root: keras.Layer, path: Path, layer: keras.Layer, rest: Path) -> str:
     """Says that a path from `root` names no weight: what is left of it at `layer`, and what there is."""
     names = weight_paths(root)
     wanted = "/".join(path)

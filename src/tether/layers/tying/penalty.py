@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any
 
 import keras
 
@@ -28,7 +27,7 @@ class Penalty:
 
     def __init__(
         self,
-        recorder: Any,
+        recorder: keras.Layer,
         a: Expression,
         b: Expression,
         strength: Expression,

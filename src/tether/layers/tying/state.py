@@ -14,6 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
+from tether.types import Array, Function
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor, leaves
 from tether.weights.leaves import Argument, bind
@@ -169,7 +170,7 @@ class View(keras_seam.Variable):
         )
 
 
-def view_like(variable: Any, use: Use, *, trainable: bool) -> View:
+def view_like(variable: keras.Variable, use: Use, *, trainable: bool) -> View:
     """A view with the name, path, shape and dtype of a variable, or of another view."""
     return View(
         use,
@@ -182,17 +183,17 @@ def view_like(variable: Any, use: Use, *, trainable: bool) -> View:
     )
 
 
-def shape_of(variable: Any) -> tuple[int, ...]:
+def shape_of(variable: keras.Variable) -> tuple[int, ...]:
     """The shape of a variable or view, in plain numbers."""
     return tuple(int(n) for n in variable.shape)
 
 
-def numpy_of(variable: Any) -> np.ndarray[Any, Any]:
+def numpy_of(variable: keras.Variable) -> Array:
     """A copy of the value of a variable or view."""
     return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
-def stored_variables(variable: Any) -> list[Any]:
+def stored_variables(variable: keras.Variable) -> list[keras.Variable]:
     """The stored variables behind a variable: itself, or those of a view's weights."""
     if isinstance(variable, View):
         return [weight.variable for weight in variable.expression.weights_used() if weight.is_built]
@@ -203,7 +204,7 @@ def stored_variables(variable: Any) -> list[Any]:
 # What a tied layer remembers about its ties.
 
 
-from_above: dict[str, Callable[..., Any]] = {}
+from_above: dict[str, Function] = {}
 """What a module asks of one that stands above it, which puts it here when it is imported: `revive` and `unpickle` of a
 tied layer, and `refuse_to_lose` a tie before a file is written."""
 
@@ -215,7 +216,7 @@ WEIGHTS = "_tether_weights"
 class Tie:
     """One tie as it was asked for: where it is recorded, and by which path from there."""
 
-    recorder: weakref.ref[Any]
+    recorder: weakref.ref[keras.Layer]
     path: tuple[str, ...]
     expression: Expression
     made_by_code: bool = False
@@ -223,7 +224,7 @@ class Tie:
     quantized: bool = False
     """Quantised since, of which that constructor knows nothing."""
 
-    def record(self, recorder: Any, path: tuple[str, ...]) -> None:
+    def record(self, recorder: keras.Layer, path: tuple[str, ...]) -> None:
         """Records the tie on a tied layer, in the place of another one of the same path."""
         self.recorder, self.path = weakref.ref(recorder), path
         recorded = vars(recorder)[STATE].recorded
@@ -284,13 +285,13 @@ class State:
     """The same for a layer without other sub-layers than its weights, by what it has."""
 
 
-def state_of(layer: Any) -> State | None:
+def state_of(layer: keras.Layer) -> State | None:
     """The state of a tied layer, or `None` of any other."""
     found = vars(layer).get(STATE)
     return found if isinstance(found, State) else None
 
 
-def ordered_variables(layer: Any, state: State) -> dict[str, list[Any]]:
+def ordered_variables(layer: keras.Layer, state: State) -> dict[str, list[Any]]:
     """The layer's own variables by store, in the base's order, with views at their places."""
     lists = {store: list(variables) for store, variables in keras_seam.variable_lists(layer).items()}
     for slot in sorted(state.slots, key=lambda slot: slot.index):
@@ -298,7 +299,7 @@ def ordered_variables(layer: Any, state: State) -> dict[str, list[Any]]:
     return lists
 
 
-def in_base_order(layer: Any, state: State, found: list[Any]) -> list[Any]:
+def in_base_order(layer: keras.Layer, state: State, found: list[Any]) -> list[keras.Variable]:
     """Variables that Keras listed, those of the layer itself first and in the order that its base has."""
     if not state.slots:
         return found
@@ -318,7 +319,7 @@ def in_base_order(layer: Any, state: State, found: list[Any]) -> list[Any]:
     return list(state.orders[key])
 
 
-def known_order(layer: Any, state: State) -> list[Any] | None:
+def known_order(layer: keras.Layer, state: State) -> list[Any] | None:
     """All variables in the base's order, as they were last found, if they are sure to be the same.
 
     That is so as long as the layer has no sub-layers but the weights of its views, and no more variables.
@@ -336,7 +337,7 @@ def known_order(layer: Any, state: State) -> list[Any] | None:
     return ordered.copy()
 
 
-def hang_weights(layer: Any) -> None:
+def hang_weights(layer: keras.Layer) -> None:
     """Makes exactly the weights that the layer's views use its sub-layers."""
     state = state_of(layer)
     wanted: list[Weight] = []
@@ -359,12 +360,12 @@ def hang_weights(layer: Any) -> None:
             keras_seam.forget_attribute(layer, WEIGHTS)
 
 
-def _held_elsewhere(layer: Any, weight: Weight) -> bool:
+def _held_elsewhere(layer: keras.Layer, weight: Weight) -> bool:
     """Whether an attribute of the user's own holds the weight too."""
     return any(value is weight for name, value in vars(layer).items() if name != WEIGHTS)
 
 
-def weights_below(layer: Any) -> list[Weight]:
+def weights_below(layer: keras.Layer) -> list[Weight]:
     """The weights in a layer and the layers below it, those of ties that still wait included."""
     found: dict[int, Weight] = {}
     for below in keras_seam.contained_layers(layer):
@@ -385,7 +386,7 @@ _serializing = threading.local()
 class serializing:
     """Marks an object whose config is being made, so that layers in it leave its ties to it."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: keras.Layer) -> None:
         self.layer = layer
 
     def __enter__(self) -> None:
@@ -396,12 +397,12 @@ class serializing:
         _serializing.owners = self.before
 
 
-def is_serializing(layer: Any) -> bool:
+def is_serializing(layer: keras.Layer) -> bool:
     """Whether the object's config is being made, on this thread."""
     return id(layer) in getattr(_serializing, "owners", ())
 
 
-def new_use(layer: Any, name: str, expression: Expression, regularizer: Any) -> Use:
+def new_use(layer: keras.Layer, name: str, expression: Expression, regularizer: Any) -> Use:
     """A use of an expression by a layer, not registered yet."""
     return Use(name=name, expression=expression, layer=weakref.ref(layer), regularizer=regularizer)
 
@@ -424,7 +425,7 @@ def arguments_in(expression: Expression) -> list[Argument]:
     return [leaf for leaf in leaves(expression) if isinstance(leaf, Argument)]
 
 
-def taking(base: Any, names: tuple[str, ...], own_call: Callable[..., Any]) -> dict[str, Any]:
+def taking(base: Any, names: tuple[str, ...], own_call: Function) -> dict[str, Any]:
     """A `call` with the base's parameters and the arguments of expressions as keywords, around `own_call`."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import keras
+
 from tether import keras_seam
 from tether.errors import UnknownName
 from tether.layers.tying import paths
@@ -29,7 +31,7 @@ from tether.weights.weight import Weight
 
 
 @contextlib.contextmanager
-def swapped(layers: Iterable[Any]) -> Iterator[None]:
+def swapped(layers: Iterable[keras.Layer]) -> Iterator[None]:
     """Lets the backends know what layers store, after what is done in the block has changed it.
 
     A layer within a block that has been left by an error stores what it did: nobody has been told otherwise.
@@ -40,7 +42,7 @@ def swapped(layers: Iterable[Any]) -> Iterator[None]:
     keras_seam.list_parameters_again(changes)
 
 
-def exchange(layer: Any, state: State, old: Any, new: Any, asked: Tie | None = None) -> None:
+def exchange(layer: keras.Layer, state: State, old: Any, new: Any, asked: Tie | None = None) -> None:
     """Puts a variable or view in the place of another, wherever the layer holds it.
 
     Args:
@@ -71,7 +73,7 @@ def exchange(layer: Any, state: State, old: Any, new: Any, asked: Tie | None = N
     hang_weights(layer)
 
 
-def _position(layer: Any, state: State, variable: Any) -> tuple[str, int]:
+def _position(layer: keras.Layer, state: State, variable: keras.Variable) -> tuple[str, int]:
     for store, variables in ordered_variables(layer, state).items():
         for index, other in enumerate(variables):
             if other is variable:
@@ -79,7 +81,7 @@ def _position(layer: Any, state: State, variable: Any) -> tuple[str, int]:
     raise UnknownName(f"Layer {layer.name!r} does not track {variable.path!r}.")
 
 
-def _put(layer: Any, path: tuple[str, ...], value: Any) -> None:
+def _put(layer: keras.Layer, path: tuple[str, ...], value: Any) -> None:
     """Sets an attribute, or an item of a container that an attribute holds."""
     if len(path) > 1:
         paths.put_item(layer, path, value)
@@ -116,7 +118,7 @@ class _Snapshot:
         if isinstance(target, Weight) and held is not None:
             self._keep_flags(held)
 
-    def _keep_flags(self, variable: Any) -> None:
+    def _keep_flags(self, variable: keras.Variable) -> None:
         self.flags.append((variable, variable.trainable, variable.regularizer, variable.constraint))
 
     def _keep_contents(self, values: Any) -> None:
@@ -144,7 +146,7 @@ class _Snapshot:
             variable.regularizer, variable.constraint = regularizer, constraint
 
 
-def _refill(container: Any, content: Any) -> None:
+def _refill(container: keras.Layer, content: Any) -> None:
     """Puts a container's contents back without going through its own, tracking methods."""
     container = getattr(container, "__wrapped__", container)  # TensorFlow wraps the dicts of a model
     if isinstance(container, list):
@@ -162,11 +164,11 @@ def _refill(container: Any, content: Any) -> None:
 class Rollback:
     """Restores layers and weights if the block raises."""
 
-    def __init__(self, targets: list[Any]) -> None:
+    def __init__(self, targets: list[keras.Layer]) -> None:
         self.targets = targets
 
     @classmethod
-    def below(cls, layer: Any) -> Rollback:
+    def below(cls, layer: keras.Layer) -> Rollback:
         """Restores a layer, the layers below it and the weights that they use or wait for."""
         found = [*keras_seam.contained_layers(layer), *weights_below(layer)]
         return cls(list({id(target): target for target in found}.values()))

@@ -19,12 +19,13 @@ from tether.layers.tying.penalty import ALIVE, Penalty
 from tether.layers.tying.state import Tie, View, arguments_in, hang_weights, state_of, weights_below
 from tether.layers.tying.swap import Rollback, swapped
 from tether.layers.tying.tied import become_tied, replace, take_arguments, takes_arguments
+from tether.types import AnyLayer
 from tether.weights.expression import Expression, as_expression, resolved
 from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
 
 
-def tie(layer: Any, weights: Mapping[str, Any] | None = None, /, **by_name: Any) -> Any:
+def tie(layer: AnyLayer, weights: Mapping[str, Any] | None = None, /, **by_name: Any) -> AnyLayer:
     """Makes weights of a layer read expressions, in place, and returns the layer.
 
     Args:
@@ -57,7 +58,7 @@ def tie(layer: Any, weights: Mapping[str, Any] | None = None, /, **by_name: Any)
     return layer
 
 
-def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Any]) -> None:
+def restore(layer: keras.Layer, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Any]) -> None:
     """Makes the ties and penalties that a config records.
 
     A constructor that copies a tied layer for itself makes that copy, and its ties, again wherever it runs.
@@ -73,7 +74,7 @@ def restore(layer: Any, ties: Mapping[str, Expression], takes: list[Argument], p
         replace_penalties(layer, penalties)
 
 
-def weight_of(layer: Any, name: str) -> Any:
+def weight_of(layer: keras.Layer, name: str) -> Any:
     """The stored weight behind a layer's weight, to be used elsewhere: promoted in place if it has none.
 
     The layer keeps its values, and the very Variable object, so an optimizer that knows it stays valid.
@@ -98,7 +99,7 @@ def weight_of(layer: Any, name: str) -> Any:
     return weights_of(layer, [name])[name]
 
 
-def weights_of(layer: Any, names: Iterable[str]) -> dict[str, Any]:
+def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Any]:
     """What `weight_of` gives, for several names at once."""
     refuse_layer("weight_of", layer)
     names = list(names)
@@ -130,7 +131,7 @@ def weights_of(layer: Any, names: Iterable[str]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- what is asked for
 
 
-def _wanted(layer: Any, weights: Any, by_name: dict[str, Any]) -> dict[str, Expression]:
+def _wanted(layer: keras.Layer, weights: Any, by_name: dict[str, Any]) -> dict[str, Expression]:
     refuse_layer("tie", layer)
     if weights is not None and not isinstance(weights, Mapping):
         raise TetherError(
@@ -156,13 +157,13 @@ def _wanted(layer: Any, weights: Any, by_name: dict[str, Any]) -> dict[str, Expr
     return wanted
 
 
-def _places(layer: Any, wanted: dict[str, Expression]) -> dict[str, paths.Place]:
+def _places(layer: keras.Layer, wanted: dict[str, Expression]) -> dict[str, paths.Place]:
     holdings = paths.Holdings(len(wanted))
     return {path: paths.locate(layer, paths.split(path), holdings) for path in wanted}
 
 
 def _tie_all(
-    layer: Any,
+    layer: keras.Layer,
     wanted: dict[str, Expression],
     places: dict[str, paths.Place],
     *,
@@ -217,7 +218,7 @@ def _tie_all(
 GRAPHS = (keras_seam.Functional, keras_seam.Sequential)
 
 
-def penalty_places(model: Any, weights: tuple[Weight, ...]) -> tuple[Any, Any]:
+def penalty_places(model: keras.Model, weights: tuple[Weight, ...]) -> tuple[Any, Any]:
     """Who records a penalty of these weights, and the layer that a clone of a graph around it asks, if any."""
     recorder, current = None, model
     while isinstance(current, GRAPHS):
@@ -233,11 +234,11 @@ def penalty_places(model: Any, weights: tuple[Weight, ...]) -> tuple[Any, Any]:
     return recorder, current
 
 
-def _may_record(layer: Any) -> bool:
+def _may_record(layer: keras.Layer) -> bool:
     return not isinstance(layer, (Weight, keras.layers.InputLayer))
 
 
-def attach_penalty(penalty: Penalty, recorder: Any, lent: Any = None) -> None:
+def attach_penalty(penalty: Penalty, recorder: keras.Layer, lent: Any = None) -> None:
     """Records a penalty on a layer; from now on it is one of its losses."""
     with swapped([recorder]):
         become_tied(recorder).penalties.append(penalty)
@@ -248,7 +249,7 @@ def attach_penalty(penalty: Penalty, recorder: Any, lent: Any = None) -> None:
         become_tied(lent).penalties.append(penalty)
 
 
-def detach_penalty(penalty: Penalty, holders: list[Any]) -> None:
+def detach_penalty(penalty: Penalty, holders: list[keras.Layer]) -> None:
     """Takes a penalty off the layers that have it; they stay tied layers."""
     penalty.unregister()
     for layer in holders:
@@ -259,7 +260,9 @@ def detach_penalty(penalty: Penalty, holders: list[Any]) -> None:
                 hang_weights(layer)
 
 
-def replace_penalties(layer: Any, found: list[tuple[Expression, Expression, Expression, tuple[Weight, ...]]]) -> None:
+def replace_penalties(
+    layer: keras.Layer, found: list[tuple[Expression, Expression, Expression, tuple[Weight, ...]]]
+) -> None:
     """Gives a layer the penalties of its config, instead of those that its own constructor made."""
     state = state_of(layer)
     for penalty in list(state.penalties) if state is not None else []:
@@ -273,7 +276,7 @@ def has_penalties() -> bool:
     return bool(ALIVE)
 
 
-def drop_void_penalties(layers: list[Any]) -> None:
+def drop_void_penalties(layers: list[keras.Layer]) -> None:
     """Takes off the penalties of which a weight is no longer in use."""
     for layer in layers:
         state = state_of(layer)

@@ -47,6 +47,7 @@ from tether.layers.tying.state import (
     weights_below,
 )
 from tether.layers.tying.swap import exchange, swapped
+from tether.types import Config
 from tether.weights.expression import Expression, resolved
 from tether.weights.weight import Weight
 
@@ -71,12 +72,12 @@ def tied_class(base: type, arguments: tuple[str, ...] = ()) -> type:
     return _classes[key]
 
 
-def takes_arguments(layer: Any) -> bool:
+def takes_arguments(layer: keras.Layer) -> bool:
     """Whether the call of a layer takes arguments of its ties."""
     return bool(getattr(type(layer), "_tether_arguments", ()))
 
 
-def take_arguments(layer: Any) -> None:
+def take_arguments(layer: keras.Layer) -> None:
     """Lets the call of a tied layer take the arguments in the ties recorded on it, and no others.
 
     Raises:
@@ -143,7 +144,7 @@ class Tied:
         super()._lock_state()  # type: ignore[misc]
 
     @property
-    def weights(self) -> list[Any]:
+    def weights(self) -> list[keras.Variable]:
         """The stored weight variables, each once, in the order of the untied layer."""
         state = state_of(self)
         if state is None:
@@ -151,7 +152,7 @@ class Tied:
         return known_order(self, state) or in_base_order(self, state, super().weights)  # type: ignore[misc]
 
     @property
-    def variables(self) -> list[Any]:
+    def variables(self) -> list[keras.Variable]:
         """All stored state, each variable once, in the order of the untied layer."""
         state = state_of(self)
         if state is None:
@@ -221,7 +222,7 @@ class Tied:
             variables.load(self, state, store, super().save_own_variables, super().load_own_variables)  # type: ignore[misc]
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Any:
+    def from_config(cls, config: Config) -> Any:
         """A tied layer from its config, with weights of its own or those of the sharing scope."""
         return from_above["revive"](cls._tether_base, config)
 
@@ -276,7 +277,7 @@ def _make(base: Any, arguments: tuple[str, ...]) -> type:
         "_tether_arguments": arguments,
     }
 
-    def get_config(self: Any) -> dict[str, Any]:
+    def get_config(self: Any) -> Config:
         with serializing(self):
             config = dict(base.get_config(self))
         state = state_of(self)
@@ -341,7 +342,7 @@ class _absent:
 # asks for the variable of that name, and is then handed a view.
 
 
-def become_tied(layer: Any) -> State:
+def become_tied(layer: keras.Layer) -> State:
     """Turns a layer into an instance of its tied class, without ties yet if it is not one; gives its state."""
     state = state_of(layer)
     if state is None:
@@ -357,7 +358,7 @@ def become_tied(layer: Any) -> State:
 # --------------------------------------------------------------------------- a variable that exists
 
 
-def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
+def replace(layer: keras.Layer, variable: keras.Variable, name: str, asked: Tie) -> None:
     """Puts a view in the place of a variable, or of another view."""
     state, expression = become_tied(layer), asked.expression
     start_from_values(layer, name, expression, variable)
@@ -383,7 +384,7 @@ def replace(layer: Any, variable: Any, name: str, asked: Tie) -> None:
     _register(layer, view)
 
 
-def _register(layer: Any, view: View) -> None:
+def _register(layer: keras.Layer, view: View) -> None:
     view.follow(keras_seam.own_trainable_flag(layer))
     for weight in view.expression.weights_used():
         weight.add_use(view.use)
@@ -398,7 +399,7 @@ def drop_use(use: Any) -> None:
 # --------------------------------------------------------------------------- a layer that is being built
 
 
-def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
+def hand_out(layer: keras.Layer, state: State, asked: Tie, **kwargs: Any) -> View:
     """The view that `add_weight` returns in the place of a new variable."""
     name = kwargs["name"]
     refuse_unsupported(layer)
@@ -444,7 +445,7 @@ def hand_out(layer: Any, state: State, asked: Tie, **kwargs: Any) -> View:
     return view
 
 
-def forward(layer: Any, state: State) -> None:
+def forward(layer: keras.Layer, state: State) -> None:
     """Hands waiting ties on to a sub-layer that has just been made."""
     for path, asked in list(state.pending.items()):
         if len(path) < 2:
@@ -465,7 +466,7 @@ def forward(layer: Any, state: State) -> None:
             replace(place.layer, place.variable, place.leaf_name, asked)
 
 
-def settle(layer: Any) -> None:
+def settle(layer: keras.Layer) -> None:
     """At the end of `build`: ties that no `add_weight` has met must find a variable now."""
     state = state_of(layer)
     if state is None:
@@ -477,7 +478,7 @@ def settle(layer: Any) -> None:
             _settle(layer, state)
 
 
-def _settle(layer: Any, state: State) -> None:
+def _settle(layer: keras.Layer, state: State) -> None:
     for path, asked in list(state.pending.items()):
         found = paths.find_variable(layer, path)
         child = None if found is not None else paths.find_child(layer, path)

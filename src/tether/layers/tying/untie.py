@@ -16,10 +16,11 @@ from tether.layers.tying.state import STATE, Slot, State, Tie, View, arguments_i
 from tether.layers.tying.swap import Rollback, exchange, swapped
 from tether.layers.tying.tie import drop_void_penalties, has_penalties
 from tether.layers.tying.tied import base_class, drop_use, take_arguments, takes_arguments
+from tether.types import AnyLayer
 from tether.weights.weight import Weight
 
 
-def untie(layer: Any, *names: str) -> Any:
+def untie(layer: AnyLayer, *names: str) -> AnyLayer:
     """Gives weights of a layer variables of their own, with the present values, in place.
 
     Args:
@@ -43,7 +44,7 @@ def untie(layer: Any, *names: str) -> Any:
     return layer
 
 
-def _untie_all(layer: Any) -> None:
+def _untie_all(layer: keras.Layer) -> None:
     for below in keras_seam.contained_layers(layer):
         state = state_of(below)
         if state is not None:
@@ -55,7 +56,7 @@ def _untie_all(layer: Any) -> None:
     _clear_up(layer, keras_seam.contained_layers(layer))
 
 
-def _untie_some(layer: Any, names: tuple[str, ...]) -> None:
+def _untie_some(layer: keras.Layer, names: tuple[str, ...]) -> None:
     holdings = paths.Holdings(len(names))
     found = (_asked_for(layer, name, paths.locate(layer, paths.split(name), holdings)) for name in names)
     asked = list({id(tie): (place, tie, slot) for place, tie, slot in found}.values())
@@ -77,7 +78,7 @@ def _untie_some(layer: Any, names: tuple[str, ...]) -> None:
         _clear_up(layer, affected)
 
 
-def _asked_for(layer: Any, name: str, place: paths.Place) -> tuple[paths.Place, Tie, Slot | None]:
+def _asked_for(layer: keras.Layer, name: str, place: paths.Place) -> tuple[paths.Place, Tie, Slot | None]:
     """The tie that is to end, and the slot of its view if the layer is built."""
     state = state_of(place.layer)
     if state is not None and place.variable is None and place.leaf in state.pending:
@@ -88,7 +89,7 @@ def _asked_for(layer: Any, name: str, place: paths.Place) -> tuple[paths.Place, 
     return place, slot.tie, slot
 
 
-def _clear_up(layer: Any, affected: list[Any]) -> None:
+def _clear_up(layer: keras.Layer, affected: list[keras.Layer]) -> None:
     """Drops what only ties that have ended needed, and makes layers plain that have none left."""
     for each in affected:
         state = state_of(each)
@@ -101,7 +102,7 @@ def _clear_up(layer: Any, affected: list[Any]) -> None:
         become_plain(each)
 
 
-def materialize(layer: Any) -> Any:
+def materialize(layer: AnyLayer) -> AnyLayer:
     """A plain copy with the same outputs and none of Tether's classes left in it; the original stays as it is.
 
     Args:
@@ -141,7 +142,7 @@ def materialize(layer: Any) -> Any:
     return copy
 
 
-def _give_back(layer: Any, state: State, slot: Slot) -> None:
+def _give_back(layer: keras.Layer, state: State, slot: Slot) -> None:
     """Makes a plain variable in the place of a view."""
     view = slot.view
     variable = plain_variable(view)
@@ -170,7 +171,7 @@ def plain_variable(view: View) -> Any:
     return variable
 
 
-def become_plain(layer: Any) -> None:
+def become_plain(layer: keras.Layer) -> None:
     """Returns a layer without ties to its base class."""
     state = state_of(layer)
     if state is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import keras
 import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, received
+from tether.types import Config
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term, provide, register
 from tether.weights.leaves import Constant
 
@@ -293,7 +293,7 @@ class ScaleGradient(_Same):
     name, accepts = "scale_gradient", ("scale",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """The scale is a finite number."""
         scale = given.get("scale")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):

@@ -10,6 +10,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.types import Config
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, register
 from tether.weights.operators.arithmetic import SUM, result_type
 
@@ -87,7 +88,7 @@ class Adapted(Node):
     name, arity, accepts = "adapted", None, ("names",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """The parts' names: strings, each another one."""
         names = given.get("names")
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
+from tether.types import Config, Function
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, register
 from tether.weights.leaves import Constant
 
 _OPS = "keras.ops."
 
 
-def _find(name: Any) -> Callable[..., Any]:
+def _find(name: Any) -> Function:
     if not isinstance(name, str):
         raise InvalidConfig(f"A function is named by a string. {received(function=name)}")
     if name.startswith(_OPS):
@@ -46,7 +46,7 @@ def _name_of(function: Any) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(function: Callable[..., Any], operands: tuple[Any, ...], floatx: str) -> Any:
+def _traced(function: Function, operands: tuple[Any, ...], floatx: str) -> Any:
     """What a function returns for constants and for tensors of a shape and a dtype: a symbolic tensor, or a type.
 
     Remembered, because an expression whose weights got their shapes late is asked for its dtype again and again; so
@@ -71,7 +71,7 @@ class Apply(Node):
     name, arity, accepts = "apply", None, ("function",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """The name of a function that is registered here."""
         function = given.get("function")
         _find(function)
@@ -128,6 +128,6 @@ class Apply(Node):
         return Term(f"{short}({', '.join(term.text for term in terms)})")
 
 
-def apply(function: Callable[..., Any], *xs: Any) -> Expression:
+def apply(function: Function, *xs: Any) -> Expression:
     """A registered function of expressions."""
     return Apply(*map(as_expression, xs), function=_name_of(function))

@@ -11,6 +11,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, as_dtype, as_int, as_ints, received
+from tether.types import Config
 from tether.weights.expression import Expression, Node, Shape, Stored, Tensor, Term, register
 from tether.weights.operators import arithmetic, structure
 
@@ -22,7 +23,7 @@ class Unpack(Node):
     name, accepts = "unpack", ("axis", "size")
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """The axis, counted from the front, and how many integers there are along it."""
         axis, size = as_int(given.get("axis"), "axis"), as_int(given.get("size"), "size")
         if axis < 0 or size < 0:
@@ -63,7 +64,7 @@ class Dequantize(Node):
     name, arity, accepts = "dequantize", 2, ("dtype", "shape")
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """A dtype of floats, and sizes if the shape is not that of the integers."""
         dtype, shape = as_dtype(given.get("dtype")), given.get("shape")
         if not keras_seam.is_float(dtype):

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_dtype, as_int, as_ints, received
+from tether.types import Config
 from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, provide, register
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
@@ -25,7 +26,7 @@ class Transpose(Node):
     name, elementwise_cost, accepts = "transpose", False, ("axes",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """Axes are integers, or left out."""
         axes = given.get("axes")
         return {"axes": None if axes is None else as_ints(axes, "axes")}
@@ -73,7 +74,7 @@ class Reshape(Node):
     name, elementwise_cost, accepts = "reshape", False, ("shape",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """Sizes of 0 or more, one of which may be -1."""
         sizes = as_ints(given.get("shape"), "shape")
         if any(size < -1 for size in sizes) or sizes.count(-1) > 1:
@@ -113,7 +114,7 @@ class Index(Node):
     name, elementwise_cost, accepts = "index", False, ("key",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """The parts of the index, in forms that JSON knows."""
         key = given.get("key")
         if not isinstance(key, (list, tuple)) or len(key) > 64:
@@ -203,7 +204,7 @@ class Cast(Node):
     name, accepts = "cast", ("dtype",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """A dtype that Keras knows."""
         return {"dtype": as_dtype(given.get("dtype"))}
 
@@ -239,7 +240,7 @@ class Take(Node):
     name, accepts = "take", ("indices", "axis")
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """Integers: the entries' numbers, and the axis."""
         return {"indices": as_ints(given.get("indices"), "indices"), "axis": as_int(given.get("axis", 0), "axis")}
 
@@ -306,7 +307,7 @@ class _Joined(Node):
     arity, accepts = None, ("axis",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """The axis is an integer."""
         return {"axis": as_int(given.get("axis", 0), "axis")}
 
@@ -408,7 +409,7 @@ class Einsum(Node):
     name, arity, accepts = "einsum", None, ("equation",)
 
     @classmethod
-    def check_parameters(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def check_parameters(cls, given: Config) -> Config:
         """An equation of letters, with explicit output."""
         equation = given.get("equation")
         if not isinstance(equation, str) or equation.count("->") != 1:

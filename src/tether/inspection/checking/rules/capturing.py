@@ -60,7 +60,7 @@ def _described(value: Any) -> str:
     return f"{value.path!r}, a variable of shape {tuple(value.shape)}"
 
 
-def _mend_captured(context: Context, captured: Captured, variable: Any, lost: bool) -> str:
+def _mend_captured(context: Context, captured: Captured, variable: keras.Variable, lost: bool) -> str:
     layer = captured.found.value
     if isinstance(layer, keras.layers.Layer) and not _in_function(context, captured):
         return f"self.layer = layer  # layer {layer.name!r}, as an attribute of layer {captured.layer.name!r} itself"

@@ -80,13 +80,13 @@ def _is_within(place: str, other: str) -> bool:
     return bool(first and second) and (one.startswith(two) or two.startswith(one))
 
 
-def _is_made_by_config(context: Context, layer: Any) -> bool:
+def _is_made_by_config(context: Context, layer: keras.Layer) -> bool:
     """Whether a layer comes out of a file by its own config alone, so that no code shares its variable again."""
     parents = context.parents.get(id(layer), [])
     return bool(parents) and all(keras_seam.holds_its_layers_configs(parent) for parent in parents)
 
 
-def _tie_holders(context: Context, variable: Any, holders: list[tuple[Any, Any]]) -> str:
+def _tie_holders(context: Context, variable: keras.Variable, holders: list[tuple[Any, Any]]) -> str:
     paths = [context.use_path(layer, held) for layer, held in holders]
     if len(paths) < 2:
         return "# let one layer store the weight, and tie the others to it by `tether.tie`"
@@ -182,7 +182,7 @@ def _copied(context: Context, pair: Pair, severity: Severity, what: str, mend: s
     return Finding("equal-weights", severity, context.name_of(second), f"{why} {what}", tie + mend)
 
 
-def _is_at_its_start(context: Context, variable: Any) -> bool:
+def _is_at_its_start(context: Context, variable: keras.Variable) -> bool:
     """Whether a variable still holds what its layer's seeded initializer gives."""
     layer, _ = next(iter(context.uses(variable)), (None, None))
     initializer = getattr(layer, f"{variable.name}_initializer", None)

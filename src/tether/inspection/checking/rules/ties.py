@@ -51,7 +51,7 @@ def lost_tie(context: Context) -> Iterator[Finding]:
                 yield Finding("lost-tie", "error", where, why, mend)
 
 
-def _why_lost(layer: Any, slot: Slot) -> str | None:
+def _why_lost(layer: keras.Layer, slot: Slot) -> str | None:
     """What has become of a view; `None` if the layer reads it."""
     notation = slot.view.expression.notation()
     if not isinstance(layer, Tied):
@@ -70,7 +70,7 @@ def _why_lost(layer: Any, slot: Slot) -> str | None:
     )
 
 
-def _why_not_there(layer: Any, tie: Tie) -> str | None:
+def _why_not_there(layer: keras.Layer, tie: Tie) -> str | None:
     """Why a recorded tie does not hold; `None` if it does, or waits for the layer to be built."""
     notation = tie.expression.notation()
     try:
@@ -186,7 +186,7 @@ def _zero_part(context: Context, expression: Expression) -> Weight | None:
     return next(filter(None, (_zero_part(context, operand) for operand in expression.operands)), None)
 
 
-def _is_zero(context: Context, variable: Any) -> bool:
+def _is_zero(context: Context, variable: keras.Variable) -> bool:
     values = context.values_of(variable)
     return values is not None and len(values.shape) > 0 and is_zero(values)
 
@@ -221,7 +221,7 @@ def _is_of_keras(cls: type) -> bool:
     return cls.__module__.split(".")[0] == "keras"
 
 
-def _missing(layer: Any, own: Any, parent: Any) -> list[str]:
+def _missing(layer: keras.Layer, own: Any, parent: keras.Layer) -> list[str]:
     """The attributes that the layer's call reads, the parent's `build` makes, and the layer lacks."""
     classes = own.__mro__[: own.__mro__.index(parent)]
     if not any("build" in vars(cls) for cls in classes):
@@ -235,7 +235,7 @@ def _made_in(build: Any) -> set[str]:
     return {i.argval for i in dis.get_instructions(build) if i.opname == "STORE_ATTR"}
 
 
-def _read_in(call: Any, parent: Any) -> set[str]:
+def _read_in(call: Any, parent: keras.Layer) -> set[str]:
     """The attributes that a call reads, and those behind the properties that it reads."""
     names = {i.argval for i in dis.get_instructions(call) if i.opname in ("LOAD_ATTR", "LOAD_METHOD")}
     if call is not parent.call and "__class__" in call.__code__.co_freevars:  # it calls `super()`
@@ -243,7 +243,7 @@ def _read_in(call: Any, parent: Any) -> set[str]:
     return names | {f"_{name}" for name in names}
 
 
-def _attributes_of_the_parent(layer: Any, parent: Any) -> set[str]:
+def _attributes_of_the_parent(layer: keras.Layer, parent: keras.Layer) -> set[str]:
     """What a layer of the parent's class would have after its `build`; some attributes depend on the arguments."""
     drawn = random.getstate()  # initializers without a seed draw one
     try:
@@ -283,7 +283,7 @@ def spectral_norm_over_shared(context: Context) -> Iterator[Finding]:
                 break
 
 
-def _readers(context: Context, variable: Any) -> Iterator[Any]:
+def _readers(context: Context, variable: keras.Variable) -> Iterator[Any]:
     """The layers that read a stored variable: by an attribute, in their graph, or by a tie."""
     yield from (captured.layer for captured in context.captured if captured.found.value is variable)
     for layer, _, slot in context.tied:
@@ -291,7 +291,7 @@ def _readers(context: Context, variable: Any) -> Iterator[Any]:
             yield layer
 
 
-def _calls_outside(context: Context, inner: Any) -> int:
+def _calls_outside(context: Context, inner: keras.Layer) -> int:
     """How often graphs of the model call a layer by itself."""
     return sum(called is inner for layer in context.layers for called, _, _ in keras_seam.calls_in_graph(layer))
 
@@ -376,7 +376,7 @@ def orphan_variable(context: Context) -> Iterator[Finding]:
                     )
 
 
-def _in_properties(layer: Any) -> set[int]:
+def _in_properties(layer: keras.Layer) -> set[int]:
     """The ids of variables that properties of the layer's class give, wherever it keeps them."""
     found = set()
     for cls in type(layer).__mro__:

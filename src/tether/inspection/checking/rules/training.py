@@ -114,7 +114,7 @@ def many_uses(context: Context) -> Iterator[Finding]:
         )
 
 
-def _gradient_scale(view: Any) -> float:
+def _gradient_scale(view: keras.Variable) -> float:
     """By what a use multiplies the gradient that it passes on."""
     expression = view.expression
     return abs(float(expression.parameters["scale"])) if isinstance(expression, ScaleGradient) else 1.0
@@ -256,7 +256,7 @@ def compiled_before_tied(context: Context) -> Iterator[Finding]:
     yield Finding("compiled-before-tied", "error", "optimizer", why, _compile_again(context))
 
 
-def _listed(variables: list[Any]) -> str:
+def _listed(variables: list[keras.Variable]) -> str:
     names = [repr(variable.path) for variable in variables]
     more = f" and {len(names) - MOST_MISSED} more" if len(names) > MOST_MISSED else ""
     return ", ".join(names[:MOST_MISSED]) + more
