@@ -13,7 +13,7 @@ import tether
 from tests.support import assert_close, gradients, numpy
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownShape
 from tether.weights import Weight
-from tether.weights.weight import Copy
+from tether.weights.storage import Copy
 
 BACKEND = keras.backend.backend()
 VALUE = np.arange(12, dtype="float32").reshape(3, 4)

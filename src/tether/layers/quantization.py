@@ -27,8 +27,9 @@ from tether.weights.expression import Expression, Node, Shape, live_weights, pro
 from tether.weights.operators.arithmetic import Add, ScaleGradient, StopGradient, Subtract
 from tether.weights.operators.quantized import LARGEST, Dequantize, Rounded, Unpack, rounded
 from tether.weights.operators.structure import Where
+from tether.weights.storage import Use
 from tether.weights.structure import MADE, split
-from tether.weights.weight import Use, Weight
+from tether.weights.weight import Weight
 
 _NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
     (keras.layers.Dense, ("kernel",)),

@@ -22,7 +22,8 @@ from tether.layers.tying import paths
 from tether.layers.tying.state import View, state_of
 from tether.layers.tying.tied import base_class
 from tether.weights.expression import Expression, Node, Shape, known_shape
-from tether.weights.weight import Use, Weight
+from tether.weights.storage import Use
+from tether.weights.weight import Weight
 
 
 def resize(

@@ -13,7 +13,8 @@ import keras
 from tether import keras_seam
 from tether.layers.tying import paths
 from tether.layers.tying.state import state_of
-from tether.weights.weight import Use, Weight
+from tether.weights.storage import Use
+from tether.weights.weight import Weight
 
 
 def is_tied(model: keras.Model) -> bool:

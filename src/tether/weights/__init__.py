@@ -9,7 +9,8 @@ from tether.weights import codec, evaluation, operators, structure
 from tether.weights.expression import Expression, Node, StatefulNode, Term
 from tether.weights.identity import sharing
 from tether.weights.leaves import Argument, Constant, bind
-from tether.weights.weight import Use, Weight
+from tether.weights.storage import Use
+from tether.weights.weight import Weight
 
 _WAYS = (codec, evaluation, operators, structure)
 """What an expression is written, computed and changed by: imported, they provide it."""

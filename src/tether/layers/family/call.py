@@ -19,7 +19,8 @@ from tether.types import Config
 from tether.weights.expression import Expression, Tensor
 from tether.weights.leaves import Argument, bind
 from tether.weights.operators.choice import choose
-from tether.weights.weight import Use, Weight
+from tether.weights.storage import Use
+from tether.weights.weight import Weight
 
 
 def call(

@@ -31,7 +31,8 @@ from tether.layers.tying.tie import tie, weight_of, weights_of
 from tether.types import Array, Config
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
-from tether.weights.weight import Copy, Weight
+from tether.weights.storage import Copy
+from tether.weights.weight import Weight
 
 
 def inherit(

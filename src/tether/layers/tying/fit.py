@@ -13,8 +13,9 @@ from tether.errors import NotInvertible, ShapeMismatch, TetherError, Unsupported
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.weights.expression import Expression, known_shape
+from tether.weights.storage import Copy
 from tether.weights.structure import invert, is_invertible, solve_shape
-from tether.weights.weight import Copy, Weight
+from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- start values
 # The start values of weights that a tie brings to life.

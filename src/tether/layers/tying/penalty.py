@@ -12,7 +12,8 @@ from tether.errors import ShapeMismatch, TetherError, UnboundArgument, received
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor, leaves
 from tether.weights.leaves import Argument, Constant
-from tether.weights.weight import Use, Weight
+from tether.weights.storage import Use
+from tether.weights.weight import Weight
 
 ALIVE: weakref.WeakSet[Penalty] = weakref.WeakSet()
 """Every penalty of the process: without any, nobody has to look for those that a change ends."""

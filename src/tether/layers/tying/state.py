@@ -18,7 +18,8 @@ from tether.types import Array, Function
 from tether.weights.evaluation import evaluate
 from tether.weights.expression import Expression, Tensor, leaves
 from tether.weights.leaves import Argument, bind
-from tether.weights.weight import Use, Weight
+from tether.weights.storage import Use
+from tether.weights.weight import Weight
 
 if TYPE_CHECKING:
     from tether.layers.tying.penalty import Penalty
