@@ -771,3 +771,11 @@ def test_assigning_another_weights_value_copies_it(rng):
     both.fit(x, x, verbose=0)
     a.assign(np.zeros((4, 4)))
     assert np.abs(b.numpy()).max() > 0
+
+
+def test_dir_names_what_people_use_and_not_what_keras_has_for_a_layer():
+    weight = Weight((2, 3), "ones", name="w")
+    named = dir(weight)
+    assert {"shape", "value", "assign", "T", "trainable", "quantize"} <= set(named) and len(named) < 30
+    assert all(hasattr(weight, name) for name in named)
+    assert not {"build", "call", "add_weight", "losses", "uid", "add_use"} & set(named)
