@@ -1489,7 +1489,7 @@ def test_own_attributes_leave_out_what_every_layer_and_every_compiled_model_has(
 
 
 def test_naming_what_layers_have_in_common_counts_no_layer():
-    keras_seam.looking._common_attributes.cache_clear()
+    keras_seam.layers._common_attributes.cache_clear()
     keras.backend.clear_session()
     keras_seam.own_attributes(dense())
     assert keras.layers.Layer().name == "layer"

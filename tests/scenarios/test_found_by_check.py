@@ -198,7 +198,7 @@ def test_c1_a_variable_that_is_stepped_twice_is_explained(rng):
     found = tether.check(model, rules=["stepped-twice"])
     finding = only(found, "stepped-twice")
     assert finding.severity == "error" and finding.where == weight.variable.path
-    assert "2 times" in finding.why and "tether.inspection.live" in finding.mend
+    assert "2 times" in finding.why and "tether.inspection.unique" in finding.mend
 
     exec(finding.mend, {"model": model, "tether": tether})
     assert not tether.check(model, rules=["stepped-twice"])

@@ -28,8 +28,8 @@ from tether.weights.storage import Copy, Storage, Use, path_of
 
 _FOR_PEOPLE = (
     "T", "assign", "astype", "constraint", "dtype", "get_config", "initializer", "is_built", "name", "notation",
-    "numpy", "path", "quantize", "regularizer", "reshape", "role", "scale_gradient", "shape", "stop_gradient", "trainable",
-    "transpose", "uses", "value", "variable", "weights_used",
+    "numpy", "path", "quantize", "regularizer", "reshape", "role", "scale_gradient", "shape", "stop_gradient",
+    "trainable", "transpose", "uses", "value", "variable", "weights_used",
 )  # fmt: skip
 """What `dir` names: of expressions, and of a stored weight."""
 
