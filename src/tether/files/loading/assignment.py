@@ -19,8 +19,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
-from tether.files.loading.entries import Array, Conflict, Loaded, Report, Rows, difference_of, tolerance_of
+from tether.files.loading.entries import Conflict, Loaded, Report, Rows, difference_of, tolerance_of
 from tether.layers.tying.state import View, shape_of
+from tether.types import Array
 from tether.weights.expression import Expression
 from tether.weights.leaves import numpy_dtype
 from tether.weights.structure import as_it_is, base_of, invert, put

@@ -11,6 +11,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NUMERIC, InvalidConfig, received
+from tether.types import Array
 from tether.weights.codec import decode
 from tether.weights.expression import Expression
 from tether.weights.identity import sharing
@@ -21,7 +22,6 @@ from tether.weights.weight import Weight
 # What a file of weights has: arrays, and ties over them.
 
 
-Array = np.ndarray[Any, Any]
 Rows = Callable[[Array, int], None]
 """Fills an array with rows of a larger one, from a row on."""
 
@@ -212,7 +212,6 @@ def _line(title: str, items: list[str] | tuple[str, ...]) -> str:
 
 
 __all__ = [
-    "Array",
     "Conflict",
     "Entry",
     "Loaded",

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from tether.errors import TetherError, received
-from tether.files.loading.entries import Array, Entry
+from tether.files.loading.entries import Entry
+from tether.types import Array
 
 # --------------------------------------------------------------------------- layouts
 # How a tensor of somebody else's file holds a weight.

@@ -23,7 +23,7 @@ from tether.atomic import written_beside
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.files.keras.archive import reading
 from tether.files.loading.assignment import Offer, Plan
-from tether.files.loading.entries import Array, Entry, Report, entry_of
+from tether.files.loading.entries import Entry, Report, entry_of
 from tether.files.loading.matching import check_built, dotted
 from tether.files.tensors.dialects import Names, Naming
 from tether.files.tensors.safetensors import opened_tensors, write_tensors
@@ -32,6 +32,7 @@ from tether.layers.family.named import Named, named_weights, tie_what_learns
 from tether.layers.tying.state import View
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
+from tether.types import Array
 from tether.weights.expression import Expression
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import Add, MatMul, Multiply, Subtract

@@ -23,7 +23,7 @@ from tether.atomic import written_beside
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.keras.archive import reading
 from tether.files.loading.assignment import Resolve, check_resolve, fill
-from tether.files.loading.entries import Array, Conflict, Entry, Report, StoredTie, entry_of, stored_ties
+from tether.files.loading.entries import Conflict, Entry, Report, StoredTie, entry_of, stored_ties
 from tether.files.loading.matching import (
     Position,
     check_built,
@@ -38,7 +38,7 @@ from tether.files.tensors import dialects
 from tether.files.tensors.dialects import Names, Naming, to_file
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import weights_below
-from tether.types import Config
+from tether.types import Array, Config
 from tether.weights.codec import encode
 from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, received
 from tether.types import Config
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, provide, register
+from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, provide, register
 from tether.weights.leaves import Constant
 
 # --------------------------------------------------------------------------- arithmetic
@@ -222,34 +223,34 @@ class Negative(Node):
         return [keras.ops.negative(value)]
 
 
-def add(a: Expression, b: Expression) -> Expression:
-    """`a + b`."""
-    return Add(a, b)
+def add(x1: Any, x2: Any) -> Expression:
+    """`x1 + x2` under NumPy's broadcasting."""
+    return Add(as_expression(x1), as_expression(x2))
 
 
-def subtract(a: Expression, b: Expression) -> Expression:
-    """`a - b`."""
-    return Subtract(a, b)
+def subtract(x1: Any, x2: Any) -> Expression:
+    """`x1 - x2` under NumPy's broadcasting."""
+    return Subtract(as_expression(x1), as_expression(x2))
 
 
-def multiply(a: Expression, b: Expression) -> Expression:
-    """`a * b`."""
-    return Multiply(a, b)
+def multiply(x1: Any, x2: Any) -> Expression:
+    """`x1 * x2`, elementwise, under NumPy's broadcasting."""
+    return Multiply(as_expression(x1), as_expression(x2))
 
 
-def divide(a: Expression, b: Expression) -> Expression:
-    """`a / b`."""
-    return Divide(a, b)
+def divide(x1: Any, x2: Any) -> Expression:
+    """`x1 / x2`, elementwise, under NumPy's broadcasting."""
+    return Divide(as_expression(x1), as_expression(x2))
 
 
-def matmul(a: Expression, b: Expression) -> Expression:
-    """`a @ b`."""
-    return MatMul(a, b)
+def matmul(x1: Any, x2: Any) -> Expression:
+    """`x1 @ x2`: `(..., n, k)` and `(..., k, m)` give `(..., n, m)`."""
+    return MatMul(as_expression(x1), as_expression(x2))
 
 
-def negative(a: Expression) -> Expression:
-    """`-a`."""
-    return Negative(a)
+def negative(x: Any) -> Expression:
+    """The negative of each number of `x`."""
+    return Negative(as_expression(x))
 
 
 # --------------------------------------------------------------------------- gradients
@@ -311,14 +312,15 @@ class ScaleGradient(_Same):
         return Term(f"{terms[0].inside(100)}.scale_gradient({self.parameters['scale']:g})")
 
 
-def stop_gradient(x: Expression) -> Expression:
-    """`x`, through which no gradient flows."""
+def stop_gradient(x: Any) -> Expression:
+    """`x`; no gradient flows through this use of it."""
+    x = as_expression(x)
     return x if isinstance(x, StopGradient) else StopGradient(x)
 
 
-def scale_gradient(x: Expression, scale: float) -> Expression:
-    """`x`, through which the gradient is multiplied by `scale`."""
-    return ScaleGradient(x, scale=scale)
+def scale_gradient(x: Any, scale: float) -> Expression:
+    """`x`; the gradient through this use of it is multiplied by `scale`."""
+    return ScaleGradient(as_expression(x), scale=scale)
 
 
 provide(add=add, subtract=subtract, multiply=multiply, divide=divide, matmul=matmul, negative=negative)

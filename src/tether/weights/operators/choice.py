@@ -73,7 +73,10 @@ class Choose(Node):
 
 
 def choose(index: Any, options: Sequence[Any]) -> Expression:
-    """One of the options, by an argument (or expression) that is a whole number."""
+    """One of several values of one shape, by a whole number: usually an argument with a default.
+
+    The options that are not chosen get a gradient of zero.
+    """
     return Choose(as_expression(index), *map(as_expression, options))
 
 

@@ -128,6 +128,16 @@ class Apply(Node):
         return Term(f"{short}({', '.join(term.text for term in terms)})")
 
 
-def apply(function: Function, *xs: Any) -> Expression:
-    """A registered function of expressions."""
-    return Apply(*map(as_expression, xs), function=_name_of(function))
+def apply(function_: Function, *xs: Any) -> Expression:
+    """`function_(*xs)`, for a function of ordinary Keras code that a file can name.
+
+    Args:
+        function_: A function of `keras.ops`, or one decorated with
+            `@keras.saving.register_keras_serializable()`. It gets tensors (a Python number stays one) and returns
+            one tensor whose shape follows from their shapes. Once, it is run on tensors without values.
+        *xs: Its arguments.
+
+    Raises:
+        TetherError: The function is a lambda, is not registered, or fails for these shapes.
+    """
+    return Apply(*map(as_expression, xs), function=_name_of(function_))

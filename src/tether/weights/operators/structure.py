@@ -266,16 +266,17 @@ class Take(Node):
         return keras.ops.take(values[0], indices, axis=self.parameters["axis"])
 
 
-def transpose(x: Expression, axes: tuple[int, ...] | None = None) -> Expression:
+def transpose(x: Any, axes: Sequence[int] | None = None) -> Expression:
     """`x` with its axes permuted, reversed if `axes` is left out; transposing back gives `x` itself."""
+    x = as_expression(x)
     if isinstance(x, Transpose) and axes is None and x.parameters["axes"] is None:
         return x.operands[0]
-    return Transpose(x, axes=axes)
+    return Transpose(x, axes=None if axes is None else tuple(axes))
 
 
-def reshape(x: Expression, shape: Any) -> Expression:
-    """`x` in another shape."""
-    return Reshape(x, shape=tuple(shape))
+def reshape(x: Any, newshape: Sequence[int]) -> Expression:
+    """`x` in another shape of as many elements; one size may be -1."""
+    return Reshape(as_expression(x), shape=tuple(newshape))
 
 
 def index(x: Expression, key: Any) -> Expression:
@@ -289,14 +290,14 @@ def index(x: Expression, key: Any) -> Expression:
     return Index(x, key=parts)
 
 
-def cast(x: Expression, dtype: str) -> Expression:
+def cast(x: Any, dtype: str) -> Expression:
     """`x` in another dtype."""
-    return Cast(x, dtype=dtype)
+    return Cast(as_expression(x), dtype=dtype)
 
 
-def take(x: Expression, indices: Any, axis: int = 0) -> Expression:
-    """Entries of `x` along an axis."""
-    return Take(x, indices=tuple(np.asarray(indices).tolist()), axis=axis)
+def take(x: Any, indices: Sequence[int], axis: int = 0) -> Expression:
+    """The entries of `x` with these numbers along an axis."""
+    return Take(as_expression(x), indices=tuple(np.asarray(indices).tolist()), axis=axis)
 
 
 # --------------------------------------------------------------------------- joining
@@ -459,7 +460,7 @@ class Einsum(Node):
 
 
 def concatenate(xs: Sequence[Any], axis: int = 0) -> Expression:
-    """Values joined along an axis."""
+    """Values joined along an axis; the other sizes must agree."""
     return Concatenate(*map(as_expression, xs), axis=axis)
 
 
@@ -469,13 +470,13 @@ def stack(xs: Sequence[Any], axis: int = 0) -> Expression:
 
 
 def where(condition: Any, x1: Any, x2: Any) -> Expression:
-    """`x1` where the condition holds, `x2` elsewhere."""
+    """`x1` where the condition holds (is not zero), `x2` elsewhere, under NumPy's broadcasting."""
     return Where(as_expression(condition), as_expression(x1), as_expression(x2))
 
 
-def einsum(equation: str, *xs: Any) -> Expression:
-    """A contraction of values."""
-    return Einsum(*map(as_expression, xs), equation=equation)
+def einsum(subscripts: str, *operands: Any) -> Expression:
+    """A contraction in Einstein's notation, such as `"ij,jk->ik"`: explicit output, no ellipsis."""
+    return Einsum(*map(as_expression, operands), equation=subscripts)
 
 
 provide(transpose=transpose, reshape=reshape, index=index, cast=cast)
