@@ -7,7 +7,7 @@ import pytest
 import tether
 from tests.support import numpy
 from tether.errors import ShapeMismatch, TetherError, ValueConflict
-from tether.files.loading.assignment import Offer, Wanted, fill
+from tether.files.loading.assignment import Offer, Wanted, assign_offers
 
 layers = keras.layers
 
@@ -24,7 +24,7 @@ def offer(target, array, source="file", reads=None):
 
 
 def filled(offers, wanted=(), **options):
-    return fill(offers, wanted, **{"resolve": "error", "strict": True, "what": "the file", **options})
+    return assign_offers(offers, wanted, **{"resolve": "error", "strict": True, "what": "the file", **options})
 
 
 def layer(expression, inputs=2, units=3):

@@ -12,10 +12,10 @@ from tether import forms, ops
 from tether.errors import NotInvertible
 from tether.layers.quantization import matrices
 from tether.weights import Weight
+from tether.weights.algebra import added_weights, base_of, put, split_sum
 from tether.weights.expression import resolved
 from tether.weights.operators.choice import Adapted
 from tether.weights.operators.quantized import rounded
-from tether.weights.structure import added_weights, base_of, put, split
 
 ROWS, COLUMNS, RANK = 6, 4, 2
 
@@ -98,7 +98,7 @@ NO_BASE = {
 def test_where_structure_does_not_tell_there_is_no_base(what):
     shapes, write = NO_BASE[what]
     expression = write(*weights(*shapes))
-    assert base_of(expression) is None and split(expression) is None
+    assert base_of(expression) is None and split_sum(expression) is None
     assert not added_weights(expression)
     with pytest.raises(NotInvertible):
         put(expression, keras.ops.zeros(expression.shape))
@@ -132,7 +132,7 @@ def test_a_base_that_became_integers_is_still_the_base():
     w.become(rounded(w.numpy(), "int8", (0,)).expression(w, "float32"))
     for expression, others in zip(expressions, added, strict=True):
         assert added_weights(expression) == others
-        assert resolved(split(expression).base) == w.became.stop_gradient()
+        assert resolved(split_sum(expression).base) == w.became.stop_gradient()
         assert matrices(expression) == []
         with pytest.raises(NotInvertible):
             put(expression, keras.ops.zeros(WHOLE))

@@ -13,11 +13,11 @@ import tether
 from tests.support import as_zero, assert_close, gradients
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, UnboundArgument
 from tether.weights import Argument, Constant, Node, bind
+from tether.weights.algebra import is_invertible
 from tether.weights.codec import decode, encode
 from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, live_weights, program
 from tether.weights.operators.choice import Adapted
 from tether.weights.operators.quantized import Dequantize, Unpack
-from tether.weights.structure import is_invertible
 
 ops = tether.ops
 

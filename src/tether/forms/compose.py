@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from tether.errors import Unsupported
-from tether.forms.form import LayerForm, as_rank, part, shape_of
+from tether.forms.form import LayerForm, as_rank, part, shape_of_base
 from tether.forms.units import bias_of, kernel_of, resized, units_of
 from tether.weights.expression import Expression
 
@@ -42,12 +42,12 @@ class Compose(LayerForm):
     def weights(self, parent: Mapping[str, Expression]) -> dict[str, Expression]:
         """The parent's weights times a matrix of the child's own."""
         kernel, bias = kernel_of(self, parent), bias_of(parent)
-        matrix = part(kernel, "compose", self.kernel_initializer, (shape_of(self, kernel)[-1], self.units))
+        matrix = part(kernel, "compose", self.kernel_initializer, (shape_of_base(self, kernel)[-1], self.units))
         found: dict[str, Expression] = {"kernel": kernel @ matrix}
         if bias is not None:
             found["bias"] = bias @ matrix
         if self.use_bias:
-            shape = (*(shape_of(self, bias)[:-1] if bias is not None else ()), self.units)
+            shape = (*(shape_of_base(self, bias)[:-1] if bias is not None else ()), self.units)
             own = part(kernel if bias is None else bias, "own", "zeros", shape)
             found["bias"] = own if bias is None else found["bias"] + own
         return found

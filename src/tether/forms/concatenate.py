@@ -15,14 +15,12 @@ import numpy as np
 
 from tether import ops
 from tether.errors import Unsupported
-from tether.forms.form import LayerForm, as_rank, part, shape_of
+from tether.forms.form import LayerForm, as_rank, part, shape_of_base
 from tether.forms.units import bias_of, kernel_of, resized, units_of
 from tether.weights.expression import Expression
 
-__all__ = ["concatenate"]
 
-
-class Concatenate(LayerForm):
+class ConcatenateForm(LayerForm):
     """See `concatenate`."""
 
     def __init__(self, units: int, kernel_initializer: Any, bias_initializer: Any) -> None:
@@ -44,11 +42,11 @@ class Concatenate(LayerForm):
     def weights(self, parent: Mapping[str, Expression]) -> dict[str, Expression]:
         """The parent's weights with columns of the child's own behind them."""
         kernel = kernel_of(self, parent)
-        own = part(kernel, "own", self.kernel_initializer, (*shape_of(self, kernel)[:-1], self.units))
+        own = part(kernel, "own", self.kernel_initializer, (*shape_of_base(self, kernel)[:-1], self.units))
         found = {"kernel": ops.concatenate([kernel, own], axis=-1)}
         bias = bias_of(parent)
         if bias is not None:
-            own = part(bias, "own", self.bias_initializer, (*shape_of(self, bias)[:-1], self.units))
+            own = part(bias, "own", self.bias_initializer, (*shape_of_base(self, bias)[:-1], self.units))
             found["bias"] = ops.concatenate([bias, own], axis=-1)
         return found
 
@@ -75,7 +73,7 @@ def _is_elementwise(activation: Any) -> bool:
 
 def concatenate(
     units: int, *, kernel_initializer: Any = "glorot_uniform", bias_initializer: Any = "zeros"
-) -> Concatenate:
+) -> ConcatenateForm:
     """A child whose outputs are its parent's, and `units` more of its own.
 
     For Dense, EinsumDense (its last output axis) and the convolutions; the activation is the parent's.
@@ -94,4 +92,7 @@ def concatenate(
     child = tether.inherit(parent, tether.forms.concatenate(16))
     ```
     """
-    return Concatenate(units, kernel_initializer, bias_initializer)
+    return ConcatenateForm(units, kernel_initializer, bias_initializer)
+
+
+__all__ = ["concatenate"]

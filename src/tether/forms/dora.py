@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tether.forms.form import Form, base_of, part, rows_and_columns, shape_of, start_value
+from tether.forms.form import Form, base_expression, part, rows_and_columns, shape_of_base, start_value
 from tether.forms.low_rank import LowRank, low_rank
 from tether.forms.weight_norm import Magnitude, norms_of
 from tether.weights.expression import Expression
@@ -26,8 +26,8 @@ class Dora(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """`m · V / ‖V‖`, where V is the low-rank sum."""
-        base = base_of(self, base)
-        rows, _ = rows_and_columns(shape_of(self, base), self.direction.split)
+        base = base_expression(self, base)
+        rows, _ = rows_and_columns(shape_of_base(self, base), self.direction.split)
         direction = self.direction(base)
         lengths = part(base, "magnitude", norms_of(start_value(direction), len(rows)))
         return Magnitude(direction, lengths, rows=len(rows), detached=1)

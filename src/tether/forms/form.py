@@ -17,8 +17,6 @@ from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.weight import Weight
 
-__all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]
-
 
 class Form(NoTensor):
     """A way to make a weight from a base: called with the base, it returns an expression over it.
@@ -50,7 +48,7 @@ class AddedForm(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """`base + delta(base)`."""
-        base = base_of(self, base)
+        base = base_expression(self, base)
         return base + self.delta(base)
 
     def __add__(self, base: Any) -> Any:
@@ -91,7 +89,7 @@ class ScalingForm(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """`base * factor(base)`."""
-        base = base_of(self, base)
+        base = base_expression(self, base)
         return base * self.factor(base)
 
     def __mul__(self, base: Any) -> Any:
@@ -171,7 +169,7 @@ def as_array(value: Tensor) -> Array:
 # --------------------------------------------------------------------------- what forms are made with
 
 
-def base_of(form: Any, base: Any) -> Expression:
+def base_expression(form: Any, base: Any) -> Expression:
     """What a form was called with, as an expression.
 
     Raises:
@@ -187,7 +185,7 @@ def base_of(form: Any, base: Any) -> Expression:
         ) from None
 
 
-def shape_of(form: Any, base: Expression) -> Shape:
+def shape_of_base(form: Any, base: Expression) -> Shape:
     """The base's shape, or an error that says how to give it one.
 
     Raises:
@@ -308,3 +306,6 @@ def kaiming(seed: int | None = None, nth: int = 0) -> Any:
     `nth` tells apart the initializers of one form, which must not all draw the same numbers from one seed.
     """
     return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed=None if seed is None else seed + nth)
+
+
+__all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]

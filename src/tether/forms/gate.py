@@ -16,7 +16,7 @@ import numpy as np
 
 from tether import ops
 from tether.errors import TetherError, received
-from tether.forms.form import Form, base_of, part, rows_and_columns, shape_of, start_value
+from tether.forms.form import Form, base_expression, part, rows_and_columns, shape_of_base, start_value
 from tether.weights.expression import Expression
 
 __all__ = ["gate"]
@@ -36,8 +36,8 @@ class Gate(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """The mixture, written as the base and a share of the difference: it starts at the base to the last bit."""
-        base = base_of(self, base)
-        shape = shape_of(self, base)
+        base = base_expression(self, base)
+        shape = shape_of_base(self, base)
         columns: Any = ()
         if self.per == "output":
             columns = rows_and_columns(shape, self.split)[1] if len(shape) > 1 else shape

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of
+from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of_base
 from tether.weights.expression import Expression
 
 __all__ = ["hadamard"]
@@ -24,7 +24,7 @@ class Hadamard(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`s · (A₁ B₁) ∘ (A₂ B₂)`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         n, m = math.prod(rows), math.prod(columns)
         a1 = part(base, "loha_a1", kaiming(self.seed, 0), (n, self.rank))
         b1 = part(base, "loha_b1", kaiming(self.seed, 1), (self.rank, m))

@@ -13,7 +13,7 @@ import math
 
 from tether import ops
 from tether.errors import TetherError, received
-from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of
+from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of_base
 from tether.weights.expression import Expression
 
 __all__ = ["kronecker"]
@@ -36,7 +36,7 @@ class Kronecker(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`s · C ⊗ D`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         n, m = math.prod(rows), math.prod(columns)
         (n1, n2), (m1, m2) = _divided(n, self.factor), _divided(m, self.factor)
         small = part(base, "lokr_c", "zeros", (n1, m1))

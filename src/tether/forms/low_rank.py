@@ -22,7 +22,7 @@ from tether.forms.form import (
     kaiming,
     part,
     rows_and_columns,
-    shape_of,
+    shape_of_base,
     start_value,
 )
 from tether.weights.expression import Expression, Shape
@@ -48,7 +48,7 @@ class LowRank(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`s · A B`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         if isinstance(self.start, str) and self.start == "zeros":
             a = part(base, "lora_a", kaiming(self.seed), (*rows, self.rank))
             b = part(base, "lora_b", "zeros", (self.rank, *columns))

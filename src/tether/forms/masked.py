@@ -16,7 +16,7 @@ import numpy as np
 
 from tether import ops
 from tether.errors import ShapeMismatch, TetherError, received
-from tether.forms.form import Form, base_of, constant, part, shape_of, start_value
+from tether.forms.form import Form, base_expression, constant, part, shape_of_base, start_value
 from tether.weights.expression import Expression
 from tether.weights.leaves import MAX_CONSTANT
 
@@ -36,8 +36,8 @@ class Masked(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """The masked weight."""
-        base = base_of(self, base)
-        shape = shape_of(self, base)
+        base = base_expression(self, base)
+        shape = shape_of_base(self, base)
         try:
             fits = np.broadcast_shapes(self.mask.shape, shape) == shape
         except ValueError:

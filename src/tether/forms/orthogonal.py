@@ -20,11 +20,11 @@ from tether.forms.form import (
     Form,
     as_array,
     as_matrix,
-    base_of,
+    base_expression,
     from_matrix,
     part,
     rows_and_columns,
-    shape_of,
+    shape_of_base,
 )
 from tether.types import Array
 from tether.weights.expression import Expression, Shape, Tensor, register
@@ -153,10 +153,10 @@ class Orthogonal(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """The orthogonal matrix made from the base."""
-        base = base_of(self, base)
+        base = base_expression(self, base)
         if base.shape is None and self.map == "householder":
             return Householder(base)  # a matrix, whose sizes the tie will tell
-        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         matrix = as_matrix(base, rows, columns)
         if self.map == "householder":
             return from_matrix(Householder(matrix), rows, columns)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from tether.forms.form import Float32Node, Form, as_array, base_of
+from tether.forms.form import Float32Node, Form, as_array, base_expression
 from tether.weights.expression import Expression, Shape, Tensor, register
 
 __all__ = ["positive"]
@@ -49,7 +49,7 @@ class Positive(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """`softplus(base)`."""
-        return Softplus(base_of(self, base))
+        return Softplus(base_expression(self, base))
 
 
 def positive() -> Positive:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, as_int, as_ints, received
-from tether.forms.form import ScalingForm, part, shape_of
+from tether.forms.form import ScalingForm, part, shape_of_base
 from tether.weights.expression import Expression
 
 __all__ = ["scale"]
@@ -30,7 +30,7 @@ class Scale(ScalingForm):
 
     def factor(self, base: Expression) -> Expression:
         """One number for each entry of the axes."""
-        shape = shape_of(self, base)
+        shape = shape_of_base(self, base)
         if any(not -len(shape) <= axis < len(shape) for axis in self.axis):
             raise ShapeMismatch(
                 f"{base.notation()} has shape {shape}, so an axis is {-len(shape)} to {len(shape) - 1}. "

@@ -20,11 +20,11 @@ from tether.forms.form import (
     as_array,
     as_matrix,
     as_rank,
-    base_of,
+    base_expression,
     from_matrix,
     part,
     rows_and_columns,
-    shape_of,
+    shape_of_base,
     start_value,
     widened,
 )
@@ -109,8 +109,8 @@ class SpectralNormForm(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """The base divided by its largest singular value."""
-        base = base_of(self, base)
-        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        base = base_expression(self, base)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         n, m = math.prod(rows), math.prod(columns)
         matrix = start_value(base).reshape(n, m)
         if not np.any(matrix):

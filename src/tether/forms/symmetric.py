@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from tether.errors import NotInvertible, ShapeMismatch, received
-from tether.forms.form import Form, as_array, base_of
+from tether.forms.form import Form, as_array, base_expression
 from tether.weights.expression import Expression, Node, Shape, Tensor, register
 
 __all__ = ["symmetric"]
@@ -58,7 +58,7 @@ class SymmetricForm(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """The base's upper triangle, mirrored."""
-        return Symmetric(base_of(self, base))
+        return Symmetric(base_expression(self, base))
 
 
 def symmetric() -> SymmetricForm:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, as_ints, received
-from tether.forms.form import AddedForm, as_rank, from_matrix, part, part_dtype, rows_and_columns, shape_of
+from tether.forms.form import AddedForm, as_rank, from_matrix, part, part_dtype, rows_and_columns, shape_of_base
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
@@ -33,7 +33,7 @@ class Vera(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`(A · d) @ (B · b)`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         n, m = math.prod(rows), math.prod(columns)
         a, b = self._slices(base, n, m)
         inner = part(base, "vera_d", np.full(self.rank, 0.1))

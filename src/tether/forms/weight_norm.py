@@ -12,7 +12,16 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, as_int, received
-from tether.forms.form import Float32Node, Form, as_array, base_of, part, rows_and_columns, shape_of, start_value
+from tether.forms.form import (
+    Float32Node,
+    Form,
+    as_array,
+    base_expression,
+    part,
+    rows_and_columns,
+    shape_of_base,
+    start_value,
+)
 from tether.types import Array, Config
 from tether.weights.expression import Expression, Shape, Tensor, Term, register
 
@@ -103,8 +112,8 @@ class WeightNorm(Form):
 
     def __call__(self, base: Expression) -> Expression:
         """`g · V / ‖V‖`, where V is the base."""
-        base = base_of(self, base)
-        shape = shape_of(self, base)
+        base = base_expression(self, base)
+        shape = shape_of_base(self, base)
         rows = len(rows_and_columns(shape, len(shape) - 1)[0])
         return Magnitude(base, part(base, "g", norms_of(start_value(base), rows)), rows=rows, detached=0)
 

@@ -28,7 +28,7 @@ VERSION = 1
 Shape = tuple[int, ...]
 
 
-def bytes_of(shape: Shape, dtype: str) -> int:
+def as_bytes(shape: Shape, dtype: str) -> int:
     """The bytes that a tensor takes: its elements times the size of one."""
     return math.prod(shape) * itemsize(dtype)
 
@@ -41,7 +41,7 @@ def itemsize(dtype: str) -> int:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredThing:
     """Something stored once: a place, a shape and a dtype."""
 
     place: str
@@ -52,11 +52,11 @@ class Stored:
     @property
     def bytes(self) -> int:
         """The bytes that it takes."""
-        return bytes_of(self.shape, self.dtype)
+        return as_bytes(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
-class Slot(Stored):
+class Slot(StoredThing):
     """What an optimizer keeps."""
 
     name: str | None = None
@@ -68,7 +68,7 @@ class Slot(Stored):
 
 
 @dataclass(frozen=True)
-class StoredWeight(Stored):
+class StoredWeight(StoredThing):
     """A stored weight."""
 
     path: str | None = None
@@ -112,7 +112,7 @@ class UseOf:
     @property
     def bytes(self) -> int:
         """What a variable of the layer's own would take in its place."""
-        return bytes_of(self.shape, self.dtype)
+        return as_bytes(self.shape, self.dtype)
 
     def reaches(self, weight: StoredWeight) -> bool | None:
         """Whether a weight in it gets a gradient through this use; `None` if that is not known."""

@@ -27,7 +27,7 @@ UNSAVED = "!"
 """What the places of weights begin with that no file of the model would hold."""
 
 
-def entries(saveable: Any) -> Config:
+def own_entries_of(saveable: Any) -> Config:
     """What a saved object writes of its own, by key: variables as they are, nothing converted.
 
     An array that it makes for the file stands for the variable of its own that it was made from, if there is one
@@ -61,7 +61,7 @@ def live_facts(model: Any) -> Facts:
     places: dict[int, list[str]] = {}
     state: set[str] = set()
     for place, saveable in objects:
-        for key, value in entries(saveable).items():
+        for key, value in own_entries_of(saveable).items():
             entry = f"{place}/vars/{key}" if place else f"vars/{key}"
             variables[entry] = value
             places.setdefault(id(value), []).append(entry)

@@ -103,7 +103,7 @@ class Summary:
         return any(slot.weight is not None for slot in self.facts.optimizer)
 
     @cached_property
-    def _rows(self) -> tuple[Row, ...]:
+    def _rows(self) -> tuple[SummaryRow, ...]:
         """A row for each weight, under it those of its uses; one row for a weight that only its layer reads."""
         names = Counter(map(self._name, self.facts.weights))
         return tuple(row for weight in self._listed for row in self._rows_of(weight, names))
@@ -125,7 +125,7 @@ class Summary:
         entry = weight.place.rpartition("vars/")[1:]
         return "/".join((*layers, "".join(entry))) if len(layers) == 1 and all(entry) else weight.place
 
-    def _rows_of(self, weight: StoredWeight, names: Counter[str]) -> Iterator[Row]:
+    def _rows_of(self, weight: StoredWeight, names: Counter[str]) -> Iterator[SummaryRow]:
         uses = self.facts.uses_of(weight)
         name = self._name(weight)
         kept = sum(slot.bytes for slot in self.facts.slots_of(weight))
@@ -139,15 +139,15 @@ class Summary:
         note = f"(shared by {len(uses)} uses)" if len(uses) > 1 else ""
         if not uses and not weight.state and self.facts.ties:
             note = "(not used)"
-        yield Row((name, "bold" if note else ""), tuple(cells), note)
+        yield SummaryRow((name, "bold" if note else ""), tuple(cells), note)
         blank = [("", "")] * (len(cells) - 4)
         for place in weight.again:
-            yield Row((f"stored again at {place}", "yellow"), (("", ""),) * len(cells), level=1)
+            yield SummaryRow((f"stored again at {place}", "yellow"), (("", ""),) * len(cells), level=1)
         if self._is_plain(weight) and names[name] == 1:
             return
         for use in uses:
             trains = _trains(use.reaches(weight))
-            yield Row(
+            yield SummaryRow(
                 (_equation(use), ""),
                 (
                     (str(use.shape) if use.shape != weight.shape else "", ""),
@@ -205,7 +205,7 @@ class Summary:
         def shown(piece: Piece) -> Piece:
             return literal(piece[0], encoding), piece[1]
 
-        rows = [Row(shown(row.name), tuple(map(shown, row.cells)), row.note, row.level) for row in self._rows]
+        rows = [SummaryRow(shown(row.name), tuple(map(shown, row.cells)), row.note, row.level) for row in self._rows]
         yield from ([(part, "bold")] for part in fold(literal(self.facts.name, encoding), width))
         yield []
         if rows:
@@ -304,7 +304,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One row: its name, a note on it, and a cell for each column."""
 
     name: Piece
@@ -346,9 +346,9 @@ def fold(text: str, width: int, hang: int = 0) -> list[str]:
     return [part if not number else " " * hang + part for number, part in enumerate(found)]
 
 
-def lay_out(title: str, columns: Sequence[Column], rows: Sequence[Row], width: int) -> Iterator[Line]:
+def lay_out(title: str, columns: Sequence[Column], rows: Sequence[SummaryRow], width: int) -> Iterator[Line]:
     """The rows in lines of at most `width` cells: in columns if those leave enough room for the names."""
-    header = Row((title, "bold"), tuple((column.title, "bold") for column in columns))
+    header = SummaryRow((title, "bold"), tuple((column.title, "bold") for column in columns))
     widths = [
         min(max(cell_len(row.cells[place][0]) for row in (header, *rows)), MOST_CELL) for place in range(len(columns))
     ]
@@ -364,7 +364,7 @@ def lay_out(title: str, columns: Sequence[Column], rows: Sequence[Row], width: i
         yield from _in_columns(columns, row, [name, *widths])
 
 
-def _named(row: Row, width: int) -> list[Line]:
+def _named(row: SummaryRow, width: int) -> list[Line]:
     """The name and the note: on one line if there is room."""
     text, style = row.name
     indent = " " * 2 * row.level
@@ -376,7 +376,7 @@ def _named(row: Row, width: int) -> list[Line]:
     return named + notes
 
 
-def _in_columns(columns: Sequence[Column], row: Row, widths: list[int]) -> Iterator[Line]:
+def _in_columns(columns: Sequence[Column], row: SummaryRow, widths: list[int]) -> Iterator[Line]:
     named = _named(row, widths[0])
     cells = [fold(text, width) for (text, _), width in zip(row.cells, widths[1:], strict=True)]
     for number in range(max(len(named), *map(len, cells))):
@@ -393,7 +393,7 @@ def _in_columns(columns: Sequence[Column], row: Row, widths: list[int]) -> Itera
         yield line
 
 
-def _stacked(columns: Sequence[Column], row: Row, width: int) -> Iterator[Line]:
+def _stacked(columns: Sequence[Column], row: SummaryRow, width: int) -> Iterator[Line]:
     yield from _named(row, width)
     said = [f"{c.label} {text}" if c.label else text for c, (text, _) in zip(columns, row.cells, strict=True) if text]
     if said:
@@ -431,7 +431,7 @@ def as_html(
     name: str,
     title: str,
     columns: Sequence[Column],
-    rows: Sequence[Row],
+    rows: Sequence[SummaryRow],
     totals: Sequence[tuple[str, str, str]],
     notes: Sequence[str],
 ) -> str:
@@ -451,7 +451,7 @@ def as_html(
     )
 
 
-def _row(columns: Sequence[Column], row: Row) -> str:
+def _row(columns: Sequence[Column], row: SummaryRow) -> str:
     text, _ = row.name
     note = f' <span class="note">{_text(row.note)}</span>' if row.note else ""
     cells = "".join(_cell("td", cell, column) for column, (cell, _) in zip(columns, row.cells, strict=True))

@@ -201,7 +201,7 @@ def _make_write() -> Callable[[Any, Any], None]:
 
 
 write = _make_write()
-"""Stores a copy of an array of a variable's own shape, and of the dtype of what it holds."""
+"""StoredChange a copy of an array of a variable's own shape, and of the dtype of what it holds."""
 
 
 def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:
@@ -282,7 +282,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
 
 
 write_rows = _make_write_rows()
-"""Stores what a function gives: `rows(array, first)` fills an array with a variable's rows from the first on.
+"""StoredChange what a function gives: `rows(array, first)` fills an array with a variable's rows from the first on.
 
 For a large variable this takes the memory of a few rows at a time on JAX and PyTorch, and if the function raises it may
 have some of its new rows there. On JAX its array is given away, unless somebody else has it too.

@@ -27,7 +27,7 @@ LISTS_PARAMETERS = _backend.backend() == "torch"
 
 
 @dataclass(frozen=True)
-class Change:
+class StoredChange:
     """What a layer stored before a change and stores after it, as Keras variables."""
 
     layer: keras.Layer
@@ -35,7 +35,7 @@ class Change:
     after: Sequence[Any]
 
 
-def list_parameters_again(changes: Iterable[Change]) -> None:
+def list_parameters_again(changes: Iterable[StoredChange]) -> None:
     """Makes `parameters()` of each changed layer, and of every module around one, exactly what is stored in it."""
     if not LISTS_PARAMETERS:
         return
@@ -85,7 +85,7 @@ def _listing_of(variable: keras.Variable) -> weakref.WeakSet[Any]:
     return _listing.get(id(variable._value), weakref.WeakSet())
 
 
-def _may_follow(change: Change) -> list[Any]:
+def _may_follow(change: StoredChange) -> list[Any]:
     """The modules that may have to follow a change: those that list what the layer stored; any, if that is nothing."""
     if not change.before:
         return [module for module in _modules if module is not change.layer]
@@ -132,7 +132,7 @@ def _lists_any(module: keras.Layer, layer: keras.Layer) -> bool:
     return any(listed.get(variable.path) is variable._value for variable in layer.variables)
 
 
-def _list_again(module: keras.Layer, change: Change, stored: set[int]) -> None:
+def _list_again(module: keras.Layer, change: StoredChange, stored: set[int]) -> None:
     """Lists what a module stores, given the ids of that, and no more what it no longer does."""
     parameters, listed = _parameters(module), module._modules[LIST]
     for variable in change.before:

@@ -1,7 +1,7 @@
 """How Keras layers use expressions."""
 
 from tether import keras_seam
-from tether.layers import quantization, training
+from tether.layers import liveness, quantization
 from tether.layers.family.call import call, route
 from tether.layers.family.lambda_layer import Lambda
 from tether.layers.records import reader, verification
@@ -9,7 +9,7 @@ from tether.layers.tying.tie import tie, weight_of
 from tether.layers.tying.untie import materialize, untie
 
 keras_seam.answers.update(
-    is_tied=training.is_tied, live=training.live, differences=training.differences, still=training.still
+    is_tied=liveness.is_tied, live=liveness.live, differences=liveness.differences, still=liveness.still
 )
 
 _FROM_ABOVE = (quantization, reader, verification)

@@ -72,7 +72,7 @@ class Planner:
             if len(self._plans) >= MAX_KEPT:
                 self._plans.clear()
             self._plans[key] = found
-        control.note(lambda: Noted(view.path, self.expression.notation(), shape, found))
+        control.note_plan(lambda: Noted(view.path, self.expression.notation(), shape, found))
         return found
 
 

@@ -23,12 +23,12 @@ from tether.layers.tying.state import View, hang_weights, state_of
 from tether.layers.tying.swap import swapped
 from tether.layers.tying.tie import weight_of
 from tether.planning.products import products
+from tether.weights.algebra import MADE, split_sum
 from tether.weights.expression import Expression, Node, Shape, live_weights, program
 from tether.weights.operators.arithmetic import Add, ScaleGradient, StopGradient, Subtract
 from tether.weights.operators.quantized import LARGEST, Dequantize, Rounded, Unpack, rounded
 from tether.weights.operators.structure import Where
 from tether.weights.storage import Use
-from tether.weights.structure import MADE, split
 from tether.weights.weight import Weight
 
 _NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
@@ -197,7 +197,7 @@ def _bases(node: Node) -> list[Expression]:
     """The operands of a node without what was added to them."""
     if isinstance(node, Dequantize):
         return []
-    found = split(node)
+    found = split_sum(node)
     if found is not None:
         return [found.base]
     operands = [operand for operand in node.operands if operand.weights_used()]

@@ -16,8 +16,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, Unsupported, as_int, received
-from tether.layers.family.values import Array, Report, Rule, check_rule, describe
-from tether.layers.family.values import fill as filled
+from tether.layers.family.fill import Array, Provenance, Rule, check_rule, describe, filled
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, state_of
 from tether.layers.tying.tied import base_class
@@ -28,7 +27,7 @@ from tether.weights.weight import Weight
 
 def resize(
     weight: Any, axis: int, new_size: int, *, fill: Any = "initializer", model: keras.Model | None = None
-) -> Report:
+) -> Provenance:
     """Gives a stored weight another size along an axis, in place; every layer that uses it follows.
 
     Settings that hold the size follow (`Dense.units`, `Embedding.input_dim`, `EinsumDense`'s output shape,
@@ -116,7 +115,7 @@ class _Plan:
     views: list[tuple[View, Shape]] = field(default_factory=list)
     parts: list[tuple[Expression, Shape]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    report: Report = field(default_factory=Report)
+    report: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         initializer = self.weight.initializer or self.weight.first_initializer

@@ -11,7 +11,7 @@ from tether.planning.contraction import Path, grouped, orders
 from tether.planning.control import Mode
 from tether.planning.cost import Draft, Machine, NoPlan, Value, machine
 from tether.planning.plan import ASSUMED_ROWS, MATERIALIZE, Alternative, Plan, Problem, coded
-from tether.planning.products import Labels, Products, Term
+from tether.planning.products import Labels, Products, Summand
 from tether.weights.expression import Expression, Node, program
 from tether.weights.operators.arithmetic import MatMul
 
@@ -20,7 +20,7 @@ from tether.weights.operators.arithmetic import MatMul
 
 
 def convolved(
-    search: Search, draft: Draft, term: Term, axes: dict[str, Labels], factors: tuple[Value, ...]
+    search: Search, draft: Draft, term: Summand, axes: dict[str, Labels], factors: tuple[Value, ...]
 ) -> tuple[Draft, Value]:
     """Channels mixed before, the layer's own convolution with what has positions, channels mixed after."""
     spatial = {label for letter in search.problem.kernel[:-2] for label in axes[letter]}
@@ -49,7 +49,7 @@ def convolved(
 def _convolution(
     search: Search,
     draft: Draft,
-    term: Term,
+    term: Summand,
     axes: dict[str, Labels],
     before: list[Value],
     core: list[Value],
@@ -298,7 +298,7 @@ class Search:
             total = draft.restore(total, self.grouping.restored)
         return draft, total
 
-    def _values(self, term: Term) -> tuple[Value, ...]:
+    def _values(self, term: Summand) -> tuple[Value, ...]:
         return tuple(Value(self.places[factor.expression], factor.labels) for factor in term.factors)
 
     def _size_of(self, letter: str) -> int:
@@ -369,7 +369,7 @@ class Search:
             place -= sum(other < place for other in pair)
         return True
 
-    def _built(self, draft: Draft, terms: Sequence[Term]) -> tuple[Draft, Term, Value]:
+    def _built(self, draft: Draft, terms: Sequence[Summand]) -> tuple[Draft, Summand, Value]:
         """The sum of terms as one weight: a term of one factor, and that factor."""
         shape = self.products.shape
         labels = tuple(self.label(size) for size in shape)
@@ -389,7 +389,7 @@ class Search:
         value = Value(total.register, labels)
         if kept != labels:
             value = draft.reshape(value, "squeeze", tuple(i for i, axis in enumerate(axes) if not axis), kept)
-        return draft, Term(1.0, (), axes), value
+        return draft, Summand(1.0, (), axes), value
 
     def joined(self, draft: Draft, value: Value, axes: Sequence[Labels], wanted: Labels) -> Value:
         """A value with one axis for each of `axes`, of size 1 where that has no labels."""
@@ -403,7 +403,7 @@ class Search:
 
     # ------------------------------------------------------------------ what the layer does with a term
 
-    def _applied(self, draft: Draft, term: Term, factors: tuple[Value, ...]) -> tuple[Draft, Value]:
+    def _applied(self, draft: Draft, term: Summand, factors: tuple[Value, ...]) -> tuple[Draft, Value]:
         """What the layer computes with one term; the result has one axis for each letter of the output."""
         axes = dict(zip(self.problem.kernel, term.axes, strict=True))
         if self.problem.convolution is not None:
@@ -438,7 +438,7 @@ class Search:
         return draft, x, axes
 
     def _looked_up(
-        self, draft: Draft, term: Term, axes: dict[str, Labels], factors: tuple[Value, ...]
+        self, draft: Draft, term: Summand, axes: dict[str, Labels], factors: tuple[Value, ...]
     ) -> tuple[Draft, Value]:
         rows = tuple(self.letters[letter] for letter in self.problem.inputs)
         ids, entries = Value(0, rows), axes[self.problem.kernel[0]]

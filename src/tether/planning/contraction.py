@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tether.planning.plan import Problem
-from tether.planning.products import Factor, Labels, Products, Term, shaped
+from tether.planning.products import Factor, Labels, Products, Summand, shaped
 
 # --------------------------------------------------------------------------- the order
 # In which order the factors of a product are multiplied: what opt_einsum finds best, for calls of several sizes.
@@ -157,7 +157,7 @@ def _with_axes(products: Products, counts: Sequence[int]) -> Products:
     return Products(tuple(shape), tuple(terms), sizes)
 
 
-def _fused(term: Term, sizes: dict[int, int]) -> Term:
+def _fused(term: Summand, sizes: dict[int, int]) -> Summand:
     """The term with each row of labels that no factor parts as one label."""
     while True:
         pair = next((p for axis in term.axes for p in itertools.pairwise(axis) if _together(p, term)), None)
@@ -168,10 +168,10 @@ def _fused(term: Term, sizes: dict[int, int]) -> Term:
         factors = tuple(
             Factor(*shaped(factor.expression, _replaced(factor.labels, pair, label), sizes)) for factor in term.factors
         )
-        term = Term(term.number, factors, tuple(_replaced(axis, pair, label) for axis in term.axes))
+        term = Summand(term.number, factors, tuple(_replaced(axis, pair, label) for axis in term.axes))
 
 
-def _together(pair: tuple[int, int], term: Term) -> bool:
+def _together(pair: tuple[int, int], term: Summand) -> bool:
     one, two = pair
     for labels in (factor.labels for factor in term.factors):
         if (one in labels) != (two in labels) or (one in labels and labels.index(two) != labels.index(one) + 1):

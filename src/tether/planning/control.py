@@ -100,7 +100,7 @@ def assumed_training() -> bool | None:
     return _training.get()
 
 
-def note(make: Callable[[], Any]) -> None:
+def note_plan(make: Callable[[], Any]) -> None:
     """Adds to what is noted, if anything is."""
     noted = _noted.get()
     if noted is not None:

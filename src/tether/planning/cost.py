@@ -115,7 +115,7 @@ class NoPlan(Exception):
 
 
 @dataclass(frozen=True)
-class Step:
+class Operation:
     """One operation on registers: the layer's input has register 0, the factors follow, then each step's result."""
 
     op: str
@@ -161,12 +161,12 @@ class Draft:
         self.machine, self.sizes, self.itemsize, self.training = machine, sizes, itemsize, training
         self.repeated = repeated
         self.registers: list[Register] = []
-        self.steps: list[Step] = []
+        self.steps: list[Operation] = []
         self.seconds_of: list[tuple[float, float]] = []
         """What each step costs, forward and backward."""
         self.given = 0.0
         """What the factors cost that are computed before the first step."""
-        self._known: dict[Step, int] = {}
+        self._known: dict[Operation, int] = {}
         self._uses: list[int] = []
 
     def fork(self) -> Draft:
@@ -203,7 +203,7 @@ class Draft:
 
     def _emit(
         self,
-        step: Step,
+        step: Operation,
         labels: Labels,
         text: str,
         forward: float,
@@ -241,17 +241,17 @@ class Draft:
         register = self.registers[a.register]
         text = f"-{register.text}" if number == -1.0 else f"{number:g} * {register.text}"
         cost = self.machine.elementwise(2.0 * self.bytes(a.register))
-        return self._emit(Step("scale", (a.register,), number), a.labels, text, cost, [cost])
+        return self._emit(Operation("scale", (a.register,), number), a.labels, text, cost, [cost])
 
     def reshape(self, a: Value, op: str, detail: tuple[Any, ...], labels: Labels) -> Value:
         """A value with axes split or joined: no element moves."""
-        return self._emit(Step(op, (a.register,), detail), labels, self.registers[a.register].text, 0.0, [0.0])
+        return self._emit(Operation(op, (a.register,), detail), labels, self.registers[a.register].text, 0.0, [0.0])
 
     def restore(self, a: Value, detail: tuple[Any, ...]) -> Value:
         """The result in the axes that the layer's output has; their sizes may be those of the input's."""
         found = self.reshape(a, "restore", detail, a.labels)
         step = self.steps[-1]
-        self.steps[-1] = Step(step.op, (*step.inputs, 0), step.detail)
+        self.steps[-1] = Operation(step.op, (*step.inputs, 0), step.detail)
         return found
 
     def add(self, a: Value, b: Value) -> Value:
@@ -263,14 +263,14 @@ class Draft:
         moved = self.bytes(a.register) + self.bytes(b.register) + self.size(labels) * self.itemsize
         text = f"{self.registers[a.register].text} + {self.registers[b.register].text}"
         # The gradient of a sum is handed on as it is.
-        step = Step("add", (a.register, b.register))
+        step = Operation("add", (a.register, b.register))
         return self._emit(step, labels, text, self.machine.elementwise(moved), [0.0, 0.0])
 
     def digit(self, ids: Value, divisor: int, size: int | None) -> Value:
         """The part of each number that counts along one of several labels."""
         cost = self.machine.elementwise(2.0 * self.bytes(ids.register))
         text = f"{self.registers[ids.register].text} // {divisor}" + ("" if size is None else f" % {size}")
-        return self._emit(Step("digit", (ids.register,), (divisor, size)), ids.labels, text, cost, [0.0])
+        return self._emit(Operation("digit", (ids.register,), (divisor, size)), ids.labels, text, cost, [0.0])
 
     def take(self, table: Value, ids: Value, label: int) -> Value:
         """The entries of a factor along a label, at the numbers in a register."""
@@ -280,7 +280,7 @@ class Draft:
         forward = self.machine.elementwise(rows * self.machine.gather)
         backward = forward + self.machine.elementwise(self.bytes(table.register))
         text = f"{self.registers[table.register].text}[{self.registers[ids.register].text}]"
-        step = Step("take", (table.register, ids.register), axis)
+        step = Operation("take", (table.register, ids.register), axis)
         return self._emit(step, labels, text, forward, [backward, 0.0])
 
     def product(self, a: Value, b: Value, kept: frozenset[int], order: Labels | None = None) -> Value:
@@ -310,9 +310,9 @@ class Draft:
             if not alone and labels == a.labels and aligned and set(b.labels) <= set(a.labels):
                 first = min((a.labels.index(label) for label in b.labels), default=len(a.labels))
                 present = tuple(label in b.labels for label in a.labels[first:])
-                return self._emit(Step("multiply", inputs, present), labels, text, cost, [cost, cost])
+                return self._emit(Operation("multiply", inputs, present), labels, text, cost, [cost, cost])
             return self._emit(
-                Step("einsum", inputs, _equation([a.labels, b.labels], labels)), labels, text, cost, [cost, cost]
+                Operation("einsum", inputs, _equation([a.labels, b.labels], labels)), labels, text, cost, [cost, cost]
             )
         m = self.size(label for label in a.labels if label in kept and label not in both)
         n = self.size(label for label in b.labels if label in kept and label not in both)
@@ -320,9 +320,9 @@ class Draft:
         costs = [self.machine.product(*sides, count, moved) for sides in ((m, n, k), (m, k, n), (k, n, m))]
         plain = len(b.labels) == 2 and tuple(inner) == b.labels[:1] and not alone and not both
         if plain and a.labels[-1] == inner[0] and labels == (*a.labels[:-1], b.labels[1]):
-            return self._emit(Step("matmul", inputs), labels, text, costs[0], costs[1:])
+            return self._emit(Operation("matmul", inputs), labels, text, costs[0], costs[1:])
         equation = _equation([a.labels, b.labels], labels)
-        return self._emit(Step("einsum", inputs, equation), labels, text, costs[0], costs[1:])
+        return self._emit(Operation("einsum", inputs, equation), labels, text, costs[0], costs[1:])
 
     def _inside(self, a: Value) -> str:
         text = self.registers[a.register].text
@@ -333,7 +333,7 @@ class Draft:
         if a.labels == labels:
             return a
         cost = self.machine.elementwise(self.bytes(a.register) + self.size(labels) * self.itemsize)
-        step = Step("einsum", (a.register,), _equation([a.labels], labels))
+        step = Operation("einsum", (a.register,), _equation([a.labels], labels))
         return self._emit(step, labels, self.registers[a.register].text, cost, [cost])
 
     def convolve(self, a: Value, kernel: Value, labels: Labels, sides: tuple[int, int, int], count: int) -> Value:
@@ -342,7 +342,7 @@ class Draft:
         moved = self.bytes(a.register) + self.bytes(kernel.register) + self.size(labels) * self.itemsize
         costs = [self.machine.product(*s, count, moved, THIN) for s in ((m, n, k), (m, k, n), (k, n, m))]
         text = f"conv({self.registers[a.register].text}, {self.registers[kernel.register].text})"
-        return self._emit(Step("convolve", (a.register, kernel.register)), labels, text, costs[0], costs[1:])
+        return self._emit(Operation("convolve", (a.register, kernel.register)), labels, text, costs[0], costs[1:])
 
 
 def _equation(inputs: Sequence[Labels], output: Labels) -> str:

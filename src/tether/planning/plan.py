@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from tether.errors import NUMERIC
-from tether.planning.cost import Step
+from tether.planning.cost import Operation
 from tether.weights.expression import Expression, Tensor
 from tether.weights.operators.arithmetic import ScaleGradient, StopGradient
 from tether.weights.operators.quantized import Unpack
@@ -69,7 +69,7 @@ class Plan:
 
     name: str
     """`"materialize"`: the layer builds its weight and goes on as it does without a plan."""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Operation, ...] = ()
     factors: tuple[Expression, ...] = ()
     output: int = 0
     seconds: float = 0.0

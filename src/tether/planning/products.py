@@ -43,7 +43,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Term:
+class Summand:
     """A number times factors, summed over the labels that no axis has."""
 
     number: float
@@ -57,7 +57,7 @@ class Products:
     """A sum of terms, each with labels of its own."""
 
     shape: Shape
-    terms: tuple[Term, ...]
+    terms: tuple[Summand, ...]
     sizes: Mapping[int, int]
 
 
@@ -92,7 +92,7 @@ class _Expansion:
 
     def _step(self, current: Expression, operands: list[Products]) -> Products:
         if isinstance(current, Constant) and current.number is not None:
-            return Products((), (Term(float(current.number), (), ()),), self.sizes)
+            return Products((), (Summand(float(current.number), (), ()),), self.sizes)
         if isinstance(current, Node) and current.dtype is not None and keras_seam.is_float(current.dtype):
             try:
                 rule = _RULES.get(type(current))
@@ -126,13 +126,13 @@ class _Expansion:
         shape = expression.shape or ()
         axes = tuple(() if size == 1 else (self.label(size),) for size in shape)
         labels = tuple(label for axis in axes for label in axis)
-        return Products(shape, (Term(1.0, (self.factor(expression, labels),), axes),), self.sizes)
+        return Products(shape, (Summand(1.0, (self.factor(expression, labels),), axes),), self.sizes)
 
     def factor(self, expression: Expression, labels: Labels) -> Factor:
         """A factor, with the expression in the shape of its labels."""
         return Factor(*shaped(expression, labels, self.sizes))
 
-    def substituted(self, term: Term, new: Mapping[int, Labels]) -> Term:
+    def substituted(self, term: Summand, new: Mapping[int, Labels]) -> Summand:
         """The term with labels replaced by rows of labels of the same total size."""
         if not new:
             return term
@@ -140,13 +140,13 @@ class _Expansion:
         def replaced(labels: Labels) -> Labels:
             return tuple(part for label in labels for part in new.get(label, (label,)))
 
-        return Term(
+        return Summand(
             term.number,
             tuple(self.factor(factor.expression, replaced(factor.labels)) for factor in term.factors),
             tuple(replaced(axis) for axis in term.axes),
         )
 
-    def fresh(self, term: Term) -> Term:
+    def fresh(self, term: Summand) -> Summand:
         """The term with labels that no other term has."""
         own = {label for factor in term.factors for label in factor.labels}
         return self.substituted(term, {label: (self.label(self.sizes[label]),) for label in own})
@@ -175,7 +175,7 @@ class _Expansion:
             dealt.append(tuple(axis))
         return dealt, _settled(new)
 
-    def unified(self, a: Term, b: Term, pairs: list[tuple[Labels, Labels]]) -> tuple[Term, Term]:
+    def unified(self, a: Summand, b: Summand, pairs: list[tuple[Labels, Labels]]) -> tuple[Summand, Summand]:
         """Both terms with the same labels where axes of one meet axes of the other."""
         new_a: dict[int, Labels] = {}
         new_b: dict[int, Labels] = {}
@@ -213,7 +213,7 @@ def _settled(new: dict[int, Labels]) -> dict[int, Labels]:
 # --------------------------------------------------------------------------- the rules
 
 
-def _padded(term: Term, rank: int) -> Term:
+def _padded(term: Summand, rank: int) -> Summand:
     return replace(term, axes=((),) * (rank - len(term.axes)) + term.axes)
 
 
@@ -231,7 +231,7 @@ def _negative(expansion: _Expansion, node: Node, a: Products) -> Products:
     return replace(a, terms=tuple(replace(term, number=-term.number) for term in a.terms))
 
 
-def _pairs(expansion: _Expansion, a: Products, b: Products) -> Iterator[tuple[Term, Term]]:
+def _pairs(expansion: _Expansion, a: Products, b: Products) -> Iterator[tuple[Summand, Summand]]:
     if len(a.terms) * len(b.terms) > MAX_TERMS:
         raise _NoForm
     for left in a.terms:
@@ -246,7 +246,7 @@ def _product(expansion: _Expansion, node: Node, a: Products, b: Products) -> Pro
         left, right = _padded(left, len(shape)), _padded(right, len(shape))
         left, right = expansion.unified(left, right, list(zip(left.axes, right.axes, strict=True)))
         axes = tuple(x or y for x, y in zip(left.axes, right.axes, strict=True))
-        terms.append(Term(left.number * right.number, left.factors + right.factors, axes))
+        terms.append(Summand(left.number * right.number, left.factors + right.factors, axes))
     return Products(shape, tuple(terms), expansion.sizes)
 
 
@@ -271,7 +271,7 @@ def _matmul(expansion: _Expansion, node: Node, a: Products, b: Products) -> Prod
         repeats = inner if not left.axes[-1] and not right.axes[place] else 1
         axes = tuple(x or y for x, y in zip(left.axes[:batch], right.axes[:batch], strict=True))
         axes += left.axes[batch:-1] + right.axes[batch + 1 :]
-        terms.append(Term(left.number * right.number * repeats, left.factors + right.factors, axes))
+        terms.append(Summand(left.number * right.number * repeats, left.factors + right.factors, axes))
     return Products(node.shape or (), tuple(terms), expansion.sizes)
 
 
@@ -281,7 +281,7 @@ def _einsum(expansion: _Expansion, node: Node, *operands: Products) -> Products:
     if "." in inputs or not output or any(len(set(part)) != len(part) for part in letters):
         raise _NoForm
     sizes = {c: n for part, p in zip(letters, operands, strict=True) for c, n in zip(part, p.shape, strict=True)}
-    found: list[tuple[Term, str]] = [(term, letters[0]) for term in operands[0].terms]
+    found: list[tuple[Summand, str]] = [(term, letters[0]) for term in operands[0].terms]
     for part, operand in zip(letters[1:], operands[1:], strict=True):
         joined = []
         if len(found) * len(operand.terms) > MAX_TERMS:
@@ -298,14 +298,14 @@ def _einsum(expansion: _Expansion, node: Node, *operands: Products) -> Products:
                 ]
                 new = [c for c in part if c not in names]
                 axes += [right.axes[part.index(c)] for c in new]
-                term = Term(mine.number * right.number, mine.factors + right.factors, tuple(axes))
+                term = Summand(mine.number * right.number, mine.factors + right.factors, tuple(axes))
                 joined.append((term, names + "".join(new)))
         found = joined
     terms = []
     for term, names in found:
         repeats = math.prod(sizes[c] for c, axis in zip(names, term.axes, strict=True) if not axis and c not in output)
         axes_of = dict(zip(names, term.axes, strict=True))
-        terms.append(Term(term.number * repeats, term.factors, tuple(axes_of[c] for c in output)))
+        terms.append(Summand(term.number * repeats, term.factors, tuple(axes_of[c] for c in output)))
     return Products(node.shape or (), tuple(terms), expansion.sizes)
 
 
@@ -359,7 +359,7 @@ def _index(expansion: _Expansion, node: Any, a: Products) -> Products:
                     left = factor.labels[:axis] + kept + factor.labels[axis + 1 :]
                     factors[number] = expansion.factor(cut, left)
             axes += [kept] if isinstance(part, slice) else []
-        terms.append(Term(term.number, tuple(factors), tuple(axes)))
+        terms.append(Summand(term.number, tuple(factors), tuple(axes)))
     return Products(node.shape or (), tuple(terms), expansion.sizes)
 
 

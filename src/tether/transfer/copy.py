@@ -10,17 +10,18 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, UnknownName, ValueConflict
-from tether.layers.family.values import Report, Rule, check_rule, describe
-from tether.layers.family.values import fill as filled
+from tether.layers.family.fill import Provenance, Rule, check_rule, describe, filled
 from tether.layers.tying.state import numpy_of
-from tether.transfer.pairing import Held, built, held_weights, leaf_pairs, listed, pairs
-from tether.weights.structure import invert
+from tether.transfer.pairing import Held, built, held_weights, leaf_pairs, listed, paired
+from tether.weights.algebra import invert
 from tether.weights.weight import Weight
 
 Array = np.ndarray[Any, Any]
 
 
-def copy(source: Any, target: Any, /, *, match: Mapping[str, str | None] | None = None, fill: Rule = None) -> Report:
+def copy(
+    source: Any, target: Any, /, *, match: Mapping[str, str | None] | None = None, fill: Rule = None
+) -> Provenance:
     """Copies the values of a layer's weights to another layer's, in place.
 
     Corresponding weights have the same name, in layers of the same name or attribute; a layer whose name
@@ -59,7 +60,7 @@ def copy(source: Any, target: Any, /, *, match: Mapping[str, str | None] | None 
     if source is target:
         raise TetherError(f"The source and the target are the same layer, {source.name!r}.")
     plan = _Plan(source, fill)
-    found = pairs(source, target, match)
+    found = paired(source, target, match)
     if all(pair.source is None for pair in found):
         raise UnknownName(
             f"No weight of {target.name!r} corresponds to one of {source.name!r}. The target has: "
@@ -86,7 +87,7 @@ class _Plan:
         self.origins: dict[int, int] = {}
         """By the stored variable: the one of the source that it takes its value from, where that is one."""
         self.finishing: dict[int, Any] = {}
-        self.report = Report()
+        self.report = Provenance()
 
     def add(self, held: Held, source: Held | None) -> None:
         """Plans one weight of the target."""
@@ -182,7 +183,7 @@ def _variable(place: Any) -> Any:
 
 
 def _assign(place: Any, value: Array) -> None:
-    """Stores a value of which nobody else holds the memory."""
+    """StoredChange a value of which nobody else holds the memory."""
     dtype = keras_seam.stored_dtype(_variable(place))
     place.assign(keras_seam.own_copy(keras.ops.convert_to_tensor(np.array(value), dtype=dtype)))
 

@@ -9,9 +9,9 @@ import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported, received
-from tether.transfer.pairing import Held, Pair, built, leaf_pairs, pairs
+from tether.transfer.pairing import Held, Pair, built, leaf_pairs, paired
+from tether.weights.algebra import is_invertible
 from tether.weights.expression import Tensor
-from tether.weights.structure import is_invertible
 
 
 class Follow(keras.callbacks.Callback):
@@ -145,7 +145,7 @@ def _plan(target: Any, source: Any, match: Mapping[str, str | None] | None) -> l
     built("Follow", "target", target)
     built("Follow", "source", source)
     moves: dict[int, _Move] = {}
-    found = pairs(source, target, match)
+    found = paired(source, target, match)
     missing = [pair.target.path for pair in found if pair.source is None and not pair.left_alone]
     if missing:
         raise UnknownName(

@@ -117,7 +117,7 @@ class Pair(NamedTuple):
     """Whether `match` says that it is to have none."""
 
 
-def pairs(source: Any, target: Any, match: Mapping[str, str | None] | None) -> list[Pair]:
+def paired(source: Any, target: Any, match: Mapping[str, str | None] | None) -> list[Pair]:
     """Each weight of the target with its counterpart.
 
     Args:

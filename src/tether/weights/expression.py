@@ -162,7 +162,7 @@ class Expression(NoTensor):
         return np.array(keras.ops.convert_to_numpy(self.value))
 
     def assign(self, value: Any) -> None:
-        """Stores a value through the expression: afterwards `expression.value` equals it.
+        """StoredChange a value through the expression: afterwards `expression.value` equals it.
 
         Args:
             value: An array or tensor of the expression's shape.

@@ -23,10 +23,10 @@ from tether.errors import (
     received,
 )
 from tether.types import Array, Config
+from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
 from tether.weights.expression import Expression, Shape, Stored, Tensor, live_weights, note_replacement, resolved
 from tether.weights.identity import told_by_file
-from tether.weights.structure import is_added
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ class Storage(Stored):
         return found
 
     def store(self, value: Tensor) -> None:
-        """Stores a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
+        """StoredChange a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
         with keras_seam.AutocastScope(None):
             self.variable.assign(value)
 

@@ -9,7 +9,7 @@ import pytest
 
 import tether
 from tests.inspection.checking.faults import normal
-from tether.inspection.checking.values import InMemory, alike, is_equal, is_zero, tolerance_of
+from tether.inspection.checking.samples import InMemory, alike, is_equal, is_zero, sample_tolerance
 
 layers = keras.layers
 
@@ -59,7 +59,7 @@ def test_starts_that_are_alike_on_purpose_do_not_count(array):
 def test_rounded_products_of_16_bits_are_equal(rng):
     first = normal(rng, 20, 20).astype(ml_dtypes.bfloat16)
     second = (0.3 * first.astype("float32")).astype(ml_dtypes.bfloat16)
-    assert len(equal_pairs(first, second, tolerance=tolerance_of("bfloat16"))) == 1
+    assert len(equal_pairs(first, second, tolerance=sample_tolerance("bfloat16"))) == 1
 
 
 def test_reading_for_zeros_ends_at_the_first_number():

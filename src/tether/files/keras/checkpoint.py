@@ -1,7 +1,7 @@
 """What Keras's files of weights hold, read without making a model: entries by place, and what is tied.
 
 Read are `.keras` archives, `.weights.h5`, shards (`.weights.json`), `.npz`, and the HDF5 files of Keras 2. What a
-tied layer left out is in the notes beside its entries, see `tether.layers.records.variables`.
+tied layer left out is in the notes beside its entries, see `tether.layers.records.own_values`.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherErr
 from tether.files.loading.entries import Conflict, Loaded, Report, Rows, difference_of, tolerance_of
 from tether.layers.tying.state import View, shape_of
 from tether.types import Array
+from tether.weights.algebra import as_it_is, base_of, invert, put
 from tether.weights.expression import Expression
 from tether.weights.leaves import numpy_dtype
-from tether.weights.structure import as_it_is, base_of, invert, put
 from tether.weights.weight import Weight
 
 Resolve = str | Callable[[str, list[Array]], Any]
@@ -85,7 +85,7 @@ class _Candidate:
     rows: Rows | None
 
 
-class Plan:
+class Assignment:
     """What goes where; `check` finds whatever is wrong, `carry_out` assigns."""
 
     def __init__(self, offers: Iterable[Offer], resolve: Resolve) -> None:
@@ -261,7 +261,7 @@ class Plan:
         return Loaded(self.name_of(key), tuple(each.source for each in self.candidates[key]))
 
 
-def fill(
+def assign_offers(
     offers: Sequence[Offer],
     wanted: Sequence[Wanted],
     *,
@@ -285,7 +285,7 @@ def fill(
         TetherError: Dtypes do not fit, or the file has more or less than the model and `strict` is set.
         ValueConflict: Values differ and `resolve` is `"error"`.
     """
-    plan = Plan(offers, resolve)
+    plan = Assignment(offers, resolve)
     missing = [each for each in wanted if id(each.variable) not in plan.candidates]
     if strict:
         _refuse_misfit(missing, skipped, what)
@@ -391,4 +391,4 @@ def _conflict_message(conflicts: Sequence[Conflict]) -> str:
     )
 
 
-__all__ = ["RULES", "Array", "Offer", "Plan", "Report", "Resolve", "Wanted", "check_resolve", "fill"]
+__all__ = ["RULES", "Array", "Assignment", "Offer", "Report", "Resolve", "Wanted", "assign_offers", "check_resolve"]

@@ -17,8 +17,8 @@ from tether.layers.family.named import Named, named_weights
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, ordered_variables, state_of, stored_variables, weights_below
 from tether.layers.tying.tied import own_entries
+from tether.weights.algebra import added_weights, base_of
 from tether.weights.expression import Expression, program
-from tether.weights.structure import added_weights, base_of
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- positions
@@ -205,12 +205,12 @@ def offers_of(
             _check_target(each)
             taken.add(entry.name)
             offers.append(as_offer(each.target, entry))
-            filled |= {id(weight) for weight in weights_of(each)}
+            filled |= {id(weight) for weight in weights_at(each)}
     for each in found:
         tie = ties.get(each.place)
         if tie is not None and not entries.get(each.place):
             taken |= {entry.name for entry in tie.weights.values()}
-            weights = weights_of(each)
+            weights = weights_at(each)
             if not weights or not all(id(weight) in filled for weight in weights):
                 offers.append(_tied_offer(each.target, tie))
     return offers, taken
@@ -243,7 +243,7 @@ def _pairs(mine: Expression, theirs: Expression) -> dict[Weight, Weight]:
     return pairs if len(steps) == len(others) else {}
 
 
-def weights_of(position: Position) -> list[Weight]:
+def weights_at(position: Position) -> list[Weight]:
     """The stored weights behind a position, if it has weights of Tether's."""
     for each in (position.target, position.holder):
         if isinstance(each, Weight):
@@ -283,5 +283,5 @@ __all__ = [
     "stored_names",
     "tied_names",
     "wanted",
-    "weights_of",
+    "weights_at",
 ]

@@ -16,7 +16,7 @@ from tether.errors import TetherError, Unsupported, received
 from tether.files.keras.archive import opened_archive, reading
 from tether.files.keras.checkpoint import Values, opened
 from tether.files.keras.load import explained
-from tether.files.loading.assignment import Offer, Plan, Resolve, check_resolve, fill
+from tether.files.loading.assignment import Assignment, Offer, Resolve, assign_offers, check_resolve
 from tether.files.loading.entries import Entry, Loaded, Report, entry_of
 from tether.files.loading.matching import (
     Position,
@@ -81,15 +81,17 @@ def load_untied(
     with opened(path) as values:
         if values.old is not None:
             offers, skipped = _old_offers(model, values.old, name)
-            return fill(offers, wanted(model), resolve=resolve, strict=strict, skipped=skipped, what=repr(name))
+            return assign_offers(
+                offers, wanted(model), resolve=resolve, strict=strict, skipped=skipped, what=repr(name)
+            )
         if name.endswith(".keras"):
-            note(path, values)
+            note_sharing(path, values)
         found = list(positions(model))
         misleading = _others_weights(found, values)
         entries = {place: [entry] for place, entry in values.entries.items() if place not in misleading}
         offers, taken = offers_of(found, entries, values.ties())
         skipped = [(place, not _is_state(place)) for place in values.entries if place not in taken]
-        report = fill(offers, wanted(model), resolve=resolve, strict=strict, skipped=skipped, what=repr(name))
+        report = assign_offers(offers, wanted(model), resolve=resolve, strict=strict, skipped=skipped, what=repr(name))
     _finish(each.holder for each in found)
     return report
 
@@ -186,7 +188,7 @@ def _old_offers(
 # none, the model is made from the config, and says where its weights and ties would be in a file.
 
 
-def note(path: str | os.PathLike[str], values: Values) -> None:
+def note_sharing(path: str | os.PathLike[str], values: Values) -> None:
     """Adds the notes that a `.keras` file could have, if it has none.
 
     Args:
@@ -267,7 +269,7 @@ def retie(*models: Any, resolve: Resolve = "error") -> Report:
             "nothing to join. Parts of one tied model do, if each was saved as it was tied."
         )
     offers = [_offer(found[0][1], model, weight) for found in joined.values() for model, weight in found]
-    plan = Plan(offers, resolve)
+    plan = Assignment(offers, resolve)
     plan.check()
     replaced = {weight.uid: found[0][1] for found in joined.values() for _, weight in found[1:]}
     with contextlib.ExitStack() as undoing:
@@ -336,4 +338,4 @@ def _name(model: keras.Model) -> str:
     return str(model.name) if isinstance(model, keras.layers.Layer) else repr(model)
 
 
-__all__ = ["load_untied", "note", "retie"]
+__all__ = ["load_untied", "note_sharing", "retie"]

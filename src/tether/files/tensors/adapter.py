@@ -13,7 +13,7 @@ from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
 from tether.files.keras.archive import reading
 from tether.files.keras.load import making
-from tether.files.loading.assignment import Plan
+from tether.files.loading.assignment import Assignment
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import as_offer
 from tether.files.tensors.safetensors import TensorFile, write_tensors
@@ -111,7 +111,7 @@ def _weights_of(header: Config, tensors: Mapping[str, Entry], taken: Container[s
             if weight.shape != tensors[uid].shape:
                 raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
             weights[uid] = weight
-    plan = Plan([as_offer(weight, tensors[uid]) for uid, weight in weights.items()], "error")
+    plan = Assignment([as_offer(weight, tensors[uid]) for uid, weight in weights.items()], "error")
     plan.check()
     plan.carry_out()
     return weights

@@ -22,7 +22,7 @@ import numpy as np
 from tether.atomic import written_beside
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.files.keras.archive import reading
-from tether.files.loading.assignment import Offer, Plan
+from tether.files.loading.assignment import Assignment, Offer
 from tether.files.loading.entries import Entry, Report, entry_of
 from tether.files.loading.matching import check_built, dotted
 from tether.files.tensors.dialects import Names, Naming
@@ -33,12 +33,12 @@ from tether.layers.tying.state import View
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
 from tether.types import Array
+from tether.weights.algebra import split_sum
 from tether.weights.expression import Expression
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import Add, MatMul, Multiply, Subtract
 from tether.weights.operators.choice import Adapted
 from tether.weights.operators.structure import Reshape
-from tether.weights.structure import split
 from tether.weights.weight import Weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -120,7 +120,7 @@ def load_peft(model: keras.Model, folder: str | os.PathLike[str], *, names: Name
                 left, right = ties[place.named.path].weights_used()[-2:]
                 values += [(left, a), (right, b)]
             tie_what_learns(model, ties, named_weights(model))
-            plan = Plan([_factor_offer(weight, entry) for weight, entry in values], "error")
+            plan = Assignment([_factor_offer(weight, entry) for weight, entry in values], "error")
             plan.check()
         loaded = plan.carry_out()
     return Report(loaded=loaded)
@@ -211,7 +211,7 @@ def _inputs_of(place: _Place, a: Entry, b: Entry) -> int:
 
 def _without_part(expression: Expression, name: str) -> Expression:
     """What an adapter is added to: the expression, without a low-rank part that it may have."""
-    found = split(expression) if isinstance(expression, (Add, Subtract, Adapted)) else None
+    found = split_sum(expression) if isinstance(expression, (Add, Subtract, Adapted)) else None
     if found is None:
         return expression
     if isinstance(expression, Add) and len(found.added) == 1 and _taken_apart(found.added[0]) is not None:
@@ -340,7 +340,7 @@ def _parts(model: keras.Model, names: Names, adapter: str | None) -> dict[str, t
 def _parts_of(expression: Add | Subtract | Adapted, adapter: str | None) -> tuple[tuple[Expression, ...], float]:
     """What is added to the base, and by which strength."""
     if not isinstance(expression, Adapted):
-        found = split(expression)
+        found = split_sum(expression)
         return () if found is None else found.added, 1.0
     parts = expression.parts
     if adapter is None and len(parts) > 1:

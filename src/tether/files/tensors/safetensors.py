@@ -22,7 +22,7 @@ from tether import keras_seam
 from tether.atomic import written_beside
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.keras.archive import reading
-from tether.files.loading.assignment import Resolve, check_resolve, fill
+from tether.files.loading.assignment import Resolve, assign_offers, check_resolve
 from tether.files.loading.entries import Conflict, Entry, Report, StoredTie, entry_of, stored_ties
 from tether.files.loading.matching import (
     Position,
@@ -366,7 +366,7 @@ def load_safetensors(
             entries.update(_of_older_names(found, entries, tensors))
         offers, taken = offers_of(_each_once(found, entries), entries, ties)
         left = [(name, not naming.spare(name)) for name in tensors if name not in taken]
-        report = fill(
+        report = assign_offers(
             offers, wanted(model, named), resolve=resolve, strict=strict, skipped=left, what=repr(target.name)
         )
         flag = _flag_conflict(target, tensors)

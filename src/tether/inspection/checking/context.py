@@ -15,11 +15,11 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import TetherError
 from tether.inspection.checking.captured import Found, arguments_of, reached
-from tether.inspection.checking.values import InMemory, Values
+from tether.inspection.checking.samples import InMemory, Readable
 from tether.inspection.facts import Facts, StoredWeight
-from tether.inspection.live import OPTIMIZER, UNSAVED, entries, layer_path, unique_paths
+from tether.inspection.live import OPTIMIZER, UNSAVED, layer_path, own_entries_of, unique_paths
 from tether.layers.tying import paths
-from tether.layers.tying.state import Slot, State, state_of, stored_variables
+from tether.layers.tying.state import State, ViewSlot, state_of, stored_variables
 from tether.weights.weight import Weight
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class Context:
         return found
 
     @cached_property
-    def tied(self) -> list[tuple[Any, State, Slot]]:
+    def tied(self) -> list[tuple[Any, State, ViewSlot]]:
         """Every view of a tied layer."""
         states = [(layer, state_of(layer)) for layer in self.layers]
         return [(layer, state, slot) for layer, state in states if state is not None for slot in state.slots]
@@ -136,7 +136,7 @@ class Context:
         """The variable of each stored weight, by its place."""
         found: dict[str, Any] = {}
         for place, saveable in self._objects:
-            for key, value in entries(saveable).items():
+            for key, value in own_entries_of(saveable).items():
                 found[f"{place}/vars/{key}" if place else f"vars/{key}"] = value
         for variable in self.model.weights:
             found.setdefault(f"{UNSAVED}{variable.path}", variable)
@@ -178,20 +178,20 @@ class Context:
         return uses[0].where if uses else weight.path or weight.place
 
     @cached_property
-    def values(self) -> dict[str, Values]:
+    def values(self) -> dict[str, Readable]:
         """The values of the stored weights that have any, by place. They are read when they are asked for."""
         if self.file is not None:
-            from tether.inspection.checking.values import opened
+            from tether.inspection.checking.samples import opened_samples
 
-            return self._open.enter_context(opened(self.file, self.facts))
-        found: dict[str, Values] = {}
+            return self._open.enter_context(opened_samples(self.file, self.facts))
+        found: dict[str, Readable] = {}
         for weight in self.weights:
             value = self.values_of(self.variables[weight.place])
             if value is not None and weight.dtype != "string":
                 found[weight.place] = value
         return found
 
-    def values_of(self, variable: keras.Variable) -> Values | None:
+    def values_of(self, variable: keras.Variable) -> Readable | None:
         """The values of a variable or array; `None` of a variable that has none yet."""
         if isinstance(variable, np.ndarray):
             return InMemory(variable.shape, lambda: variable)

@@ -208,13 +208,13 @@ def in_words(axes: tuple[int, ...], scale: float = 1.0) -> str:
     return " and".join([*turned, *([f" times {scale:.6g}"] if scale != 1 else [])])
 
 
-def code_of(expression: Expression, weight_code: dict[Weight, str]) -> str:
+def as_code(expression: Expression, weight_code: dict[Weight, str]) -> str:
     """Code for an expression, or its notation where that is not written in a few words."""
     if isinstance(expression, Weight):
         return weight_code.get(expression) or str(expression.name)
     if isinstance(expression, Transpose) and isinstance(expression, Node):
         (operand,) = expression.operands
         axes = expression.parameters["axes"]
-        inner = code_of(operand, weight_code)
+        inner = as_code(operand, weight_code)
         return f"{inner}.T" if axes is None else f"{inner}.transpose({', '.join(map(str, axes))})"
     return expression.notation()

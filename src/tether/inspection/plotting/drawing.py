@@ -31,12 +31,12 @@ from tether.inspection.plotting.rows import (
     WIDTH,
     Heights,
     kind_of,
-    places_of,
     px,
     row_heights,
     rows_of,
     scale_of,
     solid,
+    spots_of,
     text,
     use_kind,
     weight_kind,
@@ -116,7 +116,7 @@ class _Map:
         self.rows = rows_of(facts)
         self.scale = scale_of(facts)
         self.heights = [row_heights(row, self.scale) for row in self.rows]
-        self.places, self.bottom = places_of(self.rows, self.heights, top)
+        self.places, self.bottom = spots_of(self.rows, self.heights, top)
         self.kinds = {weight.place: weight_kind(weight, facts) for weight in facts.weights}
         self.shared = {weight.place for weight in facts.shared()}
         self.numbers = {weight.place: number for number, weight in enumerate(facts.weights)}

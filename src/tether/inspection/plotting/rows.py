@@ -32,7 +32,7 @@ TRAINED, FROZEN, FROZEN_HERE, UNUSED, STATE, UNKNOWN = KINDS = (
 
 
 @dataclass
-class Row:
+class MapRow:
     """A heading, or a use, or a weight that no layer reads."""
 
     name: str
@@ -97,7 +97,7 @@ def kind_of(use: UseOf, facts: Facts) -> str:
     return next((kind for kind in (TRAINED, FROZEN_HERE, UNKNOWN) if kind in kinds), FROZEN)
 
 
-def rows_of(facts: Facts) -> list[Row]:
+def rows_of(facts: Facts) -> list[MapRow]:
     """The rows, with those closed that would make the map too long to begin with."""
     rows = list(_layers(facts))
     drawn: set[str] = set()
@@ -110,13 +110,13 @@ def rows_of(facts: Facts) -> list[Row]:
     for name, group in ((UNUSED, [w for w in left if not w.state]), (STATE, [w for w in left if w.state])):
         if group:
             heading = len(rows)
-            rows.append(Row(name, 0, None, heading=True, end=heading + 1 + len(group)))
-            rows += [Row("", 1, heading, weights=[weight], end=heading + 2 + n) for n, weight in enumerate(group)]
+            rows.append(MapRow(name, 0, None, heading=True, end=heading + 1 + len(group)))
+            rows += [MapRow("", 1, heading, weights=[weight], end=heading + 2 + n) for n, weight in enumerate(group)]
     _close(rows, {weight.place for weight in facts.shared()})
     return rows
 
 
-def _layers(facts: Facts) -> Iterator[Row]:
+def _layers(facts: Facts) -> Iterator[MapRow]:
     root = _Node("")
     # The names in a file of another library's may be joined by dots.
     separator = "/" if facts.ties or any("/" in use.layer for use in facts.uses) else "."
@@ -126,8 +126,8 @@ def _layers(facts: Facts) -> Iterator[Row]:
     for use in facts.uses:
         root.below(use.layer.split(separator)).uses.append(use)
     count = 0
-    open_headings: list[Row] = []
-    todo: list[tuple[_Node, Row | None, int | None] | None] = [(child, None, None) for child in root.inner()]
+    open_headings: list[MapRow] = []
+    todo: list[tuple[_Node, MapRow | None, int | None] | None] = [(child, None, None) for child in root.inner()]
     while todo:
         entry = todo.pop()
         if entry is None:
@@ -140,12 +140,12 @@ def _layers(facts: Facts) -> Iterator[Row]:
             names.append(node.name)
         name = separator.join(names) or facts.name
         path, depth = (f"{above.path}{separator}{name}", above.depth + 1) if above else (name, 0)
-        heading = Row(name, depth, parent, kind=node.kind, heading=True, path=path)
+        heading = MapRow(name, depth, parent, kind=node.kind, heading=True, path=path)
         yield heading
         number, count = count, count + 1
         for use in node.uses:
             count += 1
-            yield Row("", depth + 1, number, use=use, end=count)
+            yield MapRow("", depth + 1, number, use=use, end=count)
         open_headings.append(heading)
         todo.append(None)
         todo += [(child, heading, number) for child in node.inner()]
@@ -154,7 +154,7 @@ def _layers(facts: Facts) -> Iterator[Row]:
 # --------------------------------------------------------------------------- what is closed at first
 
 
-def _close(rows: list[Row], shared: set[str]) -> None:
+def _close(rows: list[MapRow], shared: set[str]) -> None:
     """Closes headings so that about `MOST_OPEN` rows are left.
 
     Level by level, all headings are opened if there is room; if not, those with ties; if not, those where a shared
@@ -343,7 +343,7 @@ def solid(count: int, scale: float) -> Heights:
     return Heights(max(count * scale, HAIR), max(count * scale, HAIR / 2))
 
 
-def row_heights(row: Row, scale: float) -> Heights:
+def row_heights(row: MapRow, scale: float) -> Heights:
     """The heights of a row: its use beside the weights that are drawn at it."""
     if row.heading:
         return Heights(HEADING, 0.0)
@@ -357,7 +357,7 @@ def row_heights(row: Row, scale: float) -> Heights:
 
 
 @dataclass(frozen=True)
-class Place:
+class Spot:
     """Where a row is."""
 
     top: float
@@ -366,9 +366,9 @@ class Place:
     """Whether it is a stripe of a closed layer."""
 
 
-def places_of(rows: Sequence[Row], heights: Sequence[Heights], top: float) -> tuple[list[Place], float]:
+def spots_of(rows: Sequence[MapRow], heights: Sequence[Heights], top: float) -> tuple[list[Spot], float]:
     """The place of each row, and where the last ends."""
-    places: list[Place] = []
+    places: list[Spot] = []
     y, number = top, 0
     while number < len(rows):
         row = rows[number]
@@ -377,15 +377,15 @@ def places_of(rows: Sequence[Row], heights: Sequence[Heights], top: float) -> tu
             inside = range(number + 1, row.end)
             stack = sum(heights[inner].closed for inner in inside)
             height = max(HEADING, stack)
-            places.append(Place(y, height, False))
+            places.append(Spot(y, height, False))
             at = y + (height - stack) / 2
             for inner in inside:
-                places.append(Place(at, heights[inner].closed, True))
+                places.append(Spot(at, heights[inner].closed, True))
                 at += heights[inner].closed
             number = row.end
         else:
             height = heights[number].open
-            places.append(Place(y, height, False))
+            places.append(Spot(y, height, False))
             number += 1
         y += height
     return places, y

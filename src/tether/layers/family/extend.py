@@ -22,7 +22,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, Unsupported, received
-from tether.layers.records.variables import FromFile
+from tether.layers.records.own_values import FromFile
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of, stored_variables
 from tether.layers.tying.swap import Rollback

@@ -12,18 +12,17 @@ import keras
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.form import LayerForm
+from tether.layers.family.fill import Provenance, check_rule, describe, filled
 from tether.layers.family.named import (
     Named,
     frozen_weights,
+    layer_pairs,
     named_weights,
-    pairs,
     select,
     select_all,
     take_flags,
     train_only,
 )
-from tether.layers.family.values import Report, check_rule, describe
-from tether.layers.family.values import fill as filled
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, numpy_of, weights_below
 from tether.layers.tying.swap import Rollback
@@ -224,7 +223,7 @@ class _Heir:
         """Copies, then ties; everything is computed before anything of the child is tied."""
         copies: list[tuple[Named, Array]] = []
         ties: dict[str, Expression] = {}
-        report = Report()
+        report = Provenance()
         shared = (self.sources[weight.path].path for weight in self.mine if weight.path in self.shared)
         bases = weights_of(self.parent, dict.fromkeys(shared))
         for weight in self.mine:
@@ -326,7 +325,7 @@ class _Heir:
 
     def _assign_attributes(self) -> None:
         """Copies into the weights that layers of the user's own hold as attributes, which have no name to share by."""
-        for weight, other in pairs(self.child, self.parent) if self.copied else ():
+        for weight, other in layer_pairs(self.child, self.parent) if self.copied else ():
             if isinstance(weight, Weight) and other.is_built and weight.shape in (None, other.shape):
                 weight.give_start(other.shape, other.dtype, "zeros")
                 weight.assign(other.value)
@@ -429,7 +428,7 @@ def _by_form(parent: keras.Layer, form: LayerForm, asked: Config, **others: Any)
     ties = form.weights(given)
     tie(child, ties)
     build_like(child, parent)
-    report = Report()
+    report = Provenance()
     for weight in named_weights(child):
         expression = ties.get(weight.path)
         how = "own" if expression is None else f"combined: {expression.notation()}"

@@ -135,7 +135,7 @@ def tie_what_learns(root: keras.Layer, ties: Mapping[str, Expression], weights: 
     train_only(root, weights, learns, frozen)
 
 
-def pairs(root: keras.Layer, source: Any) -> Iterator[tuple[Any, Any]]:
+def layer_pairs(root: keras.Layer, source: Any) -> Iterator[tuple[Any, Any]]:
     """A layer, and all layers and weights below it, each beside what stands there in a layer that is made alike."""
     waiting, done = [(root, source)], set()
     while waiting:
@@ -153,7 +153,7 @@ def take_flags(root: keras.Layer, source: Any) -> None:
 
     Keras writes a layer's flag into its config, but not the flags of what a layer makes itself, nor those of variables.
     """
-    for layer, other in pairs(root, source):
+    for layer, other in layer_pairs(root, source):
         if isinstance(layer, Weight):
             layer._trainable_flag, layer._container_flag = other._trainable_flag, other._container_flag
             layer.refresh()

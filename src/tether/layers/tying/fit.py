@@ -12,9 +12,9 @@ from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, Unsupported, received
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
+from tether.weights.algebra import invert, is_invertible, solve_shape
 from tether.weights.expression import Expression, known_shape
 from tether.weights.storage import Copy
-from tether.weights.structure import invert, is_invertible, solve_shape
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- start values

@@ -97,7 +97,7 @@ class Penalty:
         """The penalty now, a scalar; 16-bit weights are compared in float32."""
         a, b = evaluate(self.a), evaluate(self.b)
         if tuple(a.shape) != tuple(b.shape):
-            raise ShapeMismatch(misfit(self.a, self.b, tuple(a.shape), tuple(b.shape)))
+            raise ShapeMismatch(penalty_misfit(self.a, self.b, tuple(a.shape), tuple(b.shape)))
         dtype = "float64" if "float64" in (_dtype(a), _dtype(b)) else "float32"
         difference = keras.ops.subtract(keras.ops.cast(a, dtype), keras.ops.cast(b, dtype))
         strength = keras.ops.stop_gradient(keras.ops.cast(evaluate(self.strength), dtype))
@@ -130,7 +130,7 @@ def check(a: Expression, b: Expression, strength: Expression) -> None:
     if a == b:
         raise TetherError(f"{a.notation()} is the same on both sides, so nothing is left to keep close.")
     if a.shape is not None and b.shape is not None and a.shape != b.shape:
-        raise ShapeMismatch(misfit(a, b, a.shape, b.shape))
+        raise ShapeMismatch(penalty_misfit(a, b, a.shape, b.shape))
     for part in (a, b):
         if part.dtype is not None and not keras_seam.is_float(part.dtype):
             raise TetherError(f"A soft tie is for floating-point weights; {part.notation()} is of dtype {part.dtype}.")
@@ -143,7 +143,7 @@ def check(a: Expression, b: Expression, strength: Expression) -> None:
             raise TetherError(f"The strength of a soft tie is 0 or more. {received(strength=number)}")
 
 
-def misfit(a: Expression, b: Expression, shape: tuple[int, ...], other: tuple[int, ...]) -> str:
+def penalty_misfit(a: Expression, b: Expression, shape: tuple[int, ...], other: tuple[int, ...]) -> str:
     """Says that two shapes differ, and what may be meant."""
     hint = f" Did you mean {b.T.notation()}?" if shape == tuple(reversed(other)) else ""
     return f"{a.notation()} has shape {shape}, but {b.notation()} has shape {other}.{hint}"

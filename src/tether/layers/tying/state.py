@@ -87,7 +87,7 @@ class View(keras_seam.Variable):
         return how(part)
 
     def assign(self, value: Any) -> Any:
-        """Stores a value through the expression.
+        """StoredChange a value through the expression.
 
         Raises:
             NotInvertible: The expression has no inverse.
@@ -252,7 +252,7 @@ class Tie:
 
 
 @dataclass(eq=False)
-class Slot:
+class ViewSlot:
     """A view, and the position that its variable has or would have in the layer's lists."""
 
     view: View
@@ -268,7 +268,7 @@ class State:
     """The ties of one layer: those that wait for a variable, and those that have one."""
 
     pending: dict[tuple[str, ...], Tie] = field(default_factory=dict)
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[ViewSlot] = field(default_factory=list)
     recorded: dict[tuple[str, ...], Tie] = field(default_factory=dict)
     """The ties recorded on this layer, for it and for layers below it, by their paths from here."""
     lent: list[tuple[Tie, tuple[str, ...]]] = field(default_factory=list)

@@ -18,7 +18,7 @@ import keras
 from tether import keras_seam
 from tether.errors import UnknownName
 from tether.layers.tying import paths
-from tether.layers.tying.state import STATE, Slot, State, Tie, View, hang_weights, ordered_variables, weights_below
+from tether.layers.tying.state import STATE, State, Tie, View, ViewSlot, hang_weights, ordered_variables, weights_below
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- exchanging
@@ -38,7 +38,7 @@ def swapped(layers: Iterable[keras.Layer]) -> Iterator[None]:
     """
     before = {id(layer): (layer, list(layer.variables)) for layer in (layers if keras_seam.LISTS_PARAMETERS else ())}
     yield
-    changes = [keras_seam.Change(layer, stored, list(layer.variables)) for layer, stored in before.values()]
+    changes = [keras_seam.StoredChange(layer, stored, list(layer.variables)) for layer, stored in before.values()]
     keras_seam.list_parameters_again(changes)
 
 
@@ -60,7 +60,7 @@ def exchange(layer: keras.Layer, state: State, old: Any, new: Any, asked: Tie | 
     if slot is None:
         store, index = _position(layer, state, old)
         keras_seam.untrack(layer, old)
-        slot = Slot(new, store, index, asked)  # type: ignore[arg-type]
+        slot = ViewSlot(new, store, index, asked)  # type: ignore[arg-type]
         state.slots.append(slot)
     elif isinstance(new, View):
         slot.view, slot.tie = new, asked  # type: ignore[assignment]
@@ -198,7 +198,7 @@ class Rollback:
             _refill(container, content)
         keras_seam.list_parameters_again(
             [
-                keras_seam.Change(layer, left, list(layer.variables))
+                keras_seam.StoredChange(layer, left, list(layer.variables))
                 for layer, left in zip(self.targets, stored, strict=True)
             ]
         )

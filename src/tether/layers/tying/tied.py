@@ -16,7 +16,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import UnknownName, Unsupported, received
-from tether.layers.records import variables
+from tether.layers.records import own_values
 from tether.layers.records.record import encode_ties
 from tether.layers.tying import paths
 from tether.layers.tying.fit import (
@@ -30,10 +30,10 @@ from tether.layers.tying.fit import (
 from tether.layers.tying.state import (
     STATE,
     WEIGHTS,
-    Slot,
     State,
     Tie,
     View,
+    ViewSlot,
     arguments_by_name,
     from_above,
     hang_weights,
@@ -211,7 +211,7 @@ class Tied:
         if state is None:
             super().save_own_variables(store)  # type: ignore[misc]
         else:
-            variables.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
+            own_values.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what this layer wrote, or what it wrote before it was tied."""
@@ -219,7 +219,7 @@ class Tied:
         if state is None:
             super().load_own_variables(store)  # type: ignore[misc]
         else:
-            variables.load(self, state, store, super().save_own_variables, super().load_own_variables)  # type: ignore[misc]
+            own_values.load(self, state, store, super().save_own_variables, super().load_own_variables)  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Config) -> Any:
@@ -319,7 +319,7 @@ def own_entries(saveable: Any) -> dict[str, Any]:
     """What a Keras object writes of its own, by key; in a tied layer with views at the places of what it leaves out."""
     state = state_of(saveable) if isinstance(saveable, Tied) else None
     if state is not None:
-        return variables.entries(saveable, state, super(Tied, saveable).save_own_variables)
+        return own_values.entries(saveable, state, super(Tied, saveable).save_own_variables)
     found: dict[str, Any] = {}
     saveable.save_own_variables(found)
     return found
@@ -439,7 +439,7 @@ def hand_out(layer: keras.Layer, state: State, asked: Tie, **kwargs: Any) -> Vie
     )
     _pass_constraint(constraint, expression)
     keras_seam.note_new_use()
-    state.slots.append(Slot(view, store, index, asked, named=True))
+    state.slots.append(ViewSlot(view, store, index, asked, named=True))
     _register(layer, view)
     hang_weights(layer)
     return view

@@ -12,7 +12,7 @@ from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.layers.family.lambda_layer import Lambda
 from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer
-from tether.layers.tying.state import STATE, Slot, State, Tie, View, arguments_in, state_of
+from tether.layers.tying.state import STATE, State, Tie, View, ViewSlot, arguments_in, state_of
 from tether.layers.tying.swap import Rollback, exchange, swapped
 from tether.layers.tying.tie import drop_void_penalties, has_penalties
 from tether.layers.tying.tied import base_class, drop_use, take_arguments, takes_arguments
@@ -78,7 +78,7 @@ def _untie_some(layer: keras.Layer, names: tuple[str, ...]) -> None:
         _clear_up(layer, affected)
 
 
-def _asked_for(layer: keras.Layer, name: str, place: paths.Place) -> tuple[paths.Place, Tie, Slot | None]:
+def _asked_for(layer: keras.Layer, name: str, place: paths.Place) -> tuple[paths.Place, Tie, ViewSlot | None]:
     """The tie that is to end, and the slot of its view if the layer is built."""
     state = state_of(place.layer)
     if state is not None and place.variable is None and place.leaf in state.pending:
@@ -142,7 +142,7 @@ def materialize(layer: AnyLayer) -> AnyLayer:
     return copy
 
 
-def _give_back(layer: keras.Layer, state: State, slot: Slot) -> None:
+def _give_back(layer: keras.Layer, state: State, slot: ViewSlot) -> None:
     """Makes a plain variable in the place of a view."""
     view = slot.view
     variable = plain_variable(view)

@@ -12,7 +12,7 @@ import numpy as np
 from tether import keras_seam
 from tether.inspection.checking.context import Captured, Context
 from tether.inspection.checking.finding import Finding, Severity, arranged, in_words, rule
-from tether.inspection.checking.values import FEWEST, Likeness, Values, alike, is_equal, tolerance_of
+from tether.inspection.checking.samples import FEWEST, Likeness, Readable, alike, is_equal, sample_tolerance
 from tether.inspection.facts import StoredWeight
 
 STALE = 0.9
@@ -88,7 +88,7 @@ def frozen_constant(context: Context) -> Iterator[Finding]:
     if not candidates:
         return
     weights = [weight for weight in context.weights if weight.place in context.values and _is_float(weight.dtype)]
-    known: list[Values] = [context.values[weight.place] for weight in weights]
+    known: list[Readable] = [context.values[weight.place] for weight in weights]
     arrays = [values for _, values in candidates]
     count = len(known)
     best: dict[int, Likeness] = {}
@@ -99,13 +99,13 @@ def frozen_constant(context: Context) -> Iterator[Finding]:
     for place, found in sorted(best.items()):
         captured, values = candidates[place - count]
         weight = weights[found.first]
-        tolerance = tolerance_of(weight.dtype, _dtype(captured.found.value))
+        tolerance = sample_tolerance(weight.dtype, _dtype(captured.found.value))
         equal = is_equal(known[found.first], values, found, tolerance)
         if equal or math.prod(values.shape) >= MANY:
             yield _frozen(context, captured, weight, found, equal)
 
 
-def _candidates(context: Context) -> Iterator[tuple[Captured, Values]]:
+def _candidates(context: Context) -> Iterator[tuple[Captured, Readable]]:
     """The arrays of numbers that could be those of a weight."""
     for captured in context.captured:
         value = captured.found.value

@@ -11,7 +11,7 @@ import numpy as np
 from tether import keras_seam
 from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding, Severity, arranged, in_words, rule
-from tether.inspection.checking.values import Likeness, Values, alike, is_equal, tolerance_of
+from tether.inspection.checking.samples import Likeness, Readable, alike, is_equal, sample_tolerance
 from tether.inspection.facts import StoredWeight
 from tether.layers.tying.state import state_of
 
@@ -109,7 +109,7 @@ def quantized_beside_float(context: Context) -> Iterator[Finding]:
                 )
     weights = [weight for weight in context.weights if weight.place in context.values and len(weight.shape) > 1]
     kinds = ["int" in weight.dtype for weight in weights]
-    values: list[Values] = [context.values[weight.place] for weight in weights]
+    values: list[Readable] = [context.values[weight.place] for weight in weights]
     for found in alike(values, ROUNDED, lambda first, second: kinds[first] != kinds[second]):
         first, second = weights[found.first], weights[found.second]
         rounded, other = (first, second) if kinds[found.first] else (second, first)
@@ -136,7 +136,7 @@ def equal_pairs(context: Context) -> list[Pair]:
     Of several that are equal, each is paired with the first one only.
     """
     weights = [w for w in context.weights if keras_seam.is_float(w.dtype) and w.place in context.values]
-    values: list[Values] = [context.values[weight.place] for weight in weights]
+    values: list[Readable] = [context.values[weight.place] for weight in weights]
     found: list[Pair] = []
     paired: set[int] = set()
     likenesses = alike(values, NEARLY, lambda first, second: True)
@@ -144,7 +144,9 @@ def equal_pairs(context: Context) -> list[Pair]:
         first, second = weights[likeness.first], weights[likeness.second]
         if likeness.first in paired or likeness.second in paired:
             continue
-        if is_equal(values[likeness.first], values[likeness.second], likeness, tolerance_of(first.dtype, second.dtype)):
+        if is_equal(
+            values[likeness.first], values[likeness.second], likeness, sample_tolerance(first.dtype, second.dtype)
+        ):
             paired.add(likeness.second)
             found.append((first, second, likeness))
     return found

@@ -13,12 +13,12 @@ import keras
 from tether import keras_seam
 from tether.errors import UnknownName
 from tether.inspection.checking.context import Context
-from tether.inspection.checking.finding import Finding, code_of, rule
-from tether.inspection.checking.values import is_zero
+from tether.inspection.checking.finding import Finding, as_code, rule
+from tether.inspection.checking.samples import is_zero
 from tether.inspection.facts import StoredWeight
 from tether.layers.records import verification
 from tether.layers.tying import paths
-from tether.layers.tying.state import Slot, Tie, View, state_of, stored_variables
+from tether.layers.tying.state import Tie, View, ViewSlot, state_of, stored_variables
 from tether.layers.tying.tied import Tied, base_class
 from tether.weights.expression import Expression, Node, is_view, program
 from tether.weights.weight import Weight
@@ -51,7 +51,7 @@ def lost_tie(context: Context) -> Iterator[Finding]:
                 yield Finding("lost-tie", "error", where, why, mend)
 
 
-def _why_lost(layer: keras.Layer, slot: Slot) -> str | None:
+def _why_lost(layer: keras.Layer, slot: ViewSlot) -> str | None:
     """What has become of a view; `None` if the layer reads it."""
     notation = slot.view.expression.notation()
     if not isinstance(layer, Tied):
@@ -97,7 +97,7 @@ MADE_ANEW = (
 
 def _code(context: Context, expression: Expression) -> str:
     known = {w: context.weight_code(w.variable) for w in expression.weights_used() if w.is_built}
-    return code_of(expression, known)
+    return as_code(expression, known)
 
 
 @rule("view-kept-by-parent", "a layer that keeps the weight of a tied layer as an attribute of its own")
@@ -353,7 +353,7 @@ def _record(context: Context, lost: verification.Unrecorded) -> str:
         return "tether.files.save_model(model, path)  # says what to change in the layer that makes the weight"
     layer, path = outer
     known = {w: context.weight_code(w.variable) for w in lost.expression.weights_used() if w.is_built}
-    return f"tether.tie({context.layer_code(layer)}, {{{'/'.join(path)!r}: {code_of(lost.expression, known)}}})"
+    return f"tether.tie({context.layer_code(layer)}, {{{'/'.join(path)!r}: {as_code(lost.expression, known)}}})"
 
 
 @rule("orphan-variable", "a variable that a layer tracks and nothing reads")

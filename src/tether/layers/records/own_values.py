@@ -20,9 +20,9 @@ from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.tying.state import State, View, from_above, ordered_variables
 from tether.types import Array, Config
+from tether.weights.algebra import invert, put
 from tether.weights.codec import encode
 from tether.weights.identity import told_by_file
-from tether.weights.structure import invert, put
 from tether.weights.weight import Weight
 
 

@@ -20,7 +20,7 @@ Rule = str | Callable[[Array, Array], Any] | None
 RULES = ("zeros", "initializer", "mean")
 
 
-def fill(value: Array, start: Array, rule: Rule) -> Array:
+def filled(value: Array, start: Array, rule: Rule) -> Array:
     """A value of one shape in an array of another.
 
     Args:
@@ -42,7 +42,7 @@ def fill(value: Array, start: Array, rule: Rule) -> Array:
 
     Example:
     ```python
-    fill(np.array([1.0, 3.0]), np.zeros(3), "mean")  # [1., 3., 2.]
+    filled(np.array([1.0, 3.0]), np.zeros(3), "mean")  # [1., 3., 2.]
     ```
     """
     check_rule(rule)
@@ -123,7 +123,7 @@ def _extended_by_means(value: Array, before: tuple[int, ...], start: Array) -> A
 
 
 @dataclass(frozen=True)
-class Row:
+class Origin:
     """One weight of the target: where its values come from, and how."""
 
     target: str
@@ -134,7 +134,7 @@ class Row:
 
 
 @dataclass
-class Report:
+class Provenance:
     """What came from where, one row for each weight of the target. Its text is a table.
 
     Example:
@@ -146,7 +146,7 @@ class Report:
     ```
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Origin] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     """The paths of the source's weights that nothing took."""
 
@@ -159,15 +159,15 @@ class Report:
         how: str,
     ) -> None:
         """Appends a row."""
-        self.rows.append(Row(target, shape, source, source_shape, how))
+        self.rows.append(Origin(target, shape, source, source_shape, how))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Origin]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, target: str) -> Row:
+    def __getitem__(self, target: str) -> Origin:
         """The row of a weight of the target, by its path."""
         for row in self.rows:
             if row.target == target:
@@ -186,8 +186,8 @@ class Report:
         return "\n".join(lines)
 
 
-def _cells(row: Row) -> tuple[Any, ...]:
+def _cells(row: Origin) -> tuple[Any, ...]:
     return row.target, row.shape, row.source, row.source_shape, row.how
 
 
-__all__ = ["RULES", "Array", "Report", "Row", "Rule", "check_rule", "describe", "fill"]
+__all__ = ["RULES", "Array", "Origin", "Provenance", "Rule", "check_rule", "describe", "filled"]

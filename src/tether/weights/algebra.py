@@ -43,7 +43,7 @@ from tether.weights.operators.structure import Cast, Einsum, Where
 
 
 def assign(expression: Expression, value: Any) -> None:
-    """Stores `value` in the weights so that the expression evaluates to it. Nothing changes if it cannot be."""
+    """StoredChange `value` in the weights so that the expression evaluates to it. Nothing changes if it cannot be."""
     shape = known_shape(expression)
     value = keras.ops.convert_to_tensor(value)
     if tuple(value.shape) != shape:
@@ -173,7 +173,7 @@ class Split:
     """What stands in for the base: where it has the base's value, the node has it too."""
 
 
-def split(expression: Expression) -> Split | None:
+def split_sum(expression: Expression) -> Split | None:
     """The base of a node and what was added to it; `None` if that cannot be told, or nothing was."""
     if isinstance(expression, Adapted):
         return _split(expression.base, list(expression.operands[1:]))
@@ -301,7 +301,7 @@ def base_of(expression: Expression) -> Stored | None:
         if isinstance(current, (StopGradient, ScaleGradient)) or _is_between_floats(current):
             current = current.operands[0]  # type: ignore[attr-defined]
             continue
-        found = split(current)
+        found = split_sum(current)
         if found is None or found.copies:
             return None
         current = found.base
@@ -327,7 +327,7 @@ def put(expression: Expression, value: Tensor) -> dict[Stored, Tensor]:
 
 def _heirs(node: Node) -> tuple[Expression, ...]:
     """The parts of a node without an inverse that take its value."""
-    found = split(node)
+    found = split_sum(node)
     return () if found is None or found.base.shape != node.shape else (found.base, *found.copies)
 
 
@@ -338,7 +338,7 @@ def added_weights(expression: Expression) -> set[Stored]:
     waiting = [expression]
     while waiting:
         current = waiting.pop()
-        found = split(current)
+        found = split_sum(current)
         if isinstance(current, Stored):
             kept.add(current)
         elif found is not None:
@@ -359,4 +359,4 @@ def is_added(weight: Stored) -> bool:
 provide(assign=assign)
 
 
-__all__ = ["MADE", "Split", "added_weights", "as_it_is", "base_of", "is_added", "put", "split"]
+__all__ = ["MADE", "Split", "added_weights", "as_it_is", "base_of", "is_added", "put", "split_sum"]

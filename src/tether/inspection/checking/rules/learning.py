@@ -13,11 +13,11 @@ import numpy as np
 
 from tether import keras_seam
 from tether.inspection.checking.context import Context
-from tether.inspection.checking.finding import Finding, code_of, rule
-from tether.inspection.checking.values import deviation
+from tether.inspection.checking.finding import Finding, as_code, rule
+from tether.inspection.checking.samples import deviation
 from tether.inspection.facts import Shape, Slot, StoredWeight
 from tether.inspection.live import aliases
-from tether.layers.training import still
+from tether.layers.liveness import still
 from tether.layers.tying import paths
 from tether.layers.tying.state import stored_variables
 from tether.weights.operators.arithmetic import ScaleGradient
@@ -126,7 +126,7 @@ def _scaled(context: Context, views: list[Any], scale: float) -> str:
     names = {weight: f"w{number}" if number else "w" for number, weight in enumerate(weights)}
     lines = [f"{name} = {context.weight_code(weight.variable)}" for weight, name in names.items()]
     for view in views:
-        layer, code = view.use.layer(), code_of(view.expression, names)
+        layer, code = view.use.layer(), as_code(view.expression, names)
         path = view.path if layer is None else context.use_path(layer, view)
         code = f"({code})" if " " in code else code
         lines.append(f"tether.tie(model, {{{path!r}: {code}.scale_gradient({scale:.3g})}})")

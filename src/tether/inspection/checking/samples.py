@@ -38,7 +38,7 @@ BLOCK = 1 << 20
 """Elements that are compared at a time."""
 
 
-class Values(Protocol):
+class Readable(Protocol):
     """Something with values that can be read in parts."""
 
     shape: Shape
@@ -92,7 +92,7 @@ class Likeness:
         return self.axes == tuple(range(len(self.axes)))
 
 
-def samples(values: Sequence[Values]) -> Iterator[list[Sample]]:
+def samples(values: Sequence[Readable]) -> Iterator[list[Sample]]:
     """The samples of weights that could be arrangements of each other, group by group."""
     groups: dict[Shape, list[int]] = defaultdict(list)
     for index, value in enumerate(values):
@@ -103,7 +103,7 @@ def samples(values: Sequence[Values]) -> Iterator[list[Sample]]:
             yield [sample for index in members for sample in _samples_of(index, values[index], shape)]
 
 
-def _samples_of(index: int, value: Values, shape: Shape) -> list[Sample]:
+def _samples_of(index: int, value: Readable, shape: Shape) -> list[Sample]:
     found: list[Sample] = []
     places = _places(shape)
     for axes in itertools.permutations(range(len(shape))):
@@ -126,7 +126,7 @@ def _places(shape: Shape) -> tuple[Array, ...]:
     return tuple(np.unravel_index(flat, shape))
 
 
-def alike(values: Sequence[Values], least: float, pairs: Callable[[int, int], bool]) -> Iterator[Likeness]:
+def alike(values: Sequence[Readable], least: float, pairs: Callable[[int, int], bool]) -> Iterator[Likeness]:
     """The pairs of weights whose samples correlate at least so much, the second after the first in the list.
 
     Args:
@@ -163,7 +163,7 @@ def _likeness(base: Sample, other: Sample, correlation: float) -> Likeness:
     return Likeness(base.index, other.index, axes, scale, correlation)
 
 
-def is_equal(first: Values, second: Values, likeness: Likeness, tolerance: float) -> bool:
+def is_equal(first: Readable, second: Readable, likeness: Likeness, tolerance: float) -> bool:
     """Whether `second` is `scale * first.transpose(axes)` everywhere; to the bit if the scale is 1."""
     rows = max(1, BLOCK // max(1, math.prod(second.shape[1:])))
     everything = [slice(None)] * len(second.shape)
@@ -183,20 +183,20 @@ def is_equal(first: Values, second: Values, likeness: Likeness, tolerance: float
     return True
 
 
-def tolerance_of(*dtypes: str) -> float:
+def sample_tolerance(*dtypes: str) -> float:
     """The relative error of a product in the coarsest of these dtypes."""
     bits = {"bfloat16": 2**-7, "float16": 2**-9, "float64": 1e-12}
     return max((bits.get(dtype, 1e-6) for dtype in dtypes), default=1e-6)
 
 
-def deviation(value: Values) -> float:
+def deviation(value: Readable) -> float:
     """The standard deviation of some thousands of a weight's elements."""
     size = math.prod(value.shape)
     flat = np.arange(size) if size <= 8 * SAMPLE else np.random.default_rng(size).integers(0, size, 8 * SAMPLE)
     return float(np.std(np.asarray(value.at(np.unravel_index(flat, value.shape)), dtype="float64")))
 
 
-def is_zero(value: Values) -> bool:
+def is_zero(value: Readable) -> bool:
     """Whether every element is zero; the first that is not ends the reading."""
     rows = max(1, BLOCK // max(1, math.prod(value.shape[1:])))
     rest = (slice(None),) * (len(value.shape) - 1)
@@ -231,7 +231,7 @@ class _Dataset:
 
 
 @contextlib.contextmanager
-def opened(path: Path, facts: Facts) -> Iterator[dict[str, Values]]:
+def opened_samples(path: Path, facts: Facts) -> Iterator[dict[str, Readable]]:
     """The values of a file by their places, as long as the file is open."""
     if path.name.endswith(".safetensors"):
         yield dict(_safetensors(path, facts))
@@ -240,7 +240,7 @@ def opened(path: Path, facts: Facts) -> Iterator[dict[str, Values]]:
         yield {weight.place: _Dataset(path, file[weight.place], weight.shape, weight.dtype) for weight in facts.weights}
 
 
-def _safetensors(path: Path, facts: Facts) -> Iterator[tuple[str, Values]]:
+def _safetensors(path: Path, facts: Facts) -> Iterator[tuple[str, Readable]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
