@@ -35,7 +35,7 @@ class Commands(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a command."""
+        """Runs a command, and makes one line of what goes wrong."""
         try:
             return super().invoke(ctx)
         except Exception as error:

@@ -22,7 +22,7 @@ __all__ = ["compose"]
 
 
 class Compose(LayerForm):
-    """See `compose`."""
+    """What `tether.forms.compose` makes: the expression, and weights of its own."""
 
     def __init__(self, units: int, activation: Any, use_bias: bool, kernel_initializer: Any) -> None:
         self.units, self.activation, self.use_bias = as_rank(units, "units"), activation, bool(use_bias)

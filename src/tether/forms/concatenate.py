@@ -21,7 +21,7 @@ from tether.weights.expression import Expression
 
 
 class ConcatenateForm(LayerForm):
-    """See `concatenate`."""
+    """What `tether.forms.concatenate` makes: the expression, and weights of its own."""
 
     def __init__(self, units: int, kernel_initializer: Any, bias_initializer: Any) -> None:
         self.units = as_rank(units, "units")

@@ -19,7 +19,7 @@ __all__ = ["dora"]
 
 
 class Dora(Form):
-    """See `dora`."""
+    """What `tether.forms.dora` makes: the expression, and weights of its own."""
 
     def __init__(self, direction: LowRank) -> None:
         self.direction = direction

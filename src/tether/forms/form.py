@@ -47,7 +47,6 @@ class AddedForm(Form):
         raise TypeError(f"{type(self).__name__} does not say what it adds.")
 
     def __call__(self, base: Expression) -> Expression:
-        """`base + delta(base)`."""
         base = base_expression(self, base)
         return base + self.delta(base)
 
@@ -88,7 +87,6 @@ class ScalingForm(Form):
         raise TypeError(f"{type(self).__name__} does not say what it multiplies with.")
 
     def __call__(self, base: Expression) -> Expression:
-        """`base * factor(base)`."""
         base = base_expression(self, base)
         return base * self.factor(base)
 

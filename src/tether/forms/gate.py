@@ -23,7 +23,7 @@ __all__ = ["gate"]
 
 
 class Gate(Form):
-    """See `gate`."""
+    """What `tether.forms.gate` makes: the expression, and weights of its own."""
 
     def __init__(self, start: Any, per: str, split: int | None) -> None:
         if not isinstance(start, (float, np.floating)) or not 0 < start < 1:

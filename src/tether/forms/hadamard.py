@@ -17,7 +17,7 @@ __all__ = ["hadamard"]
 
 
 class Hadamard(AddedForm):
-    """See `hadamard`."""
+    """What `tether.forms.hadamard` makes: the expression, and weights of its own."""
 
     def __init__(self, rank: int, alpha: float | None, split: int | None, seed: int | None) -> None:
         self.rank, self.alpha, self.split, self.seed = as_rank(rank), as_alpha(alpha), split, seed

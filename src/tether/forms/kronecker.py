@@ -20,7 +20,7 @@ __all__ = ["kronecker"]
 
 
 class Kronecker(AddedForm):
-    """See `kronecker`."""
+    """What `tether.forms.kronecker` makes: the expression, and weights of its own."""
 
     def __init__(
         self, rank: int | None, alpha: float | None, factor: int | None, split: int | None, seed: int | None

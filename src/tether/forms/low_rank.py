@@ -31,7 +31,7 @@ __all__ = ["low_rank"]
 
 
 class LowRank(AddedForm):
-    """See `low_rank`."""
+    """What `tether.forms.low_rank` makes: the expression, and weights of its own."""
 
     def __init__(self, rank: int, alpha: float | None, rank_stabilized: bool, start: Any, split: int | None, seed: Any):
         self.rank, self.alpha, self.rank_stabilized = as_rank(rank), as_alpha(alpha), bool(rank_stabilized)

@@ -24,7 +24,7 @@ __all__ = ["masked"]
 
 
 class Masked(Form):
-    """See `masked`."""
+    """What `tether.forms.masked` makes: the expression, and weights of its own."""
 
     def __init__(self, mask: Any, outside: str) -> None:
         if outside not in ("zero", "parent"):
@@ -35,7 +35,6 @@ class Masked(Form):
         self.mask, self.outside = array.astype(bool), outside
 
     def __call__(self, base: Expression) -> Expression:
-        """The masked weight."""
         base = base_expression(self, base)
         shape = shape_of_base(self, base)
         try:

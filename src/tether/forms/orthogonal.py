@@ -47,7 +47,6 @@ class _Orthogonal(Float32Node):
         return shapes[0]
 
     def compute_wide(self, *values: Tensor) -> Tensor:
-        """The orthogonal matrix."""
         x, *rest = values
         wide = x.shape[0] < x.shape[1]
         q = self.tall(keras.ops.transpose(x) if wide else x, *rest)
@@ -144,7 +143,7 @@ class Cayley(_Orthogonal):
 
 
 class Orthogonal(Form):
-    """See `orthogonal`."""
+    """What `tether.forms.orthogonal` makes: the expression, and weights of its own."""
 
     def __init__(self, map: str, split: int | None) -> None:
         if map not in ("householder", "cayley"):

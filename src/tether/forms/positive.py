@@ -19,21 +19,18 @@ __all__ = ["positive"]
 
 @register
 class Softplus(Float32Node):
-    """`log(1 + exp(x))`."""
+    """Each number `x` as `log(1 + exp(x))`."""
 
     name = "softplus"
     __slots__ = ()
 
     def infer_shape(self, *shapes: Shape) -> Shape:
-        """That of the operand."""
         return shapes[0]
 
     def compute_wide(self, *values: Tensor) -> Tensor:
-        """The softplus."""
         return keras.ops.softplus(values[0])
 
     def operand_shape(self, shape: Shape) -> Shape | None:
-        """The same shape."""
         return shape
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -45,10 +42,9 @@ class Softplus(Float32Node):
 
 
 class Positive(Form):
-    """See `positive`."""
+    """What `tether.forms.positive` makes: the expression, and weights of its own."""
 
     def __call__(self, base: Expression) -> Expression:
-        """`softplus(base)`."""
         return Softplus(base_expression(self, base))
 
 

@@ -20,7 +20,7 @@ __all__ = ["scale"]
 
 
 class Scale(ScalingForm):
-    """See `scale`."""
+    """What `tether.forms.scale` makes: the expression, and weights of its own."""
 
     def __init__(self, axis: Any) -> None:
         if axis is None:

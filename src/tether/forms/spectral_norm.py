@@ -87,7 +87,6 @@ class SpectralNorm(Float32Node, StatefulNode):
         return keras.ops.divide(matrix, keras.ops.sum(keras.ops.multiply(v, keras.ops.matmul(matrix, u))))
 
     def format(self, *terms: Term) -> Term:
-        """`spectral_norm(w)`."""
         return Term(f"spectral_norm({terms[0].text})")
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -101,7 +100,7 @@ class SpectralNorm(Float32Node, StatefulNode):
 
 
 class SpectralNormForm(Form):
-    """See `spectral_norm`."""
+    """What `tether.forms.spectral_norm` makes: the expression, and weights of its own."""
 
     def __init__(self, iterations: int, epsilon: float, split: int | None, seed: int | None) -> None:
         self.iterations, self.epsilon, self.split, self.seed = as_rank(iterations, "iterations"), epsilon, split, seed

@@ -20,7 +20,7 @@ __all__ = ["symmetric"]
 
 @register
 class Symmetric(Node):
-    """The upper triangle, mirrored."""
+    """The upper triangle of a matrix, mirrored to the lower."""
 
     name = "symmetric"
 
@@ -54,7 +54,7 @@ class Symmetric(Node):
 
 
 class SymmetricForm(Form):
-    """See `symmetric`."""
+    """What `tether.forms.symmetric` makes: the expression, and weights of its own."""
 
     def __call__(self, base: Expression) -> Expression:
         """The base's upper triangle, mirrored."""

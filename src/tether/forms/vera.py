@@ -22,7 +22,7 @@ __all__ = ["vera"]
 
 
 class Vera(AddedForm):
-    """See `vera`."""
+    """What `tether.forms.vera` makes: the expression, and weights of its own."""
 
     def __init__(self, rank: int, size: Any, split: int | None, seed: int | None) -> None:
         self.rank, self.split, self.seed = as_rank(rank), split, seed

@@ -69,11 +69,9 @@ class NormRatio(_OverNorms):
     __slots__ = ()
 
     def infer_shape(self, *shapes: Shape) -> Shape:
-        """That of the lengths."""
         return super().infer_shape(*shapes)[self.parameters["rows"] :]
 
     def compute_wide(self, *values: Tensor) -> Tensor:
-        """The ratios."""
         return self.ratio(*values)
 
 
@@ -85,7 +83,6 @@ class Magnitude(_OverNorms):
     __slots__ = ()
 
     def compute_wide(self, *values: Tensor) -> Tensor:
-        """The directions, scaled."""
         return keras.ops.multiply(values[0], self.ratio(*values))
 
     def expanded(self) -> Expression:
@@ -108,7 +105,7 @@ def norms_of(array: Array, rows: int) -> Array:
 
 
 class WeightNorm(Form):
-    """See `weight_norm`."""
+    """What `tether.forms.weight_norm` makes: the expression, and weights of its own."""
 
     def __call__(self, base: Expression) -> Expression:
         """`g · V / ‖V‖`, where V is the base."""

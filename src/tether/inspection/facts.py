@@ -57,7 +57,7 @@ class StoredThing:
 
 @dataclass(frozen=True)
 class Slot(StoredThing):
-    """What an optimizer keeps."""
+    """What an optimizer keeps for one variable."""
 
     name: str | None = None
     """Such as `momentums`."""
@@ -69,7 +69,7 @@ class Slot(StoredThing):
 
 @dataclass(frozen=True)
 class StoredWeight(StoredThing):
-    """A stored weight."""
+    """One weight, stored once, with what says how it trains."""
 
     path: str | None = None
     """The path of its variable: `codec`, `encode/bias`; the weight's name in a file that tells no more."""
@@ -178,7 +178,7 @@ class Facts:
 
     @property
     def stored_bytes(self) -> int:
-        """What all weights take."""
+        """The bytes that all weights take, each counted once."""
         return sum(weight.bytes for weight in self.weights)
 
     @property
@@ -188,7 +188,7 @@ class Facts:
 
     @property
     def optimizer_bytes(self) -> int:
-        """What the optimizer keeps."""
+        """The bytes of what the optimizer keeps."""
         return sum(slot.bytes for slot in self.optimizer)
 
     def to_json(self) -> Config:

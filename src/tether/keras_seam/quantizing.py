@@ -92,7 +92,7 @@ def take_over_quantize(layer: keras.Layer) -> None:
 
 
 def give_back_quantize(layer: keras.Layer) -> None:
-    """Undoes `take_over_quantize`."""
+    """Undoes `take_over_quantize`: the layer has Keras's own method again."""
     original = getattr(layer.quantize, "original", None)
     if original is not None:
         set_untracked(layer, "quantize", original)

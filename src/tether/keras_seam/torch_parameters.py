@@ -63,7 +63,7 @@ def without_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def only_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
-    """What `without_parameters` leaves out."""
+    """The list of parameters alone: what `without_parameters` leaves out."""
     return {key: value for key, value in modules.items() if key == LIST}
 
 

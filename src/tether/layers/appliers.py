@@ -124,7 +124,7 @@ Shape = tuple[int | None, ...]
 
 
 def dense_problem(shape: Shape, **call: Any) -> Problem:
-    """Rows times a matrix."""
+    """Rows of any number of axes times a matrix."""
     rows = tuple(f"b{axis}" for axis in range(len(shape) - 1))
     return Problem((*rows, "i"), ("i", "o"), (*rows, "o"), shape, **call)
 
@@ -163,7 +163,7 @@ def _is_quicker_here(inputs: Tensor) -> bool:
 
 
 def dense_call(base: type[keras.Layer]) -> Function:
-    """`Dense.call`."""
+    """`Dense.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, dense_problem)
@@ -175,7 +175,7 @@ def dense_call(base: type[keras.Layer]) -> Function:
 
 
 def einsum_dense_call(base: type[keras.Layer]) -> Function:
-    """`EinsumDense.call`."""
+    """`EinsumDense.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Any:
         y = applied(self.kernel, inputs, einsum_problem(self.equation))
@@ -210,7 +210,7 @@ def _rows(layer: keras.Layer, inputs: Tensor) -> Any:
 
 
 def embedding_call(base: type[keras.Layer]) -> Function:
-    """`Embedding.call`."""
+    """`Embedding.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor) -> Any:
         y = _rows(self, inputs)
@@ -220,7 +220,7 @@ def embedding_call(base: type[keras.Layer]) -> Function:
 
 
 def reversible_call(base: type[keras.Layer]) -> Function:
-    """`ReversibleEmbedding.call`, both ways."""
+    """`ReversibleEmbedding.call`, both ways with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, reverse: bool = False) -> Any:
         if not reverse:
@@ -360,7 +360,7 @@ def _projected(cell: keras.Layer, x: Tensor, h: Any) -> tuple[Any, Any] | None:
 
 
 def lstm_cell_call(base: type[keras.Layer]) -> Function:
-    """`LSTMCell.call`."""
+    """`LSTMCell.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Any:
         found = None if _drops(self, training) else _projected(self, inputs, states[0])
@@ -402,7 +402,7 @@ def gru_cell_call(base: type[keras.Layer]) -> Function:
 
 
 def simple_cell_call(base: type[keras.Layer]) -> Function:
-    """`SimpleRNNCell.call`."""
+    """`SimpleRNNCell.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, sequence: Tensor, states: Tensor, training: bool = False) -> Any:
         nested = isinstance(states, (list, tuple))

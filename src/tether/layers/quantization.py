@@ -61,7 +61,7 @@ def quantize_layer(layer: keras.Layer, original: Callable[..., None], mode: Any,
 
 
 def quantize_weight(weight: Weight, mode: Any, config: Any) -> None:
-    """`Weight.quantize`."""
+    """What `Weight.quantize` does, after its checks of arguments."""
     mode, block = _settings(f"the weight {weight.name!r}", mode, config)
     if not _is_matrix(weight):
         raise Unsupported(

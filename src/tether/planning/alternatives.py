@@ -203,7 +203,7 @@ class Search:
                 self.places.setdefault(factor.expression, len(self.places) + 1)
 
     def label(self, size: int) -> int:
-        """A new label."""
+        """A label that no other axis has."""
         self._next -= 1
         self.sizes[self._next] = size
         return self._next

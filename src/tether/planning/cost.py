@@ -190,7 +190,7 @@ class Draft:
         return math.prod(self.sizes[label] for label in labels)
 
     def bytes(self, register: int) -> float:
-        """Bytes of a register."""
+        """How many bytes a register of the plan takes."""
         return float(self.registers[register].count * self.itemsize)
 
     def seconds(self) -> float:

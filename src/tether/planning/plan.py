@@ -148,7 +148,7 @@ class Integers:
         return self._floats(rows, packed and (packed[0] + (moved if packed[0] > axis else 0), packed[1]))
 
     def floats(self) -> Tensor:
-        """All entries as floats."""
+        """All entries of the table as floats."""
         return self._floats(self.stored, self.how.packed)
 
     def _floats(self, stored: Tensor, packed: tuple[int, int] | None) -> Tensor:

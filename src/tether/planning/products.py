@@ -112,7 +112,7 @@ class _Expansion:
     # ------------------------------------------------------------------ labels
 
     def label(self, size: int) -> int:
-        """A new label."""
+        """A label that no other axis has."""
         number = next(self._numbers)
         self.sizes[number] = size
         return number

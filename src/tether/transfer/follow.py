@@ -121,7 +121,7 @@ class _Move:
         self.path, self.place, self.written, self.source, self.expression = path, place, written, source, expression
 
     def make(self, momentum: float) -> None:
-        """Moves it."""
+        """Moves the followers one step."""
         value = _between(self.place, self.source, momentum)
         if self.expression is None:
             self.place.assign(value)

@@ -40,7 +40,7 @@ class Held:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The shape of the weight or variable."""
         return shape_of(self.variable)
 
     @property

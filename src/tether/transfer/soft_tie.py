@@ -28,12 +28,12 @@ class SoftTie:
 
     @property
     def a(self) -> Expression:
-        """One side."""
+        """The expression on one side of the tie."""
         return self._penalty.a
 
     @property
     def b(self) -> Expression:
-        """The other side."""
+        """The expression on the other side of the tie."""
         return self._penalty.b
 
     @property

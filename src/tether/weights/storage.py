@@ -264,7 +264,7 @@ class Storage(Stored):
         return []
 
     def add_use(self, use: Use) -> None:
-        """Registers a use."""
+        """Registers a use; it decides with the others whether the weight trains."""
         if use not in self._uses:
             self._uses[use] = False
             self._beside.update(_made_for_others(use))
@@ -273,7 +273,7 @@ class Storage(Stored):
         self.refresh(use)
 
     def remove_use(self, use: Use) -> None:
-        """Forgets a use."""
+        """Forgets a use that a tie no longer has."""
         if use in self._uses:
             keras_seam.set_untracked(self, "_reached", self._reached - self._uses.pop(use))
             self._beside.difference_update(_made_for_others(use))

@@ -47,7 +47,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """What an export wrote: the path, and how far its outputs are from the model's."""
 
     path: pathlib.Path
     format: str

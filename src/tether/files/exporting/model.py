@@ -67,7 +67,7 @@ class Asked:
         return self.call(tensors[:inputs], list(zip(held, tensors[inputs:], strict=True)))
 
     def reference(self, arrays: Sequence[Array]) -> list[Array]:
-        """The model's own outputs."""
+        """What the model itself gives for the inputs."""
         outputs = self.call([keras.ops.convert_to_tensor(array) for array in arrays])
         return [np.asarray(keras.ops.convert_to_numpy(output)) for output in outputs]
 

@@ -38,7 +38,7 @@ class Entry:
     """The same in parts, if the file has it as an array of this shape and dtype."""
 
     def part(self, first: int, count: int) -> Array:
-        """Some of its rows."""
+        """Some rows of the array, read by themselves."""
         if self.rows is None:
             return self.read()[first : first + count]
         array = np.empty((count, *self.shape[1:]), numpy_dtype(self.dtype))
@@ -72,7 +72,7 @@ class StoredTie:
         return tuple(self.expression.shape or ())
 
     def read(self) -> Array:
-        """Its value."""
+        """The value of the tie, computed from other entries."""
         mapping = [
             (weight.variable, keras.ops.convert_to_tensor(entry.read(), dtype=weight.dtype))
             for weight, entry in self.weights.items()

@@ -30,7 +30,7 @@ SHAKE = 0.05
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of data."""
+    """One batch of the data that `check` was given."""
 
     x: Any
     y: Any = None
@@ -352,7 +352,7 @@ class Context:
         return f"tether.inspection.aliases(model).find({'^' + self.unique_path(variable) + '$'!r})[0]"
 
     def layer_code(self, layer: keras.Layer) -> str:
-        """Code for a layer."""
+        """A line of code that names a layer of the model."""
         chain: list[Any] = [layer]
         while chain[-1] is not self.model:
             above = [parent for parent in self.parents.get(id(chain[-1]), ()) if parent not in chain]

@@ -91,21 +91,21 @@ class Findings(Sequence[Finding]):
 
     @property
     def errors(self) -> Findings:
-        """Those of severity `error`."""
+        """The findings of severity `error`."""
         return self._of("error")
 
     @property
     def warnings(self) -> Findings:
-        """Those of severity `warning`."""
+        """The findings of severity `warning`."""
         return self._of("warning")
 
     @property
     def hints(self) -> Findings:
-        """Those of severity `hint`."""
+        """The findings of severity `hint`."""
         return self._of("hint")
 
     def by_rule(self, name: str) -> Findings:
-        """Those of one rule."""
+        """The findings of one rule, by its name."""
         return Findings([finding for finding in self if finding.rule == name], rules=self.rules)
 
     def to_json(self) -> Config:
@@ -151,7 +151,7 @@ Judge = Callable[["Context"], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule."""
+    """One rule: its name, and the function that finds what breaks it."""
 
     name: str
     """In kebab case: `equal-weights`."""

@@ -47,7 +47,7 @@ class Readable(Protocol):
         """The elements at some places, given by an array for each axis."""
 
     def block(self, parts: tuple[slice, ...]) -> Array:
-        """A part."""
+        """One block of the value, as an array."""
 
 
 class InMemory:
@@ -62,7 +62,7 @@ class InMemory:
         return np.asarray(self._read()[places])
 
     def block(self, parts: tuple[slice, ...]) -> Array:
-        """A part."""
+        """One block of the value, as an array."""
         return np.asarray(self._read()[parts])
 
 
@@ -220,7 +220,7 @@ class _Dataset:
         return np.asarray(self._read(rows)[(inverse, *places[1:])])
 
     def block(self, parts: tuple[slice, ...]) -> Array:
-        """A part."""
+        """One block of the value, as an array."""
         return self._read(parts)
 
     def _read(self, parts: Any) -> Array:

@@ -206,12 +206,12 @@ def text(words: str) -> str:
 
 
 def shape(dimensions: Shape) -> str:
-    """`784 × 64`."""
+    """A shape for people: `784 × 64`."""
     return " × ".join(map(str, dimensions)) or "scalar"
 
 
 def number(count: int, one: str, many: str | None = None) -> str:
-    """`1 use`, `12 uses`."""
+    """A count with its noun: `1 use`, `12 uses`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
@@ -333,7 +333,7 @@ class Heights:
 
 
 def scale_of(facts: Facts) -> float:
-    """Pixels a byte."""
+    """How many pixels a byte is drawn as."""
     largest = max(0, *(weight.bytes for weight in facts.weights), *(use.bytes for use in facts.uses))
     return min(TALL / max(facts.unshared_bytes, 1), TALLEST / max(largest, 1), MOST_A_BYTE)
 
@@ -358,7 +358,7 @@ def row_heights(row: MapRow, scale: float) -> Heights:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a row is."""
+    """Where on the map a row stands."""
 
     top: float
     height: float

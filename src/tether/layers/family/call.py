@@ -187,7 +187,7 @@ class WithWeights(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: Config) -> WithWeights:
-        """Reads what `get_config` wrote."""
+        """Makes the layer again from what `get_config` wrote."""
         config = dict(config)
         layer, names = config.pop("layer", None), config.pop("paths", None)
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):

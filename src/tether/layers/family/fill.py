@@ -158,7 +158,7 @@ class Provenance:
         source_shape: tuple[int, ...] | None,
         how: str,
     ) -> None:
-        """Appends a row."""
+        """Adds a row for one weight of the target."""
         self.rows.append(Origin(target, shape, source, source_shape, how))
 
     def __iter__(self) -> Iterator[Origin]:

@@ -33,7 +33,7 @@ class Named:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The shape of the weight that was found."""
         return shape_of(self.variable)
 
     def fits(self, pattern: str) -> bool:

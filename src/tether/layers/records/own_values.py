@@ -51,7 +51,7 @@ class _Kept:
     """Stands for a value that the file leaves to the weights; assigning it changes nothing."""
 
     def into_view(self, view: View) -> None:
-        """Called by `View.assign`."""
+        """Gives the view its value: called by `View.assign`."""
 
 
 KEPT = _Kept()
@@ -104,7 +104,7 @@ class FromFile:
         return np.asarray(self.array, *args, **kwargs)
 
     def into_view(self, view: View) -> None:
-        """Called by `View.assign`."""
+        """Gives the view its value: called by `View.assign`."""
         take(view, self.array)
 
 

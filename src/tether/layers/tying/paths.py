@@ -194,7 +194,7 @@ class Holdings:
         self._known: dict[int, _Held] = {}
 
     def of(self, layer: keras.Layer) -> _Held:
-        """What a layer holds."""
+        """What a layer holds, looked through once for all paths."""
         if id(layer) not in self._known:
             self._known[id(layer)] = _Held(layer, many=self._many)
         return self._known[id(layer)]

@@ -56,7 +56,7 @@ class Penalty:
                 _ = weight.variable
 
     def unregister(self) -> None:
-        """Undoes `register`."""
+        """Ends the uses that `register` made."""
         for use in self.uses:
             for weight in use.expression.weights_used():
                 weight.remove_use(use)
@@ -104,7 +104,7 @@ class Penalty:
         return keras.ops.multiply(strength, keras.ops.sum(keras.ops.square(difference)))
 
     def notation(self) -> str:
-        """The penalty in mathematics."""
+        """The penalty as people write it in mathematics."""
         return f"{self.strength.notation()} * sum(({self.a.notation()} - {self.b.notation()})**2)"
 
 

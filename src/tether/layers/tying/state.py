@@ -54,7 +54,7 @@ class View(keras_seam.Variable):
 
     @property
     def expression(self) -> Expression:
-        """What the view evaluates."""
+        """The expression that the view evaluates."""
         return self.use.expression
 
     @property

@@ -28,7 +28,7 @@ def result_type(*dtypes: str) -> str:
 
 
 class Binary(Node):
-    """Two operands, elementwise."""
+    """An operator of two operands, elementwise under broadcasting."""
 
     arity = 2
     symbol: str
@@ -40,7 +40,6 @@ class Binary(Node):
         return tuple(np.broadcast_shapes(*shapes))
 
     def infer_dtype(self, *dtypes: str) -> str:
-        """Keras's promotion of both."""
         return result_type(*dtypes)
 
     def format(self, *terms: Term) -> Term:
@@ -71,12 +70,11 @@ class Binary(Node):
 
 @register
 class Add(Binary):
-    """`a + b`."""
+    """The sum `a + b` of two expressions."""
 
     name, symbol, binding = "add", "+", SUM
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The sum."""
         return keras_seam.add(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -91,12 +89,11 @@ class Add(Binary):
 
 @register
 class Subtract(Binary):
-    """`a - b`."""
+    """The difference `a - b` of two expressions."""
 
     name, symbol, binding, associative = "subtract", "-", SUM, False
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The difference."""
         return keras_seam.subtract(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -112,12 +109,11 @@ class Subtract(Binary):
 
 @register
 class Multiply(Binary):
-    """`a * b`, elementwise."""
+    """The product `a * b`, element by element."""
 
     name, symbol, binding = "multiply", "*", PRODUCT
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The product."""
         return keras_seam.multiply(*values)
 
     def format(self, *terms: Term) -> Term:
@@ -142,7 +138,7 @@ class Multiply(Binary):
 
 @register
 class Divide(Binary):
-    """`a / b`, elementwise."""
+    """The quotient `a / b`, element by element."""
 
     name, symbol, binding, associative = "divide", "/", PRODUCT, False
 
@@ -151,7 +147,6 @@ class Divide(Binary):
         return result_type(*dtypes, "float")
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The quotient."""
         return keras.ops.true_divide(*values)
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -182,15 +177,12 @@ class MatMul(Node):
         return (*np.broadcast_shapes(a[:-2], b[:-2]), *rows, *columns)
 
     def infer_dtype(self, *dtypes: str) -> str:
-        """Keras's promotion of both."""
         return result_type(*dtypes)
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The matrix product."""
         return keras_seam.matmul(*values)
 
     def format(self, *terms: Term) -> Term:
-        """`a @ b`."""
         left, right = terms
         left_text = left.inside(PRODUCT) if not isinstance(self.operands[0], Binary) else left.inside(100)
         return Term(f"{left_text} @ {right.inside(PRODUCT + 1)}", PRODUCT)
@@ -198,28 +190,23 @@ class MatMul(Node):
 
 @register
 class Negative(Node):
-    """`-a`."""
+    """The negative of each number."""
 
     name = "negative"
 
     def infer_shape(self, *shapes: Shape) -> Shape:
-        """That of the operand."""
         return shapes[0]
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The negative."""
         return keras.ops.negative(values[0])
 
     def format(self, *terms: Term) -> Term:
-        """`-a`."""
         return Term(f"-{terms[0].inside(UNARY)}", UNARY)
 
     def operand_shape(self, shape: Shape) -> Shape | None:
-        """The same shape."""
         return shape
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
-        """The negative."""
         return [keras.ops.negative(value)]
 
 
@@ -264,11 +251,9 @@ class _Same(Node):
         return shapes[0]
 
     def operand_shape(self, shape: Shape) -> Shape | None:
-        """The same shape."""
         return shape
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
-        """The value itself."""
         return [value]
 
 
@@ -283,7 +268,6 @@ class StopGradient(_Same):
         return keras.ops.stop_gradient(values[0])
 
     def format(self, *terms: Term) -> Term:
-        """`a.stop_gradient()`."""
         return Term(f"{terms[0].inside(100)}.stop_gradient()")
 
 
@@ -308,7 +292,6 @@ class ScaleGradient(_Same):
         return keras.ops.add(still, keras.ops.multiply(self.parameters["scale"], keras.ops.subtract(values[0], still)))
 
     def format(self, *terms: Term) -> Term:
-        """`a.scale_gradient(0.5)`."""
         return Term(f"{terms[0].inside(100)}.scale_gradient({self.parameters['scale']:g})")
 
 

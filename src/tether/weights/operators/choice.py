@@ -63,12 +63,10 @@ class Choose(Node):
         return keras.ops.add(chosen, keras.ops.cast(sum(nothing[1:], nothing[0]), chosen.dtype))
 
     def format(self, *terms: Term) -> Term:
-        """`[a, b][index]`."""
         index, *options = terms
         return Term(f"[{', '.join(option.text for option in options)}][{index.text}]")
 
     def operand_shape(self, shape: Shape) -> Shape | None:
-        """The same shape."""
         return shape
 
 
@@ -130,14 +128,12 @@ class Adapted(Node):
         return kept[0] if len(set(kept)) == 1 else result_type(*kept)
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The sum."""
         total = values[0]
         for strength, part in zip(values[1::2], values[2::2], strict=True):
             total = keras_seam.add(total, keras_seam.multiply(keras.ops.cast(strength, part.dtype), part))
         return total
 
     def expanded(self) -> Expression:
-        """The sum, written out."""
         total = self.base
         for strength, part in self.parts.values():
             total = total + strength * part

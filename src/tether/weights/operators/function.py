@@ -123,7 +123,6 @@ class Apply(Node):
         return value
 
     def format(self, *terms: Term) -> Term:
-        """`function(a, b)`."""
         short = self.parameters["function"].rpartition(">")[2].removeprefix(_OPS)
         return Term(f"{short}({', '.join(term.text for term in terms)})")
 

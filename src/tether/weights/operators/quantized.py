@@ -41,13 +41,11 @@ class Unpack(Node):
         return (*shapes[0][:axis], size, *shapes[0][axis + 1 :])
 
     def infer_dtype(self, *dtypes: str) -> str:
-        """That of the bytes."""
         if dtypes[0] != "int8":
             raise InvalidConfig(f"Integers of 4 bits are packed into int8. {received(dtype=dtypes[0])}")
         return dtypes[0]
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The integers."""
         if 0 in (self.shape or ()):
             return keras.ops.zeros(self.shape, "int8")
         return keras.quantizers.unpack_int4(values[0], self.parameters["size"], axis=self.parameters["axis"])

@@ -21,7 +21,7 @@ from tether.weights.operators.arithmetic import result_type
 
 @register
 class Transpose(Node):
-    """Permuted axes."""
+    """The operand with its axes permuted."""
 
     name, elementwise_cost, accepts = "transpose", False, ("axes",)
 
@@ -51,7 +51,6 @@ class Transpose(Node):
         return keras.ops.transpose(values[0], axes=self._axes(len(values[0].shape)))
 
     def format(self, *terms: Term) -> Term:
-        """`a.T`, `a.transpose(0, 2, 1)`."""
         axes = self.parameters["axes"]
         method = "T" if axes is None else f"transpose({', '.join(map(str, axes))})"
         return Term(f"{terms[0].inside(100)}.{method}")
@@ -99,7 +98,6 @@ class Reshape(Node):
         return keras.ops.reshape(values[0], self.shape)
 
     def format(self, *terms: Term) -> Term:
-        """`a.reshape(2, 3)`."""
         return Term(f"{terms[0].inside(100)}.reshape{self.parameters['shape']}")
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -152,7 +150,6 @@ class Index(Node):
             ) from None
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The slice."""
         value = values[0]
         sizes = tuple(value.shape)
         key, flips = self._positive(sizes)
@@ -186,7 +183,6 @@ class Index(Node):
         return tuple(result), tuple(flips)
 
     def format(self, *terms: Term) -> Term:
-        """`a[:, 1:3]`."""
         parts = []
         for part in self._key():
             if isinstance(part, slice):
@@ -199,7 +195,7 @@ class Index(Node):
 
 @register
 class Cast(Node):
-    """Another dtype."""
+    """The operand in another dtype."""
 
     name, accepts = "cast", ("dtype",)
 
@@ -209,11 +205,9 @@ class Cast(Node):
         return {"dtype": as_dtype(given.get("dtype"))}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
-        """That of the operand."""
         return shapes[0]
 
     def infer_dtype(self, *dtypes: str) -> str:
-        """The wanted one."""
         return str(self.parameters["dtype"])
 
     def compute(self, *values: Tensor) -> Tensor:
@@ -221,11 +215,9 @@ class Cast(Node):
         return keras.ops.cast(values[0], self.parameters["dtype"])
 
     def format(self, *terms: Term) -> Term:
-        """`a.astype(float16)`."""
         return Term(f"{terms[0].inside(100)}.astype({self.parameters['dtype']})")
 
     def operand_shape(self, shape: Shape) -> Shape | None:
-        """The same shape."""
         return shape
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -260,7 +252,6 @@ class Take(Node):
         return (*shapes[0][:axis], len(indices), *shapes[0][axis + 1 :])
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The entries."""
         size = values[0].shape[self.parameters["axis"]]
         indices = np.array([index % size for index in self.parameters["indices"]], dtype="int32")
         return keras.ops.take(values[0], indices, axis=self.parameters["axis"])
@@ -280,7 +271,7 @@ def reshape(x: Any, newshape: Sequence[int]) -> Expression:
 
 
 def index(x: Expression, key: Any) -> Expression:
-    """`x[key]`."""
+    """`x[key]`, with integers, slices, `...` and `None`."""
     parts = key if isinstance(key, tuple) else (key,)
     if any(isinstance(part, (list, np.ndarray)) for part in parts):
         raise TetherError(
@@ -291,7 +282,7 @@ def index(x: Expression, key: Any) -> Expression:
 
 
 def cast(x: Any, dtype: str) -> Expression:
-    """`x` in another dtype."""
+    """`x` with its numbers in another dtype."""
     return Cast(as_expression(x), dtype=dtype)
 
 
@@ -313,11 +304,9 @@ class _Joined(Node):
         return {"axis": as_int(given.get("axis", 0), "axis")}
 
     def infer_dtype(self, *dtypes: str) -> str:
-        """Keras's promotion of all."""
         return result_type(*dtypes)
 
     def format(self, *terms: Term) -> Term:
-        """`concatenate([a, b], axis=0)`."""
         return Term(f"{self.name}([{', '.join(term.text for term in terms)}], axis={self.parameters['axis']})")
 
     def _misfit(self, shapes: tuple[Shape, ...]) -> ShapeMismatch:
@@ -327,7 +316,7 @@ class _Joined(Node):
 
 @register
 class Concatenate(_Joined):
-    """Joined along an axis."""
+    """Values joined along one of their axes."""
 
     name = "concatenate"
 
@@ -343,7 +332,6 @@ class Concatenate(_Joined):
         return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The values, joined."""
         return keras.ops.concatenate(values, axis=self.parameters["axis"])
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -362,7 +350,6 @@ class Stack(_Joined):
     name = "stack"
 
     def infer_shape(self, *shapes: Shape) -> Shape:
-        """One more axis."""
         axis, rank = self.parameters["axis"], len(shapes[0]) + 1
         if not -rank <= axis < rank or len(set(shapes)) != 1:
             raise self._misfit(shapes)
@@ -370,7 +357,6 @@ class Stack(_Joined):
         return (*shapes[0][:axis], len(shapes), *shapes[0][axis:])
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The values, stacked."""
         return keras.ops.stack(values, axis=self.parameters["axis"])
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
@@ -395,7 +381,6 @@ class Where(Node):
         return result_type(*dtypes[1:])
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The chosen values."""
         condition = keras.ops.cast(values[0], "bool")
         return keras.ops.where(condition, values[1], values[2])
 
@@ -447,15 +432,12 @@ class Einsum(Node):
         return tuple(sizes[label] for label in output)
 
     def infer_dtype(self, *dtypes: str) -> str:
-        """Keras's promotion of all."""
         return result_type(*dtypes)
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The contraction."""
         return keras.ops.einsum(self.parameters["equation"], *values)
 
     def format(self, *terms: Term) -> Term:
-        """`einsum('ij,jk->ik', a, b)`."""
         return Term(f"einsum({self.parameters['equation']!r}, {', '.join(term.text for term in terms)})")
 
 
