@@ -14,8 +14,7 @@ from typing import Any
 import keras
 
 from tether.errors import Unsupported
-from tether.forms.form import LayerForm, as_rank, part, shape_of_base
-from tether.forms.units import bias_of, kernel_of, resized, units_of
+from tether.forms.form import LayerForm, as_rank, bias_of, kernel_of, part, resized, shape_of_base, units_of
 from tether.weights.expression import Expression
 
 __all__ = ["compose"]

@@ -18,10 +18,6 @@ from tether.types import Config
 from tether.weights.leaves import numpy_dtype
 
 # --------------------------------------------------------------------------- facts
-# The facts of a model's sharing: what is stored, who uses it and how. Every view of a model is made from them.
-#
-# The facts of a live model and those of its file are equal where the file holds the fact; what it does not hold is
-# `None`. So nothing here refers to a variable, a layer or a file.
 
 
 VERSION = 1

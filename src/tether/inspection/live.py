@@ -18,7 +18,6 @@ from tether.types import Config
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- the facts of a model
-# The facts of a live model. No value is read, so nothing is copied.
 
 
 OPTIMIZER = "optimizer/"

@@ -26,7 +26,6 @@ from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- values
-# What an HDF5 file of weights holds, by place: the attributes that lead to the object that wrote an entry.
 
 
 NOTE, UID = "tether", "tether_uid"

@@ -24,7 +24,14 @@ from tether.keras_seam.calls import (
     trace,
     trace_token,
 )
-from tether.keras_seam.census import see
+from tether.keras_seam.census import (
+    LISTS_PARAMETERS,
+    StoredChange,
+    list_parameters_again,
+    only_parameters,
+    see,
+    without_parameters,
+)
 from tether.keras_seam.frames import (
     copies_begun,
     copying_scope,
@@ -39,12 +46,14 @@ from tether.keras_seam.frames import (
 )
 from tether.keras_seam.layers import (
     STORES,
+    WatchedSublayers,
     attributes,
     calls_in_graph,
     contained_layers,
     counts,
     decay_pattern,
     forget_attribute,
+    give_back_quantize,
     graph_outputs,
     has_compiled_loss,
     holds_its_layers_configs,
@@ -54,6 +63,7 @@ from tether.keras_seam.layers import (
     is_default,
     is_excluded_from_decay,
     is_locked,
+    is_quantizing_a_model,
     layout_map,
     listed_variables,
     mark_like,
@@ -61,11 +71,15 @@ from tether.keras_seam.layers import (
     own_attributes,
     own_tracker,
     own_trainable_flag,
+    passes,
+    quantization_config,
+    quantizers,
     running_layers,
     set_own_trainable_flag,
     set_untracked,
     shield_tracker,
     sublayers,
+    take_over_quantize,
     training_loss,
     undisturbed,
     unique_name,
@@ -89,15 +103,6 @@ from tether.keras_seam.memory import (
     write_rows,
 )
 from tether.keras_seam.private import AutocastScope, Functional, KerasSaveable, get_autocast_scope
-from tether.keras_seam.quantizing import (
-    WatchedSublayers,
-    give_back_quantize,
-    is_quantizing_a_model,
-    passes,
-    quantization_config,
-    quantizers,
-    take_over_quantize,
-)
 from tether.keras_seam.saving import (
     SHARED_ID,
     TIED_NAME,
@@ -121,13 +126,6 @@ from tether.keras_seam.saving import (
     saved_objects,
     shared_object,
     store_each_variable_once,
-)
-from tether.keras_seam.torch_parameters import (
-    LISTS_PARAMETERS,
-    StoredChange,
-    list_parameters_again,
-    only_parameters,
-    without_parameters,
 )
 from tether.keras_seam.training import (
     answers,

@@ -26,7 +26,6 @@ from tether.keras_seam.variables import Variable
 from tether.types import Array, Function
 
 # --------------------------------------------------------------------------- values in memory
-# Values as they lie in memory: lent to NumPy, compared over time, and stored with little memory beside them.
 
 
 SMALL, PART = 1 << 20, 1 << 22

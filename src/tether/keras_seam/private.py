@@ -16,10 +16,6 @@ import keras
 from tether.errors import Unsupported
 
 # --------------------------------------------------------------------------- names that may be gone
-# The private names of Keras that Tether uses, and the versions of Keras on which that is tested.
-#
-# A private name may move or go with any release. Each is looked up when Tether is imported, and one that is gone
-# costs what it is needed for: an error then says so, and the rest of Tether works.
 
 
 OLDEST, NEWEST = (3, 13), (3, 15)

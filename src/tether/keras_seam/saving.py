@@ -20,7 +20,6 @@ from tether.keras_seam.variables import _outside_stateless_scopes
 from tether.types import Config
 
 # --------------------------------------------------------------------------- archives
-# What a file holds, and the classes that it names.
 
 
 _walk_saveable = private("keras.src.saving.saving_lib._walk_saveable", "Reading what a file holds")

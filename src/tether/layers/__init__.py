@@ -2,8 +2,7 @@
 
 from tether import keras_seam
 from tether.layers import liveness, quantization
-from tether.layers.family.call import call, route
-from tether.layers.family.lambda_layer import Lambda
+from tether.layers.family.call import Lambda, call, route
 from tether.layers.records import reader, verification
 from tether.layers.tying.tie import tie, weight_of
 from tether.layers.tying.untie import materialize, untie

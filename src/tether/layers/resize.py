@@ -16,10 +16,11 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, Unsupported, as_int, received
-from tether.layers.family.fill import Array, Provenance, Rule, check_rule, describe, filled
+from tether.layers.family.fill import Provenance, Rule, check_rule, describe, filled
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, state_of
 from tether.layers.tying.tied import base_class
+from tether.types import Array
 from tether.weights.expression import Expression, Node, Shape, known_shape
 from tether.weights.storage import Use
 from tether.weights.weight import Weight

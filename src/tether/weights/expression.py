@@ -20,12 +20,6 @@ from tether.errors import NotATensor, ShapeMismatch, TetherError, UnknownShape, 
 from tether.types import Array, Config, Function
 
 # --------------------------------------------------------------------------- no silent conversion
-# What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
-#
-# A tensor that is made of an expression is its value of one moment. In a Keras graph it would be a constant that
-# nothing trains and no file says where it came from. So each protocol by which NumPy, a backend or Keras asks an
-# object for a tensor ends in one error, which says what to write. Operators are left out: `array * expression` is an
-# expression.
 
 
 class NoTensor:

@@ -31,15 +31,10 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NUMERIC, InvalidConfig, TetherError, Unsupported, received
-from tether.types import Config
+from tether.types import Array, Config
 from tether.weights.leaves import numpy_dtype
 
 # --------------------------------------------------------------------------- HDF5
-# An HDF5 file that a stranger may have written, walked in bounded time: each place once, and nothing outside of it.
-#
-# HDF5 is a graph and not a tree. A group may hold what it is in, two names in each of forty groups lead to a trillion
-# places, and a name may point to another file. Keras writes a tree, so what is none is refused. Every reader of HDF5
-# goes through `objects` before anything else looks at the file, Keras included.
 
 
 MAX_OBJECTS, MAX_DEPTH, MAX_PLACE, MAX_PLACES = 120_000, 500, 4096, 2**26
@@ -166,8 +161,6 @@ def refuse_bomb(what: str, unpacked: int, size: int, expansion: int = MAX_EXPANS
 # --------------------------------------------------------------------------- NumPy files
 # Keras's `.npz` weights: for each layer a pickled dict of arrays, read without letting a pickle make anything else.
 
-
-Array = np.ndarray[Any, Any]
 
 NPZ_EXPANSION = 1000
 """How many times its size in a file of NumPy's an entry may have, if it is not small."""

@@ -23,10 +23,8 @@ import numpy as np
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.keras.archive import VALUES, dtype_of, objects, opened_archive, read_npz, reading, refuse_bomb
 from tether.files.loading.entries import Entry, StoredTie, stored_ties
-from tether.types import Config
+from tether.types import Array, Config
 from tether.weights.leaves import numpy_dtype
-
-Array = np.ndarray[Any, Any]
 
 NPZ = "model.weights.npz"
 MAX_EXPANSION = 1000

@@ -19,7 +19,6 @@ from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- entries
-# What a file of weights has: arrays, and ties over them.
 
 
 Rows = Callable[[Array, int], None]

@@ -39,7 +39,6 @@ from tether.weights.identity import dictionaries
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- checkpoints with other sharing
-# Loading a checkpoint whose sharing is another than the model's: untied into tied, tied into untied.
 
 
 def load_untied(

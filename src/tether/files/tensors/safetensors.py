@@ -44,9 +44,6 @@ from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- the format
-# The safetensors format: a header in JSON, then arrays, which are read where they are wanted, when they are.
-#
-# The libraries of the format read what is written here. Dtypes that NumPy lacks (bfloat16) are kept as they are.
 
 
 DTYPES = {

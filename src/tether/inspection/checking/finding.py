@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tether.inspection.checking.context import Context
 
 # --------------------------------------------------------------------------- findings
-# What a check says: one finding, and all of them.
 
 
 Severity = Literal["error", "warning", "hint"]

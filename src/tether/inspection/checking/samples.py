@@ -22,10 +22,10 @@ import numpy as np
 
 from tether.files.keras.archive import opened_values, reading
 from tether.inspection.facts import Facts
+from tether.types import Array
 
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
-Array = np.ndarray[Any, Any]
 
 SAMPLE = 512
 """How many elements stand for a weight until something is found."""

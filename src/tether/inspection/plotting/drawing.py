@@ -43,7 +43,6 @@ from tether.inspection.plotting.rows import (
 )
 
 # --------------------------------------------------------------------------- the legend
-# What the colours and heights mean, of those that there are.
 
 
 MARK = 12

@@ -13,9 +13,6 @@ from xml.sax.saxutils import escape
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf, human_bytes
 
 # --------------------------------------------------------------------------- rows
-# What the map shows, row by row: the layers as headings, one inside the other, and under each what it reads.
-#
-# A weight is drawn at the row that reads it first. Weights that no layer reads have rows of their own at the end.
 
 
 MOST_OPEN = 34

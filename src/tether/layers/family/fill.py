@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, received
+from tether.types import Array
 
-Array = np.ndarray[Any, Any]
 Rule = str | Callable[[Array, Array], Any] | None
 
 RULES = ("zeros", "initializer", "mean")

@@ -22,12 +22,6 @@ from tether.layers.tying.state import STATE, State, Tie, View, ViewSlot, hang_we
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- exchanging
-# Changing which variables a layer has: the one way in which a variable, or a view, takes the place of another.
-#
-# Every verb that changes layers (tie, untie, materialize, adapters, quantize, loading) goes through here. `exchange`
-# puts one in the place of the other: in the layer's lists and in every attribute and container that holds it.
-# `swapped` is put around all exchanges of one call, and does the bookkeeping of the backends once, from what each
-# layer stored before and stores after.
 
 
 @contextlib.contextmanager

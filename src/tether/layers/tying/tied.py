@@ -52,12 +52,6 @@ from tether.weights.expression import Expression, resolved
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- the class
-# The class of a tied layer: a subclass of the layer's own class, made once for each.
-#
-# It keeps its base's name (Keras derives file paths from it), its base's `build`, `call` and their signatures. It
-# hands out views when the base asks for a variable, keeps Keras's tracker and recursion away from weights that others
-# share, lists and saves variables in the base's order, and writes the ties into its config under the one key
-# `"tether"`.
 
 
 KEY = "tether"

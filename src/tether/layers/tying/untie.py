@@ -9,7 +9,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, Unsupported, received
-from tether.layers.family.lambda_layer import Lambda
+from tether.layers.family.call import Lambda
 from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import STATE, State, Tie, View, ViewSlot, arguments_in, state_of

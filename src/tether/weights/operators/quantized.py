@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, as_dtype, as_int, as_ints, received
-from tether.types import Config
+from tether.types import Array, Config
 from tether.weights.expression import Expression, Node, Shape, Stored, Tensor, Term, register
 from tether.weights.operators import arithmetic, structure
 
@@ -125,8 +124,6 @@ class Dequantize(Node):
 # One scale for each channel, or for each block of inputs of each channel: the largest absolute value there, divided
 # by the largest integer (127 of 8 bits, 7 of 4 bits). The grid is symmetric, so zero stays zero.
 
-
-Array = np.ndarray[Any, Any]
 
 LARGEST = {"int8": 127, "int4": 7}
 """The largest integer of each mode."""
