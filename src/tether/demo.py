@@ -93,7 +93,7 @@ def split(digits: Images, held_out: int = HELD_OUT) -> tuple[Images, Images]:
     return shuffled[:-held_out], shuffled[-held_out:]
 
 
-def autoencoder(kind: str, seed: int, output: str = "linear") -> Any:
+def autoencoder(kind: str, seed: int, output: str = "linear") -> keras.Model:
     """One of the three models, compiled; the same seed gives each the same encoder."""
     keras.utils.set_random_seed(seed)
     encode = keras.layers.Dense(UNITS, activation="relu", name="encode")

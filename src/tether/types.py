@@ -17,7 +17,10 @@ Config: TypeAlias = dict[str, Any]
 Function: TypeAlias = Callable[..., Any]
 """A function of somebody else's, whose arguments are not known here: a layer's `call`, a user's function."""
 
+Tensor: TypeAlias = Any
+"""A tensor of the backend in use, or a symbolic one of Keras."""
+
 AnyLayer = TypeVar("AnyLayer", bound=keras.Layer)
 """The class of a layer that a function returns as it was given."""
 
-__all__ = ["AnyLayer", "Array", "Config", "Function"]
+__all__ = ["AnyLayer", "Array", "Config", "Function", "Tensor"]

@@ -27,7 +27,7 @@ class Compose(LayerForm):
         self.units, self.activation, self.use_bias = as_rank(units, "units"), activation, bool(use_bias)
         self.kernel_initializer = kernel_initializer
 
-    def layer(self, parent: keras.Layer) -> Any:
+    def layer(self, parent: keras.Layer) -> keras.Layer:
         """A layer like the parent, with the child's units and activation."""
         units_of("compose", parent)
         if parent.activation not in (None, keras.activations.linear):

@@ -26,7 +26,7 @@ class ConcatenateForm(LayerForm):
         self.units = as_rank(units, "units")
         self.kernel_initializer, self.bias_initializer = kernel_initializer, bias_initializer
 
-    def layer(self, parent: keras.Layer) -> Any:
+    def layer(self, parent: keras.Layer) -> keras.Layer:
         """A layer like the parent, with more units."""
         units = units_of("concatenate", parent)
         if not _is_elementwise(parent.activation):

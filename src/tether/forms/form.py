@@ -11,8 +11,8 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, TetherError, UnknownShape, Unsupported, received
-from tether.types import Array
-from tether.weights.expression import Expression, Node, NoTensor, Shape, Tensor, as_expression
+from tether.types import Array, Tensor
+from tether.weights.expression import Expression, Node, NoTensor, Shape, as_expression
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.weight import Weight
@@ -105,7 +105,7 @@ class LayerForm(NoTensor):
     def _instead(self) -> str:
         return f"{self!r} is a form, not a value: `tether.inherit(parent, form)` makes a layer with it."
 
-    def layer(self, parent: keras.Layer) -> Any:
+    def layer(self, parent: keras.Layer) -> keras.Layer:
         """The child: a new Keras layer, not built.
 
         Raises:
@@ -373,7 +373,7 @@ def _last_of_einsum(form: str, parent: keras.Layer) -> int:
     return int(size)
 
 
-def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **changes: Any) -> Any:
+def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **changes: Any) -> keras.Layer:
     """A new layer like the parent, not built, with another number of units.
 
     Constraints stay with the parent: they hold for what is stored, not for what a child makes of it.

@@ -26,8 +26,8 @@ from tether.forms.form import (
     rows_and_columns,
     shape_of_base,
 )
-from tether.types import Array
-from tether.weights.expression import Expression, Shape, Tensor, register
+from tether.types import Array, Tensor
+from tether.weights.expression import Expression, Shape, register
 
 __all__ = ["orthogonal"]
 

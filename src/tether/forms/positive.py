@@ -12,7 +12,8 @@ import keras
 import numpy as np
 
 from tether.forms.form import Float32Node, Form, as_array, base_expression
-from tether.weights.expression import Expression, Shape, Tensor, register
+from tether.types import Tensor
+from tether.weights.expression import Expression, Shape, register
 
 __all__ = ["positive"]
 

@@ -28,8 +28,8 @@ from tether.forms.form import (
     start_value,
     widened,
 )
-from tether.types import Config
-from tether.weights.expression import Expression, Shape, StatefulNode, Tensor, Term, register
+from tether.types import Config, Tensor
+from tether.weights.expression import Expression, Shape, StatefulNode, Term, register
 from tether.weights.weight import Weight
 
 __all__ = ["spectral_norm"]

@@ -13,7 +13,8 @@ import numpy as np
 
 from tether.errors import NotInvertible, ShapeMismatch, received
 from tether.forms.form import Form, as_array, base_expression
-from tether.weights.expression import Expression, Node, Shape, Tensor, register
+from tether.types import Tensor
+from tether.weights.expression import Expression, Node, Shape, register
 
 __all__ = ["symmetric"]
 

@@ -22,8 +22,8 @@ from tether.forms.form import (
     shape_of_base,
     start_value,
 )
-from tether.types import Array, Config
-from tether.weights.expression import Expression, Shape, Tensor, Term, register
+from tether.types import Array, Config, Tensor
+from tether.weights.expression import Expression, Shape, Term, register
 
 __all__ = ["weight_norm"]
 

@@ -23,8 +23,8 @@ from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.inspection.live import layer_path, unique_paths
 from tether.layers.tying.state import WEIGHTS, View, state_of, stored_variables
-from tether.types import Array, Config
-from tether.weights.expression import Expression, Tensor
+from tether.types import Array, Config, Tensor
+from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- a tensor for each reader
@@ -109,7 +109,7 @@ class _HandedOut(keras.StatelessScope):
             yield view
         yield from keras_seam.running_layers()
 
-    def read(self, view: View, part: Expression, how: Callable[[Expression], Any] | None = None) -> Any:
+    def read(self, view: View, part: Expression, how: Callable[[Expression], Any] | None = None) -> Tensor:
         """In the place of `View.read`: notes who reads."""
         arguments = (part,) if how is None else (part, how)
         before = getattr(self._here, "view", None)
@@ -337,7 +337,7 @@ class Gradients:
 _HEADER = ("weight, and its uses", "norm", "cosine to the whole", "lowest to another use")
 
 
-def gradients(model: Any, x: Any, y: Any = None, *, loss: Loss | None = None) -> Gradients:
+def gradients(model: Any, x: Tensor, y: Tensor = None, *, loss: Loss | None = None) -> Gradients:
     """Each use's share of the gradient of a shared weight, on one batch.
 
     The gradient of a weight is the sum over its uses. A use whose share has a negative cosine with another's pulls
@@ -402,7 +402,7 @@ def gradients(model: Any, x: Any, y: Any = None, *, loss: Loss | None = None) ->
 
 
 def _tensors(batch: Any, name: str) -> Any:
-    def tensor(value: Any) -> Any:
+    def tensor(value: Tensor) -> Tensor:
         if keras.ops.is_tensor(value):
             return value
         if not hasattr(value, "__array__"):
@@ -423,7 +423,7 @@ def _count(batch: Any) -> int | None:
     return None if first is None else first.shape[0]
 
 
-def _loss_of(model: Any, x: Any, y: Any, loss: Loss | None) -> tuple[str, Callable[[Any], Tensor]]:
+def _loss_of(model: Any, x: Tensor, y: Tensor, loss: Loss | None) -> tuple[str, Callable[[Any], Tensor]]:
     """A loss in words, and as a function of the outputs."""
     compiled = keras_seam.has_compiled_loss(model)
     if loss is not None:
@@ -440,7 +440,7 @@ def _loss_of(model: Any, x: Any, y: Any, loss: Loss | None) -> tuple[str, Callab
     return "the mean square of the outputs", lambda y_pred: _with_own(model, _mean_square(y_pred))
 
 
-def _own(model: Any, x: Any, y_pred: Any) -> Tensor:
+def _own(model: Any, x: Tensor, y_pred: Tensor) -> Tensor:
     if not _has_own_loss(model) and not model.losses:
         raise TetherError(
             f"{model.name!r} was compiled without a loss, and no layer of it adds one. Give one here: a function of "
@@ -458,7 +458,7 @@ def _name_of(loss: Any, function: Any) -> str:
     return f"the loss {name or type(function).__name__}"
 
 
-def _checked(value: Any) -> Tensor:
+def _checked(value: Tensor) -> Tensor:
     if value is None:
         raise TetherError("The loss gave nothing. It takes `(y, y_pred)` and returns a number, or one an example.")
     return value
@@ -472,7 +472,7 @@ def _with_own(model: Any, value: Tensor) -> Tensor:
     return total
 
 
-def _mean_square(y_pred: Any) -> Tensor:
+def _mean_square(y_pred: Tensor) -> Tensor:
     outputs = [o for o in keras.tree.flatten(y_pred) if keras_seam.is_float(keras.backend.standardize_dtype(o.dtype))]
     if not outputs:
         raise TetherError("The model has no outputs of numbers. Give a loss: `loss=function of (y, y_pred)`.")
@@ -521,7 +521,7 @@ def _cosine(products: Array, norms: Array, a: int, b: int) -> Cosine:
     return float(np.clip(products[a, b] / (norms[a] * norms[b]), -1.0, 1.0))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Tensor) -> Any:
     """What `asdict` gives, with lists for tuples and `None` for what JSON has no number for."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -11,7 +11,7 @@ from keras import backend as _backend
 
 from tether.keras_seam.layers import set_untracked
 from tether.keras_seam.private import of_this_thread, private
-from tether.types import Function
+from tether.types import Function, Tensor
 
 _set_keras_mask = private("keras.src.backend.common.masking.set_keras_mask", "A mask from an Embedding applied by plan")
 
@@ -39,7 +39,7 @@ def is_training_call() -> bool:
     return bool(context is not None and context.get_value("training"))
 
 
-def set_mask(tensor: Any, mask: Any) -> None:
+def set_mask(tensor: Tensor, mask: Any) -> None:
     """Hands a mask on with a tensor, as a layer does that computes one in its `call`."""
     _set_keras_mask(tensor, mask)
 
@@ -119,7 +119,7 @@ JAX's gradients see a variable's value only in a stateless scope.
 """
 
 
-def is_traced(value: Any) -> bool:
+def is_traced(value: Tensor) -> bool:
     """Whether a tensor stands for one that a compiler will know later."""
     if _backend.backend() == "jax":
         import jax

@@ -23,7 +23,7 @@ from tether.keras_seam.frames import _first_local, _frames
 from tether.keras_seam.private import RandomInitializer as _RandomInitializer
 from tether.keras_seam.private import is_missing, private_method
 from tether.keras_seam.variables import Variable
-from tether.types import Array, Function
+from tether.types import Array, Function, Tensor
 
 # --------------------------------------------------------------------------- values in memory
 
@@ -34,12 +34,12 @@ ALIGNED = 64
 """What the addresses of arrays are a multiple of whose memory the backends take as it is."""
 
 
-def stored_value(variable: keras.Variable) -> Any:
+def stored_value(variable: keras.Variable) -> Tensor:
     """The tensor that a variable stores; `None` if it is not initialised yet."""
     return variable._value
 
 
-def is_concrete(value: Any) -> bool:
+def is_concrete(value: Tensor) -> bool:
     """Whether a tensor has values now: it does not stand for one of a trace, and JAX has not given its memory away."""
     name = _backend.backend()
     if name == "tensorflow":
@@ -51,14 +51,14 @@ def is_concrete(value: Any) -> bool:
     return not is_traced(value) and not (hasattr(value, "is_deleted") and value.is_deleted())
 
 
-def is_stored_in(value: Any, variable: keras.Variable) -> bool:
+def is_stored_in(value: Tensor, variable: keras.Variable) -> bool:
     """Whether a value is what a variable stores: that very tensor, or an array over its memory."""
     if isinstance(value, numpy.ndarray) and _backend.backend() == "torch":
         return bool(value.__array_interface__["data"][0] == variable._value.data_ptr())
     return value is variable._value
 
 
-def _lent_by_tensorflow(tensor: Any) -> memoryview:
+def _lent_by_tensorflow(tensor: Tensor) -> memoryview:
     """The memory of an eager tensor. NumPy knows no dtypes such as bfloat16: theirs is lent as integers."""
     import tensorflow as tf
 
@@ -67,14 +67,14 @@ def _lent_by_tensorflow(tensor: Any) -> memoryview:
     return memoryview(tensor)
 
 
-def _aligned(shape: tuple[int, ...], dtype: str, make: Function = numpy.empty) -> Any:
+def _aligned(shape: tuple[int, ...], dtype: str, make: Function = numpy.empty) -> Tensor:
     size = numpy.dtype(dtype).itemsize * math.prod(shape)
     memory = make(size + ALIGNED, "uint8")
     first = -memory.ctypes.data % ALIGNED
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _given_to_tensorflow(array: Array) -> Any:
+def _given_to_tensorflow(array: Array) -> Tensor:
     """A tensor that has an array's memory from now on; TensorFlow writes to other memory when it is first assigned."""
     import tensorflow as tf
 
@@ -88,14 +88,14 @@ def _can_be_given(dtype: str) -> bool:
     return name == "bfloat16" or numpy.dtype(name).isbuiltin == 1  # TensorFlow makes no float8 of other bits
 
 
-def untouched_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+def untouched_zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
     """Zeros that something else is about to take the place of; on TensorFlow they take no memory until then."""
     if _backend.backend() != "tensorflow" or not _can_be_given(dtype):
         return keras.ops.zeros(shape, dtype)
     return _given_to_tensorflow(_aligned(shape, dtype, numpy.zeros))
 
 
-def _lent_to_torch(array: Array) -> Any:
+def _lent_to_torch(array: Array) -> Tensor:
     """A tensor over the memory of an array, also of a dtype that PyTorch takes from NumPy only as integers."""
     import torch
 
@@ -113,7 +113,7 @@ def _make_on_host() -> Callable[[Any], Any]:
     name = _backend.backend()
     if name == "tensorflow":
 
-        def of_tensorflow(value: Any) -> Any:
+        def of_tensorflow(value: Tensor) -> Tensor:
             read = value.read_value() if hasattr(value, "read_value") else value
             if "CPU" not in read.device:
                 return read.numpy()
@@ -123,7 +123,7 @@ def _make_on_host() -> Callable[[Any], Any]:
     if name == "torch":
         import torch
 
-        def of_torch(value: Any) -> Any:
+        def of_torch(value: Tensor) -> Tensor:
             value = value.detach().cpu()
             name = str(value.dtype).removeprefix("torch.")
             if name not in _BITS:
@@ -132,7 +132,7 @@ def _make_on_host() -> Callable[[Any], Any]:
 
         return of_torch
 
-    def of_jax(value: Any) -> Any:
+    def of_jax(value: Tensor) -> Tensor:
         import jax
 
         if any(device.platform != "cpu" for device in value.devices()):
@@ -150,7 +150,7 @@ def _make_snapshot() -> Callable[[Any], Any]:
     name = _backend.backend()
     if name == "tensorflow":
 
-        def of_tensorflow(value: Any) -> Any:
+        def of_tensorflow(value: Tensor) -> Tensor:
             # As long as somebody holds what was read, TensorFlow writes to other memory: the address tells.
             read = value.read_value() if hasattr(value, "read_value") else value
             return read, _lent_by_tensorflow(read)
@@ -165,7 +165,7 @@ snapshot = _make_snapshot()
 """What a stored value is now, to be compared later; holds on to the memory of JAX's and TensorFlow's tensors."""
 
 
-def is_same_snapshot(a: Any, b: Any) -> bool:
+def is_same_snapshot(a: Tensor, b: Tensor) -> bool:
     """Whether nothing was written between two snapshots of one stored value."""
     if isinstance(a[1], memoryview) and isinstance(b[1], memoryview):
         return _address(a[1]) == _address(b[1])
@@ -242,7 +242,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             variable._value = value._value
 
     @functools.cache
-    def update() -> Any:
+    def update() -> Tensor:
         """Puts rows into an array that is given away: in its memory, as `fit` of Keras does."""
         import jax
 
@@ -296,7 +296,7 @@ Start = tuple["weakref.ref[Any]", Callable[[], Any]]
 """A variable, and what makes the value that it would have started with."""
 
 
-def is_random(initializer: Any) -> bool:
+def is_random(initializer: keras.Initializer) -> bool:
     return isinstance(initializer, _RandomInitializer)
 
 
@@ -363,7 +363,7 @@ _own = vars(Variable).get("_initialize_with_initializer")
 _method = private_method(Variable, "_initialize_with_initializer", "A start without random numbers")
 
 
-def _initialize(variable: keras.Variable, initializer: Any) -> None:
+def _initialize(variable: keras.Variable, initializer: keras.Initializer) -> None:
     if not _is_left_out(variable, initializer):
         _method(variable, initializer)
         return
@@ -373,7 +373,7 @@ def _initialize(variable: keras.Variable, initializer: Any) -> None:
     begun[key] = (weakref.ref(variable, lambda _: begun.pop(key, None)), start), _snapshot(variable)
 
 
-def _is_left_out(variable: keras.Variable, initializer: Any) -> bool:
+def _is_left_out(variable: keras.Variable, initializer: keras.Initializer) -> bool:
     if _here.larger_than is None or not is_random(initializer):
         return False
     if not isinstance(initializer.seed, int):
@@ -394,7 +394,7 @@ def _make_snapshot_of_all() -> Callable[[Any], Any]:
     if _backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        def of_tensorflow(variable: keras.Variable) -> Any:
+        def of_tensorflow(variable: keras.Variable) -> Tensor:
             with tf.init_scope():  # a graph may be in the making
                 return snapshot(variable._value)
 

@@ -7,7 +7,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import keras
 from keras import backend as _backend
@@ -17,7 +17,7 @@ from tether.keras_seam.layers import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host, random_starts_left_out
 from tether.keras_seam.private import KerasSaveable, is_missing, private, to_snake_case, unpickle
 from tether.keras_seam.variables import _outside_stateless_scopes
-from tether.types import Config
+from tether.types import Config, Tensor
 
 # --------------------------------------------------------------------------- archives
 
@@ -213,12 +213,12 @@ SHARED_ID = "shared_object_id"
 """Where a config holds the id of an object that the file has in several places."""
 
 
-def deserialized(config: Config, custom_objects: dict[str, Any]) -> Any:
+def deserialized(config: Config, custom_objects: dict[str, Any]) -> keras.Layer:
     """The model of a config that this process wrote, as `load_model` makes it before it reads values."""
     return _deserialized(config, custom_objects, safe_mode=False)
 
 
-def _deserialized(config: Config, custom_objects: dict[str, Any] | None, *, safe_mode: bool) -> Any:
+def _deserialized(config: Config, custom_objects: dict[str, Any] | None, *, safe_mode: bool) -> keras.Layer:
     with _ObjectSharingScope():
         return keras.saving.deserialize_keras_object(config, custom_objects, safe_mode=safe_mode)
 
@@ -275,18 +275,18 @@ def registered_function(name: str) -> Any:
     return keras.saving.get_registered_object(name)
 
 
-def save_to(model: keras.Model, fileobj: Any) -> None:
+def save_to(model: keras.Model, fileobj: IO[bytes]) -> None:
     """Writes the archive that a Keras model or layer is pickled as."""
     _, (archive,) = KerasSaveable.__reduce__(model)
     fileobj.write(archive.getbuffer())
 
 
-def load_from(fileobj: Any, *, compile: bool) -> Any:
+def load_from(fileobj: IO[bytes], *, compile: bool) -> keras.Layer:
     """The model or layer of an archive that this process wrote."""
     return unpickle(fileobj if compile else _without_compile_config(fileobj))
 
 
-def _without_compile_config(fileobj: Any) -> io.BytesIO:
+def _without_compile_config(fileobj: IO[bytes]) -> io.BytesIO:
     copy = io.BytesIO()
     with zipfile.ZipFile(fileobj) as archive, zipfile.ZipFile(copy, "w") as written:
         for name in archive.namelist():
@@ -316,7 +316,7 @@ def input_signature(model: keras.Model) -> list[Any]:
     return list(_get_input_signature(model))
 
 
-def input_spec(tensor: Any) -> Any:
+def input_spec(tensor: Tensor) -> Any:
     """The spec of a tensor, a symbolic tensor or a spec."""
     return _make_input_spec(tensor)
 

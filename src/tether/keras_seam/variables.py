@@ -24,7 +24,7 @@ from tether.keras_seam.private import (
     set_in_this_thread,
     to_snake_case,
 )
-from tether.types import Array
+from tether.types import Array, Tensor
 
 # --------------------------------------------------------------------------- variables
 # Variables: their stored values, and what a view is made of.
@@ -34,7 +34,7 @@ Variable = keras.Variable
 """The backend's concrete variable class, the one that `add_weight` creates."""
 
 
-def raw_value(variable: keras.Variable) -> Any:
+def raw_value(variable: keras.Variable) -> Tensor:
     """The tensor that a variable holds now, before autocast; `None` if not initialised yet."""
     scope = of_this_thread("stateless_scope")
     if scope is not None:
@@ -47,7 +47,7 @@ def raw_value(variable: keras.Variable) -> Any:
 _dtype_names: dict[Any, str] = {}
 
 
-def tensor_dtype(tensor: Any) -> str:
+def tensor_dtype(tensor: Tensor) -> str:
     """The dtype of a tensor, as Keras calls it: asked for at every call of a layer, and each looked up once."""
     dtype = tensor.dtype
     found = _dtype_names.get(dtype)
@@ -73,7 +73,7 @@ def _quick(name: str) -> Callable[[Any, Any], Any]:
 
     plain, kinds = getattr(torch, name), (torch.Tensor, torch.nn.Parameter)
 
-    def quick(a: Any, b: Any) -> Any:
+    def quick(a: Tensor, b: Tensor) -> Tensor:
         are_tensors = type(a) in kinds and type(b) in kinds
         if not are_tensors or a.dtype != b.dtype or a.device != b.device or not a.is_floating_point():
             return general(a, b)
@@ -111,7 +111,7 @@ plain_tensor = _make_plain_tensor()
 """A tensor of what a variable's `value` gives: on TensorFlow its own variable, which some of `keras.ops` refuse."""
 
 
-def own_tensor(array: Array, dtype: str | None) -> Any:
+def own_tensor(array: Array, dtype: str | None) -> Tensor:
     """An array as a tensor for a variable to start with, of a dtype or of the array's.
 
     PyTorch would take NumPy's memory, at whose addresses a matrix product may take half as long again.
@@ -120,7 +120,7 @@ def own_tensor(array: Array, dtype: str | None) -> Any:
     return tensor.clone() if _backend.backend() == "torch" else tensor
 
 
-def own_copy(tensor: Any) -> Any:
+def own_copy(tensor: Tensor) -> Tensor:
     """A tensor whose memory nobody else holds: JAX donates buffers, and one given away twice is an error."""
     if _backend.backend() == "jax":
         import jax
@@ -294,7 +294,7 @@ def _make_give_value() -> Callable[[Any, Any], None]:
     if name == "torch":
         import torch
 
-        def of_torch(variable: keras.Variable, value: Any) -> None:
+        def of_torch(variable: keras.Variable, value: Tensor) -> None:
             parameter = variable._value  # the same object, since optimizers and modules of PyTorch's hold it
             with torch.no_grad():
                 tensor = keras.ops.convert_to_tensor(value, dtype=variable._dtype).to(parameter.device)
@@ -309,7 +309,7 @@ def _make_give_value() -> Callable[[Any, Any], None]:
 
         return of_torch
 
-    def of_others(variable: keras.Variable, value: Any) -> None:
+    def of_others(variable: keras.Variable, value: Tensor) -> None:
         tensor = own_copy(keras.ops.convert_to_tensor(value, dtype=variable._dtype))
         before, variable._shape = variable._shape, tuple(value.shape)
         try:

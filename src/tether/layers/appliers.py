@@ -18,9 +18,9 @@ from tether.planning.control import Noted
 from tether.planning.execution import Convolve, execute
 from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
 from tether.planning.products import Products, products
-from tether.types import Function
+from tether.types import Function, Tensor
 from tether.weights.evaluation import hold, release, remembers
-from tether.weights.expression import Expression, Tensor, is_view, live_weights
+from tether.weights.expression import Expression, is_view, live_weights
 
 # --------------------------------------------------------------------------- calls by plan
 # The plan of one use: made at the first call of each kind, then kept with the view.
@@ -106,7 +106,7 @@ def applied(view: keras.Variable, x: Tensor, problem: MakeProblem, convolve: Con
     return execute(plan, x, factors, convolve)
 
 
-def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Any:
+def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Tensor:
     """A factor as the view would read it: in the view's dtype, without a gradient if the use has none."""
     if how is not None:
         return Integers(keras_seam.plain_tensor(view.read(how.stored)), how, dtype)
@@ -147,13 +147,13 @@ def _letters(part: str, extra: tuple[str, ...]) -> tuple[str, ...]:
     return (*before, *(extra if dots else ()), *after)
 
 
-def _finished(layer: keras.Layer, y: Tensor) -> Any:
+def _finished(layer: keras.Layer, y: Tensor) -> Tensor:
     if layer.bias is not None:
         y = keras_seam.add(y, _tensor(layer.bias))
     return y if layer.activation is None else layer.activation(y)
 
 
-def _tensor(weight: Any) -> Any:
+def _tensor(weight: Tensor) -> Tensor:
     return weight.value if isinstance(weight, keras.Variable) else weight
 
 
@@ -165,7 +165,7 @@ def _is_quicker_here(inputs: Tensor) -> bool:
 def dense_call(base: type[keras.Layer]) -> Function:
     """`Dense.call` with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Tensor:
         y = applied(self.kernel, inputs, dense_problem)
         if y is None and _is_quicker_here(inputs):
             y = keras_seam.matmul(inputs, _tensor(self.kernel))
@@ -177,7 +177,7 @@ def dense_call(base: type[keras.Layer]) -> Function:
 def einsum_dense_call(base: type[keras.Layer]) -> Function:
     """`EinsumDense.call` with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Tensor:
         y = applied(self.kernel, inputs, einsum_problem(self.equation))
         if y is None and _is_quicker_here(inputs):
             y = keras.ops.einsum(self.equation, inputs, self.kernel)
@@ -212,7 +212,7 @@ def _rows(layer: keras.Layer, inputs: Tensor) -> Any:
 def embedding_call(base: type[keras.Layer]) -> Function:
     """`Embedding.call` with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, inputs: Tensor) -> Any:
+    def call(self: keras.Layer, inputs: Tensor) -> Tensor:
         y = _rows(self, inputs)
         return base.call(self, inputs) if y is None else y
 
@@ -222,7 +222,7 @@ def embedding_call(base: type[keras.Layer]) -> Function:
 def reversible_call(base: type[keras.Layer]) -> Function:
     """`ReversibleEmbedding.call`, both ways with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, inputs: Tensor, reverse: bool = False) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, reverse: bool = False) -> Tensor:
         if not reverse:
             y = _rows(self, inputs)
             if y is None:
@@ -251,7 +251,7 @@ def reversible_call(base: type[keras.Layer]) -> Function:
 def convolution_call(base: type[keras.Layer]) -> Function:
     """`call` of a convolution without groups."""
 
-    def call(self: keras.Layer, inputs: Tensor) -> Any:
+    def call(self: keras.Layer, inputs: Tensor) -> Tensor:
         y = None if self.groups != 1 else _convolved(self, inputs, keras.ops.conv, depthwise=False)
         return base.call(self, inputs) if y is None else _finished_convolution(self, y, self.filters)
 
@@ -261,7 +261,7 @@ def convolution_call(base: type[keras.Layer]) -> Function:
 def depthwise_call(base: type[keras.Layer]) -> Function:
     """`call` of a convolution of each channel by itself."""
 
-    def call(self: keras.Layer, inputs: Tensor) -> Any:
+    def call(self: keras.Layer, inputs: Tensor) -> Tensor:
         y = _convolved(self, inputs, keras.ops.depthwise_conv, depthwise=True)
         if y is None:
             return base.call(self, inputs)
@@ -274,7 +274,7 @@ def depthwise_call(base: type[keras.Layer]) -> Function:
     return call
 
 
-def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool) -> Any:
+def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool) -> Tensor:
     padding = layer.padding
     if padding == "causal":
         width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
@@ -283,7 +283,7 @@ def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool
     else:
         width, last = 0, True
 
-    def convolve(x: Tensor, kernel: Tensor) -> Any:
+    def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         if width:  # zeros stay zeros when channels are mixed
             x = keras.ops.pad(x, [[0, 0], [width, 0], [0, 0]] if last else [[0, 0], [0, 0], [width, 0]])
         return operation(
@@ -327,7 +327,7 @@ class _Kept:
         return hash(self.settings)
 
 
-def _finished_convolution(layer: keras.Layer, y: Tensor, channels: int) -> Any:
+def _finished_convolution(layer: keras.Layer, y: Tensor, channels: int) -> Tensor:
     if layer.use_bias:
         ones = (1,) * layer.rank
         shape = (1, *ones, channels) if layer.data_format == "channels_last" else (1, channels, *ones)
@@ -348,7 +348,7 @@ def _drops(cell: keras.Layer, training: Any) -> bool:
     return bool(training) and (cell.dropout > 0 or cell.recurrent_dropout > 0)
 
 
-def _projected(cell: keras.Layer, x: Tensor, h: Any) -> tuple[Any, Any] | None:
+def _projected(cell: keras.Layer, x: Tensor, h: Tensor) -> tuple[Any, Any] | None:
     """The input and the state, each times its kernel; `None` if both kernels are to be built."""
     of_x, of_h = applied(cell.kernel, x, step_problem), applied(cell.recurrent_kernel, h, step_problem)
     if of_x is None and of_h is None:
@@ -362,7 +362,7 @@ def _projected(cell: keras.Layer, x: Tensor, h: Any) -> tuple[Any, Any] | None:
 def lstm_cell_call(base: type[keras.Layer]) -> Function:
     """`LSTMCell.call` with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Tensor:
         found = None if _drops(self, training) else _projected(self, inputs, states[0])
         if found is None:
             return base.call(self, inputs, states, training=training)
@@ -380,7 +380,7 @@ def lstm_cell_call(base: type[keras.Layer]) -> Function:
 def gru_cell_call(base: type[keras.Layer]) -> Function:
     """`GRUCell.call`, with the reset gate after the product."""
 
-    def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Any:
+    def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Tensor:
         nested = isinstance(states, (list, tuple))
         before = states[0] if nested else states
         found = None
@@ -404,7 +404,7 @@ def gru_cell_call(base: type[keras.Layer]) -> Function:
 def simple_cell_call(base: type[keras.Layer]) -> Function:
     """`SimpleRNNCell.call` with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, sequence: Tensor, states: Tensor, training: bool = False) -> Any:
+    def call(self: keras.Layer, sequence: Tensor, states: Tensor, training: bool = False) -> Tensor:
         nested = isinstance(states, (list, tuple))
         found = None if _drops(self, training) else _projected(self, sequence, states[0] if nested else states)
         if found is None:
@@ -438,7 +438,7 @@ def _hold(cell: keras.Layer) -> None:
 def loop_hooks(base: type[keras.Layer]) -> dict[str, Any]:
     """An RNN asks its cell for a dropout mask before its loop, and takes it back after."""
 
-    def get_dropout_mask(self: keras.Layer, step_input: Any) -> Any:
+    def get_dropout_mask(self: keras.Layer, step_input: Any) -> Tensor:
         _hold(self)
         return base.get_dropout_mask(self, step_input)
 
@@ -455,7 +455,7 @@ def loop_hooks(base: type[keras.Layer]) -> dict[str, Any]:
 def holding(get_initial_state: Any) -> Any:
     """A cell of the user's own has one call before the loop: the one for its first state."""
 
-    def held_state(self: keras.Layer, *args: Any, **kwargs: Any) -> Any:
+    def held_state(self: keras.Layer, *args: Any, **kwargs: Any) -> Tensor:
         state = state_of(self)
         if state is not None:
             state.held = []

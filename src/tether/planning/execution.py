@@ -11,7 +11,7 @@ import keras
 
 from tether import keras_seam
 from tether.planning.plan import Integers, Plan, as_floats
-from tether.weights.expression import Tensor
+from tether.types import Tensor
 
 # --------------------------------------------------------------------------- gradients by other steps
 # A value whose gradient is computed in another way than the value was.
@@ -41,11 +41,11 @@ def _jax(y: Tensor, tangent: Tangent, x: Tensor, varying: tuple[Tensor, ...], ot
     import jax
 
     @jax.custom_jvp  # type: ignore[untyped-decorator]
-    def attached(y: Tensor, x: Tensor, varying: Any, others: Any) -> Any:
+    def attached(y: Tensor, x: Tensor, varying: Any, others: Any) -> Tensor:
         return y
 
     @attached.defjvp  # type: ignore[untyped-decorator]
-    def rule(primals: Any, tangents: Any) -> Any:
+    def rule(primals: Any, tangents: Any) -> Tensor:
         y, x, varying, others = primals
         _, moved = jax.jvp(lambda factors: tangent(x, factors, others), (varying,), (tangents[2],))
         # Attached again: who differentiates this derivative sees the value's own dependence on the factors too.
@@ -60,8 +60,8 @@ def _tensorflow(
     import tensorflow as tf
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def attached(y: Tensor, *varying: Any) -> Any:
-        def gradients(upstream: Any) -> Any:
+    def attached(y: Tensor, *varying: Any) -> Tensor:
+        def gradients(upstream: Any) -> Tensor:
             with tf.GradientTape() as tape:
                 tape.watch(varying)
                 moved = tangent(x, varying, others)
@@ -83,13 +83,13 @@ def _torch_function() -> Any:
 
     class Attached(torch.autograd.Function):
         @staticmethod
-        def forward(context: Any, y: Tensor, tangent: Tangent, count: int, x: Tensor, *factors: Any) -> Any:
+        def forward(context: Any, y: Tensor, tangent: Tangent, count: int, x: Tensor, *factors: Any) -> Tensor:
             context.tangent, context.count = tangent, count
             context.save_for_backward(x, *factors)
             return y.view_as(y)
 
         @staticmethod
-        def backward(context: Any, upstream: Any) -> Any:
+        def backward(context: Any, upstream: Any) -> Tensor:
             x, *factors = context.saved_tensors
             again = torch.is_grad_enabled()  # the gradient is to be differentiated too
             if not again:

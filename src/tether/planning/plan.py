@@ -15,7 +15,8 @@ import keras
 
 from tether.errors import NUMERIC
 from tether.planning.cost import Operation
-from tether.weights.expression import Expression, Tensor
+from tether.types import Tensor
+from tether.weights.expression import Expression
 from tether.weights.operators.arithmetic import ScaleGradient, StopGradient
 from tether.weights.operators.quantized import Unpack
 from tether.weights.operators.structure import Cast

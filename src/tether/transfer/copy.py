@@ -377,7 +377,7 @@ class _Plan:
             raise
 
 
-def _variable(place: Any) -> Any:
+def _variable(place: Any) -> keras.Variable:
     return place.variable if isinstance(place, Weight) else place
 
 

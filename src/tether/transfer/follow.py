@@ -10,8 +10,8 @@ import keras
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.transfer.copy import Held, Pair, built, leaf_pairs, paired
+from tether.types import Tensor
 from tether.weights.algebra import is_invertible
-from tether.weights.expression import Tensor
 
 
 class Follow(keras.callbacks.Callback):

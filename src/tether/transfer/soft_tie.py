@@ -15,7 +15,8 @@ from tether.layers.tying.penalty import Penalty, check
 from tether.layers.tying.state import shape_of, state_of
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import attach_penalty, detach_penalty, penalty_places, weight_of
-from tether.weights.expression import Expression, Tensor, as_expression
+from tether.types import Tensor
+from tether.weights.expression import Expression, as_expression
 from tether.weights.weight import Weight
 
 

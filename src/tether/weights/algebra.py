@@ -11,13 +11,13 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch
+from tether.types import Tensor
 from tether.weights.expression import (
     Expression,
     Node,
     Shape,
     Step,
     Stored,
-    Tensor,
     known_shape,
     leaves,
     live_weights,

@@ -16,7 +16,8 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.weights.expression import Expression, Node, StatefulNode, Stored, Tensor, is_view, program, provide
+from tether.types import Tensor
+from tether.weights.expression import Expression, Node, StatefulNode, Stored, is_view, program, provide
 from tether.weights.leaves import Argument, Constant, bindings
 
 _CACHE = "_tether_values"

@@ -17,7 +17,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotATensor, ShapeMismatch, TetherError, UnknownShape, received
-from tether.types import Array, Config, Function
+from tether.types import Array, Config, Function, Tensor
 
 # --------------------------------------------------------------------------- no silent conversion
 
@@ -88,7 +88,6 @@ class _Unread:
 
 
 Shape = tuple[int, ...]
-Tensor = Any
 
 MAX_AXES = 32
 MAX_ELEMENTS = 1 << 34

@@ -14,8 +14,8 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NUMERIC, NotATensor, ShapeMismatch, TetherError, UnboundArgument, as_dtype, as_int, received
-from tether.types import Array
-from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Tensor, Term, provide
+from tether.types import Array, Tensor
+from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Term, provide
 
 # --------------------------------------------------------------------------- arguments
 # A leaf without storage that is bound when the layer is called: a choice, a depth, a computed tensor.

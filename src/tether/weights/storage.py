@@ -22,10 +22,10 @@ from tether.errors import (
     ValueConflict,
     received,
 )
-from tether.types import Array, Config
+from tether.types import Array, Config, Tensor
 from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
-from tether.weights.expression import Expression, Shape, Stored, Tensor, live_weights, note_replacement, resolved
+from tether.weights.expression import Expression, Shape, Stored, live_weights, note_replacement, resolved
 from tether.weights.identity import told_by_file
 
 
@@ -183,7 +183,7 @@ class Storage(Stored):
         self._variable = variable
         self.refresh()
 
-    def release(self) -> Any:
+    def release(self) -> keras.Variable | None:
         """Gives the variable back, as if it had never been made or adopted (the undo of a failed tie)."""
         variable, shape = self._variable, self.shape
         if variable is not None:
@@ -193,7 +193,7 @@ class Storage(Stored):
             self._given_shape = shape
         return variable
 
-    def become(self, expression: Expression) -> Any:
+    def become(self, expression: Expression) -> keras.Variable | None:
         """Gives up its variable: from now on the weight is an expression of other weights, which store its value.
 
         Whatever names the weight follows: its uses at once, anything else when it is looked at. As long as somebody

@@ -20,9 +20,9 @@ from tether.errors import (
     as_dtype,
     received,
 )
-from tether.types import Config
+from tether.types import Config, Tensor
 from tether.weights.codec import decode_became
-from tether.weights.expression import MAX_ELEMENTS, Expression, Shape, Tensor
+from tether.weights.expression import MAX_ELEMENTS, Expression, Shape
 from tether.weights.identity import born, fresh_uid, mark, scope_of
 from tether.weights.storage import Copy, Storage, Use, path_of
 
@@ -140,7 +140,7 @@ class Weight(Storage):
         return keras_seam.stored_dtype(self._variable)
 
     @property
-    def variable(self) -> Any:
+    def variable(self) -> keras.Variable:
         """The Keras variable, made now if the shape is known and nothing has made it yet.
 
         Raises:

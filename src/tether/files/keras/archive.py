@@ -44,7 +44,7 @@ SMALL, MAX_EXPANSION = 2**28, 100
 """What unpacks to more than this many bytes may have at most this many times its size in the file."""
 
 
-def objects(file: Any, size: int, *, expansion: int = MAX_EXPANSION) -> Iterator[tuple[str, Any]]:
+def objects(file: h5py.File, size: int, *, expansion: int = MAX_EXPANSION) -> Iterator[tuple[str, Any]]:
     """The groups and datasets of a file with their places, a group before what is in it; the file itself is at `""`.
 
     Args:
@@ -91,7 +91,7 @@ def objects(file: Any, size: int, *, expansion: int = MAX_EXPANSION) -> Iterator
             raise InvalidConfig(f"{place!r} is neither a group nor values.")
 
 
-def _links(group: Any, place: str, most: int) -> list[tuple[bytes, int]]:
+def _links(group: h5py.Group, place: str, most: int) -> list[tuple[bytes, int]]:
     """The names in a group, the first one last, with the addresses of what they name; one too many if it has more."""
     found: list[tuple[bytes, int]] = []
     elsewhere: list[bytes] = []
@@ -114,7 +114,7 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _bytes(dataset: Any, place: str) -> int:
+def _bytes(dataset: h5py.Dataset, place: str) -> int:
     """How many bytes a dataset's values take in memory."""
     stored = dataset.dtype
     if dataset.external or dataset.is_virtual:
@@ -126,7 +126,7 @@ def _bytes(dataset: Any, place: str) -> int:
     return math.prod(dataset.shape) * int(stored.itemsize)
 
 
-def dtype_of(dataset: Any) -> str:
+def dtype_of(dataset: h5py.Dataset) -> str:
     """Keras's name of a dataset's dtype.
 
     HDF5 knows no bfloat16 and no float8. Keras writes their bytes, and beside those of bfloat16 what they are. Bytes of
@@ -147,7 +147,7 @@ def dtype_of(dataset: Any) -> str:
 _NUMBERS = NUMERIC | {"complex64", "complex128"}
 
 
-def is_bytes(dataset: Any) -> bool:
+def is_bytes(dataset: h5py.Dataset) -> bool:
     """Whether a dataset is of a dtype that HDF5 does not know."""
     return bool(dataset.dtype.kind == "V")
 

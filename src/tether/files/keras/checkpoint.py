@@ -135,7 +135,7 @@ def _of_npz(file: io.IOBase, stack: contextlib.ExitStack) -> Values:
 # --------------------------------------------------------------------------- HDF5
 
 
-def _tree(file: Any, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _tree(file: h5py.File, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     return objects(file, path.stat().st_size, expansion=MAX_EXPANSION)
 
 
@@ -151,7 +151,7 @@ def _of_h5(*trees: Iterable[tuple[str, Any]]) -> Values:
     return values
 
 
-def _read_notes(group: Any, place: str, values: Values) -> None:
+def _read_notes(group: h5py.Group, place: str, values: Values) -> None:
     uid, note = group.attrs.get("tether_uid"), group.attrs.get("tether")
     if isinstance(uid, str):
         values.uids[uid] = f"{place}/0"
@@ -165,7 +165,7 @@ def _read_notes(group: Any, place: str, values: Values) -> None:
         values.notes[place] = read["ties"]
 
 
-def _entry(name: str, dataset: Any) -> Entry:
+def _entry(name: str, dataset: h5py.Dataset) -> Entry:
     dtype = dtype_of(dataset)
     shape = tuple(int(n) for n in dataset.shape)
     refuse_bomb(name, dataset.nbytes, dataset.id.get_storage_size(), MAX_EXPANSION)
@@ -206,7 +206,7 @@ def _one(tree: Mapping[str, Any], place: str, kind: type) -> Any:
     return tree[place]
 
 
-def _names(group: Any, attribute: str) -> list[str]:
+def _names(group: h5py.Group, attribute: str) -> list[str]:
     """A list of names, which Keras 2 splits into numbered attributes if it is long."""
     if attribute in group.attrs:
         found = list(group.attrs[attribute])

@@ -288,7 +288,7 @@ def load_model(
     custom_objects: dict[str, Any] | None = None,
     compile: bool = True,
     safe_mode: bool = True,
-) -> Any:
+) -> keras.Model:
     """Reads a `.keras` file, by whomever it was written, and checks what came of it.
 
     The file is held against its checksums and against what it says about itself before anything in it is used.

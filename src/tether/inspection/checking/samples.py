@@ -210,7 +210,7 @@ def is_zero(value: Readable) -> bool:
 class _Dataset:
     """The values of one dataset of an HDF5 file."""
 
-    def __init__(self, path: Path, dataset: Any, shape: Shape, dtype: str) -> None:
+    def __init__(self, path: Path, dataset: h5py.Dataset, shape: Shape, dtype: str) -> None:
         self.shape = shape
         self._path, self._dataset, self._dtype = path, dataset, dtype
 

@@ -16,8 +16,8 @@ from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer, refuse_unsupported
 from tether.layers.tying.state import View, shape_of, state_of, view_like
 from tether.layers.tying.tie import tie
-from tether.types import Config, Function
-from tether.weights.expression import Expression, Tensor, known_shape
+from tether.types import Config, Function, Tensor
+from tether.weights.expression import Expression, known_shape
 from tether.weights.leaves import Argument, bind
 from tether.weights.operators.choice import choose
 from tether.weights.storage import Use
@@ -32,7 +32,7 @@ def call(
     *,
     training: bool | None = None,
     **by_name: Any,
-) -> Any:
+) -> Tensor:
     """Calls a layer with tensors in the place of some of its weights; gradients flow into the tensors.
 
     A layer that is not built never gets variables for these weights: they are arguments of its call from then on
@@ -79,7 +79,7 @@ def call(
     return _call(layer, inputs if isinstance(inputs, tuple) else (inputs,), tensors, training)
 
 
-def _call(layer: keras.Layer, inputs: tuple[Any, ...], tensors: Mapping[str, Tensor], training: bool | None) -> Any:
+def _call(layer: keras.Layer, inputs: tuple[Any, ...], tensors: Mapping[str, Tensor], training: bool | None) -> Tensor:
     keywords = {} if training is None else {"training": training}
     with contextlib.ExitStack() as stack:
         for path, tensor in tensors.items():
@@ -170,7 +170,7 @@ class WithWeights(keras.layers.Layer):
             several = isinstance(inputs_shape, list)
             self.layer.build(*inputs_shape) if several else self.layer.build(inputs_shape)
 
-    def call(self, inputs: Any, weights: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Any, weights: Any, training: bool | None = None) -> Tensor:
         """The layer's outputs with these weights."""
         arguments = tuple(inputs) if isinstance(inputs, list) else (inputs,)
         tensors = dict(zip(self.weight_paths, weights, strict=True))
@@ -340,7 +340,7 @@ class Lambda(keras.layers.Layer):
             names.append(name)
         self._names = tuple(names)
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Any, training: bool | None = None) -> Tensor:
         """Calls the function with the weights' present tensors."""
         values = {name: keras_seam.plain_tensor(getattr(self, f"weight_{name}").value) for name in self._names}
         if self._passes_training:

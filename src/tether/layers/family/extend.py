@@ -111,7 +111,7 @@ def _refuse_class(cls: Any) -> None:
 class Extended:
     """What an extended layer does otherwise than its parent. `extend` mixes it in behind the class."""
 
-    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+    def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:
         """Makes a variable as the parent does, if no other has its name."""
         author = _author(self)
         name = kwargs.get("name")

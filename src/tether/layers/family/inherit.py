@@ -219,7 +219,7 @@ class _Heir:
         frozen = {path for path, source in self.sources.items() if source.path in self.frozen}
         return frozen - set(self.changes) if kept else set()
 
-    def make(self) -> Any:
+    def make(self) -> keras.Layer:
         """Copies, then ties; everything is computed before anything of the child is tied."""
         copies: list[tuple[Named, Array]] = []
         ties: dict[str, Expression] = {}
@@ -362,7 +362,7 @@ def _label(child: keras.Layer, weight: Named) -> str:
 # --------------------------------------------------------------------------- making and building the child
 
 
-def copy_of(parent: keras.Layer, name: str | None = None) -> Any:
+def copy_of(parent: keras.Layer, name: str | None = None) -> keras.Layer:
     """A new layer of the parent's class and config under a name of its own, with fresh weights."""
     config = dict(parent.get_config())
     config["name"] = keras_seam.unique_name(f"{parent.name}_child") if name is None else name
@@ -377,7 +377,7 @@ def copy_of(parent: keras.Layer, name: str | None = None) -> Any:
         ) from error
 
 
-def _instance(into: Any, parent: keras.Layer) -> Any:
+def _instance(into: Any, parent: keras.Layer) -> keras.Layer:
     cls: Any = into if inspect.isclass(into) else None
     if cls is not None and issubclass(cls, keras.layers.Layer):
         config = {key: value for key, value in parent.get_config().items() if key not in ("name", "tether")}

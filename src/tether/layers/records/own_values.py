@@ -19,7 +19,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.tying.state import State, View, from_above, ordered_variables
-from tether.types import Array, Config
+from tether.types import Array, Config, Tensor
 from tether.weights.algebra import invert, put
 from tether.weights.codec import encode
 from tether.weights.identity import told_by_file
@@ -36,7 +36,7 @@ class _WithoutViews:
     def __init__(self, store: Any) -> None:
         self._store = store
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def __setitem__(self, key: str, value: Tensor) -> None:
         if not isinstance(value, View):
             self._store[key] = value
 
@@ -95,7 +95,7 @@ class _Filled:
 class FromFile:
     """A value of an untied file for a view: it has to go to a weight, or agree with it."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Tensor) -> None:
         self.array = np.asarray(value)
         self.shape = self.array.shape
         self.dtype = self.array.dtype

@@ -6,7 +6,6 @@ It stands above `tie`, which makes the ties again; the tied class asks for it by
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import keras
 
@@ -21,7 +20,7 @@ from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
 
-def revive(base: type, config: Config) -> Any:
+def revive(base: type, config: Config) -> keras.Layer:
     """A layer of the base class from a config, with the ties that the config records."""
     config = dict(config)
     record = config.pop(KEY, None)
@@ -45,7 +44,7 @@ class TiedReader:
     def __bases__(self) -> tuple[type, ...]:
         return tuple(_subclasses(keras.layers.Layer))
 
-    def from_config(self, config: Config) -> Any:
+    def from_config(self, config: Config) -> keras.Layer:
         """The tied layer of a config that a stranger may have written.
 
         Raises:
@@ -84,7 +83,7 @@ def _subclasses(cls: type) -> dict[type, None]:
 keras_seam.register_reader(TiedReader())
 
 
-def _unpickle(data: bytes, weights: dict[str, Weight]) -> Any:
+def _unpickle(data: bytes, weights: dict[str, Weight]) -> keras.Layer:
     with sharing(dict(weights)):
         return keras_seam.load_from(io.BytesIO(data), compile=True)
 

@@ -202,7 +202,11 @@ def refuse_tie(layer: keras.Layer, name: str, variable: keras.Variable, expressi
 
 
 def refuse_misfit(
-    layer: keras.Layer, name: str, shape: tuple[int, ...], constraint: Any, expression: Expression
+    layer: keras.Layer,
+    name: str,
+    shape: tuple[int, ...],
+    constraint: keras.constraints.Constraint | None,
+    expression: Expression,
 ) -> None:
     """Refuses an expression in the place of a variable of this shape and constraint."""
     if expression.shape is None and solve_shape(expression, shape) is None:
@@ -213,7 +217,9 @@ def refuse_misfit(
         _refuse_constraint(layer, name, constraint, expression)
 
 
-def _refuse_constraint(layer: keras.Layer, name: str, constraint: Any, expression: Expression) -> None:
+def _refuse_constraint(
+    layer: keras.Layer, name: str, constraint: keras.constraints.Constraint | None, expression: Expression
+) -> None:
     if not isinstance(expression, Weight):
         raise Unsupported(
             f"Layer {layer.name!r} constrains its {name} by {type(constraint).__name__}, which is applied to what is "
@@ -230,7 +236,7 @@ def _refuse_constraint(layer: keras.Layer, name: str, constraint: Any, expressio
         )
 
 
-def _described(constraint: Any) -> Any:
+def _described(constraint: keras.constraints.Constraint | None) -> Any:
     try:
         return keras.constraints.serialize(constraint)
     except Exception:

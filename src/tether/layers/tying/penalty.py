@@ -9,8 +9,9 @@ import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnboundArgument, received
+from tether.types import Tensor
 from tether.weights.evaluation import evaluate
-from tether.weights.expression import Expression, Tensor, leaves
+from tether.weights.expression import Expression, leaves
 from tether.weights.leaves import Argument, Constant
 from tether.weights.storage import Use
 from tether.weights.weight import Weight

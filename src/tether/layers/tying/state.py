@@ -14,9 +14,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
-from tether.types import Array, Function
+from tether.types import Array, Function, Tensor
 from tether.weights.evaluation import evaluate
-from tether.weights.expression import Expression, Tensor, leaves
+from tether.weights.expression import Expression, leaves
 from tether.weights.leaves import Argument, bind
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
@@ -78,7 +78,7 @@ class View(keras_seam.Variable):
             value = keras.ops.stop_gradient(value)
         return value
 
-    def read(self, part: Expression, how: Callable[[Expression], Any] = evaluate) -> Any:
+    def read(self, part: Expression, how: Callable[[Expression], Any] = evaluate) -> Tensor:
         """What a function makes of the expression, or of a part of it, for this use: by default the tensor.
 
         Whatever a layer computes from its expression goes through here, so that somebody who watches can tell the
@@ -107,7 +107,7 @@ class View(keras_seam.Variable):
         """Subtracts from what is stored, through the expression."""
         return self.assign(keras.ops.subtract(self.value, value))
 
-    def numpy(self) -> Any:
+    def numpy(self) -> Array:
         """The present value as a NumPy array."""
         return keras.ops.convert_to_numpy(self.value)
 
@@ -124,7 +124,7 @@ class View(keras_seam.Variable):
         self.follow(True if layer is None else keras_seam.own_trainable_flag(layer))
 
     @property
-    def regularizer(self) -> Any:
+    def regularizer(self) -> keras.Regularizer | None:
         """What adds a penalty on this use's value to the losses of its layer."""
         return self.use.regularizer
 
@@ -135,7 +135,7 @@ class View(keras_seam.Variable):
         self.use.regularizer = value
 
     @property
-    def constraint(self) -> Any:
+    def constraint(self) -> keras.constraints.Constraint | None:
         """What the stored weight is held to after each step; only of a use that is the weight itself."""
         weight = self.expression
         return weight.present_constraint if isinstance(weight, Weight) else None
@@ -403,7 +403,7 @@ def is_serializing(layer: keras.Layer) -> bool:
     return id(layer) in getattr(_serializing, "owners", ())
 
 
-def new_use(layer: keras.Layer, name: str, expression: Expression, regularizer: Any) -> Use:
+def new_use(layer: keras.Layer, name: str, expression: Expression, regularizer: keras.Regularizer | None) -> Use:
     """A use of an expression by a layer, not registered yet."""
     return Use(name=name, expression=expression, layer=weakref.ref(layer), regularizer=regularizer)
 

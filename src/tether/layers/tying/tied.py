@@ -104,7 +104,7 @@ class Tied:
 
     # ------------------------------------------------------------------ variables
 
-    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+    def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:
         """Hands out a view where a tie waits for a variable of this name, and makes a variable elsewhere."""
         for position, value in zip(("shape", "initializer", "dtype"), args, strict=False):
             kwargs.setdefault(position, value)
@@ -216,7 +216,7 @@ class Tied:
             own_values.load(self, state, store, super().save_own_variables, super().load_own_variables)  # type: ignore[misc]
 
     @classmethod
-    def from_config(cls, config: Config) -> Any:
+    def from_config(cls, config: Config) -> keras.Layer:
         """A tied layer from its config, with weights of its own or those of the sharing scope."""
         return from_above["revive"](cls._tether_base, config)
 
@@ -498,7 +498,7 @@ def _settle(layer: keras.Layer, state: State) -> None:
                 replace(place.layer, place.variable, place.leaf_name, asked)
 
 
-def _pass_constraint(constraint: Any, expression: Expression) -> None:
+def _pass_constraint(constraint: keras.constraints.Constraint | None, expression: Expression) -> None:
     if constraint is not None and isinstance(expression, Weight):
         expression.variable.constraint = constraint
 

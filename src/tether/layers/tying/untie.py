@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import keras
 
@@ -154,7 +153,7 @@ def _give_back(layer: keras.Layer, state: State, slot: ViewSlot) -> None:
     exchange(layer, state, view, variable)
 
 
-def plain_variable(view: View) -> Any:
+def plain_variable(view: View) -> keras.Variable:
     """A stored variable with a view's present value, name, path, dtype and flags."""
     value = keras.ops.convert_to_numpy(view.value)
     if value.shape != tuple(view.shape):

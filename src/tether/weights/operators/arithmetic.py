@@ -10,8 +10,8 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, received
-from tether.types import Config
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, provide, register
+from tether.types import Config, Tensor
+from tether.weights.expression import Expression, Node, Shape, Term, as_expression, provide, register
 from tether.weights.leaves import Constant
 
 # --------------------------------------------------------------------------- arithmetic

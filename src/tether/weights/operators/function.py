@@ -9,8 +9,8 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
-from tether.types import Config, Function
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, register
+from tether.types import Config, Function, Tensor
+from tether.weights.expression import Expression, Node, Shape, Term, as_expression, register
 from tether.weights.leaves import Constant
 
 _OPS = "keras.ops."

@@ -10,8 +10,8 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, as_dtype, as_int, as_ints, received
-from tether.types import Array, Config
-from tether.weights.expression import Expression, Node, Shape, Stored, Tensor, Term, register
+from tether.types import Array, Config, Tensor
+from tether.weights.expression import Expression, Node, Shape, Stored, Term, register
 from tether.weights.operators import arithmetic, structure
 
 

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_dtype, as_int, as_ints, received
-from tether.types import Config
-from tether.weights.expression import Expression, Node, Shape, Tensor, Term, as_expression, provide, register
+from tether.types import Config, Tensor
+from tether.weights.expression import Expression, Node, Shape, Term, as_expression, provide, register
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 
