@@ -132,7 +132,7 @@ def _adapt(
     return model
 
 
-def _delta(change: Any, name: str, base: Expression) -> Expression:
+def _delta(change: object, name: str, base: Expression) -> Expression:
     if isinstance(change, AddedForm):
         return change.delta(base)
     return changed(change, base, name) - base
@@ -230,17 +230,17 @@ def _check(model: keras.Model, function: str) -> None:
         raise TetherError(f"The adapters of {model.name!r} are merged. Take them apart first: `unmerge(model)`.")
 
 
-def _check_new_name(model: keras.Model, name: Any) -> None:
+def _check_new_name(model: keras.Model, name: object) -> None:
     if not isinstance(name, str) or not name or name in names(model):
         raise TetherError(f"An adapter has a name of its own; the model has: {_listed(model)}. {received(name=name)}")
 
 
-def _check_changes(changes: Any) -> None:
+def _check_changes(changes: object) -> None:
     if not isinstance(changes, Mapping) or not changes:
         raise TetherError(f"An adapter changes weights by name or pattern. {received(changes=changes)}")
 
 
-def _check_strength(name: str, value: Any) -> None:
+def _check_strength(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
         raise TetherError(f"A strength is a finite number. {received(**{name: value})}")
 

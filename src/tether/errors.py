@@ -94,14 +94,14 @@ def as_int(value: Any, what: str) -> int:
         raise InvalidConfig(f"{what} must be an integer. {received(value=value)}") from None
 
 
-def as_ints(values: Any, what: str) -> tuple[int, ...]:
+def as_ints(values: object, what: str) -> tuple[int, ...]:
     """A tuple of integers, from a list of a file or a tuple of a caller."""
     if not isinstance(values, (list, tuple)):
         raise InvalidConfig(f"{what} must be a list of integers. {received(value=values)}")
     return tuple(as_int(value, what) for value in values)
 
 
-def as_dtype(value: Any) -> str:
+def as_dtype(value: object) -> str:
     """Keras's name of a dtype of real numbers."""
     try:
         dtype = None if value is None else str(keras.backend.standardize_dtype(value))

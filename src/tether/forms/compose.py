@@ -9,7 +9,6 @@ Networks: Implicit Acceleration by Overparameterization" (arXiv:1802.06509).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import keras
 
@@ -23,7 +22,7 @@ __all__ = ["compose"]
 class Compose(LayerForm):
     """What `tether.forms.compose` makes: the expression, and weights of its own."""
 
-    def __init__(self, units: int, activation: Any, use_bias: bool, kernel_initializer: Any) -> None:
+    def __init__(self, units: int, activation: object, use_bias: bool, kernel_initializer: object) -> None:
         self.units, self.activation, self.use_bias = as_rank(units, "units"), activation, bool(use_bias)
         self.kernel_initializer = kernel_initializer
 
@@ -53,7 +52,7 @@ class Compose(LayerForm):
 
 
 def compose(
-    units: int, *, activation: Any = None, use_bias: bool = True, kernel_initializer: Any = "glorot_uniform"
+    units: int, *, activation: object = None, use_bias: bool = True, kernel_initializer: object = "glorot_uniform"
 ) -> Compose:
     """A child that computes `activation(parent(x) @ S + c)` as one layer of its parent's kind.
 

@@ -22,7 +22,7 @@ from tether.weights.expression import Expression
 class ConcatenateForm(LayerForm):
     """What `tether.forms.concatenate` makes: the expression, and weights of its own."""
 
-    def __init__(self, units: int, kernel_initializer: Any, bias_initializer: Any) -> None:
+    def __init__(self, units: int, kernel_initializer: object, bias_initializer: object) -> None:
         self.units = as_rank(units, "units")
         self.kernel_initializer, self.bias_initializer = kernel_initializer, bias_initializer
 
@@ -71,7 +71,7 @@ def _is_elementwise(activation: Any) -> bool:
 
 
 def concatenate(
-    units: int, *, kernel_initializer: Any = "glorot_uniform", bias_initializer: Any = "zeros"
+    units: int, *, kernel_initializer: object = "glorot_uniform", bias_initializer: object = "zeros"
 ) -> ConcatenateForm:
     """A child whose outputs are its parent's, and `units` more of its own.
 

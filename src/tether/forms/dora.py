@@ -8,8 +8,6 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353
 
 from __future__ import annotations
 
-from typing import Any
-
 from tether.forms.form import Form, base_expression, part, rows_and_columns, shape_of_base, start_value
 from tether.forms.low_rank import LowRank, low_rank
 from tether.forms.weight_norm import Magnitude, norms_of
@@ -38,7 +36,7 @@ def dora(
     *,
     alpha: float | None = None,
     rank_stabilized: bool = False,
-    start: Any = "zeros",
+    start: object = "zeros",
     split: int | None = None,
     seed: int | None = None,
 ) -> Dora:

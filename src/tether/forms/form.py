@@ -50,15 +50,15 @@ class AddedForm(Form):
         base = base_expression(self, base)
         return base + self.delta(base)
 
-    def __add__(self, base: Any) -> Any:
+    def __add__(self, base: object) -> Any:
         return self(base) if isinstance(base, Expression) else NotImplemented
 
     __radd__ = __add__
 
-    def __rsub__(self, base: Any) -> Any:
+    def __rsub__(self, base: object) -> Any:
         return base - self.delta(base) if isinstance(base, Expression) else NotImplemented
 
-    def __mul__(self, number: Any) -> Any:
+    def __mul__(self, number: object) -> Any:
         return _Multiple(self, number) if isinstance(number, (int, float, Expression)) else NotImplemented
 
     __rmul__ = __mul__
@@ -70,7 +70,7 @@ class AddedForm(Form):
 class _Multiple(AddedForm):
     """A number (or expression) times what a form adds."""
 
-    def __init__(self, form: AddedForm, factor: Any) -> None:
+    def __init__(self, form: AddedForm, factor: object) -> None:
         self.form, self.factor = form, factor
 
     def delta(self, base: Expression) -> Expression:
@@ -90,7 +90,7 @@ class ScalingForm(Form):
         base = base_expression(self, base)
         return base * self.factor(base)
 
-    def __mul__(self, base: Any) -> Any:
+    def __mul__(self, base: object) -> Any:
         return self(base) if isinstance(base, Expression) else NotImplemented
 
     __rmul__ = __mul__
@@ -140,7 +140,7 @@ class Float32Node(Node):
         """The value, from tensors of at least 32 bits."""
         raise TypeError(f"{type(self).__name__} does not compute.")
 
-    def start(self, value: Any, place: int = 0) -> Tensor:
+    def start(self, value: object, place: int = 0) -> Tensor:
         """An array as a value for an operand, in that operand's dtype: what `inverse` returns."""
         dtype = self.operands[place].dtype
         kept = dtype if dtype is not None and keras_seam.is_float(dtype) else keras.config.floatx()
@@ -167,7 +167,7 @@ def as_array(value: Tensor) -> Array:
 # --------------------------------------------------------------------------- what forms are made with
 
 
-def base_expression(form: Any, base: Any) -> Expression:
+def base_expression(form: object, base: object) -> Expression:
     """What a form was called with, as an expression.
 
     Raises:
@@ -183,7 +183,7 @@ def base_expression(form: Any, base: Any) -> Expression:
         ) from None
 
 
-def shape_of_base(form: Any, base: Expression) -> Shape:
+def shape_of_base(form: object, base: Expression) -> Shape:
     """The base's shape, or an error that says how to give it one.
 
     Raises:
@@ -198,7 +198,7 @@ def shape_of_base(form: Any, base: Expression) -> Shape:
     return base.shape
 
 
-def rows_and_columns(shape: Shape, split: Any = None) -> tuple[Shape, Shape]:
+def rows_and_columns(shape: Shape, split: object = None) -> tuple[Shape, Shape]:
     """How a kernel of any number of axes is a matrix from inputs (rows) to outputs (columns).
 
     Args:
@@ -236,7 +236,7 @@ def from_matrix(matrix: Expression, rows: Shape, columns: Shape) -> Expression:
 def part(
     base: Expression,
     suffix: str,
-    start: Any,
+    start: object,
     shape: Shape | None = None,
     *,
     dtype: str | None = None,
@@ -269,7 +269,7 @@ def start_value(base: Expression) -> Array:
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(base.value, "float32")), dtype="float64")
 
 
-def as_rank(rank: Any, name: str = "rank") -> int:
+def as_rank(rank: object, name: str = "rank") -> int:
     """A whole number of at least 1; `name` is the parameter's, for the error.
 
     Raises:
@@ -280,7 +280,7 @@ def as_rank(rank: Any, name: str = "rank") -> int:
     return int(rank)
 
 
-def as_alpha(alpha: Any) -> float | None:
+def as_alpha(alpha: object) -> float | None:
     """A finite number, or `None` where the scale is to be 1.
 
     Raises:
@@ -293,7 +293,7 @@ def as_alpha(alpha: Any) -> float | None:
     return float(alpha)
 
 
-def constant(value: Any) -> Constant:
+def constant(value: object) -> Constant:
     """A number or small array as an expression."""
     return Constant.of(value)
 
@@ -373,7 +373,7 @@ def _last_of_einsum(form: str, parent: keras.Layer) -> int:
     return int(size)
 
 
-def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **changes: Any) -> keras.Layer:
+def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **changes: object) -> keras.Layer:
     """A new layer like the parent, not built, with another number of units.
 
     Constraints stay with the parent: they hold for what is stored, not for what a child makes of it.
@@ -400,7 +400,7 @@ def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **chan
     return kind.from_config(config)
 
 
-def kernel_of(form: Any, parent: Mapping[str, Expression]) -> Expression:
+def kernel_of(form: object, parent: Mapping[str, Expression]) -> Expression:
     """The parent's kernel.
 
     Raises:

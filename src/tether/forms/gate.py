@@ -25,7 +25,7 @@ __all__ = ["gate"]
 class Gate(Form):
     """What `tether.forms.gate` makes: the expression, and weights of its own."""
 
-    def __init__(self, start: Any, per: str, split: int | None) -> None:
+    def __init__(self, start: object, per: str, split: int | None) -> None:
         if not isinstance(start, (float, np.floating)) or not 0 < start < 1:
             raise TetherError(
                 f"A gate starts between 0 (all own) and 1 (all base), not at them. {received(start=start)}"

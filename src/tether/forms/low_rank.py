@@ -89,7 +89,7 @@ def low_rank(
     *,
     alpha: float | None = None,
     rank_stabilized: bool = False,
-    start: Any = "zeros",
+    start: object = "zeros",
     split: int | None = None,
     seed: int | None = None,
 ) -> LowRank:

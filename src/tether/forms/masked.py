@@ -10,8 +10,6 @@ sparse change of a frozen parent: Guo et al. 2020, "Parameter-Efficient Transfer
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from tether import ops
@@ -26,7 +24,7 @@ __all__ = ["masked"]
 class Masked(Form):
     """What `tether.forms.masked` makes: the expression, and weights of its own."""
 
-    def __init__(self, mask: Any, outside: str) -> None:
+    def __init__(self, mask: object, outside: str) -> None:
         if outside not in ("zero", "parent"):
             raise TetherError(f"Outside the mask is 'zero' or the frozen 'parent'. {received(outside=outside)}")
         array = np.asarray(mask)
@@ -56,7 +54,7 @@ class Masked(Form):
         return ops.where(mask, part(base, "own", start_value(base)), base.stop_gradient())
 
 
-def masked(mask: Any, outside: str = "zero") -> Masked:
+def masked(mask: object, outside: str = "zero") -> Masked:
     """A weight that is itself only inside a fixed mask.
 
     With `outside="zero"` entries outside are zero and get no gradient (pruning). With `outside="parent"` entries

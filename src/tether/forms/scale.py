@@ -8,8 +8,6 @@ Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, as_int, as_ints, received
@@ -22,7 +20,7 @@ __all__ = ["scale"]
 class Scale(ScalingForm):
     """What `tether.forms.scale` makes: the expression, and weights of its own."""
 
-    def __init__(self, axis: Any) -> None:
+    def __init__(self, axis: object) -> None:
         if axis is None:
             self.axis: tuple[int, ...] = ()
         else:

@@ -24,7 +24,7 @@ __all__ = ["vera"]
 class Vera(AddedForm):
     """What `tether.forms.vera` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, size: Any, split: int | None, seed: int | None) -> None:
+    def __init__(self, rank: int, size: object, split: int | None, seed: int | None) -> None:
         self.rank, self.split, self.seed = as_rank(rank), split, seed
         self.size = None if size is None else as_ints(size, "`size`")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
@@ -61,7 +61,7 @@ class Vera(AddedForm):
         return (a if rows == n else a[:rows]), (b if columns == m else b[:, :columns])
 
 
-def vera(rank: int, *, size: Any = None, split: int | None = None, seed: int | None = None) -> Vera:
+def vera(rank: int, *, size: object = None, split: int | None = None, seed: int | None = None) -> Vera:
     """Two trained vectors between frozen random matrices that all weights share, added to a weight (VeRA).
 
     Unlike other forms, one object is one family: the first weight that it is applied to makes the frozen bases A

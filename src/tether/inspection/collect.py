@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import keras
 
@@ -12,7 +11,7 @@ from tether.inspection.facts import Difference, Facts, difference
 from tether.inspection.live import live_facts
 
 
-def facts(source: Any) -> Facts:
+def facts(source: object) -> Facts:
     """The facts of a model's sharing: what is stored, who uses it and how, what it takes.
 
     Args:
@@ -46,7 +45,7 @@ def facts(source: Any) -> Facts:
     )
 
 
-def diff(before: Any, after: Any) -> Difference:
+def diff(before: object, after: object) -> Difference:
     """What differs in storing and sharing between two models, two files, or a model and a file.
 
     Args:

@@ -197,7 +197,7 @@ class Facts:
         return {"version": VERSION, **asdict(self), "totals": totals}
 
     @classmethod
-    def from_json(cls, data: Any) -> Facts:
+    def from_json(cls, data: object) -> Facts:
         """The facts that `to_json` wrote.
 
         Raises:

@@ -45,7 +45,7 @@ ELSEWHERE = Reader(None, "elsewhere")
 """A regularizer of the stored weight, a soft tie, a function that captured the variable."""
 
 
-def readers(model: Any) -> dict[int, list[Reader]]:
+def readers(model: object) -> dict[int, list[Reader]]:
     """The readers of each stored variable of a model, by the variable's id, in the order of its layers."""
     objects = list(keras_seam.saved_objects(model))
     names = {place: saveable.name for place, saveable in objects if isinstance(saveable, keras.layers.Layer)}
@@ -337,7 +337,7 @@ class Gradients:
 _HEADER = ("weight, and its uses", "norm", "cosine to the whole", "lowest to another use")
 
 
-def gradients(model: Any, x: Tensor, y: Tensor = None, *, loss: Loss | None = None) -> Gradients:
+def gradients(model: object, x: Tensor, y: Tensor = None, *, loss: Loss | None = None) -> Gradients:
     """Each use's share of the gradient of a shared weight, on one batch.
 
     The gradient of a weight is the sum over its uses. A use whose share has a negative cosine with another's pulls
@@ -401,7 +401,7 @@ def gradients(model: Any, x: Tensor, y: Tensor = None, *, loss: Loss | None = No
 # --------------------------------------------------------------------------- the batch and the loss
 
 
-def _tensors(batch: Any, name: str) -> Any:
+def _tensors(batch: object, name: str) -> Any:
     def tensor(value: Tensor) -> Tensor:
         if keras.ops.is_tensor(value):
             return value
@@ -417,7 +417,7 @@ def _tensors(batch: Any, name: str) -> Any:
     return keras.tree.map_structure(tensor, batch)
 
 
-def _count(batch: Any) -> int | None:
+def _count(batch: object) -> int | None:
     """How many examples a batch has, if it says so."""
     first = next((value for value in keras.tree.flatten(batch) if value is not None and len(value.shape)), None)
     return None if first is None else first.shape[0]
@@ -453,7 +453,7 @@ def _has_own_loss(model: Any) -> bool:
     return type(model).compute_loss is not keras.Model.compute_loss
 
 
-def _name_of(loss: Any, function: Any) -> str:
+def _name_of(loss: object, function: object) -> str:
     name = loss if isinstance(loss, str) else getattr(function, "__name__", None) or getattr(function, "name", None)
     return f"the loss {name or type(function).__name__}"
 

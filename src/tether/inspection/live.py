@@ -26,7 +26,7 @@ UNSAVED = "!"
 """What the places of weights begin with that no file of the model would hold."""
 
 
-def own_entries_of(saveable: Any) -> Config:
+def own_entries_of(saveable: object) -> Config:
     """What a saved object writes of its own, by key: variables as they are, nothing converted.
 
     An array that it makes for the file stands for the variable of its own that it was made from, if there is one
@@ -52,7 +52,7 @@ def own_entries_of(saveable: Any) -> Config:
     return found
 
 
-def live_facts(model: Any) -> Facts:
+def live_facts(model: object) -> Facts:
     """The facts of a model or layer."""
     objects = list(keras_seam.saved_objects(model))
     names = {place: saveable.name for place, saveable in objects if isinstance(saveable, keras.layers.Layer)}

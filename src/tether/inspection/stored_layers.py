@@ -109,14 +109,14 @@ class Contents:
         return f"/{OPTIMIZER}" in place
 
 
-def _is_number(dtype: Any) -> bool:
+def _is_number(dtype: object) -> bool:
     try:
         return isinstance(dtype, str) and itemsize(dtype) > 0
     except TypeError:
         return False
 
 
-def noted_ties(note: Any, place: str) -> Config:
+def noted_ties(note: object, place: str) -> Config:
     """The ties in a note that a stranger may have written; their steps are not read yet."""
     read = json.loads(note) if isinstance(note, str) else None
     ties = read.get("ties") if isinstance(read, dict) and read.get("version") == 1 else None
@@ -239,12 +239,12 @@ def _without_values(record: Any) -> Any:
     return {**record, "weights": {uid: _bare(config) for uid, config in weights.items()}}
 
 
-def _bare(config: Any) -> Any:
+def _bare(config: object) -> Any:
     unset = dict.fromkeys(("initializer", "regularizer", "constraint"))
     return {**config, **unset} if isinstance(config, dict) and set(unset) <= set(config) else config
 
 
-def _variable_dtype(policy: Any) -> str | None:
+def _variable_dtype(policy: object) -> str | None:
     """The dtype that a layer's variables have by its policy."""
     name = policy.get("config", {}).get("name") if isinstance(policy, dict) else policy
     if isinstance(name, str) and name.startswith("mixed_"):

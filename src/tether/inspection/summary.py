@@ -29,7 +29,7 @@ _STYLES = {"trained": "green", "frozen": "blue", "?": "dim"}
 
 
 def summary(
-    source: Any,
+    source: object,
     *,
     shared_only: bool = False,
     width: int | None = None,

@@ -39,7 +39,7 @@ def is_training_call() -> bool:
     return bool(context is not None and context.get_value("training"))
 
 
-def set_mask(tensor: Tensor, mask: Any) -> None:
+def set_mask(tensor: Tensor, mask: object) -> None:
     """Hands a mask on with a tensor, as a layer does that computes one in its `call`."""
     _set_keras_mask(tensor, mask)
 
@@ -145,7 +145,7 @@ is_sparse = _make_is_sparse()
 """Whether a tensor is kept as the entries that it has, so that few operations take it."""
 
 
-def is_differentiated(*values: Any) -> bool:
+def is_differentiated(*values: object) -> bool:
     """Whether JAX is differentiating with respect to one of these tensors.
 
     Keras's stateless calls do not tell layers without a `training` argument that they train; the tracer does.
@@ -157,7 +157,7 @@ TRACES_GRADIENTS = _backend.backend() == "jax"
 _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
 
 
-def trace(function: Function, *specs: Any) -> Any:
+def trace(function: Function, *specs: object) -> Any:
     """Runs a function on inputs that have a shape and no values, as Keras does when it builds a graph."""
     return _Traced(function).output_spec(*specs)
 
@@ -170,7 +170,7 @@ class _Traced(keras.Operation):
         self.function = function
         self.error: Exception | None = None
 
-    def call(self, *specs: Any) -> Any:
+    def call(self, *specs: object) -> Any:
         """Runs the function. Keras puts an error of its own around one that is raised: it is kept."""
         try:
             return self.function(*specs)
@@ -178,7 +178,7 @@ class _Traced(keras.Operation):
             self.error = error
             raise
 
-    def output_spec(self, *specs: Any) -> Any:
+    def output_spec(self, *specs: object) -> Any:
         try:
             return self.compute_output_spec(*specs)
         except Exception:
@@ -211,7 +211,7 @@ def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], N
     return with_jax
 
 
-def _nothing_was_flattened(*_: Any) -> Any:
+def _nothing_was_flattened(*_: object) -> Any:
     raise TypeError("There is nothing to put together again.")
 
 

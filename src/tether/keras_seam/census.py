@@ -68,7 +68,7 @@ def _count_orphans(codes: tuple[CodeType, ...]) -> int:
     return max((len(_orphans.get(id(code), ())) for code in codes), default=0) if _orphans else 0
 
 
-def see(*found: Any) -> None:
+def see(*found: object) -> None:
     """Counts layers and optimizers as seen, and tells who wants to know of each model."""
     for one in found:
         if isinstance(one, keras.optimizers.Optimizer):
@@ -125,7 +125,7 @@ def _find_orphans() -> None:
         (of_code.discard if id(function) in owned else of_code.add)(function)
 
 
-def _tests_of(one: Any) -> list[Any]:
+def _tests_of(one: object) -> list[Any]:
     """The functions by which a layer or optimizer sorts its attributes."""
     tracker = vars(one).get("_tracker")
     tests = [test for test, _ in tracker.config.values()] if tracker is not None else []

@@ -251,7 +251,7 @@ def refuse_spectral_normalization(view: keras.Variable) -> None:
             )
 
 
-def maker(exclude: Any) -> keras.Layer | None:
+def maker(exclude: object) -> keras.Layer | None:
     """The outermost Keras object whose own `__init__` or `build` is running, if any, other than `exclude`."""
     found = None
     for frame in _frames():

@@ -105,7 +105,7 @@ def shield_tracker(layer: keras.Layer, ignored: type) -> None:
         if getattr(test, "ignores", None) is ignored:
             continue
 
-        def shielded(value: Any, test: Callable[[Any], bool] = test) -> bool:
+        def shielded(value: object, test: Callable[[Any], bool] = test) -> bool:
             return not isinstance(value, ignored) and test(value)
 
         shielded.ignores = ignored  # type: ignore[attr-defined]
@@ -150,11 +150,11 @@ def set_own_trainable_flag(layer: keras.Layer, value: bool) -> None:
     layer._trainable = value
 
 
-def untrack_layer(layer: keras.Layer, sublayer: Any) -> None:
+def untrack_layer(layer: keras.Layer, sublayer: object) -> None:
     layer._tracker.untrack(sublayer)
 
 
-def set_untracked(layer: keras.Layer, name: str, value: Any) -> None:
+def set_untracked(layer: keras.Layer, name: str, value: object) -> None:
     """Sets an attribute that neither Keras nor the backend must track."""
     object.__setattr__(layer, name, value)
 
@@ -167,11 +167,11 @@ def forget_attribute(layer: keras.Layer, name: str) -> None:
         layer._delete_tracking(name)
 
 
-def is_default(method: Any) -> bool:
+def is_default(method: object) -> bool:
     return bool(getattr(method, "_is_default", False))
 
 
-def mark_like(function: Any, other: Any) -> Any:
+def mark_like(function: Any, other: object) -> Any:
     """Keeps Keras's mark of a method that was not overridden (`get_config` made from `__init__`)."""
     if is_default(other):
         function._is_default = True
@@ -293,7 +293,7 @@ def has_compiled_loss(model: keras.Model) -> bool:
     return getattr(model, "_compile_loss", None) is not None
 
 
-def training_loss(model: keras.Model, x: Any, y: Any, y_pred: Any) -> Any:
+def training_loss(model: keras.Model, x: object, y: object, y_pred: object) -> Any:
     """The compiled loss and the model's own losses, as a training step adds them up."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, training=True)
 
@@ -366,7 +366,7 @@ class WatchedSublayers:
         except KeyError:
             raise AttributeError("_layers") from None
 
-    def __set__(self, layer: keras.Layer, value: Any) -> None:
+    def __set__(self, layer: keras.Layer, value: object) -> None:
         vars(layer)["_layers"] = value
 
 
@@ -383,12 +383,12 @@ def is_quantizing_a_model() -> bool:
     return any(frame.f_code is _MODEL_QUANTIZE for frame in itertools.islice(_frames(), 4))
 
 
-def quantization_config(mode: Any, config: Any) -> Any:
+def quantization_config(mode: object, config: object) -> Any:
     """The config that `quantize(mode, config)` means; its `mode` is one that Keras knows."""
     return _resolve_quantization(mode, config)
 
 
-def passes(layer: keras.Layer, filters: Any) -> bool:
+def passes(layer: keras.Layer, filters: object) -> bool:
     """Whether the filters of `Model.quantize` let a layer through."""
     return bool(_should_quantize_layer(layer, filters))
 
@@ -401,7 +401,7 @@ def take_over_quantize(layer: keras.Layer) -> None:
     original = layer.quantize
 
     @functools.wraps(original)
-    def quantize(mode: Any = None, config: Any = None, **kwargs: Any) -> None:
+    def quantize(mode: object = None, config: object = None, **kwargs: Any) -> None:
         quantizers["layer"](layer, original, mode, config, **kwargs)
 
     quantize.original = original  # type: ignore[attr-defined]

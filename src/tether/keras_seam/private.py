@@ -61,7 +61,7 @@ def private_method(cls: type, name: str, feature: str) -> Any:
     return getattr(cls, name, None) or _Missing(f"{feature} needs {cls.__name__}.{name}")
 
 
-def is_missing(found: Any) -> bool:
+def is_missing(found: object) -> bool:
     """Whether Keras has no such object."""
     return isinstance(found, _Missing)
 

@@ -40,7 +40,7 @@ def saved_objects(root: keras.Layer) -> Iterator[tuple[str, Any]]:
     yield from _saved_below(root, "", set())
 
 
-def _saved_below(saveable: Any, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _saved_below(saveable: object, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if id(saveable) in seen:
         return
     seen.add(id(saveable))
@@ -78,7 +78,7 @@ def _saved_in_container(
             yield from _saved_in_container(child, unique("container"), seen, containers)
 
 
-def entry_notes(store: Any) -> Any:
+def entry_notes(store: object) -> Any:
     """Where notes go beside what a layer writes: attributes of its HDF5 group, which Keras never reads.
 
     `None` of a store that has no place for them.
@@ -95,11 +95,11 @@ def _open_store() -> Any:
     class OpenStore(_H5IOStore):  # type: ignore[misc, valid-type]
         """Keras's store, over a file that is open; what was stored from it already is not read again."""
 
-        def __init__(self, file: Any, stored: dict[str, Any]) -> None:
+        def __init__(self, file: object, stored: dict[str, Any]) -> None:
             self._open, self._stored = file, stored
             super().__init__("values", mode="r")
 
-        def _get_h5_file(self, path_or_io: Any, mode: Any = None) -> Any:
+        def _get_h5_file(self, path_or_io: object, mode: object = None) -> Any:
             return self._open
 
         def __getitem__(self, key: str) -> Any:
@@ -116,7 +116,7 @@ def _open_store() -> Any:
 
 def read_archive(
     archive: Any,
-    values: Any,
+    values: object,
     first: Callable[[Any], dict[str, Any]],
     *,
     custom_objects: dict[str, Any] | None,
@@ -248,7 +248,7 @@ def register_tied(cls: type) -> None:
     _names_of_classes.update({cls: TIED_NAME})
 
 
-def register_reader(reader: Any) -> None:
+def register_reader(reader: object) -> None:
     """Makes Keras hand every config of a tied layer to `reader.from_config`."""
     keras.saving.get_custom_objects()[TIED_NAME] = reader
 

@@ -109,7 +109,9 @@ def before_freezing() -> None:
             _gate_of(model).remember(model)
 
 
-def before_change(layers: Iterable[keras.Layer], *, resized: Iterable[keras.Layer] = (), adjusted: Any = None) -> None:
+def before_change(
+    layers: Iterable[keras.Layer], *, resized: Iterable[keras.Layer] = (), adjusted: object = None
+) -> None:
     """Called before layers that are built get other variables, or other expressions to compute with.
 
     Args:
@@ -340,7 +342,7 @@ class _Step:
         _put_back(kept)
         return result
 
-    def finalize(self, var_list: Any) -> None:
+    def finalize(self, var_list: object) -> None:
         """Gives averages to what trained."""
         optimizer: keras.Optimizer = self.optimizer()
         kept = self._values(optimizer, self._still(optimizer)) if getattr(optimizer, "use_ema", False) else []

@@ -165,7 +165,7 @@ def _is_quicker_here(inputs: Tensor) -> bool:
 def dense_call(base: type[keras.Layer]) -> Function:
     """`Dense.call` with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Tensor:
+    def call(self: keras.Layer, inputs: Tensor, training: object = None) -> Tensor:
         y = applied(self.kernel, inputs, dense_problem)
         if y is None and _is_quicker_here(inputs):
             y = keras_seam.matmul(inputs, _tensor(self.kernel))
@@ -177,7 +177,7 @@ def dense_call(base: type[keras.Layer]) -> Function:
 def einsum_dense_call(base: type[keras.Layer]) -> Function:
     """`EinsumDense.call` with its weight applied by plan, if that is cheaper."""
 
-    def call(self: keras.Layer, inputs: Tensor, training: Any = None) -> Tensor:
+    def call(self: keras.Layer, inputs: Tensor, training: object = None) -> Tensor:
         y = applied(self.kernel, inputs, einsum_problem(self.equation))
         if y is None and _is_quicker_here(inputs):
             y = keras.ops.einsum(self.equation, inputs, self.kernel)
@@ -317,7 +317,7 @@ class _Kept:
         self.settings = (layer.rank, layer.strides, layer.padding, layer.dilation_rate, layer.data_format)
         self.problem = problem
 
-    def __call__(self, shape: Shape, **call: Any) -> Problem:
+    def __call__(self, shape: Shape, **call: object) -> Problem:
         return self.problem(shape, **call)
 
     def __eq__(self, other: object) -> bool:
@@ -344,7 +344,7 @@ def step_problem(shape: Shape, **call: Any) -> Problem:
     return Problem(("b", "i"), ("i", "o"), ("b", "o"), shape, repeated=True, **call)
 
 
-def _drops(cell: keras.Layer, training: Any) -> bool:
+def _drops(cell: keras.Layer, training: object) -> bool:
     return bool(training) and (cell.dropout > 0 or cell.recurrent_dropout > 0)
 
 
@@ -438,7 +438,7 @@ def _hold(cell: keras.Layer) -> None:
 def loop_hooks(base: type[keras.Layer]) -> dict[str, Any]:
     """An RNN asks its cell for a dropout mask before its loop, and takes it back after."""
 
-    def get_dropout_mask(self: keras.Layer, step_input: Any) -> Tensor:
+    def get_dropout_mask(self: keras.Layer, step_input: object) -> Tensor:
         _hold(self)
         return base.get_dropout_mask(self, step_input)
 

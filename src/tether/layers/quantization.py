@@ -42,7 +42,7 @@ _NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
 # --------------------------------------------------------------------------- who asks
 
 
-def quantize_model(model: keras.Model, mode: Any, config: Any, filters: Any) -> None:
+def quantize_model(model: keras.Model, mode: object, config: object, filters: object) -> None:
     """Quantises the weights of the tied layers in a model: the part of `Model.quantize` that Keras leaves out."""
     layers = [layer for layer in keras_seam.contained_layers(model) if _is_tied(layer)]
     asked = [
@@ -52,7 +52,9 @@ def quantize_model(model: keras.Model, mode: Any, config: Any, filters: Any) -> 
         _quantize(asked, mode, config, lambda layer: keras_seam.passes(layer, filters))
 
 
-def quantize_layer(layer: keras.Layer, original: Callable[..., None], mode: Any, config: Any, **kwargs: Any) -> None:
+def quantize_layer(
+    layer: keras.Layer, original: Callable[..., None], mode: object, config: object, **kwargs: Any
+) -> None:
     """`quantize` of a tied layer. Where another user of its weights was asked before, nothing is left to do."""
     if _own_matrices(layer) or _present(layer):
         _quantize([layer], mode, config, lambda layer: True)
@@ -60,7 +62,7 @@ def quantize_layer(layer: keras.Layer, original: Callable[..., None], mode: Any,
         original(mode, config=config, **kwargs)
 
 
-def quantize_weight(weight: Weight, mode: Any, config: Any) -> None:
+def quantize_weight(weight: Weight, mode: object, config: object) -> None:
     """What `Weight.quantize` does, after its checks of arguments."""
     mode, block = _settings(f"the weight {weight.name!r}", mode, config)
     if not _is_matrix(weight):
@@ -92,7 +94,7 @@ def _settings(what: str, mode: Any, config: Any) -> tuple[str, int | None]:
     return config.mode, None if block in (None, -1) else int(block)
 
 
-def _quantize(layers: list[keras.Layer], mode: Any, config: Any, passes: Callable[[Any], bool]) -> None:
+def _quantize(layers: list[keras.Layer], mode: object, config: object, passes: Callable[[Any], bool]) -> None:
     mode, block = _settings(f"the layer {layers[0].name!r}", mode, config)
     found: dict[Weight, Rounded] = {}
     own: list[tuple[Any, str]] = []

@@ -27,7 +27,7 @@ from tether.weights.weight import Weight
 
 
 def resize(
-    weight: Any, axis: int, new_size: int, *, fill: Any = "initializer", model: keras.Model | None = None
+    weight: object, axis: int, new_size: int, *, fill: object = "initializer", model: keras.Model | None = None
 ) -> Provenance:
     """Gives a stored weight another size along an axis, in place; every layer that uses it follows.
 
@@ -81,7 +81,7 @@ def resize(
     return plan.report
 
 
-def _checked(weight: Weight, axis: Any, new_size: Any) -> tuple[Shape, int, int]:
+def _checked(weight: Weight, axis: object, new_size: object) -> tuple[Shape, int, int]:
     shape = weight.shape or ()
     axis, size = as_int(axis, "axis"), as_int(new_size, "new_size")
     if not -len(shape) <= axis < len(shape) or size < 1:
@@ -122,7 +122,7 @@ class _Plan:
         initializer = self.weight.initializer or self.weight.first_initializer
         self._change(self.weight.variable, self.weight.name, self.shape, self.fill, initializer)
 
-    def _change(self, variable: keras.Variable, name: str, shape: Shape, rule: Any, initializer: Any) -> None:
+    def _change(self, variable: keras.Variable, name: str, shape: Shape, rule: object, initializer: object) -> None:
         present = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)))
         value, how = _resized(present, shape, rule, initializer, self.axis)
         self.changes[id(variable)] = _Change(variable, name, value, how)
@@ -276,7 +276,7 @@ def _give_shape(view: View, shape: Shape, undo: Undo) -> None:
     keras_seam.give_shape(view, shape)
 
 
-def _resized(present: Array, shape: Shape, rule: Any, initializer: Any, axis: int) -> tuple[Array, str]:
+def _resized(present: Array, shape: Shape, rule: Any, initializer: object, axis: int) -> tuple[Array, str]:
     """The value in its new shape, and what was done."""
     given, start = rule, np.zeros(shape, present.dtype)
     if isinstance(rule, keras.initializers.Initializer):
@@ -341,7 +341,7 @@ def _setting(layer: keras.Layer, name: str) -> Callable[[int, Undo], None]:
     return set_it
 
 
-def _replace(layer: keras.Layer, name: str, value: Any, undo: Undo) -> None:
+def _replace(layer: keras.Layer, name: str, value: object, undo: Undo) -> None:
     before = getattr(layer, name)
     undo.append(lambda: setattr(layer, name, before))
     setattr(layer, name, value)

@@ -154,7 +154,9 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(layer: keras.Layer, input_shape: Any, *, training: bool = False, dtype: str | None = None) -> Explanation:
+def explain(
+    layer: keras.Layer, input_shape: object, *, training: bool = False, dtype: str | None = None
+) -> Explanation:
     """How a layer, or a model, computes with its combined weights, and what the alternatives would cost.
 
     The layer is built if it is not yet; nothing is computed.

@@ -41,7 +41,7 @@ def _jax(y: Tensor, tangent: Tangent, x: Tensor, varying: tuple[Tensor, ...], ot
     import jax
 
     @jax.custom_jvp  # type: ignore[untyped-decorator]
-    def attached(y: Tensor, x: Tensor, varying: Any, others: Any) -> Tensor:
+    def attached(y: Tensor, x: Tensor, varying: object, others: object) -> Tensor:
         return y
 
     @attached.defjvp  # type: ignore[untyped-decorator]
@@ -60,8 +60,8 @@ def _tensorflow(
     import tensorflow as tf
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def attached(y: Tensor, *varying: Any) -> Tensor:
-        def gradients(upstream: Any) -> Tensor:
+    def attached(y: Tensor, *varying: object) -> Tensor:
+        def gradients(upstream: object) -> Tensor:
             with tf.GradientTape() as tape:
                 tape.watch(varying)
                 moved = tangent(x, varying, others)

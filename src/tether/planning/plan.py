@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import keras
 
@@ -157,6 +156,6 @@ class Integers:
         return keras.ops.cast(integers, self.dtype)
 
 
-def as_floats(value: Any) -> Tensor:
+def as_floats(value: object) -> Tensor:
     """A value of a plan that an operation of arithmetic takes."""
     return value.floats() if isinstance(value, Integers) else value

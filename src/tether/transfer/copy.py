@@ -122,7 +122,7 @@ class Pair(NamedTuple):
     """Whether `match` says that it is to have none."""
 
 
-def paired(source: Any, target: Any, match: Mapping[str, str | None] | None) -> list[Pair]:
+def paired(source: object, target: object, match: Mapping[str, str | None] | None) -> list[Pair]:
     """Each weight of the target with its counterpart.
 
     Args:
@@ -149,7 +149,7 @@ def paired(source: Any, target: Any, match: Mapping[str, str | None] | None) -> 
     return [Pair(held, found[id(held)], id(held) in alone) for held in mine]
 
 
-def _checked(match: Any) -> dict[str, str | None]:
+def _checked(match: object) -> dict[str, str | None]:
     if match is None:
         return {}
     if not isinstance(match, Mapping) or not all(
@@ -277,7 +277,7 @@ def copy(
 class _Plan:
     """The values to be assigned, all of them computed before the first one is."""
 
-    def __init__(self, source: Any, rule: Rule) -> None:
+    def __init__(self, source: object, rule: Rule) -> None:
         self.rule = rule
         self.theirs = held_weights(source)
         self.of_source = {id(variable) for held in self.theirs for variable in held.stored}
@@ -340,7 +340,7 @@ class _Plan:
         except ShapeMismatch as error:
             raise ShapeMismatch(f"{source.path!r} to {path!r}: {error}") from error
 
-    def _take(self, path: str, place: Any, variable: keras.Variable, value: Array, source: Held) -> str:
+    def _take(self, path: str, place: object, variable: keras.Variable, value: Array, source: Held) -> str:
         """Plans the value of one stored variable."""
         array, how = self._fitted(path, value, numpy_of(variable), source)
         old, new = keras_seam.stored_dtype(source.variable), keras_seam.stored_dtype(variable)
@@ -377,7 +377,7 @@ class _Plan:
             raise
 
 
-def _variable(place: Any) -> keras.Variable:
+def _variable(place: object) -> keras.Variable:
     return place.variable if isinstance(place, Weight) else place
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import keras
 
@@ -59,7 +58,7 @@ class SoftTie:
         return f"<SoftTie {self._penalty.notation()}>"
 
 
-def soft_tie(model: keras.Model, a: Any, b: Any, strength: Any) -> SoftTie:
+def soft_tie(model: keras.Model, a: object, b: object, strength: object) -> SoftTie:
     """Adds the loss `strength * sum((a - b)**2)` to a model, which pulls two weights towards each other.
 
     The gradient flows to both sides; put one under `stop_gradient()` to pull only the other. The penalty is
@@ -130,7 +129,7 @@ def soft_ties(model: keras.Model) -> list[SoftTie]:
     return [SoftTie(model, penalty) for penalty in found.values()]
 
 
-def _expression(model: keras.Model, name: str, value: Any, *, paths_allowed: bool) -> Expression:
+def _expression(model: keras.Model, name: str, value: object, *, paths_allowed: bool) -> Expression:
     if isinstance(value, str) and paths_allowed:
         promoted: Expression = weight_of(model, value)
         return promoted
@@ -141,7 +140,7 @@ def _expression(model: keras.Model, name: str, value: Any, *, paths_allowed: boo
         raise TetherError(f"`{name}` of a soft tie is {kinds}. {received(**{name: value})}") from None
 
 
-def _check_places(model: keras.Model, a: Any, b: Any) -> None:
+def _check_places(model: keras.Model, a: object, b: object) -> None:
     """What can be said of paths before their weights are promoted."""
     if not (isinstance(a, str) and isinstance(b, str)):
         return

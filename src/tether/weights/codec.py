@@ -40,7 +40,7 @@ def encode(root: Expression) -> list[dict[str, Any]]:
     return steps
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -64,7 +64,7 @@ def _encode_constant(constant: Constant) -> dict[str, Any]:
     return {"array": {"dtype": str(array.dtype), "shape": list(array.shape), "data": data}}
 
 
-def decode(steps: Any, weights: Mapping[str, Stored]) -> Expression:
+def decode(steps: object, weights: Mapping[str, Stored]) -> Expression:
     """The expression of a JSON list.
 
     Args:
@@ -104,7 +104,7 @@ def encode_became(expression: Expression) -> dict[str, Any]:
     return {"steps": encode(expression), "weights": {part.uid: part.get_config() for part in parts}}
 
 
-def decode_became(content: Any, weight: Stored) -> Expression:
+def decode_became(content: object, weight: Stored) -> Expression:
     """What a weight has become, from the JSON that `encode_became` wrote.
 
     Args:
@@ -154,7 +154,7 @@ def _decode_step(step: Config, done: list[Expression], weights: Mapping[str, Sto
     raise InvalidConfig(f"An expression has no leaf of this kind. {received(kind=kind)}")
 
 
-def _decode_argument(content: Any) -> Argument:
+def _decode_argument(content: object) -> Argument:
     needed, known = {"name", "shape", "dtype"}, {"name", "shape", "dtype", "default", "choices"}
     if not isinstance(content, dict) or not needed <= set(content) <= known:
         raise InvalidConfig(f"An argument has name, shape and dtype. {received(argument=content)}")
@@ -185,7 +185,7 @@ def _decode_node(step: Config, done: list[Expression]) -> Expression:
     return found(*(done[place] for place in places), **parameters)
 
 
-def _decode_array(content: Any) -> Array:
+def _decode_array(content: object) -> Array:
     if not isinstance(content, dict) or set(content) != {"dtype", "shape", "data"}:
         raise InvalidConfig(f"An array has dtype, shape and data. {received(array=type(content).__name__)}")
     shape, data = content["shape"], content["data"]

@@ -68,7 +68,7 @@ def remembers() -> bool:
     return _memory.get() is not None and not keras_seam.is_training_call()
 
 
-def _remembered(memory: dict[Any, Any], expression: Expression, key: Any) -> Tensor:
+def _remembered(memory: dict[Any, Any], expression: Expression, key: object) -> Tensor:
     """The value as it was computed before, if nothing that it depends on has changed since."""
     now = _snapshot(expression)
     entry = memory.get(key)

@@ -39,7 +39,7 @@ class NoTensor:
     def _instead(self) -> str:
         raise TypeError(f"{type(self).__name__} does not say what to write instead.")
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise NotATensor(self._instead())
 
     __array__ = __tf_tensor__ = __len__ = _refuse
@@ -50,7 +50,7 @@ class NoTensor:
         return _Unread(self)
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, function: object, types: object, args: Any = (), kwargs: Any = None) -> Any:
         # After this error PyTorch's operators hand over, and its functions raise it.
         found: list[Any] = [args, *(kwargs or {}).values()]
         while found:
@@ -67,7 +67,7 @@ class _Unread:
     def __init__(self, owner: NoTensor) -> None:
         self.owner = owner
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         self.owner._refuse()
 
     __array__ = __jax_array__ = _refuse
@@ -154,7 +154,7 @@ class Expression(NoTensor):
         """The value as a NumPy array (a copy)."""
         return np.array(keras.ops.convert_to_numpy(self.value))
 
-    def assign(self, value: Any) -> None:
+    def assign(self, value: object) -> None:
         """StoredChange a value through the expression: afterwards `expression.value` equals it.
 
         Args:
@@ -182,7 +182,7 @@ class Expression(NoTensor):
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         return _ways["reshape"](self, sizes)
 
-    def __getitem__(self, key: Any) -> Expression:
+    def __getitem__(self, key: object) -> Expression:
         return _ways["index"](self, key)
 
     def astype(self, dtype: str) -> Expression:
@@ -201,34 +201,34 @@ class Expression(NoTensor):
 
     # ------------------------------------------------------------------ arithmetic
 
-    def __add__(self, other: Any) -> Expression:
+    def __add__(self, other: object) -> Expression:
         return _arithmetic("add", self, other)
 
-    def __radd__(self, other: Any) -> Expression:
+    def __radd__(self, other: object) -> Expression:
         return _arithmetic("add", other, self)
 
-    def __sub__(self, other: Any) -> Expression:
+    def __sub__(self, other: object) -> Expression:
         return _arithmetic("subtract", self, other)
 
-    def __rsub__(self, other: Any) -> Expression:
+    def __rsub__(self, other: object) -> Expression:
         return _arithmetic("subtract", other, self)
 
-    def __mul__(self, other: Any) -> Expression:
+    def __mul__(self, other: object) -> Expression:
         return _arithmetic("multiply", self, other)
 
-    def __rmul__(self, other: Any) -> Expression:
+    def __rmul__(self, other: object) -> Expression:
         return _arithmetic("multiply", other, self)
 
-    def __truediv__(self, other: Any) -> Expression:
+    def __truediv__(self, other: object) -> Expression:
         return _arithmetic("divide", self, other)
 
-    def __rtruediv__(self, other: Any) -> Expression:
+    def __rtruediv__(self, other: object) -> Expression:
         return _arithmetic("divide", other, self)
 
-    def __matmul__(self, other: Any) -> Expression:
+    def __matmul__(self, other: object) -> Expression:
         return _arithmetic("matmul", self, other)
 
-    def __rmatmul__(self, other: Any) -> Expression:
+    def __rmatmul__(self, other: object) -> Expression:
         return _arithmetic("matmul", other, self)
 
     def __neg__(self) -> Expression:
@@ -264,7 +264,7 @@ class Stored(Expression, keras.layers.Layer):
     """A leaf that owns storage; `tether.Weight` is the only one. What is below that class knows it by this name."""
 
 
-def _arithmetic(operator: str, *operands: Any) -> Any:
+def _arithmetic(operator: str, *operands: object) -> Any:
     try:
         expressions = [as_expression(operand) for operand in operands]
     except TypeError:
@@ -272,7 +272,7 @@ def _arithmetic(operator: str, *operands: Any) -> Any:
     return _ways[operator](*expressions)
 
 
-def as_expression(value: Any) -> Expression:
+def as_expression(value: object) -> Expression:
     """Turns a number or an array into a constant; an expression stays itself.
 
     Raises:
@@ -326,7 +326,7 @@ class Node(Expression):
     _live: tuple[Stored, ...] | None
     _hash: int
 
-    def __init__(self, *operands: Expression, **parameters: Any) -> None:
+    def __init__(self, *operands: Expression, **parameters: object) -> None:
         if (self.arity is not None and len(operands) != self.arity) or not operands:
             raise TetherError(
                 f"{self.name} takes {self.arity or 'at least one'} operand(s). {received(n=len(operands))}"
@@ -360,7 +360,7 @@ class Node(Expression):
         if None not in dtypes:
             object.__setattr__(self, "_dtype", self.infer_dtype(*(dtype for dtype in dtypes if dtype is not None)))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
 
     # ------------------------------------------------------------------ what an operator defines

@@ -87,7 +87,7 @@ MARK = "tether_mark"
 _marks: contextvars.ContextVar[dict[str, tuple[Any, ...]] | None] = contextvars.ContextVar("tether_marks", default=None)
 
 
-def mark(entry: Config, *told: Any) -> dict[str, Any]:
+def mark(entry: Config, *told: object) -> dict[str, Any]:
     """Marks an entry of a config as the one that tells of some objects, while somebody looks for them."""
     marks = _marks.get()
     if marks is not None:
@@ -119,7 +119,7 @@ def told_by_file() -> dict[int, Any] | None:
     return found
 
 
-def dictionaries(config: Any) -> Iterator[Config]:
+def dictionaries(config: object) -> Iterator[Config]:
     """The dictionaries in a config, at any depth."""
     waiting = [config]
     while waiting:

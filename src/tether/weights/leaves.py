@@ -57,7 +57,13 @@ class Argument(Expression):
     _dtype: str
 
     def __init__(
-        self, name: Any, shape: Shape = (), dtype: str | None = None, *, default: Any = None, choices: Any = None
+        self,
+        name: object,
+        shape: Shape = (),
+        dtype: str | None = None,
+        *,
+        default: object = None,
+        choices: object = None,
     ) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise TetherError(f"An argument's name is an identifier. {received(name=name)}")
@@ -75,7 +81,7 @@ class Argument(Expression):
                 raise TetherError(f"Only an argument of shape () can have a default. {received(shape=shape)}")
             set_slot(self, "default", self.number(default))
 
-    def _checked_choices(self, choices: Any) -> tuple[str, ...]:
+    def _checked_choices(self, choices: object) -> tuple[str, ...]:
         if self._shape or not self._dtype.startswith(("int", "uint")):
             raise TetherError(f"An argument with choices is one integer. {received(shape=self._shape)}")
         if not isinstance(choices, (list, tuple)) or not choices or len(choices) > MAX_CHOICES:
@@ -103,7 +109,7 @@ class Argument(Expression):
             raise TetherError(f"The argument {self.name!r} is one of: {listed}. {received(**{self.name: value})}")
         raise TetherError(f"The argument {self.name!r} is a number of dtype {self._dtype}. {received(value=value)}")
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
 
     @property
@@ -160,7 +166,7 @@ class Argument(Expression):
         return (_rebuild_argument, self._identity())
 
 
-def _rebuild_argument(name: str, shape: Shape, dtype: str, default: Any, choices: Any) -> Argument:
+def _rebuild_argument(name: str, shape: Shape, dtype: str, default: object, choices: object) -> Argument:
     return Argument(name, shape, dtype, default=default, choices=choices)
 
 
@@ -189,7 +195,7 @@ def bind(values: Mapping[Argument, Any]) -> Iterator[None]:
         _bound.values = before
 
 
-def _checked(argument: Argument, value: Any) -> Any:
+def _checked(argument: Argument, value: object) -> Any:
     """A number that is known now stays one if it is an index; everything else becomes a tensor."""
     if isinstance(value, (str, bool, int, float, np.generic)) and not argument.shape:
         value = argument.number(value)
@@ -247,7 +253,7 @@ class Constant(Expression):
         object.__setattr__(self, "_key", key)
 
     @classmethod
-    def of(cls, value: Any) -> Constant:
+    def of(cls, value: object) -> Constant:
         """A constant with a copy of the value.
 
         Raises:
@@ -306,7 +312,7 @@ class Constant(Expression):
         array.flags.writeable = False
         return cls(array=array)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
 
     @property

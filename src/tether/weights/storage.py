@@ -84,7 +84,7 @@ class Storage(Stored):
         cls,
         base: Stored | None,
         suffix: str,
-        start: Any,
+        start: object,
         shape: Shape | None = None,
         *,
         dtype: str,
@@ -134,7 +134,7 @@ class Storage(Stored):
         with keras_seam.AutocastScope(None):
             self.variable.assign(value)
 
-    def give_start(self, shape: Shape, dtype: str, initializer: Any, *, path: str | None = None) -> None:
+    def give_start(self, shape: Shape, dtype: str, initializer: object, *, path: str | None = None) -> None:
         """Makes the variable from what the first tie says, unless it was made or the arguments say otherwise.
 
         The path is that of the variable that the weight stands for, for one that has none of its own.
@@ -157,7 +157,7 @@ class Storage(Stored):
             raise TetherError(f"The weight {self.name!r} has a variable already.")
         self._hold(variable)
 
-    def _create(self, initializer: Any, shape: Shape, dtype: str | None) -> None:
+    def _create(self, initializer: object, shape: Shape, dtype: str | None) -> None:
         dtype = dtype or keras.config.floatx()
         initializer = initializer or ("glorot_uniform" if keras_seam.is_float(dtype) else "zeros")
         self._given_dtype = keras.backend.standardize_dtype(dtype)
@@ -235,7 +235,7 @@ class Storage(Stored):
         return self.constraint if self._variable is None else self._variable.constraint
 
     @present_constraint.setter
-    def present_constraint(self, value: Any) -> None:
+    def present_constraint(self, value: object) -> None:
         if self._variable is None:
             self.constraint = value
         else:
@@ -342,7 +342,7 @@ class Storage(Stored):
     def _is_added(self) -> bool:
         return is_added(self)
 
-    def load_value(self, value: Any, loaded: dict[int, Any], *, source: str) -> None:
+    def load_value(self, value: object, loaded: dict[int, Any], *, source: str) -> None:
         """Takes a value from a file, once; a second one in the same load must be equal.
 
         Raises:

@@ -69,13 +69,13 @@ class Weight(Storage):
 
     def __init__(
         self,
-        shape: Any = None,
-        initializer: Any = None,
+        shape: object = None,
+        initializer: object = None,
         *,
         dtype: str | None = None,
         trainable: bool = True,
-        regularizer: Any = None,
-        constraint: Any = None,
+        regularizer: object = None,
+        constraint: object = None,
         name: str | None = None,
         role: str | None = None,
     ) -> None:
@@ -267,7 +267,7 @@ class Weight(Storage):
             scope[uid] = weight
         return weight
 
-    def quantize(self, mode: str | None = None, type_check: bool = True, config: Any = None) -> None:
+    def quantize(self, mode: str | None = None, type_check: bool = True, config: object = None) -> None:
         """StoredChange the weight as integers and a scale from now on; all its uses follow.
 
         `model.quantize` does this for the weights of tied layers. It is for a weight that only layers of your own read.
@@ -298,7 +298,7 @@ class Weight(Storage):
         return (_rebuild, (self.get_config(), value, self._became))
 
 
-def _rebuild(config: Config, value: Any, became: Expression | None = None) -> Weight:
+def _rebuild(config: Config, value: object, became: Expression | None = None) -> Weight:
     """A copy with an id of its own; pickle's memo makes it one for all that share it."""
     config = check_config(config)
     config.pop("became", None)
@@ -323,7 +323,7 @@ ROLES = ("part", "strength", "state", "integers", "scale")
 """What a weight may be for, where it is no weight of its own."""
 
 
-def check_role(role: Any) -> str | None:
+def check_role(role: object) -> str | None:
     """A role, or `None`.
 
     Raises:
@@ -334,7 +334,7 @@ def check_role(role: Any) -> str | None:
     return role
 
 
-def read_start(shape: Any, initializer: Any, dtype: Any) -> tuple[Shape | None, Any, Any]:
+def read_start(shape: Any, initializer: object, dtype: object) -> tuple[Shape | None, Any, Any]:
     """Tells a shape from an array: returns shape, initializer, start value."""
     for given in (shape, initializer):
         if isinstance(given, keras.Variable):
@@ -375,13 +375,13 @@ def read_start(shape: Any, initializer: Any, dtype: Any) -> tuple[Shape | None, 
     return None if shape is None else check_shape(shape), initializer, None
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
         return True
     return isinstance(value, list) and any(isinstance(item, (list, float, np.ndarray)) for item in value)
 
 
-def check_shape(shape: Any) -> Shape:
+def check_shape(shape: object) -> Shape:
     """A tuple of sizes, from an int, a tuple or a list."""
     if isinstance(shape, int) and not isinstance(shape, bool):
         shape = (shape,)
@@ -396,7 +396,7 @@ def check_shape(shape: Any) -> Shape:
     return tuple(int(n) for n in shape)
 
 
-def check_config(config: Any) -> dict[str, Any]:
+def check_config(config: object) -> dict[str, Any]:
     """A copy of a weight's config, known to be well formed."""
     keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
     if not isinstance(config, dict) or set(config) - {"became", "autocast", "role"} != keys:
@@ -466,7 +466,7 @@ def check_agrees(config: Config, weight: Any) -> None:
             )
 
 
-def _as_text(value: Any) -> str | None:
+def _as_text(value: object) -> str | None:
     if value is None:
         return None
     said = {"name": getattr(value, "__name__", type(value).__name__)}

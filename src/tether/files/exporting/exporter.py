@@ -68,11 +68,11 @@ def export(
     path: str | os.PathLike[str],
     format: Format = "tf_saved_model",
     *,
-    input_signature: Any = None,
-    inputs: Any = None,
+    input_signature: object = None,
+    inputs: object = None,
     verify: bool = True,
     tolerance: float = 1e-4,
-    **options: Any,
+    **options: object,
 ) -> Exported:
     """Writes a model in a format that runs without Keras and without Tether, each weight stored once.
 
@@ -238,7 +238,7 @@ def _difference(name: str, expected: Any, found: Any, format: str, tolerance: fl
     return difference
 
 
-def _arrays(asked: Asked, inputs: Any) -> list[Array]:
+def _arrays(asked: Asked, inputs: object) -> list[Array]:
     """Inputs as the caller gave them, flat, with the dtypes of the signature."""
     found = [np.asarray(keras.ops.convert_to_numpy(tensor)) for tensor in keras.tree.flatten(inputs)]
     if len(found) != len(asked.specs):

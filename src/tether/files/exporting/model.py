@@ -108,7 +108,7 @@ class Asked:
         ]
 
 
-def ask(model: keras.Model, signature: Any, options: dict[str, Any]) -> Asked:
+def ask(model: keras.Model, signature: object, options: dict[str, Any]) -> Asked:
     """What is to be exported.
 
     Raises:
@@ -137,12 +137,12 @@ def _name_of(place: int, axis: int) -> str:
     return "batch" if axis == 0 else f"size_{place}_{axis}"
 
 
-def _as_arguments(signature: Any) -> list[Any]:
+def _as_arguments(signature: object) -> list[Any]:
     given = list(signature) if isinstance(signature, (list, tuple)) else [signature]
     return keras.tree.map_structure(keras_seam.input_spec, given)
 
 
-def _flat(signature: Any) -> list[tuple[int, Any]]:
+def _flat(signature: object) -> list[tuple[int, Any]]:
     return list(enumerate(keras.tree.flatten(signature)))
 
 

@@ -64,19 +64,19 @@ def traced(asked: Asked, held: list[Any]) -> tuple[Any, list[str]]:
         tf.TensorSpec(tuple(variable.shape), variable.dtype, name) for name, variable in zip(names, held, strict=True)
     ]
 
-    def compute(*tensors: Any) -> list[Any]:
+    def compute(*tensors: object) -> list[Any]:
         return asked.with_held(tensors, held)
 
     if keras.backend.backend() == "jax":
         compute = _through_jax(asked, held, compute)
 
-    def serve(*tensors: Any) -> dict[str, Any]:
+    def serve(*tensors: object) -> dict[str, Any]:
         return dict(zip(asked.output_names, compute(*tensors), strict=True))
 
     return tf.function(serve, input_signature=specs, autograph=False), names
 
 
-def _through_jax(asked: Asked, held: list[Any], compute: Any) -> Any:
+def _through_jax(asked: Asked, held: list[Any], compute: object) -> Any:
     from jax.experimental import jax2tf
 
     shapes = [f"({''.join(f'{size}, ' for size in shape)})" for shape, _ in asked.described(held)]

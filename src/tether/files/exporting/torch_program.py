@@ -41,7 +41,7 @@ def program(asked: Asked) -> Any:
                 else:
                     self.register_buffer(name, value)
 
-        def forward(self, *tensors: Any) -> Any:
+        def forward(self, *tensors: object) -> Any:
             values = [getattr(self, name) for name in names]
             outputs = asked.call(tensors, list(zip(asked.variables, values, strict=True)))
             return outputs[0] if len(outputs) == 1 else tuple(outputs)

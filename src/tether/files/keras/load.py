@@ -65,7 +65,7 @@ _BACKENDS = ("jax", "jaxlib", "tensorflow", "torch")
 @contextlib.contextmanager
 def making(
     path: str | os.PathLike[str],
-    config: Any,
+    config: object,
     custom_objects: Mapping[str, Any] | None = None,
     *,
     what: str = "model",
@@ -96,7 +96,7 @@ def making(
 def explained(
     error: Exception,
     path: str | os.PathLike[str],
-    config: Any,
+    config: object,
     custom_objects: Mapping[str, Any] | None = None,
     *,
     what: str = "model",
@@ -120,7 +120,7 @@ def explained(
 
 
 def missing_names(
-    error: Exception, config: Any, custom_objects: Mapping[str, Any] | None = None
+    error: Exception, config: object, custom_objects: Mapping[str, Any] | None = None
 ) -> list[tuple[str, str]]:
     """The classes and functions that a config names, that this process does not know, and of which an error speaks.
 
@@ -373,7 +373,7 @@ MAX_UNBUILT = 10_000
 """Weights without a value that a plan may name: those of layers that have not been built."""
 
 
-def _check_plan(found: Contents, *, path: Any) -> None:
+def _check_plan(found: Contents, *, path: object) -> None:
     """Raises if the ties name many more weights than there are values, each of which would have to be made."""
     weights = {uid for record in _records(found.config) for uid in record.get("weights", ())}
     if len(weights) > len(found.values) + MAX_UNBUILT:
@@ -382,7 +382,7 @@ def _check_plan(found: Contents, *, path: Any) -> None:
         )
 
 
-def _check_values(model: keras.Model, found: Contents, *, compiled: bool, path: Any) -> None:
+def _check_values(model: keras.Model, found: Contents, *, compiled: bool, path: object) -> None:
     """Raises unless each weight has a value in the file, and each value a weight."""
     needed, known = places_of(model, of_layers=True), places_of(model)
     absent = [place for place, shape in needed.items() if found.values.get(place) != shape]
@@ -397,7 +397,7 @@ def _check_values(model: keras.Model, found: Contents, *, compiled: bool, path: 
         raise InvalidConfig(f"{str(path)!r} has values that the model in it has no place for: {_some(extra)}.")
 
 
-def _check_ties(model: keras.Model, config: Config, *, path: Any) -> None:
+def _check_ties(model: keras.Model, config: Config, *, path: object) -> None:
     """Raises unless each tie that the file records holds."""
     layers: dict[str, list[Any]] = {}
     for layer in keras_seam.contained_layers(model):
@@ -415,7 +415,7 @@ def _check_ties(model: keras.Model, config: Config, *, path: Any) -> None:
         )
 
 
-def _recorded(config: Any) -> Iterator[tuple[str, list[str]]]:
+def _recorded(config: object) -> Iterator[tuple[str, list[str]]]:
     """The names of tied layers in a config, and the paths of their ties."""
     for entry in dictionaries(config):
         record, name = entry.get(KEY), entry.get("name")
@@ -423,7 +423,7 @@ def _recorded(config: Any) -> Iterator[tuple[str, list[str]]]:
             yield name, list(record["ties"])
 
 
-def _records(config: Any) -> Iterator[Config]:
+def _records(config: object) -> Iterator[Config]:
     """The records of ties in a config."""
     for entry in dictionaries(config):
         record = entry.get(KEY)

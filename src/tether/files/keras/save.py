@@ -122,7 +122,7 @@ def mended(model: keras.Model, config: Config) -> dict[str, Any]:
     return config
 
 
-def _objects(config: Any) -> Iterator[dict[str, Any]]:
+def _objects(config: object) -> Iterator[dict[str, Any]]:
     """Every object in a config, inner ones after the one they are in."""
     if isinstance(config, dict):
         if "class_name" in config:
@@ -134,7 +134,7 @@ def _objects(config: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(value)
 
 
-def _mark(config: Any, marked: Any, shared: set[int]) -> None:
+def _mark(config: object, marked: object, shared: set[int]) -> None:
     """Takes over the ids of shared layers from a config of the same model."""
     if isinstance(config, dict) and isinstance(marked, dict):
         if marked.get(keras_seam.SHARED_ID) in shared:
@@ -149,7 +149,7 @@ def _mark(config: Any, marked: Any, shared: set[int]) -> None:
 # --------------------------------------------------------------------------- the calls of a graph
 
 
-def _graphs(config: Any) -> list[dict[str, Any]]:
+def _graphs(config: object) -> list[dict[str, Any]]:
     """The graphs in a config: the inner configs of functional models."""
     keys = {"layers", "input_layers", "output_layers"}
     inner = [found["config"] for found in _objects(config) if isinstance(found.get("config"), dict)]
@@ -211,7 +211,7 @@ def _shift(graph: dict[str, Any], offsets: dict[str, int]) -> None:
     _shift_outputs(graph["output_layers"], offsets)
 
 
-def _shift_outputs(outputs: Any, offsets: dict[str, int]) -> None:
+def _shift_outputs(outputs: object, offsets: dict[str, int]) -> None:
     if isinstance(outputs, list) and len(outputs) == 3 and isinstance(outputs[0], str):
         _shift_one(outputs, offsets)
     elif isinstance(outputs, (list, dict)):
@@ -226,7 +226,7 @@ def _shift_one(history: list[Any], offsets: dict[str, int]) -> None:
 # --------------------------------------------------------------------------- what came back
 
 
-def _compare(model: keras.Model, again: Any) -> None:
+def _compare(model: keras.Model, again: object) -> None:
     """Raises unless a model has the same layers in the same places, and graphs that compute the same."""
     if _layers(model) != _layers(again):
         raise Unsupported(

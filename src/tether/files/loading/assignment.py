@@ -59,7 +59,7 @@ class Wanted:
     required: bool = True
 
 
-def check_resolve(resolve: Any) -> None:
+def check_resolve(resolve: object) -> None:
     """Refuses what is no rule for values that differ.
 
     Raises:
@@ -151,12 +151,12 @@ class Assignment:
 
         return read
 
-    def _take(self, target: Any, offer: Offer) -> None:
+    def _take(self, target: object, offer: Offer) -> None:
         dtype = _dtype_of(target)
         rows = offer.rows if offer.dtype == dtype else None
         self._take_as(target, _Candidate(offer.source, lambda: _cast(offer.read(), dtype, offer), offer, rows))
 
-    def _take_as(self, target: Any, candidate: _Candidate) -> None:
+    def _take_as(self, target: object, candidate: _Candidate) -> None:
         variable = target.variable if isinstance(target, Weight) else target
         if isinstance(target, Weight):
             self.owners[id(variable)] = target
@@ -318,7 +318,7 @@ def _listed(names: Sequence[str]) -> str:
 # --------------------------------------------------------------------------- values
 
 
-def _dtype_of(target: Any) -> str:
+def _dtype_of(target: object) -> str:
     """The dtype of what is stored in a target: of the tensor that is there, which may be narrower than asked for."""
     if isinstance(target, View):
         return keras_seam.stored_dtype(target)

@@ -251,12 +251,12 @@ def weights_at(position: Position) -> list[Weight]:
     return list(position.target.expression.weights_used()) if isinstance(position.target, View) else []
 
 
-def as_offer(target: Any, entry: Entry) -> Offer:
+def as_offer(target: object, entry: Entry) -> Offer:
     """An entry for a target."""
     return Offer(target, entry.name, entry.shape, entry.dtype, entry.read, entry.rows)
 
 
-def _tied_offer(target: Any, tie: StoredTie) -> Offer:
+def _tied_offer(target: object, tie: StoredTie) -> Offer:
     source = ", ".join(entry.name for entry in tie.weights.values())
     return Offer(target, f"{source} by the tie of {tie.name}", tie.shape, tie.dtype, tie.read)
 

@@ -125,7 +125,7 @@ def _others_weights(found: list[Position], values: Values) -> set[str]:
     return {place for place in mine.values() if not all(users.get(place, [place not in elsewhere]))}
 
 
-def _by_place(steps: Any, places: Mapping[str, str]) -> list[Any]:
+def _by_place(steps: object, places: Mapping[str, str]) -> list[Any]:
     """The steps of an expression with places in the file for its weights."""
     if not isinstance(steps, list):
         return []
@@ -226,7 +226,7 @@ def note_sharing(path: str | os.PathLike[str], values: Values) -> None:
 # Joining parts of one tied model that were saved and loaded apart.
 
 
-def retie(*models: Any, resolve: Resolve = "error") -> Report:
+def retie(*models: object, resolve: Resolve = "error") -> Report:
     """Makes weights one again that were one when the models were saved.
 
     A weight remembers the one that it is a copy of (`weight.origin`), also through files. Weights of one origin in

@@ -250,7 +250,7 @@ class Naming:
         return self.names == "bert" and is_spare(name)
 
 
-def _as_tensor(value: Any, name: str) -> Tensor:
+def _as_tensor(value: object, name: str) -> Tensor:
     if isinstance(value, str):
         return Tensor(value)
     if not isinstance(value, Tensor):

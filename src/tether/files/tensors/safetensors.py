@@ -91,7 +91,7 @@ class TensorFile:
         if end != size - self._start:
             raise InvalidConfig(f"{name!r} has another length than its header says.")
 
-    def _entry(self, name: str, value: Any) -> Entry:
+    def _entry(self, name: str, value: object) -> Entry:
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
             raise InvalidConfig(f"The tensor {name!r} has dtype, shape and data_offsets. {received(tensor=value)}")
         code, shape, place = value["dtype"], value["shape"], value["data_offsets"]
@@ -138,7 +138,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _checked_metadata(metadata: Any, name: str) -> dict[str, str]:
+def _checked_metadata(metadata: object, name: str) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidConfig(f"The metadata of {name!r} are strings by name. {received(metadata=metadata)}")
     return metadata

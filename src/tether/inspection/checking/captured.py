@@ -75,7 +75,7 @@ class _Walk:
         self._known = known_layers
         self._been: dict[int, Any] = {}  # kept alive, so that no id is given twice
 
-    def into(self, value: Any, how: str, attribute: str, depth: int) -> Iterator[Found]:
+    def into(self, value: object, how: str, attribute: str, depth: int) -> Iterator[Found]:
         if isinstance(value, _PRIMITIVE) or id(value) in self._been:
             return
         if depth > MAX_DEPTH or len(self._been) > MAX_OBJECTS:
@@ -97,7 +97,7 @@ class _Walk:
                 yield from self.into(inner, where, attribute, depth + 1)
 
 
-def _parts(value: Any, how: str) -> Iterator[tuple[Any, str]]:
+def _parts(value: object, how: str) -> Iterator[tuple[Any, str]]:
     """What is in an object, and where."""
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         if len(value) <= MAX_ITEMS:
@@ -130,12 +130,12 @@ _PASSED_BY = (
 """What holds values for a purpose that is known: a start, a target, what Keras finds by itself."""
 
 
-def _is_own(thing: Any) -> bool:
+def _is_own(thing: object) -> bool:
     """Whether a class or function is not a library's."""
     return str(getattr(thing, "__module__", None) or "builtins").split(".")[0] not in LIBRARIES
 
 
-def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+def _fields(value: object) -> Iterator[tuple[str, Any]]:
     yield from getattr(value, "__dict__", {}).items()
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())

@@ -6,7 +6,6 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import keras
 
@@ -17,7 +16,9 @@ from tether.inspection.checking.rules import RULES, Rule
 from tether.inspection.collect import facts
 
 
-def check(source: Any, data: Any = None, *, rules: Iterable[str] | None = None, ignore: Iterable[str] = ()) -> Findings:
+def check(
+    source: object, data: object = None, *, rules: Iterable[str] | None = None, ignore: Iterable[str] = ()
+) -> Findings:
     """Finds sharing that is broken, or only looks like sharing.
 
     The rules are described in the guide to checking. A model is not changed; without data nothing is computed with
@@ -55,7 +56,7 @@ def check(source: Any, data: Any = None, *, rules: Iterable[str] | None = None, 
     )
 
 
-def _context(source: Any, data: Any) -> Context:
+def _context(source: object, data: object) -> Context:
     if isinstance(source, (str, os.PathLike)):
         if data is not None:
             raise TetherError(

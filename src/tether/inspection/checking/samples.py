@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import h5py
 import ml_dtypes
@@ -224,7 +224,7 @@ class _Dataset:
         """One block of the value, as an array."""
         return self._read(parts)
 
-    def _read(self, parts: Any) -> Array:
+    def _read(self, parts: object) -> Array:
         with reading(self._path):  # a piece that is packed may be damaged inside
             array = self._dataset[parts]
         known = getattr(ml_dtypes, self._dtype, None)  # HDF5 has no such numbers: Keras writes their bits

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from tether.atomic import written_beside
 from tether.errors import TetherError, Unsupported, received
@@ -17,7 +16,7 @@ __all__ = ["plot"]
 _KINDS = {".html": page, ".svg": image}
 
 
-def plot(source: Any, path: str | os.PathLike[str] | None = None, *, title: str | None = None) -> Path:
+def plot(source: object, path: str | os.PathLike[str] | None = None, *, title: str | None = None) -> Path:
     """Writes a weight map: what a model stores on one side, its layers on the other, ribbons for who reads what.
 
     Heights are bytes. What is shared or combined is strong and labelled with its expression, the rest is quiet.

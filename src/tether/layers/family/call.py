@@ -26,12 +26,12 @@ from tether.weights.weight import Weight
 
 def call(
     layer: keras.Layer,
-    inputs: Any,
+    inputs: object,
     weights: Mapping[str, Any] | None = None,
     /,
     *,
     training: bool | None = None,
-    **by_name: Any,
+    **by_name: object,
 ) -> Tensor:
     """Calls a layer with tensors in the place of some of its weights; gradients flow into the tensors.
 
@@ -170,7 +170,7 @@ class WithWeights(keras.layers.Layer):
             several = isinstance(inputs_shape, list)
             self.layer.build(*inputs_shape) if several else self.layer.build(inputs_shape)
 
-    def call(self, inputs: Any, weights: Any, training: bool | None = None) -> Tensor:
+    def call(self, inputs: object, weights: Any, training: bool | None = None) -> Tensor:
         """The layer's outputs with these weights."""
         arguments = tuple(inputs) if isinstance(inputs, list) else (inputs,)
         tensors = dict(zip(self.weight_paths, weights, strict=True))
@@ -205,9 +205,9 @@ def route(
     options: Mapping[str, Any] | None = None,
     /,
     *,
-    default: Any = 0,
+    default: object = 0,
     argument: str = "choice",
-    **by_name: Any,
+    **by_name: object,
 ) -> Any:
     """Gives weights of a layer several expressions, one of which is chosen at each call.
 
@@ -259,7 +259,7 @@ def _is_a_name(name: str) -> bool:
     return not name.isdigit()
 
 
-def _listed(path: str, options: Any) -> tuple[tuple[str, ...], list[Any]]:
+def _listed(path: str, options: object) -> tuple[tuple[str, ...], list[Any]]:
     """The names and expressions of one weight's options."""
     if isinstance(options, Mapping) and options and all(isinstance(name, str) and name for name in options):
         return tuple(options), list(options.values())
@@ -312,9 +312,9 @@ class Lambda(keras.layers.Layer):
         /,
         *,
         name: str | None = None,
-        dtype: Any = None,
+        dtype: object = None,
         trainable: bool = True,
-        **by_name: Any,
+        **by_name: object,
     ) -> None:
         if not callable(function):
             raise TetherError(f"`tether.Lambda` takes a function. {received(function=function)}")
@@ -328,7 +328,7 @@ class Lambda(keras.layers.Layer):
             _check_parameters(function, parameters, given)
             tie(self, given)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: object) -> None:
         """Asks for each weight by name, with the shape of its expression."""
         state = state_of(self)
         names = []
@@ -340,7 +340,7 @@ class Lambda(keras.layers.Layer):
             names.append(name)
         self._names = tuple(names)
 
-    def call(self, inputs: Any, training: bool | None = None) -> Tensor:
+    def call(self, inputs: object, training: bool | None = None) -> Tensor:
         """Calls the function with the weights' present tensors."""
         values = {name: keras_seam.plain_tensor(getattr(self, f"weight_{name}").value) for name in self._names}
         if self._passes_training:
@@ -362,7 +362,7 @@ class Lambda(keras.layers.Layer):
         return cls(function, dtype=dtype, **config)
 
 
-def _check_parameters(function: Any, parameters: Any, given: Config) -> None:
+def _check_parameters(function: object, parameters: Any, given: Config) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     missing = [name for name in given if name not in parameters]

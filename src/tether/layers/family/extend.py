@@ -121,7 +121,7 @@ class Extended:
         _note(self, author, variable)
         return variable
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if isinstance(value, keras.Variable):
             author = self.check_attribute(name, value)
             super().__setattr__(name, value)
@@ -131,18 +131,18 @@ class Extended:
             _refuse_property(self, name, value)
         super().__setattr__(name, value)
 
-    def check_attribute(self, name: str, value: Any) -> Any:
+    def check_attribute(self, name: str, value: object) -> Any:
         """Refuses an attribute that a weight must not take, a view of a tied one as any other; gives who sets it."""
         author = _author(self)
         _refuse_property(self, name, value)
         _refuse_attribute(self, author, name, value)
         return author
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: object) -> None:
         """Writes every own variable by name."""
         save(self, store, super().save_own_variables)  # type: ignore[misc]
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: object) -> None:
         """Reads every own variable by name, or by position from a file of the class before it was extended."""
         parent: keras.Layer = super()
         load(

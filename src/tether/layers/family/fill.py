@@ -69,7 +69,7 @@ def filled(value: Array, start: Array, rule: Rule) -> Array:
     return filled
 
 
-def check_rule(rule: Any) -> None:
+def check_rule(rule: object) -> None:
     """Refuses what is no rule.
 
     Raises:

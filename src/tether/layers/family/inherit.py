@@ -36,15 +36,15 @@ from tether.weights.weight import Weight
 
 def inherit(
     parent: keras.Layer,
-    changes: Any = None,
+    changes: object = None,
     /,
     *,
-    into: Any = None,
+    into: object = None,
     share: bool | Sequence[str] = True,
     match: Mapping[str, str] | None = None,
-    fill: Any = None,
+    fill: object = None,
     name: str | None = None,
-    **by_name: Any,
+    **by_name: object,
 ) -> Any:
     """A new layer (or model) on a parent's weights.
 
@@ -99,7 +99,7 @@ def inherit(
         return _Heir(parent, child, asked, into=into, share=share, match=match or {}, fill=fill).make()
 
 
-def _asked(changes: Any, by_name: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(changes: object, by_name: Mapping[str, Any]) -> dict[str, Any]:
     """The changes by name or pattern."""
     if changes is None or isinstance(changes, LayerForm):
         return dict(by_name)
@@ -114,7 +114,7 @@ def _asked(changes: Any, by_name: Mapping[str, Any]) -> dict[str, Any]:
     return {**changes, **by_name}
 
 
-def changed(change: Any, base: Expression, path: str) -> Expression:
+def changed(change: object, base: Expression, path: str) -> Expression:
     """What a change makes of a base.
 
     Raises:
@@ -127,7 +127,7 @@ def changed(change: Any, base: Expression, path: str) -> Expression:
         raise _no_change(path, change, made) from None
 
 
-def _no_change(path: str, change: Any, made: Any) -> TetherError:
+def _no_change(path: str, change: object, made: object) -> TetherError:
     return TetherError(
         f"The change of {path!r} is a function from the parent's expression to the child's, a form such as "
         f"`tether.low_rank(8)`, an expression, a number or an array. {received(change=change, result=made)}"
@@ -197,7 +197,7 @@ class _Heir:
                 raise _no_change(weight.name, change, None)
         return {weight.path: change for weight, change in found}
 
-    def _shared(self, share: Any) -> set[str]:
+    def _shared(self, share: object) -> set[str]:
         if isinstance(share, bool):
             return set(self.sources) if share else set()
         if isinstance(share, str) or not isinstance(share, Sequence):
@@ -266,14 +266,14 @@ class _Heir:
                 "`inherit(parent, ..., share=False, fill='initializer')`."
             ) from error
 
-    def _alone(self, change: Any, weight: Named) -> Expression:
+    def _alone(self, change: object, weight: Named) -> Expression:
         """A change of a weight that the parent does not have: it starts from the child's own."""
         if callable(change) and not isinstance(change, Expression):
             own = weight_of(self.child, weight.path)
             return changed(change, own, weight.name)
         return changed(change, as_expression(0), weight.name)
 
-    def _of_parent(self, weight: Named, source: Named, base: Expression, change: Any) -> Expression:
+    def _of_parent(self, weight: Named, source: Named, base: Expression, change: object) -> Expression:
         if self._is_the_same:  # its own flags say what trains, as the parent's do
             return base
         still = base.stop_gradient() if source.path in self.frozen else base
@@ -296,7 +296,7 @@ class _Heir:
         except ShapeMismatch as error:
             raise ShapeMismatch(f"{weight.name!r}: {error}") from error
 
-    def _of_copy(self, weight: Named, value: Array, change: Any) -> Expression:
+    def _of_copy(self, weight: Named, value: Array, change: object) -> Expression:
         own = Weight(name=_label(self.child, weight))
         own.find_path()
         own.give_start(value.shape, keras_seam.stored_dtype(weight.variable), Copy(value), path=weight.variable.path)
@@ -377,7 +377,7 @@ def copy_of(parent: keras.Layer, name: str | None = None) -> keras.Layer:
         ) from error
 
 
-def _instance(into: Any, parent: keras.Layer) -> keras.Layer:
+def _instance(into: object, parent: keras.Layer) -> keras.Layer:
     cls: Any = into if inspect.isclass(into) else None
     if cls is not None and issubclass(cls, keras.layers.Layer):
         config = {key: value for key, value in parent.get_config().items() if key not in ("name", "tether")}
@@ -414,7 +414,7 @@ def build_like(child: keras.Layer, parent: keras.Layer) -> None:
         ) from error
 
 
-def _by_form(parent: keras.Layer, form: LayerForm, asked: Config, **others: Any) -> Any:
+def _by_form(parent: keras.Layer, form: LayerForm, asked: Config, **others: object) -> Any:
     """A child that a layer form makes."""
     if others["into"] is not None or others["match"] or others["fill"] is not None or others["share"] is not True:
         raise TetherError(f"{form!r} makes the child and says what it shares; leave out into, share, match and fill.")

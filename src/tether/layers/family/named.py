@@ -135,7 +135,7 @@ def tie_what_learns(root: keras.Layer, ties: Mapping[str, Expression], weights: 
     train_only(root, weights, learns, frozen)
 
 
-def layer_pairs(root: keras.Layer, source: Any) -> Iterator[tuple[Any, Any]]:
+def layer_pairs(root: keras.Layer, source: object) -> Iterator[tuple[Any, Any]]:
     """A layer, and all layers and weights below it, each beside what stands there in a layer that is made alike."""
     waiting, done = [(root, source)], set()
     while waiting:
@@ -148,7 +148,7 @@ def layer_pairs(root: keras.Layer, source: Any) -> Iterator[tuple[Any, Any]]:
         waiting.extend((child, below[path]) for path, child in paths.children(layer) if path in below)
 
 
-def take_flags(root: keras.Layer, source: Any) -> None:
+def take_flags(root: keras.Layer, source: object) -> None:
     """Gives a layer, and all below it, the flags that those of another layer have, which is made alike.
 
     Keras writes a layer's flag into its config, but not the flags of what a layer makes itself, nor those of variables.

@@ -135,7 +135,7 @@ NOTE = "tether"
 """The attribute of a layer's group in an HDF5 file of weights that says what the views in it evaluate."""
 
 
-def note_ties(store: Any, written: dict[str, Any]) -> None:
+def note_ties(store: object, written: dict[str, Any]) -> None:
     """Writes beside a layer's entries what the views among them evaluate, as JSON; for who reads without a config.
 
     `{"version": 1, "ties": {"0": {"dtype": "float32", "steps": [{"weight": "4f1c..."}, ...]}}}`
@@ -150,7 +150,7 @@ def note_ties(store: Any, written: dict[str, Any]) -> None:
         notes[NOTE] = json.dumps({"version": 1, "ties": ties})
 
 
-def load(layer: keras.Layer, state: State, store: Any, base_save: Any, base_load: Any) -> None:
+def load(layer: keras.Layer, state: State, store: Any, base_save: object, base_load: Any) -> None:
     """Reads what `save` wrote, or what the untied layer wrote."""
     written = entries(layer, state, base_save)
     views = {key: value for key, value in written.items() if isinstance(value, View)}

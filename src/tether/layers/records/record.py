@@ -88,7 +88,7 @@ def _encode_penalty(penalty: Penalty) -> dict[str, Any]:
     }
 
 
-def _decode_penalty(entry: Any, weights: dict[str, Weight]) -> tuple[Any, Any, Any, tuple[Weight, ...]]:
+def _decode_penalty(entry: object, weights: dict[str, Weight]) -> tuple[Any, Any, Any, tuple[Weight, ...]]:
     if not isinstance(entry, dict) or set(entry) != {*_PENALTY, "owned"}:
         raise InvalidConfig(f"A penalty has a, b, strength and owned. {received(penalty=entry)}")
     owned = entry["owned"]
@@ -112,7 +112,7 @@ class Record:
     """Both sides, the strength, and the weights of the penalty's own."""
 
 
-def read_record(record: Any) -> Record:
+def read_record(record: object) -> Record:
     """The ties of an entry, its weights made or found in the sharing scope.
 
     Raises:

@@ -81,7 +81,9 @@ class _Through(keras.initializers.Initializer):
             return self.initializer(shape, dtype=dtype)
 
 
-def start_from_layer(expression: Expression, path: str, shape: tuple[int, ...], dtype: str, initializer: Any) -> None:
+def start_from_layer(
+    expression: Expression, path: str, shape: tuple[int, ...], dtype: str, initializer: object
+) -> None:
     """Gives weights without a variable what the layer's own initializer would have given its variable.
 
     What stores integers or truth values starts at zero where the layer's variable is one of floats, which its
@@ -108,7 +110,7 @@ def _invertible_or_none(through: _Through) -> _Through | None:
     return through if is_invertible(through.expression) else None
 
 
-def warn_of_initializer(layer: keras.Layer, name: str, expression: Expression, initializer: Any) -> None:
+def warn_of_initializer(layer: keras.Layer, name: str, expression: Expression, initializer: object) -> None:
     """A later tie whose layer was explicitly given another initializer than the one that was used."""
     if not isinstance(expression, Weight) or not expression.is_built or expression.first_initializer is None:
         return
@@ -123,7 +125,7 @@ def warn_of_initializer(layer: keras.Layer, name: str, expression: Expression, i
     )
 
 
-def _described_initializer(initializer: Any) -> tuple[str, str] | None:
+def _described_initializer(initializer: object) -> tuple[str, str] | None:
     """Class and arguments of a Keras initializer, without its seed; a function or any other object tells nothing."""
     if not isinstance(initializer, keras.initializers.Initializer):
         return None

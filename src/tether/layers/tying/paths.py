@@ -39,7 +39,7 @@ class Place:
     graph copies its layers one by one, and asks only them for their configs."""
 
 
-def split(path: Any) -> Path:
+def split(path: object) -> Path:
     """The segments of a path.
 
     Raises:
@@ -141,7 +141,7 @@ def _attributes(layer: keras.Layer) -> Iterator[tuple[Path, Any]]:
             yield from _inside((name,), value, 0)
 
 
-def _inside(path: Path, value: Any, depth: int) -> Iterator[tuple[Path, Any]]:
+def _inside(path: Path, value: object, depth: int) -> Iterator[tuple[Path, Any]]:
     yield path, value
     if depth < 4 and isinstance(value, (list, tuple)):
         for place, item in enumerate(value):
@@ -152,7 +152,7 @@ def _inside(path: Path, value: Any, depth: int) -> Iterator[tuple[Path, Any]]:
                 yield from _inside((*path, key), item, depth + 1)
 
 
-def put_item(layer: keras.Layer, path: Path, value: Any, *, what: str = "weight", advice: str = "") -> None:
+def put_item(layer: keras.Layer, path: Path, value: object, *, what: str = "weight", advice: str = "") -> None:
     """Puts a value where an attribute of the layer, or a container in one, holds another, past all trackers.
 
     Raises:

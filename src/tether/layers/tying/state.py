@@ -86,7 +86,7 @@ class View(keras_seam.Variable):
         """
         return how(part)
 
-    def assign(self, value: Any) -> Any:
+    def assign(self, value: object) -> Any:
         """StoredChange a value through the expression.
 
         Raises:
@@ -99,11 +99,11 @@ class View(keras_seam.Variable):
             self.expression.assign(value)
         return value
 
-    def assign_add(self, value: Any) -> Any:
+    def assign_add(self, value: object) -> Any:
         """Adds to what is stored, through the expression."""
         return self.assign(keras.ops.add(self.value, value))
 
-    def assign_sub(self, value: Any) -> Any:
+    def assign_sub(self, value: object) -> Any:
         """Subtracts from what is stored, through the expression."""
         return self.assign(keras.ops.subtract(self.value, value))
 
@@ -129,7 +129,7 @@ class View(keras_seam.Variable):
         return self.use.regularizer
 
     @regularizer.setter
-    def regularizer(self, value: Any) -> None:
+    def regularizer(self, value: object) -> None:
         if value is not None and not callable(value):
             raise TetherError(f"A regularizer is a function of a tensor, or None. {received(regularizer=value)}")
         self.use.regularizer = value
@@ -141,7 +141,7 @@ class View(keras_seam.Variable):
         return weight.present_constraint if isinstance(weight, Weight) else None
 
     @constraint.setter
-    def constraint(self, value: Any) -> None:
+    def constraint(self, value: object) -> None:
         if value is not None and not callable(value):
             raise TetherError(f"A constraint is a function of a tensor, or None. {received(constraint=value)}")
         weight = self.expression

@@ -36,7 +36,7 @@ def swapped(layers: Iterable[keras.Layer]) -> Iterator[None]:
     keras_seam.list_parameters_again(changes)
 
 
-def exchange(layer: keras.Layer, state: State, old: Any, new: Any, asked: Tie | None = None) -> None:
+def exchange(layer: keras.Layer, state: State, old: object, new: object, asked: Tie | None = None) -> None:
     """Puts a variable or view in the place of another, wherever the layer holds it.
 
     Args:
@@ -75,7 +75,7 @@ def _position(layer: keras.Layer, state: State, variable: keras.Variable) -> tup
     raise UnknownName(f"Layer {layer.name!r} does not track {variable.path!r}.")
 
 
-def _put(layer: keras.Layer, path: tuple[str, ...], value: Any) -> None:
+def _put(layer: keras.Layer, path: tuple[str, ...], value: object) -> None:
     """Sets an attribute, or an item of a container that an attribute holds."""
     if len(path) > 1:
         paths.put_item(layer, path, value)
@@ -94,7 +94,7 @@ def _put(layer: keras.Layer, path: tuple[str, ...], value: Any) -> None:
 class _Snapshot:
     """An object's class, attributes, and the contents of the containers that they hold."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: object) -> None:
         self.target = target
         self.cls = type(target)
         self.attributes = dict(vars(target))
@@ -180,7 +180,7 @@ class Rollback:
         ]
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None:
             return
         stored = [list(target.variables) for target in self.targets]

@@ -25,7 +25,7 @@ from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
 
 
-def tie(layer: AnyLayer, weights: Mapping[str, Any] | None = None, /, **by_name: Any) -> AnyLayer:
+def tie(layer: AnyLayer, weights: Mapping[str, Any] | None = None, /, **by_name: object) -> AnyLayer:
     """Makes weights of a layer read expressions, in place, and returns the layer.
 
     Args:
@@ -131,7 +131,7 @@ def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- what is asked for
 
 
-def _wanted(layer: keras.Layer, weights: Any, by_name: dict[str, Any]) -> dict[str, Expression]:
+def _wanted(layer: keras.Layer, weights: object, by_name: dict[str, Any]) -> dict[str, Expression]:
     refuse_layer("tie", layer)
     if weights is not None and not isinstance(weights, Mapping):
         raise TetherError(
@@ -238,7 +238,7 @@ def _may_record(layer: keras.Layer) -> bool:
     return not isinstance(layer, (Weight, keras.layers.InputLayer))
 
 
-def attach_penalty(penalty: Penalty, recorder: keras.Layer, lent: Any = None) -> None:
+def attach_penalty(penalty: Penalty, recorder: keras.Layer, lent: object = None) -> None:
     """Records a penalty on a layer; from now on it is one of its losses."""
     with swapped([recorder]):
         become_tied(recorder).penalties.append(penalty)

@@ -119,7 +119,7 @@ class Tied:
         state.pending = {path: waiting for path, waiting in state.pending.items() if waiting is not tie}
         return view
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if value is True and vars(self).get(name) is True:
             return  # Keras says so at every call that a layer is built and was called
         if isinstance(value, View):
@@ -199,7 +199,7 @@ class Tied:
 
     # ------------------------------------------------------------------ files
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: object) -> None:
         """Writes as the base does, without what is stored in weights."""
         state = state_of(self)
         if state is None:
@@ -207,7 +207,7 @@ class Tied:
         else:
             own_values.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: object) -> None:
         """Reads what this layer wrote, or what it wrote before it was tied."""
         state = state_of(self)
         if state is None:
@@ -251,7 +251,7 @@ class Tied:
         return super().dtype_policy  # type: ignore[misc]
 
     @dtype_policy.setter
-    def dtype_policy(self, value: Any) -> None:
+    def dtype_policy(self, value: object) -> None:
         if keras.dtype_policies.get(value).quantization_mode is not None:
             raise Unsupported(
                 f"A policy that quantises would untie the tied layer {self.name!r}. `layer.quantize('int8')` "  # type: ignore[attr-defined]
@@ -325,7 +325,7 @@ class _absent:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __get__(self, instance: Any, owner: type) -> Any:
+    def __get__(self, instance: object, owner: type) -> Any:
         raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
 
 

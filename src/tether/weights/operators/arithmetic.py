@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import keras
 import numpy as np
@@ -210,32 +209,32 @@ class Negative(Node):
         return [keras.ops.negative(value)]
 
 
-def add(x1: Any, x2: Any) -> Expression:
+def add(x1: object, x2: object) -> Expression:
     """`x1 + x2` under NumPy's broadcasting."""
     return Add(as_expression(x1), as_expression(x2))
 
 
-def subtract(x1: Any, x2: Any) -> Expression:
+def subtract(x1: object, x2: object) -> Expression:
     """`x1 - x2` under NumPy's broadcasting."""
     return Subtract(as_expression(x1), as_expression(x2))
 
 
-def multiply(x1: Any, x2: Any) -> Expression:
+def multiply(x1: object, x2: object) -> Expression:
     """`x1 * x2`, elementwise, under NumPy's broadcasting."""
     return Multiply(as_expression(x1), as_expression(x2))
 
 
-def divide(x1: Any, x2: Any) -> Expression:
+def divide(x1: object, x2: object) -> Expression:
     """`x1 / x2`, elementwise, under NumPy's broadcasting."""
     return Divide(as_expression(x1), as_expression(x2))
 
 
-def matmul(x1: Any, x2: Any) -> Expression:
+def matmul(x1: object, x2: object) -> Expression:
     """`x1 @ x2`: `(..., n, k)` and `(..., k, m)` give `(..., n, m)`."""
     return MatMul(as_expression(x1), as_expression(x2))
 
 
-def negative(x: Any) -> Expression:
+def negative(x: object) -> Expression:
     """The negative of each number of `x`."""
     return Negative(as_expression(x))
 
@@ -295,13 +294,13 @@ class ScaleGradient(_Same):
         return Term(f"{terms[0].inside(100)}.scale_gradient({self.parameters['scale']:g})")
 
 
-def stop_gradient(x: Any) -> Expression:
+def stop_gradient(x: object) -> Expression:
     """`x`; no gradient flows through this use of it."""
     x = as_expression(x)
     return x if isinstance(x, StopGradient) else StopGradient(x)
 
 
-def scale_gradient(x: Any, scale: float) -> Expression:
+def scale_gradient(x: object, scale: float) -> Expression:
     """`x`; the gradient through this use of it is multiplied by `scale`."""
     return ScaleGradient(as_expression(x), scale=scale)
 

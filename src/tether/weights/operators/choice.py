@@ -70,7 +70,7 @@ class Choose(Node):
         return shape
 
 
-def choose(index: Any, options: Sequence[Any]) -> Expression:
+def choose(index: object, options: Sequence[Any]) -> Expression:
     """One of several values of one shape, by a whole number: usually an argument with a default.
 
     The options that are not chosen get a gradient of zero.

@@ -16,7 +16,7 @@ from tether.weights.leaves import Constant
 _OPS = "keras.ops."
 
 
-def _find(name: Any) -> Function:
+def _find(name: object) -> Function:
     if not isinstance(name, str):
         raise InvalidConfig(f"A function is named by a string. {received(function=name)}")
     if name.startswith(_OPS):
@@ -32,7 +32,7 @@ def _find(name: Any) -> Function:
     return function
 
 
-def _name_of(function: Any) -> str:
+def _name_of(function: object) -> str:
     name = getattr(function, "__name__", "")
     if not name.startswith("_") and getattr(keras.ops, name, None) is function:
         return _OPS + name
@@ -127,7 +127,7 @@ class Apply(Node):
         return Term(f"{short}({', '.join(term.text for term in terms)})")
 
 
-def apply(function_: Function, *xs: Any) -> Expression:
+def apply(function_: Function, *xs: object) -> Expression:
     """`function_(*xs)`, for a function of ordinary Keras code that a file can name.
 
     Args:

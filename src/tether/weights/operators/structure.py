@@ -120,7 +120,7 @@ class Index(Node):
         return {"key": tuple(cls._part(part) for part in key)}
 
     @staticmethod
-    def _part(part: Any) -> Any:
+    def _part(part: object) -> Any:
         if part is None or part is Ellipsis or part == "...":
             return None if part is None else "..."
         if isinstance(part, slice):
@@ -257,7 +257,7 @@ class Take(Node):
         return keras.ops.take(values[0], indices, axis=self.parameters["axis"])
 
 
-def transpose(x: Any, axes: Sequence[int] | None = None) -> Expression:
+def transpose(x: object, axes: Sequence[int] | None = None) -> Expression:
     """`x` with its axes permuted, reversed if `axes` is left out; transposing back gives `x` itself."""
     x = as_expression(x)
     if isinstance(x, Transpose) and axes is None and x.parameters["axes"] is None:
@@ -265,12 +265,12 @@ def transpose(x: Any, axes: Sequence[int] | None = None) -> Expression:
     return Transpose(x, axes=None if axes is None else tuple(axes))
 
 
-def reshape(x: Any, newshape: Sequence[int]) -> Expression:
+def reshape(x: object, newshape: Sequence[int]) -> Expression:
     """`x` in another shape of as many elements; one size may be -1."""
     return Reshape(as_expression(x), shape=tuple(newshape))
 
 
-def index(x: Expression, key: Any) -> Expression:
+def index(x: Expression, key: object) -> Expression:
     """`x[key]`, with integers, slices, `...` and `None`."""
     parts = key if isinstance(key, tuple) else (key,)
     if any(isinstance(part, (list, np.ndarray)) for part in parts):
@@ -281,12 +281,12 @@ def index(x: Expression, key: Any) -> Expression:
     return Index(x, key=parts)
 
 
-def cast(x: Any, dtype: str) -> Expression:
+def cast(x: object, dtype: str) -> Expression:
     """`x` with its numbers in another dtype."""
     return Cast(as_expression(x), dtype=dtype)
 
 
-def take(x: Any, indices: Sequence[int], axis: int = 0) -> Expression:
+def take(x: object, indices: Sequence[int], axis: int = 0) -> Expression:
     """The entries of `x` with these numbers along an axis."""
     return Take(as_expression(x), indices=tuple(np.asarray(indices).tolist()), axis=axis)
 
@@ -451,12 +451,12 @@ def stack(xs: Sequence[Any], axis: int = 0) -> Expression:
     return Stack(*map(as_expression, xs), axis=axis)
 
 
-def where(condition: Any, x1: Any, x2: Any) -> Expression:
+def where(condition: object, x1: object, x2: object) -> Expression:
     """`x1` where the condition holds (is not zero), `x2` elsewhere, under NumPy's broadcasting."""
     return Where(as_expression(condition), as_expression(x1), as_expression(x2))
 
 
-def einsum(subscripts: str, *operands: Any) -> Expression:
+def einsum(subscripts: str, *operands: object) -> Expression:
     """A contraction in Einstein's notation, such as `"ij,jk->ik"`: explicit output, no ellipsis."""
     return Einsum(*map(as_expression, operands), equation=subscripts)
 

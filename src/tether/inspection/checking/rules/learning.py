@@ -212,7 +212,7 @@ def _called_in_reverse(context: Context) -> set[int]:
     }
 
 
-def _measured_logits(context: Context, head: Any) -> float | None:
+def _measured_logits(context: Context, head: object) -> float | None:
     """The standard deviation of the head's outputs, where they are outputs of the model and nothing bends them."""
     activation = getattr(head, "activation", None)
     if context.data is None or activation not in (None, keras.activations.linear):
