@@ -14,9 +14,11 @@ tether.adapters.set_strengths(model, {"french": 0.3, "german": 0.7})
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +27,12 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, received
-from tether.files.tensors import adapter as adapter_file
+from tether.files.keras.archive import reading
+from tether.files.keras.load import making
+from tether.files.loading.assignment import Assignment
+from tether.files.loading.entries import Entry, entry_of
+from tether.files.loading.matching import as_offer
+from tether.files.tensors.safetensors import TensorFile, write_tensors
 from tether.forms.form import AddedForm
 from tether.layers.family.inherit import changed
 from tether.layers.family.named import named_weights, select_all, tie_what_learns
@@ -35,16 +42,13 @@ from tether.layers.tying.state import View
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, weight_of, weights_of
 from tether.layers.tying.untie import untie
-from tether.types import AnyLayer
-from tether.weights.codec import decode
+from tether.types import AnyLayer, Config
+from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression
+from tether.weights.identity import sharing
 from tether.weights.operators.arithmetic import StopGradient
 from tether.weights.operators.choice import Adapted
 from tether.weights.weight import Weight
-
-__all__ = [
-    "activate", "add", "load", "merge", "names", "remove", "save", "set_strengths", "strengths", "unmerge",
-]  # fmt: skip
 
 _MERGED = "_tether_merged"
 
@@ -308,7 +312,7 @@ def save(model: keras.Model, name: str, path: str | os.PathLike[str]) -> None:
         if name in adapted.parts:
             _, parts[place] = adapted.parts[name]
             bases[place] = list(adapted.base.weights_used())
-    adapter_file.write(target, name, strengths(model)[name], parts, bases)
+    _write_file(target, name, strengths(model)[name], parts, bases)
 
 
 def load(model: keras.Model, path: str | os.PathLike[str], /, *, name: str | None = None, freeze: bool = True) -> Any:
@@ -330,7 +334,7 @@ def load(model: keras.Model, path: str | os.PathLike[str], /, *, name: str | Non
         TetherError: The name is taken.
     """
     _check(model, "load")
-    header, weights = adapter_file.read(path, {variable.path for variable in model.weights})
+    header, weights = _read_file(path, {variable.path for variable in model.weights})
     name = header["name"] if name is None else name
     _check_new_name(model, name)
     for place in header["ties"]:
@@ -356,3 +360,113 @@ def _read_part(
     if part.shape != base.shape:
         raise ShapeMismatch(f"The weight {place!r} has shape {base.shape}, the adapter's part {part.shape}.")
     return part
+
+
+# --------------------------------------------------------------------------- the file of one adapter
+# The file of one adapter: safetensors, with a header that says in which weights its parts are.
+
+
+_VERSION = 1
+_FORMAT = "tether.adapter"
+_MAX_HEADER = 1 << 26
+
+
+def _write_file(
+    target: pathlib.Path,
+    name: str,
+    strength: float,
+    parts: Mapping[str, Expression],
+    bases: Mapping[str, Sequence[Weight]],
+) -> None:
+    """Writes an adapter.
+
+    Args:
+        target: Where to. Written beside and renamed.
+        name: What it is called.
+        strength: Its strength.
+        parts: What it adds, by the weight's path.
+        bases: The weights of what it adds to, by the same paths. Their values are not written.
+    """
+    weights: dict[str, Weight] = {}
+    for place, part in parts.items():
+        of_base = {weight.uid for weight in bases[place]}
+        weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})
+    header = {
+        "version": _VERSION,
+        "name": name,
+        "strength": strength,
+        "ties": {place: encode(part) for place, part in parts.items()},
+        "bases": {place: [weight.uid for weight in base] for place, base in bases.items()},
+        "weights": {uid: weight.get_config() for uid, weight in weights.items()},
+    }
+    tensors = [entry_of(weight.variable, uid) for uid, weight in weights.items()]
+    write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
+
+
+def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """Header, and weights by uid, of a file that a stranger may have written.
+
+    Args:
+        path: The file.
+        taken: Paths that its weights must not have: they get a number then.
+
+    Raises:
+        InvalidConfig: The file is damaged, or holds no adapter.
+        TetherError: There is no file.
+    """
+    target = pathlib.Path(path)
+    if not target.is_file():
+        raise TetherError(f"There is no file {str(path)!r}.")
+    with open(target, "rb", buffering=0) as opened:
+        with reading(target):
+            file = TensorFile(opened, target.name)
+            header = _header(file.metadata, target)
+        with making(target, header["weights"], what="adapter"):
+            return header, _weights_of(header, file.entries, taken)
+
+
+def _header(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
+    text = metadata.get("adapter", "")
+    if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
+        raise InvalidConfig(f"{str(path)!r} holds no adapter of Tether's.")
+    header = json.loads(text)
+    kinds = {"name": str, "strength": float, "ties": dict, "bases": dict, "weights": dict}
+    if (
+        not isinstance(header, dict)
+        or header.get("version") != _VERSION
+        or not all(isinstance(header.get(key), kind) for key, kind in kinds.items())
+        or not header["ties"]
+        or not math.isfinite(header["strength"])
+    ):
+        raise InvalidConfig(f"{str(path)!r} holds no adapter of version {_VERSION}.")
+    return header
+
+
+def _weights_of(header: Config, tensors: Mapping[str, Entry], taken: Container[str]) -> dict[str, Weight]:
+    if set(header["weights"]) != set(tensors):
+        raise InvalidConfig("The file's header names other weights than it holds.")
+    weights = {}
+    with sharing():
+        for uid, config in header["weights"].items():
+            if not isinstance(config, dict) or config.get("uid") != uid:
+                raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
+            weight = Weight.from_config(_beside_others(config, taken))
+            if weight.shape != tensors[uid].shape:
+                raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
+            weights[uid] = weight
+    plan = Assignment([as_offer(weight, tensors[uid]) for uid, weight in weights.items()], "error")
+    plan.check()
+    plan.carry_out()
+    return weights
+
+
+def _beside_others(config: Config, taken: Container[str]) -> dict[str, Any]:
+    """The config of a weight with a path that is not taken, and with the same number in its name."""
+    path, name = config.get("path"), config.get("name")
+    if not isinstance(path, str) or not isinstance(name, str):
+        return config
+    found = keras_seam.numbered(path, taken)
+    return {**config, "path": found, "name": name + found[len(path) :]}
+
+
+__all__ = ["activate", "add", "load", "merge", "names", "remove", "save", "set_strengths", "strengths", "unmerge"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from tether.atomic import written_beside
 from tether.errors import TetherError, Unsupported, received
 from tether.inspection.collect import facts
-from tether.inspection.plotting.document import image, page
+from tether.inspection.plotting.drawing import image, page
 
 __all__ = ["plot"]
 

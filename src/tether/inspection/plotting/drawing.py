@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from string import Template
 
 from tether.inspection.facts import Facts, StoredWeight, UseOf, human_bytes
 from tether.inspection.plotting import rows
 from tether.inspection.plotting.rows import (
+    ABOVE,
     BAR,
     BAR_OF_USE,
     BELOW,
@@ -28,6 +33,7 @@ from tether.inspection.plotting.rows import (
     STEP,
     TWO_LINES,
     WIDE,
+    WIDEST,
     WIDTH,
     Heights,
     kind_of,
@@ -348,3 +354,95 @@ def ribbon(x: float, y: float, height: float, to_x: float, to_y: float, to_heigh
         f"M{px(x)} {px(y)}C{middle} {px(y)} {middle} {px(to_y)} {px(to_x)} {px(to_y)}V{px(to_y + to_height)}"
         f"C{middle} {px(to_y + to_height)} {middle} {px(y + height)} {px(x)} {px(y + height)}Z"
     )
+
+
+# --------------------------------------------------------------------------- the page
+# A map as a whole file: a page that needs nothing else, or a drawing.
+
+
+MARGIN = 24
+
+
+def page(facts: Facts, title: str) -> str:
+    """The map as one HTML file. Its policy lets it load nothing and run no script but its own."""
+    drawing = draw(facts)
+    style, script = _file("map.css") + _file("page.css"), _file("map.js")
+    sizes = {
+        "left": LEFT, "bar": BAR, "right": RIGHT, "heading": HEADING, "line": LINE, "gap": GAP, "above": ABOVE,
+        "below": BELOW, "top": drawing.top, "least": NARROWEST, "most": WIDEST, "letter": CODE,
+    }  # fmt: skip
+    totals = "\n".join(
+        f"<div><dt>{name}</dt><dd>{value} <small>{note}</small></dd></div>" for name, value, note in totals_of(facts)
+    )
+    return Template(_file("page.html")).substitute(
+        title=text(title),
+        description=text(_description(facts, title)),
+        totals=totals,
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        width=WIDTH,
+        height=drawing.height,
+        sizes=" ".join(f'data-{name}="{value:g}"' for name, value in sizes.items()),
+        map=drawing.svg,
+    )
+
+
+def image(facts: Facts, title: str) -> str:
+    """The map as one SVG file."""
+    drawing = draw(facts, top=84)
+    width, height = WIDTH + 2 * MARGIN, drawing.height + MARGIN
+    frame = f'x="{-MARGIN}" y="{-MARGIN // 2}" width="{width}" height="{height:g}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="map" width="{width}" height="{height:g}" '
+        f'viewBox="{-MARGIN} {-MARGIN // 2} {width} {height:g}" role="img" aria-labelledby="title desc">\n'
+        f'<title id="title">{text(title)}</title>\n<desc id="desc">{text(_description(facts, title))}</desc>\n'
+        f'<style>{_file("map.css")}</style>\n<rect class="paper" {frame}/>\n'
+        f'<text class="head" y="16">{text(rows.fit_end(title, 84))}</text>\n'
+        f"{_totals(facts)}\n{drawing.svg}\n</svg>\n"
+    )
+
+
+def _totals(facts: Facts) -> str:
+    """The totals as text of a drawing."""
+    return "\n".join(
+        f'<g transform="translate({number * WIDTH // 4},44)"><text class="note">{name}</text>'
+        f'<text class="total" y="20">{value}<tspan class="note" dx="6">{note}</tspan></text></g>'
+        for number, (name, value, note) in enumerate(totals_of(facts))
+    )
+
+
+def totals_of(facts: Facts) -> list[tuple[str, str, str]]:
+    """The totals: what of, how much, and a word on it."""
+    shared = sum(1 for _ in facts.shared())
+    note = rows.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
+    found = [("stored", human_bytes(facts.stored_bytes), note)]
+    if facts.ties:
+        saved = facts.unshared_bytes - facts.stored_bytes
+        found.append(("unshared", human_bytes(facts.unshared_bytes), "if nothing were shared"))
+        of_all = f"{abs(saved) / facts.unshared_bytes:.1%} of that" if saved else ""
+        found.append(("saved" if saved >= 0 else "added", human_bytes(abs(saved)), of_all))
+    else:
+        found.append(("unshared", "unknown", "this file does not say which layers share"))
+    if facts.optimizer:
+        found.append(("optimizer", human_bytes(facts.optimizer_bytes), "kept beside the weights"))
+    return found
+
+
+def _description(facts: Facts, title: str) -> str:
+    said = ", ".join(f"{name} {value}" for name, value, _ in totals_of(facts))
+    weights, layers = rows.number(len(facts.weights), "stored weight"), rows.number(len(facts.layers), "layer")
+    return (
+        f"{title}: {said}. On the left are {weights}, as high as their bytes; "
+        f"on the right {layers}, in the order of the model. "
+        f"A ribbon is one of {rows.number(len(facts.uses), 'use')}."
+    )
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
