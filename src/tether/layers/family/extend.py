@@ -223,13 +223,9 @@ def _weights_of_the_parent(layer: keras.Layer, parent: keras.Layer, args: Any, k
         return None
 
 
-def _weight_names(layer: keras.Layer, prefix: tuple[str, ...] = ()) -> list[str]:
+def _weight_names(layer: keras.Layer) -> list[str]:
     """The paths of all weights below a layer, the same in every instance."""
-    held = paths.Holdings().of(layer)
-    found = ["/".join((*prefix, *held.names[id(variable)])) for variable in held.variables]
-    for child in held.children if len(prefix) < 8 else ():
-        found += _weight_names(child, (*prefix, *held.child(child)))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys("/".join(path) for path, _, _, _ in paths.walk(layer)))
 
 
 # --------------------------------------------------------------------------- whose weight it is

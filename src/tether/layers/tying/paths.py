@@ -403,14 +403,9 @@ def children(layer: keras.Layer) -> Iterator[tuple[Path, Any]]:
 # --------------------------------------------------------------------------- errors
 
 
-def weight_paths(layer: keras.Layer, prefix: Path = (), depth: int = 0) -> list[str]:
-    """The paths of all weights below a layer."""
-    held = _Held(layer)
-    found = ["/".join((*prefix, *held.names[id(variable)])) for variable in held.variables]
-    if depth < 8:
-        for child in held.children:
-            found.extend(weight_paths(child, (*prefix, child.name), depth + 1))
-    return list(dict.fromkeys(found))
+def weight_paths(layer: keras.Layer) -> list[str]:
+    """The paths of all weights below a layer, by the names of layers."""
+    return list(dict.fromkeys("/".join(names) for _, names, _, _ in walk(layer)))
 
 
 def walk(layer: keras.Layer) -> Iterator[tuple[Path, Path, Any, Any]]:
