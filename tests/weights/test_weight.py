@@ -779,3 +779,23 @@ def test_dir_names_what_people_use_and_not_what_keras_has_for_a_layer():
     assert {"shape", "value", "assign", "T", "trainable", "quantize"} <= set(named) and len(named) < 30
     assert all(hasattr(weight, name) for name in named)
     assert not {"build", "call", "add_weight", "losses", "uid", "add_use"} & set(named)
+
+
+def test_what_a_subclass_of_weight_holds_is_saved_with_it(tmp_path):
+    @keras.saving.register_keras_serializable(package="test_weight")
+    class Holds(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.w = Weight((2, 2), "zeros", name="w")
+            self.w.beside_it = keras.layers.Dense(2, name="beside_it")
+            self.w.beside_it.build((None, 2))
+
+        def call(self, x):
+            return self.w.beside_it(x @ self.w.value)
+
+    model = keras.Sequential([keras.Input((2,)), Holds(name="holds")])
+    model.layers[0].w.beside_it.bias.assign([1.0, 2.0])
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = keras.Sequential([keras.Input((2,)), Holds(name="holds")])
+    other.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(other.layers[0].w.beside_it.bias), [1.0, 2.0])

@@ -285,7 +285,8 @@ class Weight(Storage):
 
     def __dir__(self) -> list[str]:
         """What people use, of the much more that Keras has for a layer; and attributes that its save walks into."""
-        held = [name for name, value in vars(self).items() if name[0] != "_" and isinstance(value, (list, keras.Layer))]
+        saved = (keras_seam.KerasSaveable, list, tuple, dict, set)
+        held = [name for name, value in keras_seam.attributes(self) if name[0] != "_" and isinstance(value, saved)]
         return [*_FOR_PEOPLE, *held]
 
     def __repr__(self) -> str:
