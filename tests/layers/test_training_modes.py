@@ -179,6 +179,9 @@ def test_torch_compile(rng, x):
     if keras.backend.backend() == "torch":
         import torch
 
+        found = torch._dynamo.explain(tied)(torch.as_tensor(x))
+        assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+        torch._dynamo.reset()
         compiled = torch.compile(tied, backend="eager")
         assert_close(compiled(torch.as_tensor(x)).detach(), tied(x).detach())
     for model in (tied, hand):

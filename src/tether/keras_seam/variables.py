@@ -44,16 +44,23 @@ def raw_value(variable: keras.Variable) -> Tensor:
     return variable._value
 
 
-_dtype_names: dict[Any, str] = {}
+def _names_of_dtypes() -> dict[Any, str]:
+    if _backend.backend() != "torch":
+        return {}
+    import torch
+
+    sizes = {"float": (16, 32, 64), "int": (8, 16, 32, 64), "uint": (8, 16, 32, 64)}
+    names = ["bool", "bfloat16", *(f"{kind}{size}" for kind, of_kind in sizes.items() for size in of_kind)]
+    return {getattr(torch, name): name for name in names if hasattr(torch, name)}
+
+
+_DTYPE_NAMES = _names_of_dtypes()
+"""What Keras calls the dtypes of PyTorch. A call that added to a dict would end the graph of `torch.compile`."""
 
 
 def tensor_dtype(tensor: Tensor) -> str:
-    """The dtype of a tensor, as Keras calls it: asked for at every call of a layer, and each looked up once."""
-    dtype = tensor.dtype
-    found = _dtype_names.get(dtype)
-    if found is None:
-        found = _dtype_names[dtype] = str(keras.backend.standardize_dtype(dtype))
-    return found
+    """The dtype of a tensor, as Keras calls it: asked for at every call of a layer."""
+    return _DTYPE_NAMES.get(tensor.dtype) or str(keras.backend.standardize_dtype(tensor.dtype))
 
 
 RUNS_FROM_PYTHON = _backend.backend() == "torch"

@@ -245,19 +245,17 @@ class Tied:
             f"(tied: {names}). Write the low-rank part as an expression: `tether.tie(layer, kernel=w + a @ b)`."
         )
 
-    @property
-    def dtype_policy(self) -> Any:
-        """The layer's dtype policy. One that quantises is refused: Keras would build integers around a view."""
-        return super().dtype_policy  # type: ignore[misc]
-
-    @dtype_policy.setter
-    def dtype_policy(self, value: object) -> None:
+    def _set_dtype_policy(self, value: object) -> None:
+        """Refuses a policy that quantises: Keras would build integers around a view."""
         if keras.dtype_policies.get(value).quantization_mode is not None:
             raise Unsupported(
                 f"A policy that quantises would untie the tied layer {self.name!r}. `layer.quantize('int8')` "  # type: ignore[attr-defined]
                 f"keeps the tie. {received(dtype_policy=value)}"
             )
         keras.layers.Layer.dtype_policy.fset(self, value)
+
+    # With Keras's own getter: the graph of `torch.compile` would end at a getter that asks `super()` for a property.
+    dtype_policy = property(keras.layers.Layer.dtype_policy.fget, _set_dtype_policy, doc="The layer's dtype policy.")
 
 
 def _make(base: Any, arguments: tuple[str, ...]) -> type:
