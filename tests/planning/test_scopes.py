@@ -251,12 +251,12 @@ def test_nothing_is_kept_after_the_scope():
     with eager():
         with planning.cached():
             layer(x)
-            assert evaluation._memory.get()
-        assert evaluation._memory.get() is None
+            assert evaluation._scope.memory
+        assert evaluation._scope.memory is None
         with pytest.raises(ZeroDivisionError), planning.cached():
             layer(x)
             _ = 1 / 0
-        assert evaluation._memory.get() is None
+        assert evaluation._scope.memory is None
         assert count(lambda: [layer(x), layer(x)]) == 2
 
 

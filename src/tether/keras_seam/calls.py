@@ -119,6 +119,25 @@ JAX's gradients see a variable's value only in a stateless scope.
 """
 
 
+def _make_is_compiling() -> Callable[[], bool]:
+    if _backend.backend() != "torch":
+        return lambda: False
+    from torch.compiler import is_compiling as of_torch
+
+    return of_torch
+
+
+is_compiling = _make_is_compiling()
+"""Whether `torch.compile` is reading the code: it ends its graph where a call writes to a dict, or plans."""
+
+
+def found_once(function: Function) -> Function:
+    """Lets `torch.compile` run a function of plain values itself, once, instead of reading it into its graph."""
+    if _backend.backend() == "torch":
+        function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_traced(value: Tensor) -> bool:
     """Whether a tensor stands for one that a compiler will know later."""
     if _backend.backend() == "jax":

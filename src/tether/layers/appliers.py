@@ -11,10 +11,10 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.layers.tying.state import View, state_of
+from tether.layers.tying.state import View, state_of, views
 from tether.planning import control
 from tether.planning.alternatives import make_plan
-from tether.planning.control import Noted
+from tether.planning.control import Mode, Noted
 from tether.planning.execution import Convolve, execute
 from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
 from tether.planning.products import Products, products
@@ -38,9 +38,10 @@ class Planner:
 
     def __init__(self, view: View) -> None:
         self.expression = view.expression
-        self.weights = view.expression.weights_used()
         self._products: Products | None = None
         self._plans: dict[Any, Plan] = {}
+        self.numbers: dict[int, int] = {}
+        """The numbers of the plans that a graph of `torch.compile` reads, by their ids: they are kept for it."""
 
     @property
     def products(self) -> Products:
@@ -49,21 +50,23 @@ class Planner:
             self._products = products(self.expression)
         return self._products
 
-    def stored(self) -> list[Tensor]:
-        """What is stored in the weights now."""
-        return [keras_seam.raw_value(weight.variable) for weight in self.weights]
-
-    def plan(self, view: View, x: Tensor, problem: MakeProblem, training: bool, dtype: str) -> Plan:
-        """The plan for a call with an input of this shape."""
-        live = view.use.live
-        flags = tuple(weight.trainable for weight in self.weights) if training and live else ()
-        mode, kept = control.mode(), remembers()
-        # JAX has symbols for sizes that are not known yet, which cannot be compared.
-        shape = tuple(size if isinstance(size, int) else None for size in x.shape)
-        key = (shape, dtype, training, live, flags, mode, kept, problem)
+    def find(
+        self,
+        problem: MakeProblem,
+        settings: tuple[Any, ...],
+        shape: Shape,
+        dtype: str,
+        training: bool,
+        live: bool,
+        flags: tuple[bool, ...],
+        mode: Mode,
+        kept: bool,
+    ) -> Plan:
+        """The plan for calls of one kind, made at the first of them; `flags` say which weights train."""
+        key = (shape, dtype, training, live, flags, mode, kept, problem, settings)
         found = self._plans.get(key)
         if found is None:
-            asked = problem(shape, training=training, itemsize=BYTES.get(dtype, 4))
+            asked = problem(shape, *settings, training=training, itemsize=BYTES.get(dtype, 4))
 
             def trains(expression: Expression) -> bool:
                 return live and any(weight.trainable for weight in live_weights(expression))
@@ -72,34 +75,73 @@ class Planner:
             if len(self._plans) >= MAX_KEPT:
                 self._plans.clear()
             self._plans[key] = found
-        control.note_plan(lambda: Noted(view.path, self.expression.notation(), shape, found))
         return found
 
 
 def planner_of(view: keras.Variable) -> Planner | None:
     """The planner of what a layer holds as its weight, or `None` if there is nothing to plan."""
-    if not isinstance(view, View) or is_view(view.expression) or not keras_seam.autocasts(view):
+    if not _is_planned(view):
         return None
-    planner = view.planner
+    planner: Planner | None = view.planner
     if planner is None or planner.expression is not view.expression:
-        if view.expression.shape is None:
-            return None
         planner = view.planner = Planner(view)
     return planner
 
 
-def applied(view: keras.Variable, x: Tensor, problem: MakeProblem, convolve: Convolve | None = None) -> Tensor | None:
-    """What the layer computes with its weight, by plan; `None` where the layer has to build the weight itself."""
+def _is_planned(view: keras.Variable) -> bool:
+    if not isinstance(view, View) or is_view(view.expression) or not keras_seam.autocasts(view):
+        return False
+    return view.expression.shape is not None
+
+
+@keras_seam.found_once
+def _number_of_plan(number: int, *asked: Any) -> int:
+    """Makes the plan for a kind of call of a view, and lets the view have it under its number."""
+    view = views[number]
     planner = planner_of(view)
     if planner is None:
+        raise TypeError("A view that nothing is planned for was asked for its plan.")
+    plan = planner.find(*asked)
+    found = planner.numbers.setdefault(id(plan), len(planner.numbers))
+    setattr(view, f"plan_{found}", plan)
+    return found
+
+
+def applied(
+    view: keras.Variable,
+    x: Tensor,
+    problem: MakeProblem,
+    convolve: Convolve | None = None,
+    settings: tuple[Any, ...] = (),
+) -> Tensor | None:
+    """What the layer computes with its weight, by plan; `None` where the layer has to build the weight itself.
+
+    Args:
+        view: What the layer has as its weight.
+        x: The layer's input.
+        problem: Says what the layer computes, for a shape of the input: a function of a module, told apart by itself.
+        convolve: The layer's own convolution with a kernel.
+        settings: More for `problem`: plain values, by which plans are told apart too.
+    """
+    if not _is_planned(view):
         return None
-    dtype = view.dtype
+    dtype, live = view.dtype, view.use.live
     training = control.assumed_training()
     if training is None:
         training = keras_seam.is_training_call()
         if not training and keras_seam.TRACES_GRADIENTS:
-            training = keras_seam.is_differentiated(x, *planner.stored())
-    plan = planner.plan(view, x, problem, training, dtype)
+            stored = [keras_seam.raw_value(weight.variable) for weight in view.expression.weights_used()]
+            training = keras_seam.is_differentiated(x, *stored)
+    # JAX has symbols for sizes that are not known yet, which cannot be compared.
+    shape = tuple(size if isinstance(size, int) else None for size in x.shape)
+    flags = tuple([weight.trainable for weight in view.expression.weights_used()]) if training and live else ()
+    kind = (shape, dtype, training, live, flags, control.mode(), remembers())
+    if keras_seam.is_compiling():
+        plan = getattr(view, f"plan_{_number_of_plan(view.number, problem, settings, *kind)}")
+    else:
+        planner = planner_of(view)
+        plan = planner.find(problem, settings, *kind)  # type: ignore[union-attr]
+        control.note_plan(lambda: Noted(view.path, view.expression.notation(), shape, plan))
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
         return None
     factors = [_value(view, factor, dtype, how) for factor, how in plan.reads]
@@ -295,36 +337,34 @@ def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool
             dilation_rate=layer.dilation_rate,
         )
 
-    def problem(shape: Shape, **call: Any) -> Problem:
-        places = [f"s{axis}" for axis in range(layer.rank)]
-        made = [f"p{axis}" for axis in range(layer.rank)]
-        taps = [f"k{axis}" for axis in range(layer.rank)]
-        out = tuple(layer.compute_output_shape(shape))
-        ends = ("i", "o") if depthwise else ("o",)
-        if layer.data_format == "channels_last":
-            inputs, outputs, positions = ("b", *places, "i"), ("b", *made, *ends), out[1:-1]
-        else:
-            inputs, outputs, positions = ("b", "i", *places), ("b", *ends, *made), out[2:]
-        return Problem(inputs, (*taps, "i", "o"), outputs, shape, convolution=Convolution(positions, depthwise), **call)
-
-    return applied(layer.kernel, x, _Kept(layer, problem), convolve)
+    sizes = (layer.strides, layer.kernel_size, layer.dilation_rate)
+    settings = (*sizes, layer.padding == "valid", layer.data_format, depthwise)
+    return applied(layer.kernel, x, convolution_problem, convolve, settings)
 
 
-class _Kept:
-    """The problem of one layer, equal for all its calls: plans are kept by it."""
-
-    def __init__(self, layer: keras.Layer, problem: Callable[..., Problem]) -> None:
-        self.settings = (layer.rank, layer.strides, layer.padding, layer.dilation_rate, layer.data_format)
-        self.problem = problem
-
-    def __call__(self, shape: Shape, **call: object) -> Problem:
-        return self.problem(shape, **call)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kept) and self.settings == other.settings
-
-    def __hash__(self) -> int:
-        return hash(self.settings)
+def convolution_problem(
+    shape: Shape,
+    strides: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    dilation_rate: tuple[int, ...],
+    shrinks: bool,
+    data_format: str,
+    depthwise: bool,
+    **call: Any,
+) -> Problem:
+    """A convolution with a stride, a size and a dilation for each position; one without padding `shrinks`."""
+    rank, last = len(strides), data_format == "channels_last"
+    places, made, taps = ([f"{letter}{axis}" for axis in range(rank)] for letter in "spk")
+    positions = tuple(
+        None if size is None else (size - 1 - shrinks * dilation * (taken - 1)) // stride + 1
+        for size, stride, taken, dilation in zip(
+            shape[1:-1] if last else shape[2:], strides, kernel_size, dilation_rate, strict=True
+        )
+    )
+    ends = ("i", "o") if depthwise else ("o",)
+    inputs = ("b", *places, "i") if last else ("b", "i", *places)
+    outputs = ("b", *made, *ends) if last else ("b", *ends, *made)
+    return Problem(inputs, (*taps, "i", "o"), outputs, shape, convolution=Convolution(positions, depthwise), **call)
 
 
 def _finished_convolution(layer: keras.Layer, y: Tensor, channels: int) -> Tensor:

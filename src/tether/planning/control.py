@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,14 +23,21 @@ from tether.weights.evaluation import remembering
 Mode = Literal["auto", "materialize", "factored"]
 MODES = ("auto", "materialize", "factored")
 
-_noted: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("tether_noted", default=None)
-_training: contextvars.ContextVar[bool | None] = contextvars.ContextVar("tether_training", default=None)
-_mode: contextvars.ContextVar[Mode] = contextvars.ContextVar("tether_plan", default="auto")
+
+class _OfThisThread(threading.local):
+    """Reading it is something that `torch.compile` knows: a `ContextVar` would end its graph."""
+
+    noted: list[Noted] | None = None
+    training: bool | None = None
+    mode: Mode = "auto"
+
+
+_scope = _OfThisThread()
 
 
 def mode() -> Mode:
     """How plans are chosen now."""
-    return _mode.get()
+    return _scope.mode
 
 
 @contextlib.contextmanager
@@ -56,11 +63,11 @@ def force(how: Mode) -> Iterator[None]:
     """
     if how not in MODES:
         raise TetherError(f'`force` takes "materialize", "factored" or "auto". {received(how=how)}')
-    token = _mode.set(how)
+    before, _scope.mode = _scope.mode, how
     try:
         yield
     finally:
-        _mode.reset(token)
+        _scope.mode = before
 
 
 @contextlib.contextmanager
@@ -87,24 +94,23 @@ def cached() -> Iterator[None]:
 def recording(*, training: bool) -> Iterator[list[Any]]:
     """Notes the plans that calls within this scope follow; they are made as if the calls trained, or did not."""
     noted: list[Any] = []
-    token, other = _noted.set(noted), _training.set(training)
+    before = _scope.noted, _scope.training
+    _scope.noted, _scope.training = noted, training
     try:
         yield noted
     finally:
-        _noted.reset(token)
-        _training.reset(other)
+        _scope.noted, _scope.training = before
 
 
 def assumed_training() -> bool | None:
     """Whether plans are to be made for a training step, if a scope says so."""
-    return _training.get()
+    return _scope.training
 
 
 def note_plan(make: Callable[[], Any]) -> None:
     """Adds to what is noted, if anything is."""
-    noted = _noted.get()
-    if noted is not None:
-        noted.append(make())
+    if _scope.noted is not None:
+        _scope.noted.append(make())
 
 
 # --------------------------------------------------------------------------- explain

@@ -7,8 +7,7 @@ one weight first; building all of them is what the layer does without a plan.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import keras
 
@@ -79,26 +78,23 @@ class Plan:
     trained: tuple[int, ...] = ()
     """The factors that train, if there is such a plan."""
 
-    @property
-    def materializes(self) -> bool:
-        """Whether the whole weight is built."""
-        return self.name == "materialize"
+    # What follows from these is a field too: `torch.compile` reads the fields of a frozen dataclass, and no property.
+    materializes: bool = field(init=False, compare=False)
+    """Whether the whole weight is built."""
+    reads: tuple[tuple[Expression, Coded | None], ...] = field(init=False, compare=False)
+    """The factors, and for those stored as integers of which only some entries are needed, how."""
+    takes_sparse: bool = field(init=False, compare=False)
+    """Whether the layer's input is only multiplied with matrices: what can be done with a sparse one."""
 
-    @cached_property
-    def reads(self) -> tuple[tuple[Expression, Coded | None], ...]:
-        """The factors, and for those stored as integers of which only some entries are needed, how."""
+    def __post_init__(self) -> None:
         taken_from = {step.inputs[0] - 1 for step in self.steps if step.op == "take"}
-        return tuple(
+        reads = tuple(
             (factor, coded(factor) if place in taken_from else None) for place, factor in enumerate(self.factors)
         )
-
-    @property
-    def takes_sparse(self) -> bool:
-        """Whether the layer's input is only multiplied with matrices: what can be done with a sparse one."""
-        return self.gradient is None and all(step.op == "matmul" for step in self.steps if 0 in step.inputs)
-
-
-MATERIALIZE = Plan("materialize")
+        products_only = all(step.op == "matmul" for step in self.steps if 0 in step.inputs)
+        object.__setattr__(self, "materializes", self.name == "materialize")
+        object.__setattr__(self, "reads", reads)
+        object.__setattr__(self, "takes_sparse", self.gradient is None and products_only)
 
 
 # --------------------------------------------------------------------------- rows of integers
@@ -159,3 +155,6 @@ class Integers:
 def as_floats(value: object) -> Tensor:
     """A value of a plan that an operation of arithmetic takes."""
     return value.floats() if isinstance(value, Integers) else value
+
+
+MATERIALIZE = Plan("materialize")

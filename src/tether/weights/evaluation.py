@@ -9,7 +9,7 @@ trace. Before a time loop the values that the loop needs are *held*: computed ou
 from __future__ import annotations
 
 import contextlib
-import contextvars
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,18 +23,26 @@ from tether.weights.leaves import Argument, Constant, bindings
 _CACHE = "_tether_values"
 _ADVANCED = "_tether_advanced"
 _HELD = object()
-_memory: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("tether_values", default=None)
+
+
+class _OfThisThread(threading.local):
+    """Reading it is something that `torch.compile` knows: a `ContextVar` would end its graph."""
+
+    memory: dict[Any, Any] | None = None
+
+
+_scope = _OfThisThread()
 
 
 def evaluate(expression: Expression) -> Tensor:
     """The tensor of an expression, under the caller's stateless, autocast and argument scopes."""
     if isinstance(expression, Stored) and expression.became is None:
         return expression.variable.value
-    if is_view(expression):
+    if is_view(expression) or keras_seam.is_compiling():  # a graph has equal parts once
         return _compute(expression)
     caches = _call_caches()
     key = (expression, autocast_dtype())
-    memory = _memory.get()
+    memory = _scope.memory
     if memory is not None and remembers() and keras_seam.is_plain_eager():
         return _remembered(memory, expression, key)
     if not caches:
@@ -56,16 +64,16 @@ def evaluate(expression: Expression) -> Tensor:
 @contextlib.contextmanager
 def remembering() -> Iterator[None]:
     """Keeps values that took arithmetic from call to call, until what they were computed from changes."""
-    token = _memory.set({})
+    before, _scope.memory = _scope.memory, {}
     try:
         yield
     finally:
-        _memory.reset(token)
+        _scope.memory = before
 
 
 def remembers() -> bool:
     """Whether values are kept from call to call now."""
-    return _memory.get() is not None and not keras_seam.is_training_call()
+    return _scope.memory is not None and not keras_seam.is_training_call()
 
 
 def _remembered(memory: dict[Any, Any], expression: Expression, key: object) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 # What a tied layer holds in the place of a variable: no storage, an expression read at every access.
 
 
+views: weakref.WeakValueDictionary[int, View] = weakref.WeakValueDictionary()
+"""By number: what `torch.compile` runs itself gets plain values only."""
+_numbers = itertools.count()
+
+
 class View(keras_seam.Variable):
     """A variable of a tied layer: its value is an expression over stored weights.
 
@@ -51,6 +57,8 @@ class View(keras_seam.Variable):
         self.slot_trainable = trainable
         self.frozen = False
         self.planner: Any = None
+        self.number = next(_numbers)
+        views[self.number] = self
 
     @property
     def expression(self) -> Expression:
