@@ -504,6 +504,6 @@ def test_loading_takes_little_memory_beside_the_models(tmp_path):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    # What the model has already is not counted. A tensor of the file is a twelfth of it: none is in memory whole.
-    # JAX compiles once for each shape.
-    assert float(ran.stdout.split()[-1]) < {"torch": 0.05, "tensorflow": 0.05, "jax": 0.2}[keras.backend.backend()]
+    # What the model has already is not counted. A tensor of the file is a twelfth of it: none is in memory whole, but
+    # one on TensorFlow, where writing a part of a variable makes every read of it a copy. JAX compiles for each shape.
+    assert float(ran.stdout.split()[-1]) < {"torch": 0.05, "tensorflow": 0.1, "jax": 0.2}[keras.backend.backend()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import sys
@@ -72,6 +73,14 @@ def _aligned(shape: tuple[int, ...], dtype: str, make: Function = numpy.empty) -
     memory = make(size + ALIGNED, "uint8")
     first = -memory.ctypes.data % ALIGNED
     return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def _filled_by_hand(tensor: Tensor, dtype: str) -> Array:
+    """An array in which a new tensor of TensorFlow's, that nobody has read, can be written to."""
+    lent = numpy.asarray(_lent_by_tensorflow(tensor))
+    address, _ = lent.__array_interface__["data"]
+    memory = numpy.ctypeslib.as_array((ctypes.c_uint8 * lent.nbytes).from_address(address))
+    return memory.view(dtype).reshape(lent.shape)
 
 
 def _given_to_tensorflow(array: Array) -> Tensor:
@@ -200,7 +209,7 @@ def _make_write() -> Callable[[Any, Any], None]:
 
 
 write = _make_write()
-"""StoredChange a copy of an array of a variable's own shape, and of the dtype of what it holds."""
+"""Stores a copy of an array of a variable's own shape, and of the dtype of what it holds."""
 
 
 def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:
@@ -265,10 +274,14 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
         if not _can_be_given(dtype):
             whole(variable, dtype, rows)
             return
-        # After an assignment to some of its rows, TensorFlow copies the whole variable whenever it is read.
-        array = _aligned(tuple(variable.shape), dtype)
-        rows(array, 0)
-        variable._value.assign(_given_to_tensorflow(array))
+        # Not a few rows at a time: after an assignment to some of its rows, TensorFlow copies the whole variable at each
+        # read. The memory is TensorFlow's own, so that it is what the variable before this one has given back.
+        import tensorflow as tf
+
+        with tf.device("CPU"):
+            tensor = tf.raw_ops.Empty(shape=tuple(variable.shape), dtype=dtype, init=False)
+        rows(_filled_by_hand(tensor, dtype), 0)
+        variable._value.assign(tensor)
 
     known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, whole)
 
@@ -281,7 +294,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
 
 
 write_rows = _make_write_rows()
-"""StoredChange what a function gives: `rows(array, first)` fills an array with a variable's rows from the first on.
+"""Stores what a function gives: `rows(array, first)` fills an array with a variable's rows from the first on.
 
 For a large variable this takes the memory of a few rows at a time on JAX and PyTorch, and if the function raises it may
 have some of its new rows there. On JAX its array is given away, unless somebody else has it too.

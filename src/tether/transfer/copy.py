@@ -382,7 +382,7 @@ def _variable(place: object) -> keras.Variable:
 
 
 def _assign(place: Any, value: Array) -> None:
-    """StoredChange a value of which nobody else holds the memory."""
+    """Stores a value of which nobody else holds the memory."""
     dtype = keras_seam.stored_dtype(_variable(place))
     place.assign(keras_seam.own_copy(keras.ops.convert_to_tensor(np.array(value), dtype=dtype)))
 

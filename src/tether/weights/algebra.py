@@ -43,7 +43,7 @@ from tether.weights.operators.structure import Cast, Einsum, Where
 
 
 def assign(expression: Expression, value: Any) -> None:
-    """StoredChange `value` in the weights so that the expression evaluates to it. Nothing changes if it cannot be."""
+    """Stores `value` in the weights so that the expression evaluates to it. Nothing changes if it cannot be."""
     shape = known_shape(expression)
     value = keras.ops.convert_to_tensor(value)
     if tuple(value.shape) != shape:

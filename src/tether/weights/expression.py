@@ -155,7 +155,7 @@ class Expression(NoTensor):
         return np.array(keras.ops.convert_to_numpy(self.value))
 
     def assign(self, value: object) -> None:
-        """StoredChange a value through the expression: afterwards `expression.value` equals it.
+        """Stores a value through the expression: afterwards `expression.value` equals it.
 
         Args:
             value: An array or tensor of the expression's shape.

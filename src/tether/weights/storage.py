@@ -130,7 +130,7 @@ class Storage(Stored):
         return found
 
     def store(self, value: Tensor) -> None:
-        """StoredChange a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
+        """Stores a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
         with keras_seam.AutocastScope(None):
             self.variable.assign(value)
 

@@ -172,7 +172,7 @@ class Weight(Storage):
         return self.variable.value if self._became is None else self._became.value
 
     def assign(self, value: Any) -> None:
-        """StoredChange a value of the weight's shape."""
+        """Stores a value of the weight's shape."""
         if self._became is not None:
             self._became.assign(value)
             return
@@ -268,7 +268,7 @@ class Weight(Storage):
         return weight
 
     def quantize(self, mode: str | None = None, type_check: bool = True, config: object = None) -> None:
-        """StoredChange the weight as integers and a scale from now on; all its uses follow.
+        """Stores the weight as integers and a scale from now on; all its uses follow.
 
         `model.quantize` does this for the weights of tied layers. It is for a weight that only layers of your own read.
 

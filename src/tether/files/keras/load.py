@@ -334,7 +334,7 @@ def _read(path: Any, **options: Any) -> Any:
 
 
 def _stored_in_parts(model: keras.Model, values: h5py.File) -> dict[str, Any]:
-    """StoredChange large weights that are in the file as they are in memory, a few rows at a time.
+    """Stores large weights that are in the file as they are in memory, a few rows at a time.
 
     And those of float8, of which Keras writes the bytes and cannot read them.
     """

@@ -95,7 +95,7 @@ class View(keras_seam.Variable):
         return how(part)
 
     def assign(self, value: object) -> Any:
-        """StoredChange a value through the expression.
+        """Stores a value through the expression.
 
         Raises:
             NotInvertible: The expression has no inverse.
