@@ -274,7 +274,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
         if not _can_be_given(dtype):
             whole(variable, dtype, rows)
             return
-        # Not a few rows at a time: after an assignment to some of its rows, TensorFlow copies the whole variable at each
+        # Not a few rows at a time: after an assignment to some rows, TensorFlow copies the whole variable at each
         # read. The memory is TensorFlow's own, so that it is what the variable before this one has given back.
         import tensorflow as tf
 
