@@ -11,7 +11,7 @@ from tether.errors import InvalidConfig, Unsupported, received
 from tether.files.keras.archive import opened_archive, opened_values, reading
 from tether.files.tensors.safetensors import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
-from tether.inspection.stored_layers import NOTE, Contents, noted_ties, stored_facts, stored_layers
+from tether.inspection.stored_layers import NOTE, StoredValues, noted_ties, stored_facts, stored_layers
 from tether.weights.codec import decode
 from tether.weights.expression import known_shape
 from tether.weights.identity import sharing
@@ -44,12 +44,12 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
 
 def _weights_facts(path: Path) -> Facts:
     with opened_values(path) as file:
-        return stored_facts(path.name, Contents(file, path.stat().st_size), {}, {})
+        return stored_facts(path.name, StoredValues(file, path.stat().st_size), {}, {})
 
 
 def _archive_facts(path: Path) -> Facts:
     with opened_archive(path) as archive, archive.values() as opened:
-        config, values = archive.config(), Contents(opened, path.stat().st_size)
+        config, values = archive.config(), StoredValues(opened, path.stat().st_size)
     with sharing() as known:
         layers = stored_layers(config, values)
         return stored_facts(str(config["config"].get("name", path.stem)), values, layers, known)

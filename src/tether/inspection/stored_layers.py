@@ -32,7 +32,7 @@ NOTE, UID = "tether", "tether_uid"
 """The attributes beside the entries of a layer, which say what is tied in it, and beside that of a weight."""
 
 
-class Contents:
+class StoredValues:
     """What an HDF5 file of weights holds: shapes and dtypes by place, and the names of objects."""
 
     def __init__(self, file: h5py.File, size: int) -> None:
@@ -181,14 +181,14 @@ class StoredLayer:
     """The weights that its config holds, by their keys: attributes of a layer of somebody's own."""
 
 
-def stored_layers(config: Config, values: Contents) -> dict[str, StoredLayer]:
+def stored_layers(config: Config, values: StoredValues) -> dict[str, StoredLayer]:
     """The layers of a config by their places in the file, a layer before those in it."""
     found: dict[str, StoredLayer] = {}
     _add(config, "", values, found)
     return found
 
 
-def _add(config: Config, place: str, values: Contents, found: dict[str, StoredLayer]) -> None:
+def _add(config: Config, place: str, values: StoredValues, found: dict[str, StoredLayer]) -> None:
     inner = config["config"]
     record = inner.get(KEY)
     base = record.get("base") if isinstance(record, dict) else None
@@ -264,7 +264,7 @@ _MOST = 10_000
 """More variables than a layer has of its own: weights that it holds come after them."""
 
 
-def stored_facts(name: str, values: Contents, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> Facts:
+def stored_facts(name: str, values: StoredValues, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> Facts:
     """The facts of what a file holds, and of what a config says of it.
 
     Args:
@@ -279,7 +279,7 @@ def stored_facts(name: str, values: Contents, layers: dict[str, StoredLayer], kn
 class _Reading:
     """Uses and weights of one file, found step by step."""
 
-    def __init__(self, values: Contents, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> None:
+    def __init__(self, values: StoredValues, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> None:
         self.values, self.layers = values, layers
         self.known = dict(known)
         self.numbers = {place: number for number, place in enumerate(layers)}
@@ -531,4 +531,4 @@ def _upwards(place: str) -> Iterator[str]:
     yield ""
 
 
-__all__ = ["NOTE", "Contents", "StoredLayer", "noted_ties", "owner_of", "stored_facts", "stored_layers", "written"]
+__all__ = ["NOTE", "StoredLayer", "StoredValues", "noted_ties", "owner_of", "stored_facts", "stored_layers", "written"]
