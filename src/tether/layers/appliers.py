@@ -21,6 +21,7 @@ from tether.planning.products import Products, products
 from tether.types import Function, Tensor
 from tether.weights.evaluation import hold, release, remembers
 from tether.weights.expression import Expression, is_view, live_weights
+from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- calls by plan
 # The plan of one use: made at the first call of each kind, then kept with the view.
@@ -38,6 +39,7 @@ class Planner:
 
     def __init__(self, view: View) -> None:
         self.expression = view.expression
+        self.weights = view.expression.weights_used()
         self._products: Products | None = None
         self._plans: dict[Any, Plan] = {}
         self.numbers: dict[int, int] = {}
@@ -107,6 +109,23 @@ def _number_of_plan(number: int, *asked: Any) -> int:
     return found
 
 
+def _kind_of_call(
+    view: View, x: Tensor, weights: tuple[Weight, ...]
+) -> tuple[Shape, str, bool, bool, tuple[bool, ...], Mode, bool]:
+    """What tells calls with other plans apart, as plain values: the last arguments of `Planner.find`."""
+    live = view.use.live
+    training = control.assumed_training()
+    if training is None:
+        training = keras_seam.is_training_call()
+        if not training and keras_seam.TRACES_GRADIENTS:
+            stored = [keras_seam.raw_value(weight.variable) for weight in weights]
+            training = keras_seam.is_differentiated(x, *stored)
+    # JAX has symbols for sizes that are not known yet, which cannot be compared.
+    shape = tuple(size if isinstance(size, int) else None for size in x.shape)
+    flags = tuple([weight.trainable for weight in weights]) if training and live else ()
+    return shape, view.dtype, training, live, flags, control.mode(), remembers()
+
+
 def applied(
     view: keras.Variable,
     x: Tensor,
@@ -123,28 +142,21 @@ def applied(
         convolve: The layer's own convolution with a kernel.
         settings: More for `problem`: plain values, by which plans are told apart too.
     """
-    if not _is_planned(view):
-        return None
-    dtype, live = view.dtype, view.use.live
-    training = control.assumed_training()
-    if training is None:
-        training = keras_seam.is_training_call()
-        if not training and keras_seam.TRACES_GRADIENTS:
-            stored = [keras_seam.raw_value(weight.variable) for weight in view.expression.weights_used()]
-            training = keras_seam.is_differentiated(x, *stored)
-    # JAX has symbols for sizes that are not known yet, which cannot be compared.
-    shape = tuple(size if isinstance(size, int) else None for size in x.shape)
-    flags = tuple([weight.trainable for weight in view.expression.weights_used()]) if training and live else ()
-    kind = (shape, dtype, training, live, flags, control.mode(), remembers())
     if keras_seam.is_compiling():
+        if not _is_planned(view):
+            return None
+        kind = _kind_of_call(view, x, view.expression.weights_used())
         plan = getattr(view, f"plan_{_number_of_plan(view.number, problem, settings, *kind)}")
     else:
         planner = planner_of(view)
-        plan = planner.find(problem, settings, *kind)  # type: ignore[union-attr]
-        control.note_plan(lambda: Noted(view.path, view.expression.notation(), shape, plan))
+        if planner is None:
+            return None
+        kind = _kind_of_call(view, x, planner.weights)
+        plan = planner.find(problem, settings, *kind)
+        control.note_plan(lambda: Noted(view.path, view.expression.notation(), kind[0], plan))
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
         return None
-    factors = [_value(view, factor, dtype, how) for factor, how in plan.reads]
+    factors = [_value(view, factor, view.dtype, how) for factor, how in plan.reads]
     return execute(plan, x, factors, convolve)
 
 
