@@ -1,9 +1,4 @@
-"""Which part of a gradient came from whom: each reader of a stored variable is handed a tensor of its own.
-
-A weight's gradient is the sum over its uses. In one forward pass every use reads a tensor that equals the weight and
-is nobody else's, so one backward pass gives the share of each. A stateless scope hands the tensors out: it is asked
-for the value of a variable, knows who asks, and keeps every write away from the model.
-"""
+"""Each use's share of the gradient of a shared weight: whose part is large, whose points the other way."""
 
 from __future__ import annotations
 
@@ -28,6 +23,11 @@ from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- a tensor for each reader
+# Which part of a gradient came from whom: each reader of a stored variable is handed a tensor of its own.
+#
+# A weight's gradient is the sum over its uses. In one forward pass every use reads a tensor that equals the weight
+# and is nobody else's, so one backward pass gives the share of each. A stateless scope hands the tensors out: it is
+# asked for the value of a variable, knows who asks, and keeps every write away from the model.
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an HDF5 file of weights holds, by place: the attributes that lead to the object that wrote an entry."""
+"""What a file says without its model being made: its values by place, and the layers and ties of its config."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- values
+# What an HDF5 file of weights holds, by place: the attributes that lead to the object that wrote an entry.
 
 
 NOTE, UID = "tether", "tether_uid"

@@ -134,6 +134,7 @@ is_compiling = _make_is_compiling()
 def found_once(function: Function) -> Function:
     """Lets `torch.compile` run a function of plain values itself, once, instead of reading it into its graph."""
     if _backend.backend() == "torch":
+        # What `torch.compiler.assume_constant_result` does; that would import the whole compiler.
         function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

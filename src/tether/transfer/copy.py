@@ -1,10 +1,4 @@
-"""Which weight of one layer corresponds to which of another.
-
-Two models that were made apart from each other have other automatic names (`dense_3`, `dense_7`) and
-their layers may stand at other places. So a layer of a graph is known by the name that a person gave it
-or else by its kind and number (the second Dense), a layer that an attribute holds by that attribute, and
-a weight by its name.
-"""
+"""True copies of values from one layer or model to another, and which weight of one is which of the other."""
 
 from __future__ import annotations
 
@@ -28,6 +22,11 @@ from tether.weights.expression import Expression, program
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- pairs
+# Which weight of one layer corresponds to which of another.
+#
+# Two models that were made apart from each other have other automatic names (`dense_3`, `dense_7`) and their layers
+# may stand at other places. So a layer of a graph is known by the name that a person gave it or else by its kind and
+# number (the second Dense), a layer that an attribute holds by that attribute, and a weight by its name.
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
-"""What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
+"""Expressions over stored weights: what a layer computes with, to be written, compared, saved and planned.
 
-A tensor that is made of an expression is its value of one moment. In a Keras graph it would be a constant that nothing
-trains and no file says where it came from. So each protocol by which NumPy, a backend or Keras asks an object for a
-tensor ends in one error, which says what to write. Operators are left out: `array * expression` is an expression.
+An expression is a leaf or a node, one operator applied to others. Everything walks its program, a flat list of steps.
+The modules above this one provide what its methods and operators do (`provide`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,12 @@ from tether.errors import NotATensor, ShapeMismatch, TetherError, UnknownShape, 
 from tether.types import Array, Config, Function, Tensor
 
 # --------------------------------------------------------------------------- no silent conversion
+# What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
+#
+# A tensor that is made of an expression is its value of one moment. In a Keras graph it would be a constant that
+# nothing trains and no file says where it came from. So each protocol by which NumPy, a backend or Keras asks an
+# object for a tensor ends in one error, which says what to write. Operators are left out: `array * expression` is an
+# expression.
 
 
 class NoTensor:

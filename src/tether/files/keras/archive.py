@@ -1,9 +1,4 @@
-"""An HDF5 file that a stranger may have written, walked in bounded time: each place once, and nothing outside of it.
-
-HDF5 is a graph and not a tree. A group may hold what it is in, two names in each of forty groups lead to a trillion
-places, and a name may point to another file. Keras writes a tree, so what is none is refused. Every reader of HDF5 goes
-through `objects` before anything else looks at the file, Keras included.
-"""
+"""Files of strangers, read within bounds: HDF5, NumPy's and `.keras` archives, and where in them a layer is."""
 
 from __future__ import annotations
 
@@ -35,6 +30,11 @@ from tether.types import Array, Config
 from tether.weights.leaves import numpy_dtype
 
 # --------------------------------------------------------------------------- HDF5
+# An HDF5 file that a stranger may have written, walked in bounded time: each place once, and nothing outside of it.
+#
+# HDF5 is a graph and not a tree. A group may hold what it is in, two names in each of forty groups lead to a trillion
+# places, and a name may point to another file. Keras writes a tree, so what is none is refused. Every reader of HDF5
+# goes through `objects` before anything else looks at the file, Keras included.
 
 
 MAX_OBJECTS, MAX_DEPTH, MAX_PLACE, MAX_PLACES = 120_000, 500, 4096, 2**26

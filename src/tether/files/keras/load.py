@@ -1,10 +1,4 @@
-"""What goes wrong while a model is made of what a file says: whose fault it is, and what to do.
-
-A good file may fail to load. A class of its may be in a module that nobody has imported, its code may raise, the memory
-may be too small, Keras may be older than the one that wrote it. None of that is damage, which shows when the bytes are
-read (`tether.files.archive.reading`). A file may also be a stranger's, so whatever is raised becomes a `TetherError`:
-it names the class in which it was raised, says what was said there, and has the error as its cause.
-"""
+"""`load_model`: a model from a `.keras` file, made, filled and verified, or one error that says whose fault it is."""
 
 from __future__ import annotations
 

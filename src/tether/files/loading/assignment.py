@@ -2,7 +2,7 @@
 
 A file offers a value for a *target*: a stored variable, a `tether.Weight`, or the view that a tied layer has in
 the place of a variable. A value for a view is pushed back through its expression to the weights that it is made
-of; where that has no inverse, to the base that others were added to (`tether.weights.structure`), unless the file has a
+of; where that has no inverse, to the base that others were added to (`tether.weights.algebra`), unless the file has a
 value of the base's own. So one stored weight may be offered several values, which are compared, and resolved if they
 differ. A view that is left is compared with what the other entries made of it. Everything is planned and checked
 before anything is assigned.

@@ -59,9 +59,7 @@ class Context:
         data: One batch, or `None`.
     """
 
-    def __init__(
-        self, facts: Facts, *, model: keras.Model = None, file: Path | None = None, data: Batch | None = None
-    ) -> None:
+    def __init__(self, facts: Facts, *, model: Any = None, file: Path | None = None, data: Batch | None = None) -> None:
         self.facts, self.model, self.file, self.data = facts, model, file, data
         self._open = contextlib.ExitStack()
         self._found: dict[Any, Any] = {}

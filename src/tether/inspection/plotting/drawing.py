@@ -1,4 +1,4 @@
-"""What the colours and heights mean, of those that there are."""
+"""The weight map as SVG, its legend, and the page around it that needs nothing else."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ from tether.inspection.plotting.rows import (
 )
 
 # --------------------------------------------------------------------------- the legend
+# What the colours and heights mean, of those that there are.
 
 
 MARK = 12

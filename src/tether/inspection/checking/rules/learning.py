@@ -275,7 +275,7 @@ def stepped_twice(context: Context) -> Iterator[Finding]:
         counted = Counter(map(id, variables))
         for variable in {id(v): v for v in variables}.values():
             if counted[id(variable)] > 1:
-                code = "model.optimizer" if where == "optimizer" else f"model.{where.replace('/', '.')}"
+                code = _optimizer_code(where)
                 yield Finding(
                     "stepped-twice",
                     "error",
@@ -341,7 +341,7 @@ def decays_frozen_use(context: Context) -> Iterator[Finding]:
                 continue
             if pattern is not None and pattern.search(variable.name):
                 continue
-            code = "model.optimizer" if where == "optimizer" else f"model.{where.replace('/', '.')}"
+            code = _optimizer_code(where)
             yield Finding(
                 "decays-frozen-use",
                 "warning",
@@ -457,3 +457,8 @@ def _variables(context: Context) -> Iterator[Finding]:
             "same variable and is frozen, which freezes it for both.",
             f"tether.tie(model, {{{path!r}: tether.weight_of(model, {context.use_path(other, variable)!r})}})",
         )
+
+
+def _optimizer_code(where: str) -> str:
+    """How code names an optimizer of the model, by its place."""
+    return "model.optimizer" if where == "optimizer" else f"model.{where.replace('/', '.')}"
