@@ -104,7 +104,7 @@ from tether.keras_seam.memory import (
     write,
     write_rows,
 )
-from tether.keras_seam.private import AutocastScope, Functional, KerasSaveable, get_autocast_scope
+from tether.keras_seam.private import AutocastScope, Functional, KerasSaveable, ThreadScope, get_autocast_scope
 from tether.keras_seam.saving import (
     SHARED_ID,
     TIED_NAME,
@@ -180,6 +180,7 @@ __all__ = [
     "KerasSaveable",
     "Sequential",
     "StoredChange",
+    "ThreadScope",
     "Variable",
     "WatchedSublayers",
     "add",

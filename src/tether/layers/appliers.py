@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
+from tether.kinds import kind_of
 from tether.layers.tying.state import View, state_of, views
 from tether.planning import control
 from tether.planning.alternatives import make_plan
@@ -519,39 +520,33 @@ def holding(get_initial_state: Any) -> Any:
 
 
 # --------------------------------------------------------------------------- which kind has which
-# How each kind of Keras layer applies a combined weight; a kind that is not here builds it first.
-#
 # An applier replaces one method of a tied layer, and only where the layer's class has Keras's own: a user's subclass
 # with a `call` of its own keeps it. What the layer does beside the product (bias, activation, precision) is written
 # as Keras does it.
 
 
-Applier = Callable[[type], Callable[..., Any]]
-
-_APPLIERS: tuple[tuple[type[keras.Layer], Applier], ...] = (
-    (keras.layers.Dense, dense_call),
-    (keras.layers.EinsumDense, einsum_dense_call),
-    (keras.layers.ReversibleEmbedding, reversible_call),
-    (keras.layers.Embedding, embedding_call),
-    (keras.layers.Conv1D, convolution_call),
-    (keras.layers.Conv2D, convolution_call),
-    (keras.layers.Conv3D, convolution_call),
-    (keras.layers.DepthwiseConv1D, depthwise_call),
-    (keras.layers.DepthwiseConv2D, depthwise_call),
-    (keras.layers.LSTMCell, lstm_cell_call),
-    (keras.layers.GRUCell, gru_cell_call),
-    (keras.layers.SimpleRNNCell, simple_cell_call),
-)
+APPLIERS: dict[str, Callable[[type], Function]] = {
+    "dense": dense_call,
+    "einsum_dense": einsum_dense_call,
+    "embedding": embedding_call,
+    "reversible": reversible_call,
+    "convolution": convolution_call,
+    "depthwise": depthwise_call,
+    "lstm_cell": lstm_cell_call,
+    "gru_cell": gru_cell_call,
+    "simple_cell": simple_cell_call,
+}
+"""By the names that they have in the table of kinds."""
 
 
 def planned_call(base: type[keras.Layer]) -> Function | None:
     """A `call` that applies combined weights by plan, or `None` for a class that has no applier."""
-    for kind, applier in _APPLIERS:
-        if issubclass(base, kind) and base.call is kind.call:
-            call = applier(base)
-            call.__doc__ = base.call.__doc__
-            return call
-    return None
+    name = kind_of(base, "call").applier
+    if not name:
+        return None
+    call = APPLIERS[name](base)
+    call.__doc__ = base.call.__doc__
+    return call
 
 
-__all__ = ["Planner", "applied", "planner_of"]
+__all__ = ["APPLIERS", "applied", "planned_call"]

@@ -9,8 +9,7 @@ trace. Before a time loop the values that the loop needs are *held*: computed ou
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -25,13 +24,11 @@ _ADVANCED = "_tether_advanced"
 _HELD = object()
 
 
-class _OfThisThread(threading.local):
-    """Reading it is something that `torch.compile` knows: a `ContextVar` would end its graph."""
-
+class _Scope(keras_seam.ThreadScope):
     memory: dict[Any, Any] | None = None
 
 
-_scope = _OfThisThread()
+_scope = _Scope()
 
 
 def evaluate(expression: Expression) -> Tensor:
@@ -61,14 +58,9 @@ def evaluate(expression: Expression) -> Tensor:
     return value
 
 
-@contextlib.contextmanager
-def remembering() -> Iterator[None]:
+def remembering() -> contextlib.AbstractContextManager[None]:
     """Keeps values that took arithmetic from call to call, until what they were computed from changes."""
-    before, _scope.memory = _scope.memory, {}
-    try:
-        yield
-    finally:
-        _scope.memory = before
+    return _scope.set(memory={})
 
 
 def remembers() -> bool:

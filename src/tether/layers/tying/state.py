@@ -202,6 +202,12 @@ def numpy_of(variable: keras.Variable) -> Array:
     return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
+def users(weight: Weight) -> list[Any]:
+    """The layers with a use of a weight, each once."""
+    found = {id(layer): layer for layer in (use.layer() for use in weight.uses) if layer is not None}
+    return list(found.values())
+
+
 def stored_variables(variable: keras.Variable) -> list[keras.Variable]:
     """The stored variables behind a variable: itself, or those of a view's weights."""
     if isinstance(variable, View):
