@@ -39,10 +39,14 @@ class Kind:
         return self if self.by_layer is None else replace(self, **self.by_layer(layer))
 
 
+def letters_of(equation: str) -> list[str]:
+    """The letters of the inputs, the kernel and the outputs of an EinsumDense."""
+    return equation.replace(" ", "").replace("->", ",").split(",")
+
+
 def _of_equation(layer: Any) -> dict[str, Any]:
     """What the equation of an EinsumDense says."""
-    left, _, outputs = layer.equation.replace(" ", "").partition("->")
-    inputs, _, kernel = left.partition(",")
+    inputs, kernel, outputs = letters_of(layer.equation)
     biased = layer.bias_axes or ""
     first = min(map(outputs.index, biased), default=len(outputs))
     return {
@@ -114,4 +118,4 @@ def kind_of(cls: type, method: str | None = None) -> Kind:
     return Kind()
 
 
-__all__ = ["KINDS", "Kind", "kind_of"]
+__all__ = ["KINDS", "Kind", "kind_of", "letters_of"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, TetherError, UnknownShape, Unsupported, received
-from tether.kinds import KINDS, Kind
+from tether.kinds import KINDS, Kind, letters_of
 from tether.types import Array, Tensor
 from tether.weights.expression import Expression, Node, NoTensor, Shape, as_expression
 from tether.weights.operators.arithmetic import result_type
@@ -334,8 +334,7 @@ def units_of(form: str, parent: keras.Layer) -> int:
 
 
 def _last_of_einsum(form: str, parent: keras.Layer) -> int:
-    inputs, _, output = parent.equation.replace(" ", "").partition("->")
-    features, _, kernel = inputs.partition(",")
+    features, kernel, output = letters_of(parent.equation)
     last = kernel[-1:]
     sizes = parent.get_config()["output_shape"]
     size = sizes[-1] if isinstance(sizes, (list, tuple)) else sizes
@@ -367,23 +366,12 @@ def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **chan
         shape = config["output_shape"]
         size = [*shape[:-1], units] if isinstance(shape, (list, tuple)) else units
         if needs_bias and config["bias_axes"] is None:
-            config["bias_axes"] = config["equation"].replace(" ", "")[-1]
+            config["bias_axes"] = letters_of(config["equation"])[2][-1]
     elif needs_bias:
         config["use_bias"] = True
     config.update({"kernel_constraint": None, "bias_constraint": None, KINDS[cls].units: size})
     config.update({"activation": parent.activation, **changes})  # itself: a config names only registered functions
     return cls.from_config(config)
-
-
-def kernel_of(form: object, parent: Mapping[str, Expression]) -> Expression:
-    """The parent's kernel.
-
-    Raises:
-        TetherError: There is none.
-    """
-    if "kernel" not in parent:
-        raise TetherError(f"{type(form).__name__} is made of a parent's kernel. {received(weights=sorted(parent))}")
-    return parent["kernel"]
 
 
 __all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]

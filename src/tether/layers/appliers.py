@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.kinds import kind_of
+from tether.kinds import kind_of, letters_of
 from tether.layers.tying.state import View, state_of, views
 from tether.planning import control
 from tether.planning.alternatives import make_plan
@@ -189,8 +189,7 @@ def einsum_problem(equation: str) -> Callable[..., Problem]:
     """The problem of an equation such as `"abc,cd->abd"`, which may begin with `...`."""
 
     def problem(shape: Shape, **call: Any) -> Problem:
-        left, output = equation.replace(" ", "").split("->")
-        inputs, kernel = left.split(",")
+        inputs, kernel, output = letters_of(equation)
         extra = tuple(f"b{axis}" for axis in range(len(shape) - len(inputs.replace("...", ""))))
         return Problem(_letters(inputs, extra), tuple(kernel), _letters(output, extra), shape, **call)
 

@@ -20,7 +20,7 @@ from tether import keras_seam
 from tether.errors import Unsupported, received
 from tether.kinds import kind_of
 from tether.layers.tying import paths
-from tether.layers.tying.state import View, hang_weights, state_of, users
+from tether.layers.tying.state import View, hang_weights, slots_of, users
 from tether.layers.tying.swap import swapped
 from tether.layers.tying.tie import weight_of
 from tether.planning.products import products
@@ -37,7 +37,7 @@ from tether.weights.weight import Weight
 
 def quantize_model(model: keras.Model, mode: object, config: object, filters: object) -> None:
     """Quantises the weights of the tied layers in a model: the part of `Model.quantize` that Keras leaves out."""
-    layers = [layer for layer in keras_seam.contained_layers(model) if _is_tied(layer)]
+    layers = [layer for layer in keras_seam.contained_layers(model) if slots_of(layer)]
     asked = [
         layer for layer in layers if keras_seam.passes(layer, filters) and (_own_matrices(layer) or _present(layer))
     ]
@@ -109,11 +109,6 @@ def _quantize(layers: list[keras.Layer], mode: object, config: object, passes: C
     for layer, name in own:
         weight = weight_of(layer, name)
         _carry_out({weight: _rounded(weight, mode, block)})
-
-
-def _is_tied(layer: keras.Layer) -> bool:
-    state = state_of(layer)
-    return state is not None and bool(state.slots)
 
 
 def _is_allowed(weight: Weight, passes: Callable[[Any], bool]) -> bool:
@@ -279,8 +274,7 @@ def _carry_out(found: dict[Weight, Rounded]) -> None:
         for weight, expression in new.items():
             weight.become(expression)
         for layer in layers.values():
-            state = state_of(layer)
-            for slot in state.slots if state is not None else ():
+            for slot in slots_of(layer):
                 slot.tie.expression = slot.view.expression
                 slot.tie.quantized = slot.tie.made_by_code and bool(_modes(slot.view.expression))
             hang_weights(layer)

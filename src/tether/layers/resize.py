@@ -362,10 +362,8 @@ def _set_input(layer: keras.Layer, axis: int, size: int, undo: Undo) -> None:
         _replace(layer, "input_spec", keras.layers.InputSpec(axes=axes, **kept), undo)
     if shapes is not None and len(shapes) == 1:
         ((key, shape),) = shapes.items()
-        changed = list(shape)
-        changed[axis] = size
         undo.append(lambda: keras_seam.set_build_shapes(layer, shapes))
-        keras_seam.set_build_shapes(layer, {key: tuple(changed)})
+        keras_seam.set_build_shapes(layer, {key: _with_size(tuple(shape), axis % len(shape), size)})
 
 
 def _replace(layer: keras.Layer, name: str, value: object, undo: Undo) -> None:

@@ -116,10 +116,7 @@ def autocast_dtype() -> str | None:
 
 
 def _call_caches() -> list[dict[Any, Any]]:
-    caches = []
-    for owner in keras_seam.call_owners():
-        caches.append(_of_this_call(owner, _CACHE, dict))
-    return caches
+    return [_of_this_call(owner, _CACHE, dict) for owner in keras_seam.call_owners()]
 
 
 def _of_this_call(owner: keras.Layer, name: str, make: Callable[[], Any]) -> Any:

@@ -306,6 +306,12 @@ def state_of(layer: keras.Layer) -> State | None:
     return found if isinstance(found, State) else None
 
 
+def slots_of(layer: keras.Layer) -> list[ViewSlot]:
+    """The places of the views that a layer has; none, if it is not tied."""
+    state = state_of(layer)
+    return [] if state is None else state.slots
+
+
 def ordered_variables(layer: keras.Layer, state: State) -> dict[str, list[Any]]:
     """The layer's own variables by store, in the base's order, with views at their places."""
     lists = {store: list(variables) for store, variables in keras_seam.variable_lists(layer).items()}
