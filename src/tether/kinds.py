@@ -64,14 +64,6 @@ def _of_channels(layer: Any) -> dict[str, Any]:
     return {"inputs": {"i": -1 if layer.data_format == "channels_last" else 1}}
 
 
-_DENSE = Kind(
-    applier="dense",
-    axes={"kernel": "io", "bias": "o"},
-    inputs={"i": -1},
-    settings={"o": ("units",)},
-    units="units",
-    quantized={"kernel": "o"},
-)
 _EMBEDDING = Kind(
     applier="embedding",
     axes={"embeddings": "vd", "reverse_embeddings": "dv"},
@@ -81,12 +73,18 @@ _EMBEDDING = Kind(
 
 
 def _convolution(axes: str, **more: Any) -> Kind:
-    weights = {"kernel": axes, "bias": "o"}
-    return Kind(axes=weights, settings={"o": ("filters",)}, by_layer=_of_channels, **more)
+    return Kind(axes={"kernel": axes, "bias": "o"}, settings={"o": ("filters",)}, by_layer=_of_channels, **more)
 
 
 KINDS: dict[Any, Kind] = {
-    keras.layers.Dense: _DENSE,
+    keras.layers.Dense: Kind(
+        applier="dense",
+        axes={"kernel": "io", "bias": "o"},
+        inputs={"i": -1},
+        settings={"o": ("units",)},
+        units="units",
+        quantized={"kernel": "o"},
+    ),
     keras.layers.EinsumDense: Kind(applier="einsum_dense", units="output_shape", by_layer=_of_equation),
     keras.layers.Embedding: _EMBEDDING,
     keras.layers.ReversibleEmbedding: replace(_EMBEDDING, applier="reversible"),

@@ -396,12 +396,10 @@ def step_problem(shape: Shape, **call: Any) -> Problem:
     return Problem(("b", "i"), ("i", "o"), ("b", "o"), shape, repeated=True, **call)
 
 
-def _drops(cell: keras.Layer, training: object) -> bool:
-    return bool(training) and (cell.dropout > 0 or cell.recurrent_dropout > 0)
-
-
-def _projected(cell: keras.Layer, x: Tensor, h: Tensor) -> tuple[Any, Any] | None:
-    """The input and the state, each times its kernel; `None` if both kernels are to be built."""
+def _projected(cell: keras.Layer, x: Tensor, h: Tensor, training: object) -> tuple[Any, Any] | None:
+    """The input and the state, each times its kernel; `None` if both kernels are to be built, or the cell drops out."""
+    if training and (cell.dropout > 0 or cell.recurrent_dropout > 0):
+        return None
     of_x, of_h = applied(cell.kernel, x, step_problem), applied(cell.recurrent_kernel, h, step_problem)
     if of_x is None and of_h is None:
         return None
@@ -415,7 +413,7 @@ def lstm_cell_call(base: type[keras.Layer]) -> Function:
     """`LSTMCell.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Tensor:
-        found = None if _drops(self, training) else _projected(self, inputs, states[0])
+        found = _projected(self, inputs, states[0], training)
         if found is None:
             return base.call(self, inputs, states, training=training)
         z = keras.ops.add(*found)
@@ -435,9 +433,7 @@ def gru_cell_call(base: type[keras.Layer]) -> Function:
     def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Tensor:
         nested = isinstance(states, (list, tuple))
         before = states[0] if nested else states
-        found = None
-        if self.reset_after and not _drops(self, training):
-            found = _projected(self, inputs, before)
+        found = _projected(self, inputs, before, training) if self.reset_after else None
         if found is None:
             return base.call(self, inputs, states, training=training)
         of_x, of_h = found
@@ -458,7 +454,7 @@ def simple_cell_call(base: type[keras.Layer]) -> Function:
 
     def call(self: keras.Layer, sequence: Tensor, states: Tensor, training: bool = False) -> Tensor:
         nested = isinstance(states, (list, tuple))
-        found = None if _drops(self, training) else _projected(self, sequence, states[0] if nested else states)
+        found = _projected(self, sequence, states[0] if nested else states, training)
         if found is None:
             return base.call(self, sequence, states, training=training)
         h = keras.ops.add(*found)

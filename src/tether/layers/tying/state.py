@@ -204,8 +204,7 @@ def numpy_of(variable: keras.Variable) -> Array:
 
 def users(weight: Weight) -> list[Any]:
     """The layers with a use of a weight, each once."""
-    found = {id(layer): layer for layer in (use.layer() for use in weight.uses) if layer is not None}
-    return list(found.values())
+    return list({id(layer): layer for use in weight.uses if (layer := use.layer()) is not None}.values())
 
 
 def stored_variables(variable: keras.Variable) -> list[keras.Variable]:
