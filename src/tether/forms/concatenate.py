@@ -15,7 +15,7 @@ import numpy as np
 
 from tether import ops
 from tether.errors import Unsupported
-from tether.forms.form import LayerForm, as_rank, part, resized, shape_of_base, units_of
+from tether.forms.form import LayerForm, as_rank, kernel_of, part, resized, shape_of_base, units_of
 from tether.weights.expression import Expression
 
 
@@ -40,7 +40,7 @@ class ConcatenateForm(LayerForm):
 
     def weights(self, parent: Mapping[str, Expression]) -> dict[str, Expression]:
         """The parent's weights with columns of the child's own behind them."""
-        kernel = parent["kernel"]
+        kernel = kernel_of(self, parent)
         own = part(kernel, "own", self.kernel_initializer, (*shape_of_base(self, kernel)[:-1], self.units))
         found = {"kernel": ops.concatenate([kernel, own], axis=-1)}
         bias = parent.get("bias")

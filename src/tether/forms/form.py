@@ -374,4 +374,15 @@ def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **chan
     return cls.from_config(config)
 
 
+def kernel_of(form: object, parent: Mapping[str, Expression]) -> Expression:
+    """The parent's kernel.
+
+    Raises:
+        TetherError: There is none.
+    """
+    if "kernel" not in parent:
+        raise TetherError(f"{type(form).__name__} is made of a parent's kernel. {received(weights=sorted(parent))}")
+    return parent["kernel"]
+
+
 __all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]

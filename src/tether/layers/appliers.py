@@ -285,11 +285,9 @@ def reversible_call(base: type[keras.Layer]) -> Function:
             if mask is not None:
                 keras_seam.set_mask(y, mask)
             return y
-        y = None
-        if self.reverse_dtype is None and self.tie_weights:
-            y = applied(self.embeddings, inputs, logits_problem)
-        elif self.reverse_dtype is None:
-            y = applied(self.reverse_embeddings, inputs, dense_problem)
+        table = self.embeddings if self.tie_weights else self.reverse_embeddings
+        problem = logits_problem if self.tie_weights else dense_problem
+        y = applied(table, inputs, problem) if self.reverse_dtype is None else None
         if y is None:
             return base.call(self, inputs, reverse=True)
         cap = self.logit_soft_cap
@@ -329,13 +327,8 @@ def depthwise_call(base: type[keras.Layer]) -> Function:
 
 
 def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool) -> Tensor:
-    padding = layer.padding
-    if padding == "causal":
-        width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-        last = layer.data_format == "channels_last"
-        padding = "valid"
-    else:
-        width, last = 0, True
+    causal, last = layer.padding == "causal", layer.data_format == "channels_last"
+    width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1) if causal else 0
 
     def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         if width:  # zeros stay zeros when channels are mixed
@@ -344,7 +337,7 @@ def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool
             x,
             kernel,
             strides=layer.strides if depthwise else list(layer.strides),  # as Keras does, and TensorFlow wants
-            padding=padding,
+            padding="valid" if causal else layer.padding,
             data_format=layer.data_format,
             dilation_rate=layer.dilation_rate,
         )
@@ -476,10 +469,8 @@ def _hold(cell: keras.Layer) -> None:
     state = state_of(cell)
     if state is None or state.held:
         return
-    scope: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype):
-        scope = keras_seam.AutocastScope(cell.compute_dtype)
-    with scope:
+    casts = cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype)
+    with keras_seam.AutocastScope(cell.compute_dtype) if casts else contextlib.nullcontext():
         state.held = [entry for slot in state.slots for entry in slot.view.read(slot.view.expression, hold)]
 
 

@@ -228,10 +228,8 @@ class _Resizing:
         undo.append(lambda: keras_seam.recognize_variables(optimizer))
         for variable, slot, name in slots:
             if tuple(slot.shape) == tuple(variable.shape):
-                average = "average" in name
-                change = self.changes[id(variable)]
-                present = numpy_of(slot)
-                start = change.value.astype(present.dtype) if average else np.zeros(change.value.shape, present.dtype)
+                made, present = self.changes[id(variable)].value, numpy_of(slot)
+                start = (made if "average" in name else np.zeros_like(made)).astype(present.dtype)
                 _give(slot, filled(present, start, "initializer"), undo)
         for change in self.changes.values():
             before = tuple(change.variable.shape)
@@ -290,8 +288,7 @@ def _resized(present: Array, shape: Shape, rule: Any, initializer: object, axis:
         made = keras.initializers.get(initializer or "glorot_uniform")(shape, dtype=str(present.dtype))
         start = np.asarray(keras.ops.convert_to_numpy(made)).astype(present.dtype)
     how: Rule = given if isinstance(given, str) or callable(rule) else "array"
-    value = filled(present, start, given or "zeros")
-    return value, describe(present.shape, shape, how)
+    return filled(present, start, given or "zeros"), describe(present.shape, shape, how)
 
 
 def _from_array(array: Array, present: Array, shape: Shape, axis: int) -> Rule:
