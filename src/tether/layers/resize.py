@@ -403,9 +403,10 @@ def shapes_with(root: Expression, shapes: Mapping[Weight, Shape]) -> list[tuple[
 
 def take_shapes(parts: list[tuple[Expression, Shape]]) -> None:
     """Lets the parts of an expression know the shapes that they have now."""
+    set_slot = object.__setattr__
     for part, shape in parts:
         if isinstance(part, Node):
-            object.__setattr__(part, "_shape", shape)
+            set_slot(part, "_shape", shape)
 
 
 __all__ = ["resize", "shapes_with", "sizes_of", "take_shapes"]
