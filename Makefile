@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-PINS := pyproject.toml $(filter-out requirements/browser.txt,$(wildcard requirements/*.txt))
+PINS := pyproject.toml $(filter-out requirements/browser.txt requirements/release.txt,$(wildcard requirements/*.txt))
 
 BACKENDS := jax torch tensorflow
 # Only `make test BACKEND=jax` narrows a run; a BACKEND that happens to be in the environment does not.
@@ -45,7 +45,7 @@ PYTEST := $(PY) -m pytest --timeout 600
 # More for pytest: make test BACKEND=jax PYTEST_ARGS='-k freeze -x'
 PYTEST_ARGS ?=
 
-.PHONY: help setup browser demo test test-all nightly lint types contracts format bench clean distclean
+.PHONY: help setup browser demo test test-all oldest nightly lint types contracts format bench dist clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -85,6 +85,10 @@ browser: $(VENV)/.browser-stamp ## what the slow tests need to drive a browser; 
 
 $(VENV)/.browser-stamp: requirements/browser.txt | $(VENV)/.test-stamp
 	@$(PIP) -r requirements/browser.txt
+	@touch $@
+
+$(VENV)/.release-stamp: requirements/release.txt requirements/test.txt | $(PY)
+	@$(PIP) -c requirements/test.txt -r requirements/release.txt
 	@touch $@
 
 # ---- run --------------------------------------------------------------------
@@ -131,6 +135,9 @@ test-all: browser lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the s
 	$(call on_the_oldest_keras,--run-slow)
 endif
 
+oldest: $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the seam's tests on the oldest Keras (part of `make test`)
+	$(call on_the_oldest_keras)
+
 # The warning that this Keras is not tested is let through. $(CHOSEN): all backends, or the one that BACKEND says.
 nightly: $(VENV)/.test-stamp ## the seam's tests and a smoke test on the newest keras-nightly (not part of `make test`)
 	@echo "Installing keras-nightly in $(NIGHTLY)"
@@ -162,6 +169,18 @@ contracts: $(VENV)/.test-stamp ## the house's direction: who may import whom
 format: $(VENV)/.test-stamp ## let ruff mend what it can
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+# ---- release ----------------------------------------------------------------
+
+# TAG=v0.1.0: also that this is the release of that tag. RELEASING.md says what comes before and after.
+dist: $(VENV)/.release-stamp ## build the wheel and the sdist in dist/, check them, and test the wheel in an environment of its own
+	@echo "== dist"
+	@rm -rf dist
+	@$(PY) -m build --no-isolation --outdir dist . >dist.log 2>&1 || { cat dist.log >&2; rm dist.log; exit 1; }; rm dist.log
+	@$(PY) -m twine check --strict dist/*
+	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-actions action.yml
+	@$(QUIET) $(PY) scripts/check_dist.py dist $(TAG)
 
 clean: ## remove caches and outputs, keep .venv
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist demo-output weights.html

@@ -82,7 +82,7 @@ def draw() -> str:
     y = 20.0
     for row in shown:
         height = BOX + LINE * max(bool(INSIDE.get(room)) for room in row)
-        width = (300.0, 240.0, 200.0)[len(row) - 1]
+        width = (300.0, 240.0, 200.0, 170.0)[len(row) - 1]
         left = (WIDTH - len(row) * width - (len(row) - 1) * 60) / 2
         for place, room in enumerate(row):
             boxes[room] = (left + place * (width + 60), y, width, height)

@@ -22,7 +22,9 @@ import tether
 from tests import documents
 from tests.documents import ROOT
 from tether import demo
-from tether_cli import app, commands, console, models
+from tether.files.exporting import exporter
+from tether.inspection.checking.finding import RULES, Finding, Findings
+from tether_cli import app, commands, console, doctor, models, sarif
 
 MY_LAYERS = """
 import keras
@@ -94,7 +96,7 @@ def refused(*arguments):
 # --------------------------------------------------------------------------- help
 
 
-COMMANDS = ["summary", "check", "plot", "diff", "explain", "materialize", "export", "demo"]
+COMMANDS = ["summary", "check", "plot", "diff", "explain", "materialize", "export", "doctor", "completion", "demo"]
 
 
 def test_every_command_has_help_with_examples():
@@ -119,7 +121,8 @@ def test_the_examples_of_the_help_run(example, folder, monkeypatch):
     (folder / "my_layers.py").write_text(MY_LAYERS)
     for name in ("before.keras", "after.keras"):
         shutil.copy("model.keras", name)
-    command = example.partition(" | ")[0].replace('"Before tying"', "Before")
+    command = example.partition(" | ")[0].partition(" > ")[0].replace('"Before tying"', "Before")
+    command = command.removeprefix('eval "$(').removesuffix(')"')
     result = run(*command.split()[1:])
     assert result.exit_code == 0, result.output
 
@@ -218,6 +221,94 @@ def test_a_rule_that_there_is_not_is_refused(folder):
     )
 
 
+# --------------------------------------------------------------------------- several files, SARIF
+
+
+def test_several_files_are_checked_at_once(folder):
+    text = done("check", "dead.keras", "model.keras", "--load", code=1)
+    assert text.startswith("dead.keras\nerror   dead-factors  decode/kernel")
+    assert "\n\nmodel.keras\nNothing found by " in text
+    found = json.loads(done("check", "dead.keras", "model.keras", "--load", "--format", "json", code=1))
+    assert {name: data["counts"]["error"] for name, data in found["files"].items()} == {
+        "dead.keras": 1,
+        "model.keras": 0,
+    }
+    assert refused("check", "model.keras", "none.keras") == "There is no file 'none.keras'."
+
+
+def test_json_is_asked_for_in_two_ways(folder):
+    assert done("check", "model.keras", "--format", "json") == done("check", "model.keras", "--json")
+    assert "give one of them" in refused("check", "model.keras", "--json", "--format", "sarif")
+
+
+def assert_is_sarif(log):
+    """What SARIF 2.1.0 requires, and what code hosts require of it to show a finding."""
+    assert log["version"] == "2.1.0"
+    assert log["$schema"].endswith("sarif-schema-2.1.0.json")
+    assert set(log) == {"$schema", "version", "runs"}
+    (run,) = log["runs"]
+    assert set(run) <= {"tool", "results", "columnKind"}
+    driver = run["tool"]["driver"]
+    assert driver["name"] == "tether" and driver["version"] == tether.__version__
+    identifiers = [rule["id"] for rule in driver["rules"]]
+    assert len(set(identifiers)) == len(identifiers)
+    for rule in driver["rules"]:
+        assert re.fullmatch("[a-z]+(-[a-z]+)*", rule["id"])
+        for text in (rule["shortDescription"], rule["help"]):
+            assert set(text) == {"text"} and text["text"].endswith((".", rule["id"], ".md"))
+        assert rule.get("helpUri", "https://").startswith("https://")
+    for result in run["results"]:
+        assert result["level"] in {"none", "note", "warning", "error"}
+        assert identifiers[result["ruleIndex"]] == result["ruleId"]
+        assert result["message"]["text"]
+        (location,) = result["locations"]
+        uri = location["physicalLocation"]["artifactLocation"]["uri"]
+        assert uri and not uri.startswith("/") and " " not in uri
+        assert location["physicalLocation"]["region"]["startLine"] == 1
+        assert location["logicalLocations"][0]["fullyQualifiedName"]
+        assert all(isinstance(value, str) for value in result["partialFingerprints"].values())
+    return run
+
+
+def test_sarif_has_the_findings_their_rules_and_their_places(folder):
+    (folder / "my models").mkdir()
+    shutil.copy("dead.keras", "my models/dead.keras")
+    log = json.loads(done("check", "my models/dead.keras", "model.keras", "--load", "--format", "sarif", code=1))
+    run = assert_is_sarif(log)
+    (result,) = run["results"]
+    assert (result["ruleId"], result["level"]) == ("dead-factors", "error")
+    (finding,) = tether.check(keras.saving.load_model("dead.keras"))
+    assert result["message"]["text"] == f"decode/kernel: {finding.why}\n\nMend: {finding.mend}"
+    (location,) = result["locations"]
+    assert location["physicalLocation"]["artifactLocation"]["uri"] == "my%20models/dead.keras"
+    (place,) = location["logicalLocations"]
+    assert place == {"fullyQualifiedName": "decode/kernel", "name": "kernel", "kind": "member"}
+
+
+def test_sarif_of_a_sound_file_has_the_rules_that_were_asked(folder):
+    run = assert_is_sarif(json.loads(done("check", "model.keras", "--format", "sarif")))
+    assert run["results"] == []
+    asked = json.loads(done("check", "model.keras", "--json"))["rules"]
+    assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == asked
+
+
+@pytest.mark.parametrize(("severity", "level"), [("error", "error"), ("warning", "warning"), ("hint", "note")])
+def test_severities_are_those_of_sarif(severity, level, tmp_path, monkeypatch):
+    finding = Finding("equal-weights", severity, "head", "They are equal.", "tie them")
+    found = {tmp_path / "m.keras": Findings([finding], rules=["equal-weights"])}
+    log = sarif.log(found, RULES, version=tether.__version__, guide="https://example.org/check.md")
+    (rule,) = log["runs"][0]["tool"]["driver"]["rules"]
+    assert rule["helpUri"] == "https://example.org/check.md#equal-weights"
+    assert rule["helpUri"] in rule["help"]["text"]
+    (result,) = log["runs"][0]["results"]
+    assert result["level"] == level
+    assert result["locations"][0]["logicalLocations"][0]["kind"] == "object"
+    uri = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    assert uri == (tmp_path / "m.keras").as_uri()  # it is not below the current folder
+    monkeypatch.chdir(tmp_path)
+    assert_is_sarif(sarif.log(found, RULES, version=tether.__version__, guide=None))
+
+
 # --------------------------------------------------------------------------- plot, diff, explain
 
 
@@ -280,11 +371,103 @@ class Open(keras.Model):
         return self.inner(x)
 
 
-def test_explain_says_so_if_the_inputs_are_not_known(folder):
-    model = Open()
+@pytest.fixture
+def open_file(folder):
+    model = Open(name="open")
     model(np.ones((1, 2), "float32"))
     model.save("open.keras")
-    assert "does not say what the inputs" in refused("explain", "open.keras")
+    return "open.keras"
+
+
+def test_explain_says_so_if_the_inputs_are_not_known(open_file):
+    line = refused("explain", open_file)
+    assert "does not say what the inputs" in line
+    assert "--input-shape 28,28,1" in line
+
+
+def test_a_model_that_does_not_know_its_inputs_is_told_them(open_file):
+    text = done("explain", open_file, "--input-shape", 2, "--batch", 7)
+    assert text.startswith("open: inference with inputs of shape (7, 2)")
+    assert "The inputs are not known" in refused("export", open_file, "-o", "out.onnx")
+    text = done("export", open_file, "-o", "out.onnx", "--input-shape", "2:float32")
+    assert "outputs within" in text
+
+
+@keras.saving.register_keras_serializable("tests")
+class Two(keras.Model):
+    """Several inputs, in the way that `how` says; its file does not say what they are."""
+
+    def __init__(self, how, **kwargs):
+        super().__init__(**kwargs)
+        self.how = how
+        self.inner = tether.tie(
+            keras.layers.Dense(2, name="inner"),
+            kernel=tether.Weight((3, 2), "normal", name="w") + tether.Weight((1, 2), "normal", name="shift"),
+        )
+        self.inner.build((None, 3))
+
+    def call(self, x, y=None):
+        x, y = {"arguments": lambda: (x, y), "list": lambda: x, "dict": lambda: (x["one"], x["two"])}[self.how]()
+        return self.inner(x) + keras.ops.cast(y, "float32")
+
+    def get_build_config(self):
+        return None  # the constructor builds it
+
+    def get_config(self):
+        return {**super().get_config(), "how": self.how}
+
+
+@keras.saving.register_keras_serializable("tests")
+class TakesAList(Two):
+    """The same with one argument."""
+
+    def call(self, x):
+        return super().call(x)
+
+
+@pytest.mark.parametrize("how", ["arguments", "list", "dict"])
+def test_several_inputs_are_given_one_by_one(how, folder):
+    one, two = np.ones((1, 3), "float32"), np.ones((1, 2), "int32")
+    model = Two(how) if how == "arguments" else TakesAList(how)
+    model(*{"arguments": [one, two], "list": [[one, two]], "dict": [{"one": one, "two": two}]}[how])
+    model.save("two.keras")
+    shapes = ["one=3", "two=2:int32"] if how == "dict" else ["3", "2:int32"]
+    asked = [word for shape in shapes for word in ("--input-shape", shape)]
+    text = done("explain", "two.keras", *asked, "--batch", 5)
+    assert text.startswith(f"{model.name}: inference with inputs of shape (5, 3) and (5, 2)")
+    assert "inner/kernel = w + shift, for inputs of shape (5, 3)" in text
+    assert "outputs within" in done("export", "two.keras", "-o", "two.onnx", *asked)
+
+
+def test_the_sizes_of_a_known_model_may_be_said_too(folder):
+    tokens = keras.Input((None,), dtype="int32", name="tokens")
+    table = tether.Weight((7, 2), name="table") @ tether.Weight((2, 3), name="up")
+    embedded = tether.tie(keras.layers.Embedding(7, 3, name="embed"), embeddings=table)(tokens)
+    keras.Model(tokens, embedded, name="long").save("long.keras")
+    assert "shape (32, 9)" in done("explain", "long.keras", "--input-shape", 9)
+    assert "shape (32, 9)" in done("explain", "long.keras", "--input-shape", "tokens=9")
+    assert "the inputs of 'long' are 'tokens', not 'words'" in refused(
+        "explain", "long.keras", "--input-shape", "words=9"
+    )
+    assert "has the shape (None,) without the batch, not (9, 3)" in refused(
+        "explain", "long.keras", "--input-shape", "9,3"
+    )
+    assert "takes 1 inputs, and 2 shapes" in refused(
+        "explain", "long.keras", "--input-shape", "9", "--input-shape", "9"
+    )
+
+
+@pytest.mark.parametrize("shape", ["two", "0", "2x3", "-1", "a=b=3", "3:int32:int8"])
+def test_a_shape_that_is_none_is_refused(shape, folder):
+    assert f"--input-shape {shape}: expected the sizes of one example" in refused(
+        "explain", "model.keras", f"--input-shape={shape}"
+    )
+
+
+def test_names_are_for_all_inputs_or_for_none(open_file):
+    for shapes in (["one=2", "2"], ["one=2", "one=2"]):
+        asked = [f"--input-shape={shape}" for shape in shapes]
+        assert "a name of its own, or none" in refused("explain", open_file, *asked)
 
 
 # --------------------------------------------------------------------------- materialize
@@ -382,6 +565,114 @@ def test_an_export_that_is_refused_leaves_what_is_there(folder):
     refused("export", "model.keras", "-o", "mine", "--force")  # no SavedModel, so it is not replaced by one
     assert (folder / "mine/thesis.txt").read_text() == "mine"
     assert "ends in '.onnx'" in refused("export", "model.keras", "-o", "out.bin", "--format", "onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "format"), [("m.onnx", "onnx"), ("m.tflite", "litert"), ("m.pt2", "torch"), ("m", "tf_saved_model")]
+)
+def test_the_format_of_an_export_is_that_of_its_name(name, format, folder, monkeypatch):
+    asked = []
+
+    def written(model, path, format, **options):
+        asked.append(format)
+        return exporter.Exported(path, format, 1, 1, None)
+
+    monkeypatch.setattr(tether.files, "export", written)
+    done("export", "model.keras", "-o", name)
+    assert asked == [format]
+
+
+def test_a_name_that_says_no_format_is_refused(folder):
+    assert "The name 'm.bin' says no format" in refused("export", "model.keras", "-o", "m.bin")
+
+
+# --------------------------------------------------------------------------- doctor, completion
+
+
+def test_the_doctor_tells_what_is_installed(monkeypatch):
+    text = done("doctor")
+    assert re.search(rf"^program  tether +{re.escape(tether.__version__)}$", text, re.M)
+    assert re.search(rf"^needed   keras +{re.escape(keras.__version__)} +tested \(3\.13 to ", text, re.M)
+    assert re.search(rf"^backend  {keras.backend.backend()} +\S+ +chosen: ", text, re.M)
+    assert text.count("chosen: ") == 1
+    assert text.endswith("Everything that is needed is here.\n")
+    told = json.loads(done("doctor", "--json"))
+    assert told["problems"] == []
+    assert {entry["kind"] for entry in told["entries"]} == {"program", "needed", "backend", "optional"}
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (("safetensors",), "problem: Not installed: safetensors. Try: pip install safetensors"),
+        (("jax", "torch", "tensorflow"), "problem: Keras needs a backend"),
+    ],
+)
+def test_the_doctor_tells_what_is_missing(gone, said, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k != "keras"})
+    monkeypatch.setattr(doctor, "start", lambda: pytest.fail("Keras was started") if "keras" in gone else None)
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    text = done("doctor", code=1)
+    assert said in text
+    assert "Everything" not in text
+    assert re.search(rf"{gone[0]} +not installed", text)
+
+
+def test_the_doctor_finds_a_keras_that_does_not_start(monkeypatch):
+    def broken():
+        raise AttributeError("module 'numpy' has no attribute 'float'")
+
+    monkeypatch.setattr(doctor, "start", broken)
+    assert "does not start on" in done("doctor", code=1)
+
+
+def test_the_doctor_knows_a_keras_that_is_not_tested():
+    assert doctor._tested("3.99.1") == "not tested: Tether is tested on 3.13 to 3.15"
+    assert doctor._tested("3.15.0.dev2").startswith("tested (")
+
+
+def test_something_that_is_optional_may_be_missing(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else find(name))
+    assert re.search(
+        r"^optional tf2onnx +not installed +for ONNX files of the TensorFlow backend$", done("doctor"), re.M
+    )
+
+
+def completed(*words, folder):
+    """What bash offers for the last of some words."""
+    listed = " ".join(map(shlex.quote, ("tether", *words)))
+    ask = f'COMP_WORDS=({listed}); COMP_CWORD={len(words)}; _tether; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    command = ["bash", "-c", f"{done('completion', 'bash')}\n{ask}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout.splitlines()
+
+
+def test_bash_completes_commands_options_choices_and_files(folder):
+    (folder / "my model.keras").touch()
+    assert set(completed("", folder=folder)) > set(COMMANDS)
+    assert completed("ex", folder=folder) == ["explain", "export"]
+    assert completed("--traceback", "sum", folder=folder) == ["summary"]
+    assert completed("check", "--form", folder=folder) == ["--format"]
+    assert completed("check", "--format", "", folder=folder) == ["text", "json", "sarif"]
+    assert completed("check", "my", folder=folder) == ["my model.keras"]
+    assert completed("export", "model.keras", "-o", "my", folder=folder) == ["my model.keras"]
+    assert completed("completion", "", folder=folder) == ["bash", "zsh", "fish"]
+    assert completed("export", "--tolerance", "", folder=folder) == [""]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_script_names_every_command_and_option(shell):
+    text = done("completion", shell)
+    options = {"bash": "{}", "zsh": "*{}[", "fish": "-l {}"}[shell]
+    for name in COMMANDS:
+        assert re.search(rf"\b{name}\b", text)
+    for option in ("--input-shape", "--no-verify", "--shared-only", "--traceback"):
+        assert options.format(option if shell != "fish" else option.removeprefix("--")) in text
+    if shutil.which(shell):
+        checked = subprocess.run([shell, "-n", "/dev/stdin"], input=text, capture_output=True, text=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
 
 
 # --------------------------------------------------------------------------- demo
@@ -508,6 +799,25 @@ def test_a_broken_file_is_one_line(folder):
     assert "Only a .keras file" in refused("summary", "model.weights.h5", "--load")
 
 
+def test_what_is_no_model_file_is_named_as_what_it_is(folder):
+    (folder / "saved").mkdir()
+    assert refused("summary", "saved") == "saved is a folder. Name a .keras, .weights.h5 or .safetensors file."
+    (folder / "saved/saved_model.pb").touch()
+    assert "saved is a folder (a SavedModel)." in refused("check", "saved")
+    (folder / "peft").mkdir()
+    (folder / "peft/adapter_config.json").touch()
+    assert "peft is a folder (adapters, as PEFT writes them)." in refused("explain", "peft")
+    (folder / "opened").mkdir()
+    for name in ("config.json", "metadata.json"):
+        (folder / "opened" / name).touch()
+    assert "opened is a folder (an unpacked .keras file)." in refused("diff", "model.keras", "opened")
+    (folder / "old.h5").touch()
+    for command in (["summary"], ["check", "--load"], ["export", "-o", "old.onnx"]):
+        line = refused(*command, "old.h5")
+        assert "old.h5 is a legacy HDF5 file of Keras" in line
+        assert "keras.saving.load_model('old.h5').save('old.keras')" in line
+
+
 def test_a_file_that_nobody_may_read_is_one_line(folder, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
@@ -560,7 +870,7 @@ def test_the_backend_is_the_one_asked_for_or_the_first_that_is_installed(install
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     if asked is not None:
         monkeypatch.setenv("KERAS_BACKEND", asked)
-    assert models._choose_backend() == chosen
+    assert models.choose_backend() == chosen
     assert os.environ["KERAS_BACKEND"] == chosen
 
 

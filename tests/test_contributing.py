@@ -81,6 +81,7 @@ def test_the_form_that_it_walks_through_passes_its_own_test():
 def test_the_applier_that_it_shows_is_one(monkeypatch):
     import keras
 
+    from tether import kinds
     from tether.layers import appliers
 
     ((line, code),) = python_blocks(NAME)[5:]
@@ -98,7 +99,8 @@ def test_the_applier_that_it_shows_is_one(monkeypatch):
         def call(self, inputs, training=None):
             return super().call(inputs, training=training)
 
-    monkeypatch.setattr(appliers, "_APPLIERS", ((Mine, namespace["call_of"]), *appliers._APPLIERS))
+    monkeypatch.setitem(appliers.APPLIERS, "mine", namespace["call_of"])
+    monkeypatch.setitem(kinds.KINDS, Mine, kinds.Kind(applier="mine"))
     w, a, b = (
         tether.Weight(shape, "normal", name=name) for name, shape in (("w", (4, 3)), ("a", (4, 1)), ("b", (1, 3)))
     )

@@ -20,7 +20,7 @@ WITH_CODE = [
     "docs/summary.md",
     "docs/weight-map.md",
 ]
-PAGES = [*WITH_CODE, "CONTRIBUTING.md", "docs/command-line.md", "docs/design.md"]
+PAGES = [*WITH_CODE, "CONTRIBUTING.md", "RELEASING.md", "docs/command-line.md", "docs/design.md"]
 
 
 @pytest.mark.parametrize("name", WITH_CODE)

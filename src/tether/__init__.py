@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tether.layers.family.extend import extend
     from tether.layers.family.inherit import inherit
 
+__version__ = "0.1.0"
+"""The version: the package's metadata takes it from this line."""
+
 __all__ = [
     "Expression",
     "Lambda",

@@ -37,6 +37,14 @@ Load = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="[NAME=]SIZES[:DTYPE]",
+        help="Sizes of one example: 28,28,1 or none,64 or words=128:int32. Once for each input.",
+    ),
+]
 
 
 def _examples(*lines: str) -> str:
@@ -99,16 +107,20 @@ def summary(
         "tether check model.keras",
         "tether check model.keras --load --custom my_layers",
         "tether check model.keras --ignore equal-weights --json",
+        "tether check model.keras before.keras --format sarif",
     )
 )
 def check(
-    file: File,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files: .keras, .weights.h5, .safetensors.")],
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="RULE[:PLACE]", help="Leave a rule out, or what it says of one place.")
     ] = None,
     load: Load = False,
     custom: Custom = None,
-    as_json: Json = False,
+    format: Annotated[
+        Literal["text", "json", "sarif"], typer.Option(help="How to print the findings; sarif is SARIF 2.1.0.")
+    ] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Finds sharing that is broken, or only looks like sharing.
 
@@ -118,15 +130,40 @@ def check(
     for live models.
     """
     from tether_cli.console import busy
+    from tether_cli.models import require
 
-    package, source = _source(file, load, custom, compile=True)
-    with busy(f"Checking {file.name}"):
-        found = package.check(source, ignore=ignore or ())
-    if as_json:
-        _print_json(found.to_json())
+    if as_json and format == "sarif":
+        raise Failed("--json prints JSON, --format sarif prints SARIF: give one of them.")
+    require(*files)
+    found: dict[Path, Any] = {}
+    for file in dict.fromkeys(files):
+        package, source = _source(file, load, custom, compile=True)
+        with busy(f"Checking {file.name}"):
+            found[file] = package.check(source, ignore=ignore or ())
+    if format == "sarif":
+        _print_json(_sarif(found, package.__version__))
+    elif as_json or format == "json":
+        told = [findings.to_json() for findings in found.values()]
+        several = {"version": 1, "files": {str(file): data for file, data in zip(found, told, strict=True)}}
+        _print_json(several if len(found) > 1 else told[0])
     else:
-        typer.echo(str(found))
-    raise typer.Exit(1 if found.errors else 0)
+        named = len(found) > 1
+        typer.echo("\n\n".join(f"{file}\n{findings}" if named else str(findings) for file, findings in found.items()))
+    raise typer.Exit(1 if any(findings.errors for findings in found.values()) else 0)
+
+
+def _sarif(found: dict[Path, Any], version: str) -> dict[str, Any]:
+    from contextlib import suppress
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    from tether.inspection.checking.rules import RULES
+    from tether_cli.sarif import log
+
+    urls: dict[str, str] = {}
+    with suppress(PackageNotFoundError):  # it runs from its sources
+        urls.update(line.split(", ", 1) for line in metadata("keras-tether").get_all("Project-URL") or ())
+    guide = f"{urls['Documentation']}/check.md" if "Documentation" in urls else None
+    return log(found, RULES, version=version, guide=guide)
 
 
 @app.command(
@@ -177,24 +214,32 @@ def diff(before: File, after: File, as_json: Json = False) -> None:
     raise typer.Exit(1 if found else 0)
 
 
-@app.command(epilog=_examples("tether explain model.keras", "tether explain model.keras --batch 4096 --training"))
+@app.command(
+    epilog=_examples(
+        "tether explain model.keras",
+        "tether explain model.keras --batch 4096 --training",
+        "tether explain model.keras --input-shape 5",
+    )
+)
 def explain(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Examples in a call.")] = 32,
+    input_shape: InputShapes = None,
     training: Annotated[bool, typer.Option("--training", help="Plan for a training step.")] = False,
     custom: Custom = None,
 ) -> None:
     """Explains how each layer computes with its combined weights, and what the other ways would cost.
 
-    The model is loaded in Keras's safe mode; nothing is computed with it.
+    The model is loaded in Keras's safe mode; nothing is computed with it. A
+    subclassed model may not know its inputs: --input-shape says them.
     """
     from tether_cli.console import busy
-    from tether_cli.models import import_custom, load, require, start
+    from tether_cli.models import arguments, as_one_argument, import_custom, load, require, start
 
     require(model)
     package = start()
     loaded = load(model, import_custom(custom), compile=False)
-    inputs = _inputs(loaded, batch)
+    loaded, inputs = as_one_argument(loaded, arguments(loaded, input_shape), batch)
     with busy(f"Planning {model.name}"):
         found = package.planning.explain(loaded, inputs, training=training)
     typer.echo(str(found))
@@ -230,8 +275,9 @@ def materialize(
 
 @app.command(
     epilog=_examples(
-        "tether export model.keras -o out.onnx --format onnx",
+        "tether export model.keras -o out.onnx",
         "tether export model.keras -o out.onnx --format onnx --tolerance 1e-3",
+        "tether export model.keras -o out.onnx --input-shape 5",
     )
 )
 def export(
@@ -240,8 +286,10 @@ def export(
         Path, typer.Option("--output", "-o", help="A file that ends in .onnx, .tflite or .pt2, or a folder.")
     ],
     format: Annotated[
-        Literal["tf_saved_model", "onnx", "litert", "torch"], typer.Option(help="What to write.")
-    ] = "tf_saved_model",
+        Literal["tf_saved_model", "onnx", "litert", "torch"] | None,
+        typer.Option(help="What to write; left out, what the name of OUTPUT says."),
+    ] = None,
+    input_shape: InputShapes = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run what was written, and compare it with the model.")
     ] = True,
@@ -256,16 +304,64 @@ def export(
     says which one does: KERAS_BACKEND=tensorflow tether export ...
     """
     from tether_cli.console import busy
-    from tether_cli.models import import_custom, load, require, start, target
+    from tether_cli.models import arguments, import_custom, load, require, start, target
 
     require(model)
+    format = format or _format_of(output)
     final = target(output, inputs=(model,), force=force, folder=format == "tf_saved_model")
     package = start()
     loaded = load(model, import_custom(custom), compile=False)
+    signature = arguments(loaded, input_shape) if input_shape else None
     with busy(f"Writing {output.name}"):
-        found = package.files.export(loaded, final, format, verify=verify, tolerance=tolerance)
+        found = package.files.export(
+            loaded, final, format, input_signature=signature, verify=verify, tolerance=tolerance
+        )
     ran = "" if found.difference is None else f", outputs within {found.difference:.0e} of the model's"
     typer.echo(f"Wrote {output}: {found.bytes:,} bytes, {found.unique_bytes:,} of weights{ran}")
+
+
+def _format_of(output: Path) -> Literal["tf_saved_model", "onnx", "litert", "torch"]:
+    """The format that a name means."""
+    named: dict[str, Literal["tf_saved_model", "onnx", "litert", "torch"]] = {
+        ".onnx": "onnx",
+        ".tflite": "litert",
+        ".pt2": "torch",
+        "": "tf_saved_model",
+    }
+    if output.suffix not in named:
+        raise Failed(
+            f"The name {output.name!r} says no format: .onnx, .tflite and .pt2 do, and a name without an ending is the "
+            "folder of a SavedModel. For another name: --format"
+        )
+    return named[output.suffix]
+
+
+@app.command(epilog=_examples("tether doctor", "tether doctor --json | jq .problems"))
+def doctor(as_json: Json = False) -> None:
+    """Shows what is installed, which backend is chosen, and what is missing.
+
+    Ends with exit code 1 if something that is needed is missing.
+    """
+    from tether_cli.doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        typer.echo(str(report))
+    raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command(
+    epilog=_examples('eval "$(tether completion bash)"', "tether completion fish > tether.fish"),
+)
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+) -> None:
+    """Prints a script that completes commands and options in a shell."""
+    from tether_cli.completion import script
+
+    typer.echo(script(app, shell), nl=False)
 
 
 @app.command(epilog=_examples("tether demo", "tether demo --seeds 1"))
@@ -300,22 +396,6 @@ def _source(file: Path, load_it: bool, custom: list[str] | None, *, compile: boo
         raise Failed("--custom is for a model that is loaded: add --load, or leave it out.")
     package = start()
     return package, load(file, import_custom(custom), compile=compile) if load_it else file
-
-
-def _inputs(model: Any, batch: int) -> Any:
-    """What a call of a model takes, with so many examples."""
-    import keras
-
-    symbolic = getattr(model, "inputs", None)
-    if not symbolic:
-        raise Failed(
-            f"The file does not say what the inputs of {model.name!r} look like. In Python: "
-            "tether.planning.explain(model, input_shape)"
-        )
-    return keras.tree.map_structure(
-        lambda tensor: keras.KerasTensor((batch, *tensor.shape[1:]), dtype=tensor.dtype),
-        symbolic[0] if isinstance(model, keras.Sequential) else model.input,
-    )
 
 
 def _print_json(data: Any) -> None:

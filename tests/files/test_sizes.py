@@ -8,6 +8,11 @@ from tether.layers.resize import sizes_of
 
 layers = keras.layers
 
+
+class Upwards(layers.Conv2DTranspose):
+    """A transposed convolution whose name does not say so."""
+
+
 LAYERS = [
     (lambda: layers.Dense(3), (None, 4)),
     (lambda: layers.Embedding(5, 3), (None, 4)),
@@ -17,6 +22,8 @@ LAYERS = [
     (lambda: layers.Conv1D(3, 2), (None, 5, 2)),
     (lambda: layers.Conv2D(3, 2), (None, 5, 5, 2)),
     (lambda: layers.Conv2DTranspose(3, 2), (None, 5, 5, 2)),
+    (lambda: Upwards(3, 2), (None, 5, 5, 2)),
+    (lambda: layers.Conv2D(3, 2, data_format="channels_first"), (None, 2, 5, 5)),
     (lambda: layers.Conv3D(3, 2), (None, 5, 5, 5, 2)),
 ]
 
@@ -63,6 +70,12 @@ def test_a_class_that_builds_otherwise_has_no_known_sizes():
         sizes_of(layers.LayerNormalization())
     with pytest.raises(Unsupported, match="ellipsis"):
         sizes_of(layers.EinsumDense("...x,xy->...y", 3))
+
+
+def test_a_convolution_with_groups_has_none():
+    layer = layers.Conv1D(4, 2, groups=2)
+    layer.build((None, 5, 2))
+    assert sizes_of(layer) == []
 
 
 def test_a_layer_with_keras_lora_has_none():

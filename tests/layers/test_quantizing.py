@@ -256,6 +256,20 @@ def test_the_scale_goes_along_the_outputs_of_the_first_use_also_through_a_transp
     assert turned.became.weights_used()[1].shape == (10, 1)
 
 
+@pytest.mark.parametrize(
+    ("equation", "output", "axes", "bias"),
+    [("abc,cde->abde", (None, 2, 3), "de", lambda w: w), ("abc,cd->abd", (None, 3), "d", lambda w: w[0])],
+)
+def test_a_matrix_that_is_a_bias_of_an_einsum_has_a_scale_along_its_last_axis(equation, output, axes, bias, rng):
+    w = tether.Weight(rng.normal(size=(2, 3)).astype("float32"), name="w")
+    before = w.numpy()
+    layer = tether.tie(keras.layers.EinsumDense(equation, output, bias_axes=axes), bias=bias(w))
+    layer.build((None, 4, 5))
+    w.quantize("int8")
+    assert [tuple(weight.shape) for weight in w.became.weights_used()] == [(2, 3), (1, 3)]
+    np.testing.assert_allclose(w.numpy(), before, atol=np.abs(before).max() / 254 + 1e-6)
+
+
 def test_zeros_stay_zeros(rng):
     value = batch(rng, 4, 6)
     value[:, 1] = 0

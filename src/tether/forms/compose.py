@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import keras
 
 from tether.errors import Unsupported
-from tether.forms.form import LayerForm, as_rank, bias_of, kernel_of, part, resized, shape_of_base, units_of
+from tether.forms.form import LayerForm, as_rank, kernel_of, part, resized, shape_of_base, units_of
 from tether.weights.expression import Expression
 
 __all__ = ["compose"]
@@ -39,7 +39,7 @@ class Compose(LayerForm):
 
     def weights(self, parent: Mapping[str, Expression]) -> dict[str, Expression]:
         """The parent's weights times a matrix of the child's own."""
-        kernel, bias = kernel_of(self, parent), bias_of(parent)
+        kernel, bias = kernel_of(self, parent), parent.get("bias")
         matrix = part(kernel, "compose", self.kernel_initializer, (shape_of_base(self, kernel)[-1], self.units))
         found: dict[str, Expression] = {"kernel": kernel @ matrix}
         if bias is not None:

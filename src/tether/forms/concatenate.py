@@ -15,7 +15,7 @@ import numpy as np
 
 from tether import ops
 from tether.errors import Unsupported
-from tether.forms.form import LayerForm, as_rank, bias_of, kernel_of, part, resized, shape_of_base, units_of
+from tether.forms.form import LayerForm, as_rank, kernel_of, part, resized, shape_of_base, units_of
 from tether.weights.expression import Expression
 
 
@@ -43,7 +43,7 @@ class ConcatenateForm(LayerForm):
         kernel = kernel_of(self, parent)
         own = part(kernel, "own", self.kernel_initializer, (*shape_of_base(self, kernel)[:-1], self.units))
         found = {"kernel": ops.concatenate([kernel, own], axis=-1)}
-        bias = bias_of(parent)
+        bias = parent.get("bias")
         if bias is not None:
             own = part(bias, "own", self.bias_initializer, (*shape_of_base(self, bias)[:-1], self.units))
             found["bias"] = ops.concatenate([bias, own], axis=-1)

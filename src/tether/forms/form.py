@@ -11,9 +11,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NotInvertible, TetherError, UnknownShape, Unsupported, received
+from tether.kinds import KINDS, Kind, letters_of
 from tether.types import Array, Tensor
 from tether.weights.expression import Expression, Node, NoTensor, Shape, as_expression
-from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.weight import Weight
 
@@ -314,11 +314,6 @@ def as_alpha(alpha: object) -> float | None:
     return float(alpha)
 
 
-def constant(value: object) -> Constant:
-    """A number or small array as an expression."""
-    return Constant.of(value)
-
-
 def kaiming(seed: int | None = None, nth: int = 0) -> Any:
     """Uniform in ±1/√fan-in: how PyTorch starts a linear layer, and PEFT the first factor of an adapter.
 
@@ -330,25 +325,6 @@ def kaiming(seed: int | None = None, nth: int = 0) -> Any:
 # --------------------------------------------------------------------------- layers by their units
 # What the forms that change a layer's units know of Keras layers: whose last kernel axis is the outputs, and how
 # many.
-#
-# Not a form: nothing here is public.
-
-
-__all__: list[str] = []
-
-KINDS: dict[Any, str] = {
-    keras.layers.Dense: "units",
-    keras.layers.EinsumDense: "output_shape",
-    keras.layers.Conv1D: "filters",
-    keras.layers.Conv2D: "filters",
-    keras.layers.Conv3D: "filters",
-}
-
-
-def _kind(parent: keras.Layer) -> Any:
-    """The Keras class that a layer is an instance of, and not of a subclass that may compute otherwise."""
-    cls = getattr(type(parent), "_tether_base", type(parent))
-    return cls if cls in KINDS else None
 
 
 def units_of(form: str, parent: keras.Layer) -> int:
@@ -357,8 +333,9 @@ def units_of(form: str, parent: keras.Layer) -> int:
     Raises:
         Unsupported: The layer is of another kind, or its outputs are not the last axis of its kernel.
     """
-    kind = _kind(parent)
-    if kind is None:
+    cls = getattr(type(parent), "_tether_base", type(parent))
+    setting = KINDS.get(cls, Kind()).units  # of the class itself: a subclass may compute otherwise
+    if not setting:
         raise Unsupported(
             f"`{form}` knows where the outputs are in Dense, EinsumDense, Conv1D, Conv2D and Conv3D. For another layer "
             "write the expressions yourself: `tether.tie(layer, kernel=tether.ops.concatenate([w, own], -1))`. "
@@ -374,14 +351,11 @@ def units_of(form: str, parent: keras.Layer) -> int:
             f"{parent.name!r} convolves in {parent.groups} groups, whose outputs do not see the same inputs; `{form}` "
             "needs groups=1."
         )
-    if kind is keras.layers.EinsumDense:
-        return _last_of_einsum(form, parent)
-    return int(getattr(parent, KINDS[kind]))
+    return _last_of_einsum(form, parent) if cls is keras.layers.EinsumDense else int(getattr(parent, setting))
 
 
 def _last_of_einsum(form: str, parent: keras.Layer) -> int:
-    inputs, _, output = parent.equation.replace(" ", "").partition("->")
-    features, _, kernel = inputs.partition(",")
+    features, kernel, output = letters_of(parent.equation)
     last = kernel[-1:]
     sizes = parent.get_config()["output_shape"]
     size = sizes[-1] if isinstance(sizes, (list, tuple)) else sizes
@@ -405,20 +379,20 @@ def resized(parent: keras.Layer, units: int, *, needs_bias: bool = False, **chan
         needs_bias: Whether the child has a bias in any case, and not only if the parent has one.
         **changes: Other entries of the config.
     """
-    kind = _kind(parent)
+    cls = getattr(type(parent), "_tether_base", type(parent))
     left_out = ("name", "trainable", "tether")  # what of the parent is frozen, its expressions say
     config = {key: value for key, value in parent.get_config().items() if key not in left_out}
     size: Any = units
-    if kind is keras.layers.EinsumDense:
+    if cls is keras.layers.EinsumDense:
         shape = config["output_shape"]
         size = [*shape[:-1], units] if isinstance(shape, (list, tuple)) else units
         if needs_bias and config["bias_axes"] is None:
-            config["bias_axes"] = config["equation"].replace(" ", "")[-1]
+            config["bias_axes"] = letters_of(config["equation"])[2][-1]
     elif needs_bias:
         config["use_bias"] = True
-    config.update({"kernel_constraint": None, "bias_constraint": None, KINDS[kind]: size})
+    config.update({"kernel_constraint": None, "bias_constraint": None, KINDS[cls].units: size})
     config.update({"activation": parent.activation, **changes})  # itself: a config names only registered functions
-    return kind.from_config(config)
+    return cls.from_config(config)
 
 
 def kernel_of(form: object, parent: Mapping[str, Expression]) -> Expression:
@@ -430,11 +404,6 @@ def kernel_of(form: object, parent: Mapping[str, Expression]) -> Expression:
     if "kernel" not in parent:
         raise TetherError(f"{type(form).__name__} is made of a parent's kernel. {received(weights=sorted(parent))}")
     return parent["kernel"]
-
-
-def bias_of(parent: Mapping[str, Expression]) -> Expression | None:
-    """The parent's bias, if it has one."""
-    return parent.get("bias")
 
 
 __all__ = ["AddedForm", "Form", "LayerForm", "ScalingForm"]

@@ -14,9 +14,9 @@ import numpy as np
 
 from tether import ops
 from tether.errors import ShapeMismatch, TetherError, received
-from tether.forms.form import Form, base_expression, constant, part, shape_of_base, start_value
+from tether.forms.form import Form, base_expression, part, shape_of_base, start_value
 from tether.weights.expression import Expression
-from tether.weights.leaves import MAX_CONSTANT
+from tether.weights.leaves import MAX_CONSTANT, Constant
 
 __all__ = ["masked"]
 
@@ -46,7 +46,7 @@ class Masked(Form):
             )
         mask: Expression
         if self.mask.size <= MAX_CONSTANT:
-            mask = constant(self.mask)
+            mask = Constant.of(self.mask)
         else:  # too large for a config: stored, once
             mask = part(base, "mask", self.mask, dtype="bool", trainable=False)
         if self.outside == "zero":

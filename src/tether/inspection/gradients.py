@@ -17,7 +17,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.inspection.live import layer_path, unique_paths
-from tether.layers.tying.state import WEIGHTS, View, state_of, stored_variables
+from tether.layers.tying.state import WEIGHTS, View, slots_of, stored_variables
 from tether.types import Array, Config, Tensor
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
@@ -64,8 +64,7 @@ def readers(model: object) -> dict[int, list[Reader]]:
 
 def _reads(layer: keras.Layer) -> Iterator[tuple[Any, Any, str, str | None]]:
     """What one layer reads by itself: the variable, who it is that reads, the layer's name for it, the expression."""
-    state = state_of(layer)
-    for slot in state.slots if state is not None else ():
+    for slot in slots_of(layer):
         for variable in stored_variables(slot.view):
             yield variable, slot.view, slot.view.use.name, slot.view.expression.notation()
     for variables in keras_seam.variable_lists(layer).values():

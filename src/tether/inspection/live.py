@@ -12,7 +12,7 @@ import keras
 from tether import keras_seam
 from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
 from tether.layers.tying.paths import holders
-from tether.layers.tying.state import shape_of, state_of, stored_variables
+from tether.layers.tying.state import shape_of, slots_of, stored_variables
 from tether.layers.tying.tied import base_class
 from tether.types import Config
 from tether.weights.weight import Weight
@@ -151,8 +151,7 @@ def _held_uses(layer: keras.Layer, path: str, kind: str, places: dict[int, list[
 
 
 def _uses(layer: keras.Layer, path: str, kind: str, places: dict[int, list[str]]) -> list[UseOf]:
-    state = state_of(layer)
-    slots = [] if state is None else state.slots
+    slots = slots_of(layer)
     lists = keras_seam.variable_lists(layer)
     found: list[tuple[str, int, UseOf]] = []
     for slot in slots:
@@ -279,8 +278,7 @@ def aliases(model: Any) -> Aliases:
     variables = {keys[id(variable)]: variable for variable in model.weights}
     names = {key: {key: None} for key in variables}
     for layer in keras_seam.contained_layers(model):
-        state = state_of(layer)
-        for slot in state.slots if state is not None else ():
+        for slot in slots_of(layer):
             for stored in stored_variables(slot.view):
                 if id(stored) in keys:
                     names[keys[id(stored)]][slot.view.path] = None

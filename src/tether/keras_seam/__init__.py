@@ -105,7 +105,14 @@ from tether.keras_seam.memory import (
     write,
     write_rows,
 )
-from tether.keras_seam.private import AutocastScope, Functional, KerasSaveable, get_autocast_scope, to_snake_case
+from tether.keras_seam.private import (
+    AutocastScope,
+    Functional,
+    KerasSaveable,
+    ThreadScope,
+    get_autocast_scope,
+    to_snake_case,
+)
 from tether.keras_seam.saving import (
     SHARED_ID,
     TIED_NAME,
@@ -181,6 +188,7 @@ __all__ = [
     "KerasSaveable",
     "Sequential",
     "StoredChange",
+    "ThreadScope",
     "Variable",
     "WatchedSublayers",
     "add",

@@ -71,7 +71,10 @@ def trace_token() -> Any:
 def _make_trace_token() -> Callable[[], Any]:
     name = _backend.backend()
     if name == "jax":
-        from jax.extend.core import get_opaque_trace_state
+        try:
+            from jax.extend.core import get_opaque_trace_state
+        except ImportError:  # JAX 0.7, the last that takes NumPy 1
+            from jax.core import get_opaque_trace_state
 
         return lambda: get_opaque_trace_state(convention="flax")
     if name == "tensorflow":

@@ -6,9 +6,12 @@ what it is needed for: an error then says so, and the rest of Tether works.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import keras
@@ -103,7 +106,7 @@ warn_of_an_untested_keras(keras.__version__)
 
 
 # --------------------------------------------------------------------------- threads
-# What Keras keeps for each thread: the scopes that are open, the call in progress.
+# What Keras keeps for each thread (the scopes that are open, the call in progress), and what Tether does.
 
 
 of_this_thread = private("keras.src.backend.common.global_state.get_global_attribute", "Evaluating a weight")
@@ -117,6 +120,23 @@ AutocastScope = private("keras.src.backend.common.variables.AutocastScope", "Rea
 def get_autocast_scope() -> Any:
     """The scope that says to which precision variables are cast when they are read, if there is one."""
     return of_this_thread("autocast_scope")
+
+
+class ThreadScope(threading.local):
+    """Values of Tether's own that hold in one thread, for the length of a scope; a subclass names them.
+
+    Reading one is something that `torch.compile` knows: a `ContextVar` would end its graph.
+    """
+
+    @contextlib.contextmanager
+    def set(self, **values: Any) -> Iterator[None]:
+        """Other values within this scope."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
 
 # --------------------------------------------------------------------------- classes

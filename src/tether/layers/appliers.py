@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
+from tether.kinds import kind_of, letters_of
 from tether.layers.tying.state import View, state_of, views
 from tether.planning import control
 from tether.planning.alternatives import make_plan
@@ -200,8 +201,7 @@ def einsum_problem(equation: str) -> Callable[..., Problem]:
     """The problem of an equation such as `"abc,cd->abd"`, which may begin with `...`."""
 
     def problem(shape: Shape, **call: Any) -> Problem:
-        left, output = equation.replace(" ", "").split("->")
-        inputs, kernel = left.split(",")
+        inputs, kernel, output = letters_of(equation)
         extra = tuple(f"b{axis}" for axis in range(len(shape) - len(inputs.replace("...", ""))))
         return Problem(_letters(inputs, extra), tuple(kernel), _letters(output, extra), shape, **call)
 
@@ -297,11 +297,9 @@ def reversible_call(base: type[keras.Layer]) -> Function:
             if mask is not None:
                 keras_seam.set_mask(y, mask)
             return y
-        y = None
-        if self.reverse_dtype is None and self.tie_weights:
-            y = applied(self.embeddings, inputs, logits_problem)
-        elif self.reverse_dtype is None:
-            y = applied(self.reverse_embeddings, inputs, dense_problem)
+        table = self.embeddings if self.tie_weights else self.reverse_embeddings
+        problem = logits_problem if self.tie_weights else dense_problem
+        y = applied(table, inputs, problem) if self.reverse_dtype is None else None
         if y is None:
             return base.call(self, inputs, reverse=True)
         cap = self.logit_soft_cap
@@ -341,13 +339,8 @@ def depthwise_call(base: type[keras.Layer]) -> Function:
 
 
 def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool) -> Tensor:
-    padding = layer.padding
-    if padding == "causal":
-        width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-        last = layer.data_format == "channels_last"
-        padding = "valid"
-    else:
-        width, last = 0, True
+    causal, last = layer.padding == "causal", layer.data_format == "channels_last"
+    width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1) if causal else 0
 
     def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         if width:  # zeros stay zeros when channels are mixed
@@ -356,7 +349,7 @@ def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool
             x,
             kernel,
             strides=layer.strides if depthwise else list(layer.strides),  # as Keras does, and TensorFlow wants
-            padding=padding,
+            padding="valid" if causal else layer.padding,
             data_format=layer.data_format,
             dilation_rate=layer.dilation_rate,
         )
@@ -408,12 +401,10 @@ def step_problem(shape: Shape, **call: Any) -> Problem:
     return Problem(("b", "i"), ("i", "o"), ("b", "o"), shape, repeated=True, **call)
 
 
-def _drops(cell: keras.Layer, training: object) -> bool:
-    return bool(training) and (cell.dropout > 0 or cell.recurrent_dropout > 0)
-
-
-def _projected(cell: keras.Layer, x: Tensor, h: Tensor) -> tuple[Any, Any] | None:
-    """The input and the state, each times its kernel; `None` if both kernels are to be built."""
+def _projected(cell: keras.Layer, x: Tensor, h: Tensor, training: object) -> tuple[Any, Any] | None:
+    """The input and the state, each times its kernel; `None` if both kernels are to be built, or the cell drops out."""
+    if training and (cell.dropout > 0 or cell.recurrent_dropout > 0):
+        return None
     of_x, of_h = applied(cell.kernel, x, step_problem), applied(cell.recurrent_kernel, h, step_problem)
     if of_x is None and of_h is None:
         return None
@@ -427,7 +418,7 @@ def lstm_cell_call(base: type[keras.Layer]) -> Function:
     """`LSTMCell.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Tensor:
-        found = None if _drops(self, training) else _projected(self, inputs, states[0])
+        found = _projected(self, inputs, states[0], training)
         if found is None:
             return base.call(self, inputs, states, training=training)
         z = keras.ops.add(*found)
@@ -447,9 +438,7 @@ def gru_cell_call(base: type[keras.Layer]) -> Function:
     def call(self: keras.Layer, inputs: Tensor, states: Tensor, training: bool = False) -> Tensor:
         nested = isinstance(states, (list, tuple))
         before = states[0] if nested else states
-        found = None
-        if self.reset_after and not _drops(self, training):
-            found = _projected(self, inputs, before)
+        found = _projected(self, inputs, before, training) if self.reset_after else None
         if found is None:
             return base.call(self, inputs, states, training=training)
         of_x, of_h = found
@@ -470,7 +459,7 @@ def simple_cell_call(base: type[keras.Layer]) -> Function:
 
     def call(self: keras.Layer, sequence: Tensor, states: Tensor, training: bool = False) -> Tensor:
         nested = isinstance(states, (list, tuple))
-        found = None if _drops(self, training) else _projected(self, sequence, states[0] if nested else states)
+        found = _projected(self, sequence, states[0] if nested else states, training)
         if found is None:
             return base.call(self, sequence, states, training=training)
         h = keras.ops.add(*found)
@@ -492,10 +481,8 @@ def _hold(cell: keras.Layer) -> None:
     state = state_of(cell)
     if state is None or state.held:
         return
-    scope: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype):
-        scope = keras_seam.AutocastScope(cell.compute_dtype)
-    with scope:
+    casts = cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype)
+    with keras_seam.AutocastScope(cell.compute_dtype) if casts else contextlib.nullcontext():
         state.held = [entry for slot in state.slots for entry in slot.view.read(slot.view.expression, hold)]
 
 
@@ -531,39 +518,33 @@ def holding(get_initial_state: Any) -> Any:
 
 
 # --------------------------------------------------------------------------- which kind has which
-# How each kind of Keras layer applies a combined weight; a kind that is not here builds it first.
-#
 # An applier replaces one method of a tied layer, and only where the layer's class has Keras's own: a user's subclass
 # with a `call` of its own keeps it. What the layer does beside the product (bias, activation, precision) is written
 # as Keras does it.
 
 
-Applier = Callable[[type], Callable[..., Any]]
-
-_APPLIERS: tuple[tuple[type[keras.Layer], Applier], ...] = (
-    (keras.layers.Dense, dense_call),
-    (keras.layers.EinsumDense, einsum_dense_call),
-    (keras.layers.ReversibleEmbedding, reversible_call),
-    (keras.layers.Embedding, embedding_call),
-    (keras.layers.Conv1D, convolution_call),
-    (keras.layers.Conv2D, convolution_call),
-    (keras.layers.Conv3D, convolution_call),
-    (keras.layers.DepthwiseConv1D, depthwise_call),
-    (keras.layers.DepthwiseConv2D, depthwise_call),
-    (keras.layers.LSTMCell, lstm_cell_call),
-    (keras.layers.GRUCell, gru_cell_call),
-    (keras.layers.SimpleRNNCell, simple_cell_call),
-)
+APPLIERS: dict[str, Callable[[type], Function]] = {
+    "dense": dense_call,
+    "einsum_dense": einsum_dense_call,
+    "embedding": embedding_call,
+    "reversible": reversible_call,
+    "convolution": convolution_call,
+    "depthwise": depthwise_call,
+    "lstm_cell": lstm_cell_call,
+    "gru_cell": gru_cell_call,
+    "simple_cell": simple_cell_call,
+}
+"""By the names that they have in the table of kinds."""
 
 
 def planned_call(base: type[keras.Layer]) -> Function | None:
     """A `call` that applies combined weights by plan, or `None` for a class that has no applier."""
-    for kind, applier in _APPLIERS:
-        if issubclass(base, kind) and base.call is kind.call:
-            call = applier(base)
-            call.__doc__ = base.call.__doc__
-            return call
-    return None
+    name = kind_of(base, "call").applier
+    if not name:
+        return None
+    call = APPLIERS[name](base)
+    call.__doc__ = base.call.__doc__
+    return call
 
 
-__all__ = ["Planner", "applied", "planner_of"]
+__all__ = ["APPLIERS", "applied", "planned_call"]

@@ -18,8 +18,9 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import Unsupported, received
+from tether.kinds import kind_of
 from tether.layers.tying import paths
-from tether.layers.tying.state import View, hang_weights, state_of
+from tether.layers.tying.state import View, hang_weights, slots_of, users
 from tether.layers.tying.swap import swapped
 from tether.layers.tying.tie import weight_of
 from tether.planning.products import products
@@ -31,20 +32,12 @@ from tether.weights.operators.structure import Where
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
 
-_NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (keras.layers.Dense, ("kernel",)),
-    (keras.layers.EinsumDense, ("kernel",)),
-    (keras.layers.Embedding, ("embeddings", "reverse_embeddings")),
-)
-"""The weights that Keras quantises, by the kind of layer."""
-
-
 # --------------------------------------------------------------------------- who asks
 
 
 def quantize_model(model: keras.Model, mode: object, config: object, filters: object) -> None:
     """Quantises the weights of the tied layers in a model: the part of `Model.quantize` that Keras leaves out."""
-    layers = [layer for layer in keras_seam.contained_layers(model) if _is_tied(layer)]
+    layers = [layer for layer in keras_seam.contained_layers(model) if slots_of(layer)]
     asked = [
         layer for layer in layers if keras_seam.passes(layer, filters) and (_own_matrices(layer) or _present(layer))
     ]
@@ -118,13 +111,8 @@ def _quantize(layers: list[keras.Layer], mode: object, config: object, passes: C
         _carry_out({weight: _rounded(weight, mode, block)})
 
 
-def _is_tied(layer: keras.Layer) -> bool:
-    state = state_of(layer)
-    return state is not None and bool(state.slots)
-
-
 def _is_allowed(weight: Weight, passes: Callable[[Any], bool]) -> bool:
-    left_out = [layer.name for layer in _users(weight) if not passes(layer)]
+    left_out = [layer.name for layer in users(weight) if not passes(layer)]
     if left_out:
         warnings.warn(
             f"The weight {weight.name!r} stays as it is: the filters leave out {', '.join(map(repr, left_out))}, which "
@@ -134,18 +122,12 @@ def _is_allowed(weight: Weight, passes: Callable[[Any], bool]) -> bool:
     return not left_out
 
 
-def _users(weight: Weight) -> list[Any]:
-    """The layers with a use of a weight, each once."""
-    found = {id(layer): layer for layer in (use.layer() for use in weight.uses) if layer is not None}
-    return list(found.values())
-
-
 # --------------------------------------------------------------------------- what is quantised
 
 
 def _named(layer: keras.Layer) -> list[Any]:
     """The variables and views of a layer that Keras quantises in a layer of its kind."""
-    names = [name for kind, known in _NAMES if isinstance(layer, kind) for name in known]
+    names = kind_of(type(layer)).of(layer).quantized
     return [variable for variable in paths.own_variables(layer) if variable.name in names]
 
 
@@ -239,12 +221,13 @@ def _inputs(weight: Weight) -> tuple[int, ...]:
 
 def _output_axes(layer: keras.Layer, use: Use, rank: int) -> set[int] | None:
     """The axes of a layer's weight that have one entry for each output channel (of a table: for each row)."""
-    if isinstance(layer, keras.layers.EinsumDense):
-        _, _, kernel = layer.equation.replace(" ", "").partition("->")[0].partition(",")
-        output = layer.equation.replace(" ", "").partition("->")[2]
-        return {axis for axis, letter in enumerate(kernel) if letter in output}
-    if isinstance(layer, keras.layers.Embedding) and use.name.rpartition("/")[2] != "reverse_embeddings":
-        return {0}
+    kind = kind_of(type(layer)).of(layer)
+    name = use.name.rpartition("/")[2]
+    if name not in kind.axes:  # of a subclass: as its main weight
+        name = next(iter(kind.axes), "")
+    axes, scaled = kind.axes.get(name, ""), kind.quantized.get(name)
+    if scaled is not None and len(axes) == rank:
+        return {place for place, letter in enumerate(axes) if letter in scaled}
     return {rank - 1} if rank > 1 else None
 
 
@@ -285,14 +268,13 @@ def _axes_of(shape: Shape, labels: list[tuple[int, int]], wanted: set[int]) -> s
 def _carry_out(found: dict[Weight, Rounded]) -> None:
     """Gives each weight up for its integers."""
     new = {weight: each.expression(weight, str(weight.dtype)) for weight, each in found.items()}
-    layers = {id(layer): layer for weight in new for layer in _users(weight)}
+    layers = {id(layer): layer for weight in new for layer in users(weight)}
     keras_seam.before_change([*new, *layers.values()])
     with swapped([*layers.values(), *new]):
         for weight, expression in new.items():
             weight.become(expression)
         for layer in layers.values():
-            state = state_of(layer)
-            for slot in state.slots if state is not None else ():
+            for slot in slots_of(layer):
                 slot.tie.expression = slot.view.expression
                 slot.tie.quantized = slot.tie.made_by_code and bool(_modes(slot.view.expression))
             hang_weights(layer)
@@ -306,4 +288,4 @@ def _modes(expression: Expression) -> set[str]:
     }
 
 
-__all__ = ["matrices", "quantize_layer", "quantize_model", "quantize_weight"]
+__all__ = ["matrices"]

@@ -6,6 +6,7 @@ as it was.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, Unsupported, as_int, received
+from tether.kinds import Kind, kind_of
 from tether.layers.family.fill import Provenance, Rule, check_rule, describe, filled
 from tether.layers.tying import paths
-from tether.layers.tying.state import View, state_of
+from tether.layers.tying.state import View, numpy_of, state_of, users
 from tether.layers.tying.tied import base_class
 from tether.types import Array
 from tether.weights.expression import Expression, Node, Shape, known_shape
@@ -67,7 +69,7 @@ def resize(
     if model is not None and not isinstance(model, keras.layers.Layer):
         raise TetherError(f"`model` is a Keras model or layer. {received(model=model)}")
     shape, axis, size = _checked(weight, axis, new_size)
-    plan = _Plan(weight, _with_size(shape, axis, size), axis, fill)
+    plan = _Resizing(weight, _with_size(shape, axis, size), axis, fill)
     for use in weight.uses:
         plan.follow(use)
     if model is not None:
@@ -104,7 +106,7 @@ class _Change:
 
 
 @dataclass
-class _Plan:
+class _Resizing:
     """Everything that changes with a weight, and what speaks against it."""
 
     weight: Weight
@@ -123,7 +125,7 @@ class _Plan:
         self._change(self.weight.variable, self.weight.name, self.shape, self.fill, initializer)
 
     def _change(self, variable: keras.Variable, name: str, shape: Shape, rule: object, initializer: object) -> None:
-        present = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)))
+        present = numpy_of(variable)
         value, how = _resized(present, shape, rule, initializer, self.axis)
         self.changes[id(variable)] = _Change(variable, name, value, how)
 
@@ -205,9 +207,8 @@ class _Plan:
         Raises:
             Unsupported: A layer of the model's graph cannot take what it would get.
         """
-        users = [layer for layer in (use.layer() for use in self.weight.uses) if layer is not None]
         resized = [change.variable for change in self.changes.values()]
-        keras_seam.before_change([self.weight, *users], resized=resized, adjusted=model)
+        keras_seam.before_change([self.weight, *users(self.weight)], resized=resized, adjusted=model)
         undo: Undo = []
         try:
             self._carry_out(model, undo)
@@ -227,10 +228,8 @@ class _Plan:
         undo.append(lambda: keras_seam.recognize_variables(optimizer))
         for variable, slot, name in slots:
             if tuple(slot.shape) == tuple(variable.shape):
-                average = "average" in name
-                change = self.changes[id(variable)]
-                present = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(slot)))
-                start = change.value.astype(present.dtype) if average else np.zeros(change.value.shape, present.dtype)
+                made, present = self.changes[id(variable)].value, numpy_of(slot)
+                start = (made if "average" in name else np.zeros_like(made)).astype(present.dtype)
                 _give(slot, filled(present, start, "initializer"), undo)
         for change in self.changes.values():
             before = tuple(change.variable.shape)
@@ -243,9 +242,8 @@ class _Plan:
         before_parts = [(part, part.shape or ()) for part, _ in self.parts]
         undo.append(lambda: take_shapes(before_parts))
         take_shapes(self.parts)
-        for use in self.weight.uses:
-            layer = use.layer()
-            for variable in paths.own_variables(layer) if layer is not None else ():
+        for layer in users(self.weight):
+            for variable in paths.own_variables(layer):
                 if isinstance(variable, View):
                     variable.planner = None
         for setting in self.settings:
@@ -265,7 +263,7 @@ def _plainly(error: Exception) -> str:
 
 
 def _give(variable: keras.Variable, value: Array, undo: Undo) -> None:
-    before = np.array(keras.ops.convert_to_numpy(keras_seam.raw_value(variable)))
+    before = numpy_of(variable)
     undo.append(lambda: keras_seam.give_value(variable, before))
     keras_seam.give_value(variable, value)
 
@@ -290,8 +288,7 @@ def _resized(present: Array, shape: Shape, rule: Any, initializer: object, axis:
         made = keras.initializers.get(initializer or "glorot_uniform")(shape, dtype=str(present.dtype))
         start = np.asarray(keras.ops.convert_to_numpy(made)).astype(present.dtype)
     how: Rule = given if isinstance(given, str) or callable(rule) else "array"
-    value = filled(present, start, given or "zeros")
-    return value, describe(present.shape, shape, how)
+    return filled(present, start, given or "zeros"), describe(present.shape, shape, how)
 
 
 def _from_array(array: Array, present: Array, shape: Shape, axis: int) -> Rule:
@@ -325,106 +322,51 @@ def sizes_of(layer: keras.Layer) -> list[Size]:
     Raises:
         Unsupported: It is of a class whose sizes are not known here, or it is quantised or has Keras's LoRA.
     """
-    base: Any = base_class(type(layer))
+    cls = base_class(type(layer))
     if getattr(layer, "quantization_mode", None) is not None or getattr(layer, "lora_enabled", False):
         raise Unsupported("it is quantised or has Keras's LoRA")
-    for known, described in _KNOWN.items():
-        if isinstance(layer, known) and base.build is known.build:
-            return described(layer)
-    raise Unsupported(f"{base.__name__} does not say which of its settings hold the size")
+    kind = kind_of(cls, "build").of(layer)
+    if not kind.axes:
+        raise Unsupported(f"{cls.__name__} does not say which of its settings hold the size")
+    if "." in kind.quantized.get("kernel", ""):
+        raise Unsupported("its equation has an ellipsis")
+    return [
+        Size(
+            tuple((name, axes.index(letter)) for name, axes in kind.axes.items() if letter in axes),
+            functools.partial(_set_size, layer, kind, letter),
+        )
+        for letter in next(iter(kind.axes.values()))
+        if letter in kind.inputs or letter in kind.settings
+    ]
 
 
-def _setting(layer: keras.Layer, name: str) -> Callable[[int, Undo], None]:
-    def set_it(size: int, undo: Undo) -> None:
-        _replace(layer, name, size, undo)
+def _set_size(layer: keras.Layer, kind: Kind, letter: str, size: int, undo: Undo) -> None:
+    if letter in kind.inputs:
+        _set_input(layer, kind.inputs[letter], size, undo)
+    if letter in kind.settings:
+        name, *place = kind.settings[letter]
+        sizes = getattr(layer, name)
+        new = tuple(size if n is not None and at in place else n for at, n in enumerate(sizes)) if place else size
+        _replace(layer, name, new, undo)
 
-    return set_it
+
+def _set_input(layer: keras.Layer, axis: int, size: int, undo: Undo) -> None:
+    """Tells the layer the size of an axis of its input."""
+    spec, shapes = layer.input_spec, keras_seam.build_shapes(layer)
+    if spec is not None and spec.axes:
+        axes = {at: size if at in (axis, axis % (len(spec.shape or ()) or 1)) else n for at, n in spec.axes.items()}
+        kept = {key: getattr(spec, key) for key in ("dtype", "shape", "ndim", "max_ndim", "min_ndim")}
+        _replace(layer, "input_spec", keras.layers.InputSpec(axes=axes, **kept), undo)
+    if shapes is not None and len(shapes) == 1:
+        ((key, shape),) = shapes.items()
+        undo.append(lambda: keras_seam.set_build_shapes(layer, shapes))
+        keras_seam.set_build_shapes(layer, {key: _with_size(tuple(shape), axis % len(shape), size)})
 
 
 def _replace(layer: keras.Layer, name: str, value: object, undo: Undo) -> None:
     before = getattr(layer, name)
     undo.append(lambda: setattr(layer, name, before))
     setattr(layer, name, value)
-
-
-def _input(layer: keras.Layer, axis: int) -> Callable[[int, Undo], None]:
-    """The size of an axis of the layer's input."""
-
-    def set_it(size: int, undo: Undo) -> None:
-        spec, shapes = layer.input_spec, keras_seam.build_shapes(layer)
-        if spec is not None and spec.axes:
-            axes = {at: size if at in (axis, axis % (len(spec.shape or ()) or 1)) else n for at, n in spec.axes.items()}
-            kept = {key: getattr(spec, key) for key in ("dtype", "shape", "ndim", "max_ndim", "min_ndim")}
-            _replace(layer, "input_spec", keras.layers.InputSpec(axes=axes, **kept), undo)
-        if shapes is not None and len(shapes) == 1:
-            ((key, shape),) = shapes.items()
-            changed = list(shape)
-            changed[axis] = size
-            undo.append(lambda: keras_seam.set_build_shapes(layer, shapes))
-            keras_seam.set_build_shapes(layer, {key: tuple(changed)})
-
-    return set_it
-
-
-def _dense(layer: keras.Layer) -> list[Size]:
-    return [
-        Size((("kernel", 0),), _input(layer, -1)),
-        Size((("kernel", 1), ("bias", 0)), _setting(layer, "units")),
-    ]
-
-
-def _embedding(layer: keras.Layer) -> list[Size]:
-    return [
-        Size((("embeddings", 0), ("reverse_embeddings", 1)), _setting(layer, "input_dim")),
-        Size((("embeddings", 1), ("reverse_embeddings", 0)), _setting(layer, "output_dim")),
-    ]
-
-
-def _convolution(layer: keras.Layer) -> list[Size]:
-    channels = -1 if layer.data_format == "channels_last" else 1
-    out, into = (-2, -1) if "Transpose" in base_class(type(layer)).__name__ else (-1, -2)
-    rank = layer.rank + 2
-    filters = Size((("kernel", out % rank), ("bias", 0)), _setting(layer, "filters"))
-    if getattr(layer, "groups", 1) != 1:
-        return []
-    return [filters, Size((("kernel", into % rank),), _input(layer, channels))]
-
-
-def _einsum(layer: keras.Layer) -> list[Size]:
-    equation = layer.equation.replace(" ", "")
-    if "." in equation:
-        raise Unsupported("its equation has an ellipsis")
-    inputs, _, rest = equation.partition(",")
-    kernel, _, outputs = rest.partition("->")
-    first = min((outputs.index(letter) for letter in layer.bias_axes or ""), default=0)
-
-    def describe(letter: str) -> Size:
-        axes = [("kernel", kernel.index(letter))]
-        if letter in (layer.bias_axes or ""):
-            axes.append(("bias", outputs.index(letter) - first))
-
-        def set_it(size: int, undo: Undo) -> None:
-            if letter in inputs:
-                _input(layer, inputs.index(letter))(size, undo)
-            if letter in outputs[1:]:
-                shape = list(layer.partial_output_shape)
-                at = outputs.index(letter) - 1
-                shape[at] = size if shape[at] is not None else None
-                _replace(layer, "partial_output_shape", tuple(shape), undo)
-
-        return Size(tuple(axes), set_it)
-
-    return [describe(letter) for letter in kernel]
-
-
-_KNOWN: dict[Any, Callable[[Any], list[Size]]] = {
-    keras.layers.Dense: _dense,
-    keras.layers.EinsumDense: _einsum,
-    keras.layers.Embedding: _embedding,
-    **{getattr(keras.layers, f"Conv{rank}D{kind}"): _convolution for rank in (1, 2, 3) for kind in ("", "Transpose")},
-}
-if hasattr(keras.layers, "ReversibleEmbedding"):
-    _KNOWN[keras.layers.ReversibleEmbedding] = _embedding
 
 
 # --------------------------------------------------------------------------- shapes of weights
@@ -444,18 +386,18 @@ def shapes_with(root: Expression, shapes: Mapping[Weight, Shape]) -> list[tuple[
         current = stack[-1]
         operands = current.operands if isinstance(current, Node) else ()
         waiting = [operand for operand in operands if id(operand) not in found]
-        if id(current) not in found and waiting:
+        if waiting:
             stack.extend(waiting)
             continue
         stack.pop()
         if id(current) in found:
             continue
         if isinstance(current, Node):
-            found[id(current)] = current._checked_shape([found[id(operand)] for operand in operands])
+            shape = current._checked_shape([found[id(operand)] for operand in operands])
         else:
-            given = shapes.get(current) if isinstance(current, Weight) else None
-            found[id(current)] = known_shape(current) if given is None else given
-        parts.append((current, found[id(current)]))
+            shape = shapes[current] if isinstance(current, Weight) and current in shapes else known_shape(current)
+        found[id(current)] = shape
+        parts.append((current, shape))
     return parts
 
 
@@ -467,4 +409,4 @@ def take_shapes(parts: list[tuple[Expression, Shape]]) -> None:
             set_slot(part, "_shape", shape)
 
 
-__all__ = ["Size", "Undo", "resize", "shapes_with", "sizes_of", "take_shapes"]
+__all__ = ["resize", "shapes_with", "sizes_of", "take_shapes"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,15 +23,13 @@ Mode = Literal["auto", "materialize", "factored"]
 MODES = ("auto", "materialize", "factored")
 
 
-class _OfThisThread(threading.local):
-    """Reading it is something that `torch.compile` knows: a `ContextVar` would end its graph."""
-
+class _Scope(keras_seam.ThreadScope):
     noted: list[Noted] | None = None
     training: bool | None = None
     mode: Mode = "auto"
 
 
-_scope = _OfThisThread()
+_scope = _Scope()
 
 
 def mode() -> Mode:
@@ -63,11 +60,8 @@ def force(how: Mode) -> Iterator[None]:
     """
     if how not in MODES:
         raise TetherError(f'`force` takes "materialize", "factored" or "auto". {received(how=how)}')
-    before, _scope.mode = _scope.mode, how
-    try:
+    with _scope.set(mode=how):
         yield
-    finally:
-        _scope.mode = before
 
 
 @contextlib.contextmanager
@@ -94,12 +88,8 @@ def cached() -> Iterator[None]:
 def recording(*, training: bool) -> Iterator[list[Any]]:
     """Notes the plans that calls within this scope follow; they are made as if the calls trained, or did not."""
     noted: list[Any] = []
-    before = _scope.noted, _scope.training
-    _scope.noted, _scope.training = noted, training
-    try:
+    with _scope.set(noted=noted, training=training):
         yield noted
-    finally:
-        _scope.noted, _scope.training = before
 
 
 def assumed_training() -> bool | None:

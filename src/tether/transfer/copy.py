@@ -257,7 +257,7 @@ def copy(
     check_rule(fill)
     if source is target:
         raise TetherError(f"The source and the target are the same layer, {source.name!r}.")
-    plan = _Plan(source, fill)
+    plan = _Assignments(source, fill)
     found = paired(source, target, match)
     if all(pair.source is None for pair in found):
         raise UnknownName(
@@ -273,7 +273,7 @@ def copy(
     return plan.report
 
 
-class _Plan:
+class _Assignments:
     """The values to be assigned, all of them computed before the first one is."""
 
     def __init__(self, source: object, rule: Rule) -> None:

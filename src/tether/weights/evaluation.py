@@ -9,9 +9,8 @@ trace. Before a time loop the values that the loop needs are *held*: computed ou
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -27,13 +26,11 @@ _ADVANCED = "_tether_advanced"
 _HELD = object()
 
 
-class _OfThisThread(threading.local):
-    """Reading it is something that `torch.compile` knows: a `ContextVar` would end its graph."""
-
+class _Scope(keras_seam.ThreadScope):
     memory: dict[Any, Any] | None = None
 
 
-_scope = _OfThisThread()
+_scope = _Scope()
 
 
 def evaluate(expression: Expression) -> Tensor:
@@ -110,14 +107,9 @@ def without_what_is_off(expression: Expression) -> Expression:
     return known.without[off]
 
 
-@contextlib.contextmanager
-def remembering() -> Iterator[None]:
+def remembering() -> contextlib.AbstractContextManager[None]:
     """Keeps values that took arithmetic from call to call, until what they were computed from changes."""
-    before, _scope.memory = _scope.memory, {}
-    try:
-        yield
-    finally:
-        _scope.memory = before
+    return _scope.set(memory={})
 
 
 def remembers() -> bool:
@@ -173,10 +165,7 @@ def autocast_dtype() -> str | None:
 
 
 def _call_caches() -> list[dict[Any, Any]]:
-    caches = []
-    for owner in keras_seam.call_owners():
-        caches.append(_of_this_call(owner, _CACHE, dict))
-    return caches
+    return [_of_this_call(owner, _CACHE, dict) for owner in keras_seam.call_owners()]
 
 
 def _of_this_call(owner: keras.Layer, name: str, make: Callable[[], Any]) -> Any:

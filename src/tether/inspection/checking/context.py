@@ -114,8 +114,7 @@ class Context:
     @cached_property
     def tied(self) -> list[tuple[Any, State, ViewSlot]]:
         """Every view of a tied layer."""
-        states = [(layer, state_of(layer)) for layer in self.layers]
-        return [(layer, state, slot) for layer, state in states if state is not None for slot in state.slots]
+        return [(layer, state, slot) for layer in self.layers if (state := state_of(layer)) for slot in state.slots]
 
     @cached_property
     def _readers(self) -> dict[int, list[Any]]:

@@ -16,7 +16,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import UnknownName, Unsupported, received
-from tether.layers.tying.state import STATE, WEIGHTS, state_of
+from tether.layers.tying.state import STATE, WEIGHTS, slots_of
 from tether.weights.weight import Weight
 
 Path = tuple[str, ...]
@@ -115,9 +115,8 @@ def _refuse_in_place(layer: keras.Layer, rest: Path) -> None:
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     """The variables of the layer itself, views included, sub-layers not."""
-    state = state_of(layer)
     found = [variable for variables in keras_seam.variable_lists(layer).values() for variable in variables]
-    return found + ([slot.view for slot in state.slots] if state is not None else [])
+    return found + [slot.view for slot in slots_of(layer)]
 
 
 def holders(layer: keras.Layer, variable: keras.Variable) -> list[Path]:

@@ -202,6 +202,11 @@ def numpy_of(variable: keras.Variable) -> Array:
     return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
+def users(weight: Weight) -> list[Any]:
+    """The layers with a use of a weight, each once."""
+    return list({id(layer): layer for use in weight.uses if (layer := use.layer()) is not None}.values())
+
+
 def stored_variables(variable: keras.Variable) -> list[keras.Variable]:
     """The stored variables behind a variable: itself, or those of a view's weights."""
     if isinstance(variable, View):
@@ -298,6 +303,12 @@ def state_of(layer: keras.Layer) -> State | None:
     """The state of a tied layer, or `None` of any other."""
     found = vars(layer).get(STATE)
     return found if isinstance(found, State) else None
+
+
+def slots_of(layer: keras.Layer) -> list[ViewSlot]:
+    """The places of the views that a layer has; none, if it is not tied."""
+    state = state_of(layer)
+    return [] if state is None else state.slots
 
 
 def ordered_variables(layer: keras.Layer, state: State) -> dict[str, list[Any]]:

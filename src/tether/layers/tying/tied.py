@@ -41,6 +41,7 @@ from tether.layers.tying.state import (
     known_order,
     new_use,
     serializing,
+    slots_of,
     state_of,
     taking,
     view_like,
@@ -238,8 +239,7 @@ class Tied:
 
     def enable_lora(self, *args: Any, **kwargs: Any) -> None:
         """Refused: it would train or freeze what others share."""
-        state = state_of(self)
-        names = ", ".join(slot.view.name for slot in state.slots) if state is not None else ""
+        names = ", ".join(slot.view.name for slot in slots_of(self))
         raise Unsupported(
             f"`enable_lora` on the tied layer {self.name!r} would train or freeze weights that others share "  # type: ignore[attr-defined]
             f"(tied: {names}). Write the low-rank part as an expression: `tether.tie(layer, kernel=w + a @ b)`."
