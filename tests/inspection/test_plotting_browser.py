@@ -219,6 +219,8 @@ def test_the_map_can_be_walked_with_the_keyboard(visit, bert_facts):
     page.keyboard.press("ArrowDown")
     assert page.evaluate(focused) == "logits/bias"  # the others are in closed layers
     page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "shared weights"
+    page.keyboard.press("ArrowDown")
     assert page.evaluate(focused) == "token_embedding"
     page.keyboard.press("Enter")
     assert row(page, "token_embedding;").get_attribute("aria-expanded") == "false"
