@@ -45,7 +45,6 @@ from tether.inspection.plotting.rows import (
     px,
     rows_of,
     scale_of,
-    solid,
     spots_of,
     text,
     use_kind,
@@ -63,9 +62,9 @@ Attributes = dict[str, str | float]
 def _looks(first: Attributes, second: Attributes, *, now_second: bool = False) -> str:
     """Attributes as they are now, and those of the other look that differ."""
     now, other = (second, first) if now_second else (first, second)
-    written = {name: [value if isinstance(value, str) else px(value) for value in (now[name], other[name])] for name in now}
-    shown = " ".join(f'{name}="{value}"' for name, (value, _) in written.items())
-    differing = ";".join(f"{name}={value}" for name, (here, value) in written.items() if here != value)
+    here, there = ({name: v if isinstance(v, str) else px(v) for name, v in look.items()} for look in (now, other))
+    shown = " ".join(f'{name}="{value}"' for name, value in here.items())
+    differing = ";".join(f"{name}={value}" for name, value in there.items() if here[name] != value)
     return shown + (f' data-look="{differing}"' if differing else "")
 
 
@@ -117,7 +116,7 @@ def _entries(facts: Facts) -> list[tuple[str, str]]:
     found = [(_patch(CLASSES[kind]), kind) for kind in KINDS if kind in kinds]
     if any(facts.shared()) or any(use.tied for use in facts.uses):
         found.append((_patch("strong"), "strong: shared or tied"))
-    scale = scale_of(facts)
+    scale = scale_of(facts).of_byte
     rounds = (step * 10**power for power in range(18) for step in (1, 2, 5))
     count = max(itertools.takewhile(lambda count: count * scale <= LINE, rounds), default=1)
     height = count * scale
@@ -210,11 +209,12 @@ def _weights(it: _Map, number: int) -> Iterator[str]:
         if said:
             y = px(it.heights[number].closed / 2)
             yield (
-                f'<g class="sum" aria-hidden="true" data-row="{number}" transform="{_to(0, place.top)}"{_hidden(place.stripe)}>'
+                f'<g class="sum" aria-hidden="true" data-row="{number}" transform="{_to(0, place.top)}"'
+                f"{_hidden(place.stripe)}>"
                 f'<text x="-9" y="{y}" {_shown(row.closed, in_closed=True)}>{text(said)}</text></g>'
             )
         return
-    boxes = [box(solid(weight.bytes, it.scale)) for weight in row.weights]
+    boxes = [box(it.scale.solid(weight.bytes)) for weight in row.weights]
     tall = it.heights[number]
     opened = (tall.open - sum(each.open for each in boxes) - GAP * (len(boxes) - 1)) / 2
     closed = (tall.closed - sum(each.closed for each in boxes)) / 2
@@ -236,9 +236,9 @@ def _sum(it: _Map, number: int, room: int) -> str:
 def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]) -> str:
     """A weight whose box begins so far below the top of its row."""
     facts, kind, place = it.facts, it.kinds[weight.place], it.places[number]
-    drawn = solid(weight.bytes, it.scale)
-    room_for_name = box(drawn)
-    middle = (room_for_name.open - drawn.open) / 2
+    drawn = it.scale.solid(weight.bytes)
+    around = box(drawn)
+    middle = (around.open - drawn.open) / 2
     it.at[weight.place] = (place.top + (at[1] if place.stripe else at[0] + middle), drawn.of(place.stripe))
     uses = facts.uses_of(weight)
     tied = weight.place in it.shared or any(use.tied for use in uses)
@@ -246,7 +246,7 @@ def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]
     if uses and not tied:  # the row beside it says the rest
         name = name.rpartition("/")[2]
     size = human_bytes(weight.bytes)
-    y = room_for_name.open / 2
+    y = around.open / 2
     if drawn.open >= TWO_LINES:
         room = int((LEFT - 14) / CODE)
         label = (
@@ -260,7 +260,7 @@ def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]
             f'<tspan class="note" dx="7">{size}</tspan></text>'
         )
     classes = f"weight {CLASSES[kind]}{' tied' if tied else ''}{' shared' if weight.place in it.shared else ''}"
-    frame = _looks({"height": room_for_name.open, "rx": 2}, {"height": room_for_name.closed, "rx": 0}, now_second=place.stripe)
+    frame = _looks({"height": around.open, "rx": 2}, {"height": around.closed, "rx": 0}, now_second=place.stripe)
     return (
         f'<g id="w{it.numbers[weight.place]}" class="{classes}" role="listitem" data-row="{number}" '
         f'data-bytes="{weight.bytes}" data-at="{px(at[0])} {px(at[1])}" '
@@ -318,13 +318,11 @@ def _heading(it: _Map, number: int, common: str) -> str:
     inner = range(number + 1, row.end)
     weights = [weight for n in inner for weight in it.rows[n].weights]
     uses = sum(it.rows[n].use is not None for n in inner)
+    size = human_bytes(sum(weight.bytes for weight in weights))
     said = [row.path]
     if row.kind:
         said.append(row.kind)
-    said.append(
-        f"{rows.number(uses, 'use')}; {rows.number(len(weights), 'weight')} drawn here, "
-        f"{human_bytes(sum(weight.bytes for weight in weights))}"
-    )
+    said.append(f"{rows.number(uses, 'use')}; {rows.number(len(weights), 'weight')} drawn here, {size}")
     bottom = max((it.places[n].top + it.places[n].height for n in inner), default=place.top)
     closed = heights.closed
     label = _looks({"transform": _to(0, HEADING / 2)}, {"transform": _to(0, closed / 2)}, now_second=row.closed)
@@ -336,13 +334,14 @@ def _heading(it: _Map, number: int, common: str) -> str:
     return (
         f'<g class="heading" role="treeitem" aria-level="{row.depth + 1}" '
         f'aria-expanded="{"false" if row.closed else "true"}" data-stack="{px(it.stacks[number])}" '
-        f'{common}{_hidden(place.stripe)}>'
+        f"{common}{_hidden(place.stripe)}>"
         f'{_title(said)}<rect class="hit" width="{RIGHT}" {hit}/>'
         f'<path class="bracket" {bracket}/>'
         f'<rect class="guide" x="{x + 4}" y="{HEADING - 4:g}" width="1" height="{px(guide)}"/>'
         f'<g class="label" {label}><path class="sign" {sign}/>'
         f'<text x="{x + 14}"><tspan class="name">{text(name)}</tspan>'
-        + (f'<tspan class="note" dx="8">{text(kind)}</tspan>' if kind else "")
+        + (f'<tspan class="note wide" dx="8">{text(kind)}</tspan>' if kind else "")
+        + (f'<tspan class="note narrow" dx="8">{size}</tspan>' if weights and len(size) * PROSE <= left else "")
         + "</text></g></g>"
     )
 
@@ -352,11 +351,12 @@ def _loose(it: _Map, number: int, common: str) -> str:
     row, place = it.rows[number], it.places[number]
     (weight,) = row.weights
     x, y = _indented(row.depth), px(it.heights[number].open / 2)
-    room = int((RIGHT - x) / WIDE)
-    readers = ", ".join(use.where for use in it.facts.uses_of(weight))
+    uses = it.facts.uses_of(weight)
+    readers = f"{rows.number(len(uses), 'use')}: {', '.join(use.layer for use in uses[:8])}" if uses else ""
     size = human_bytes(weight.bytes)
     name = rows.fit_path(rows.name_of(weight), int((RIGHT - x - 8 - PROSE * len(size)) / CODE))
-    by = f'<text class="note wide" x="{x}" y="{y}">{text(rows.fit_end(f"read by {readers}", room))}</text>' if readers else ""
+    readers = text(rows.fit_end(readers, int((RIGHT - x) / WIDE)))
+    by = f'<text class="note wide" x="{x}" y="{y}">{readers}</text>' if readers else ""
     return (
         f'<g class="loose" aria-hidden="true" {common}><g {_shown(place.stripe)}>{by}'
         f'<text class="narrow" x="{x}" y="{y}"><tspan class="name">{text(name)}</tspan>'
@@ -368,7 +368,7 @@ def _use(it: _Map, number: int, use: UseOf, common: str) -> str:
     row, place, heights = it.rows[number], it.places[number], it.heights[number]
     read = [it.facts.weight(at) for at in use.weights]
     kind = kind_of(use, it.facts)
-    drawn = solid(use.bytes, it.scale)
+    drawn = it.scale.solid(use.bytes)
     x, middle = _indented(row.depth), heights.open / 2
     name = rows.attribute_of(use)
     shape = rows.shape(use.shape)
@@ -393,7 +393,8 @@ def _use(it: _Map, number: int, use: UseOf, common: str) -> str:
     tops = [(heights.of(closed) - drawn.of(closed)) / 2 for closed in (False, True)]
     return (
         f'<g class="use {CLASSES[kind]}{" tied" if tied else ""}" role="treeitem" aria-level="{row.depth + 1}" '
-        f'data-bytes="{use.bytes}" data-solid="{px(tops[0])} {px(drawn.open)} {px(tops[1])} {px(drawn.closed)}" {common}>'
+        f'data-bytes="{use.bytes}" {common} '
+        f'data-solid="{px(tops[0])} {px(drawn.open)} {px(tops[1])} {px(drawn.closed)}">'
         f"{_title(rows.use_facts(use, names))}"
         f'<rect class="solid" width="{BAR_OF_USE}" {_solid(tops[0], tops[1], drawn, place.stripe)}/>'
         f'<g {_shown(place.stripe)}><rect class="hit" width="{RIGHT}" height="{px(heights.open)}"/>{label}</g></g>'
@@ -412,7 +413,7 @@ def _ribbons(it: _Map) -> Iterator[str]:
         if use is None:
             continue
         place = it.places[number]
-        height = solid(use.bytes, it.scale).of(place.stripe)
+        height = it.scale.solid(use.bytes).of(place.stripe)
         top = place.top + (place.height - height) / 2
         total = sum(it.facts.weight(at).bytes for at in use.weights)
         part = 0.0
@@ -439,22 +440,28 @@ def _ribbons(it: _Map) -> Iterator[str]:
 MARGIN = 24
 
 
-def page(facts: Facts, title: str) -> str:
-    """The map as one HTML file. Its policy lets it load nothing and run no script but its own."""
-    drawing = draw(facts)
+def page(whole: Facts, shown: Facts, title: str) -> str:
+    """The map as one HTML file. Its policy lets it load nothing and run no script but its own.
+
+    Args:
+        whole: What the totals are of.
+        shown: What is drawn of it.
+        title: What it says on top.
+    """
+    drawing = draw(shown)
+    totals = totals_of(whole, shown)
     style, script = _file("map.css") + _file("page.css"), _file("map.js")
     sizes = {
         "left": LEFT, "bar": BAR, "narrow-bar": NARROW_BAR, "right": RIGHT, "middle": MIDDLE, "heading": HEADING,
         "above": ABOVE, "below": BELOW, "top": drawing.tops[0], "narrow-top": drawing.tops[1],
         "least": NARROWEST, "least-narrow": LEAST_NARROW, "most": WIDEST, "letter": CODE,
     }  # fmt: skip
-    totals = "\n".join(
-        f"<div><dt>{name}</dt><dd>{value} <small>{note}</small></dd></div>" for name, value, note in totals_of(facts)
-    )
     return Template(_file("page.html")).substitute(
         title=text(title),
-        description=text(_description(facts, title)),
-        totals=totals,
+        description=text(_description(shown, title, totals)),
+        totals="\n".join(
+            f"<div><dt>{name}</dt><dd>{value} <small>{note}</small></dd></div>" for name, value, note in totals
+        ),
         style=style,
         style_hash=_hash(style),
         script=script,
@@ -467,32 +474,37 @@ def page(facts: Facts, title: str) -> str:
     )
 
 
-def image(facts: Facts, title: str) -> str:
-    """The map as one SVG file."""
-    drawing = draw(facts, top=84)
+def image(whole: Facts, shown: Facts, title: str) -> str:
+    """The map as one SVG file. The arguments are those of `page`."""
+    drawing = draw(shown, top=84)
+    totals = totals_of(whole, shown)
     width, height = WIDTH + 2 * MARGIN, drawing.height + MARGIN
     frame = f'x="{-MARGIN}" y="{-MARGIN // 2}" width="{width}" height="{height:g}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="map" width="{width}" height="{height:g}" '
         f'viewBox="{-MARGIN} {-MARGIN // 2} {width} {height:g}" role="img" aria-labelledby="title desc">\n'
-        f'<title id="title">{text(title)}</title>\n<desc id="desc">{text(_description(facts, title))}</desc>\n'
+        f'<title id="title">{text(title)}</title>\n<desc id="desc">{text(_description(shown, title, totals))}</desc>\n'
         f'<style>{_file("map.css")}</style>\n<rect class="paper" {frame}/>\n'
         f'<text class="head" y="16">{text(rows.fit_end(title, 84))}</text>\n'
-        f"{_totals(facts)}\n{drawing.svg}\n</svg>\n"
+        f"{_totals(totals)}\n{drawing.svg}\n</svg>\n"
     )
 
 
-def _totals(facts: Facts) -> str:
+Total = tuple[str, str, str]
+"""What of, how much, and a word on it."""
+
+
+def _totals(totals: Sequence[Total]) -> str:
     """The totals as text of a drawing."""
     return "\n".join(
-        f'<g transform="translate({number * WIDTH // 4},44)"><text class="note">{name}</text>'
+        f'<g transform="translate({number * WIDTH // max(len(totals), 4)},44)"><text class="note">{name}</text>'
         f'<text class="total" y="20">{value}<tspan class="note" dx="6">{note}</tspan></text></g>'
-        for number, (name, value, note) in enumerate(totals_of(facts))
+        for number, (name, value, note) in enumerate(totals)
     )
 
 
-def totals_of(facts: Facts) -> list[tuple[str, str, str]]:
-    """The totals: what of, how much, and a word on it."""
+def totals_of(facts: Facts, shown: Facts) -> list[Total]:
+    """The totals of facts, and of what of them is not shown."""
     shared = sum(1 for _ in facts.shared())
     note = rows.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
     found = [("stored", human_bytes(facts.stored_bytes), note)]
@@ -505,11 +517,14 @@ def totals_of(facts: Facts) -> list[tuple[str, str, str]]:
         found.append(("unshared", "unknown", "this file does not say which layers share"))
     if facts.optimizer:
         found.append(("optimizer", human_bytes(facts.optimizer_bytes), "kept beside the weights"))
+    if hidden := len(facts.weights) - len(shown.weights):
+        size = human_bytes(facts.stored_bytes - shown.stored_bytes)
+        found.append(("not drawn", size, f"{rows.number(hidden, 'weight')} not shared"))
     return found
 
 
-def _description(facts: Facts, title: str) -> str:
-    said = ", ".join(f"{name} {value}" for name, value, _ in totals_of(facts))
+def _description(facts: Facts, title: str, totals: Sequence[Total]) -> str:
+    said = ", ".join(f"{name} {value}" for name, value, _ in totals)
     weights, layers = rows.number(len(facts.weights), "stored weight"), rows.number(len(facts.layers), "layer")
     return (
         f"{title}: {said}. On the left are {weights}, as high as their bytes; "

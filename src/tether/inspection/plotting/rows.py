@@ -81,7 +81,9 @@ class _Node:
         if len(nodes) > MOST_OPEN and not self.alike:
             groups = itertools.groupby(nodes, key=lambda node: (node.stem, node.kind, node.tied))
             joined = [node for _, group in groups for node in _joined(list(group))]
-            nodes = joined if len(joined) > 1 or not self.name else nodes  # a layer that has nothing else is their heading
+            nodes = (
+                joined if len(joined) > 1 or not self.name else nodes
+            )  # a layer that has nothing else is their heading
         return nodes[::-1]
 
     @property
@@ -200,9 +202,9 @@ def _layers(facts: Facts, shared: set[str]) -> Iterator[MapRow]:
 def _close(rows: list[MapRow], shared: set[str]) -> None:
     """Closes headings so that about `MOST_OPEN` rows are left.
 
-    Level by level, all headings are opened if there is room. If not, those with ties are, as long as that shows no more
-    than `MOST_OPEN` further rows; or only those where a shared weight is drawn. So twelve equal blocks are open or
-    closed together, and ties are open in a model of a hundred.
+    Level by level, all headings are opened if there is room. If not, from there on those with ties are, as long as
+    that shows no more than `MOST_OPEN` further rows; or only those where a shared weight is drawn. So twelve equal
+    blocks are open or closed together, and ties are open in a model of a hundred.
     """
     ties, sharing = set[int](), set[int]()
     inside: dict[int | None, list[int]] = {}
@@ -218,23 +220,21 @@ def _close(rows: list[MapRow], shared: set[str]) -> None:
                 sharing.add(above)
             above = rows[above].parent
     level = list(inside.get(None, ()))
-    first = shown = len(level)
+    all_are, room = True, MOST_OPEN - len(level)
+
+    def more(headings: list[int]) -> int:
+        return sum(len(inside.get(number, ())) for number in headings)
+
     while level:
-        of_ties = MOST_OPEN + first - shown
-        for chosen, room in (
-            (level, MOST_OPEN - shown),
-            ([number for number in level if number in ties], of_ties),
-            ([number for number in level if number in sharing], of_ties),
-        ):
-            more = sum(len(inside.get(number, ())) for number in chosen)
-            if chosen and more <= room:
-                break
-        else:
-            return
-        for number in chosen:
+        if all_are and more(level) > room:
+            all_are, room = False, MOST_OPEN
+        if not all_are:
+            some = ([number for number in level if number in these] for these in (ties, sharing))
+            level = next((headings for headings in some if more(headings) <= room), [])
+        for number in level:
             rows[number].closed = False
-        shown += more
-        level = [inner for number in chosen for inner in inside.get(number, ()) if rows[inner].heading]
+        room -= more(level)
+        level = [inner for number in level for inner in inside.get(number, ()) if rows[inner].heading]
 
 
 # --------------------------------------------------------------------------- words
@@ -340,7 +340,7 @@ LEAST_NARROW, NARROW_BAR = 340, 18
 """The width of the narrowest map, and of a weight in it."""
 MIDDLE = WIDTH - LEFT - BAR - RIGHT
 """The width of the ribbons, in the static drawing."""
-RIBBON = f"M0 {{a}}C{MIDDLE // 2} {{a}} {MIDDLE // 2} {{c}} {MIDDLE} {{c}}V{{d}}C{MIDDLE // 2} {{d}} {MIDDLE // 2} {{b}} 0 {{b}}Z"
+RIBBON = "M0 {a}CX {a} X {c} W {c}V{d}CX {d} X {b} 0 {b}Z".replace("X", f"{MIDDLE // 2}").replace("W", f"{MIDDLE}")
 """The outline of a ribbon: from `a` to `b` on the side of its weight, from `c` to `d` on that of its use."""
 BELOW = 12
 """Under the last row."""
@@ -362,8 +362,8 @@ def px(value: float) -> str:
 # Where everything is on the map. All of it is computed here. When a layer is closed in the page, its script adds up the
 # heights of the rows that are then open, which the drawing says, and moves each row to its place.
 #
-# Each row has a height when it is open and one when it is closed: that of a closed layer is that of the stack of what is
-# in it, that of another row is its share of the stack. What is solid is to scale, in both.
+# Each row has a height when it is open and one when it is closed: that of a closed layer is that of the stack of what
+# is in it, that of another row is its share of the stack. What is solid is to scale, in both.
 
 
 TALL, TALLEST = 380.0, 190.0
@@ -373,7 +373,8 @@ MOST_A_BYTE = 0.5
 HEADING, LINE = 20.0, 18.0
 """The heights of a heading and of the smallest open row."""
 HAIR = 1.0
-"""What is solid is never less than this, or half of it in a closed layer."""
+"""What is solid is never less than this, or half of it in a closed layer; less if there are so many weights that their
+hairlines would be the most of the map."""
 GAP = 2.0
 """Between weights that are drawn at one row."""
 ABOVE = 4.0
@@ -392,15 +393,26 @@ class Heights:
         return self.closed if closed else self.open
 
 
-def scale_of(facts: Facts) -> float:
-    """How many pixels a byte is drawn as."""
+@dataclass(frozen=True)
+class Scale:
+    """How high bytes are drawn."""
+
+    of_byte: float
+    """Pixels a byte."""
+    hair: float
+    """The least height in a closed layer."""
+
+    def solid(self, count: int) -> Heights:
+        """The heights of so many bytes."""
+        return Heights(max(count * self.of_byte, HAIR), max(count * self.of_byte, self.hair))
+
+
+def scale_of(facts: Facts) -> Scale:
+    """The scale on which the facts are drawn."""
     largest = max(0, *(weight.bytes for weight in facts.weights), *(use.bytes for use in facts.uses))
-    return min(TALL / max(facts.unshared_bytes, 1), TALLEST / max(largest, 1), MOST_A_BYTE)
-
-
-def solid(count: int, scale: float) -> Heights:
-    """The heights of so many bytes."""
-    return Heights(max(count * scale, HAIR), max(count * scale, HAIR / 2))
+    of_byte = min(TALL / max(facts.unshared_bytes, 1), TALLEST / max(largest, 1), MOST_A_BYTE)
+    many = max(len(facts.weights), len(facts.uses), 1)
+    return Scale(of_byte, max(min(HAIR / 2, TALL / 2 / many), 0.01))
 
 
 def box(solid: Heights) -> Heights:
@@ -408,15 +420,15 @@ def box(solid: Heights) -> Heights:
     return Heights(max(solid.open, LINE), solid.closed)
 
 
-def heights_of(rows: Sequence[MapRow], scale: float) -> tuple[list[Heights], list[float]]:
+def heights_of(rows: Sequence[MapRow], scale: Scale) -> tuple[list[Heights], list[float]]:
     """The heights of each row, and for a heading that of the stack that it is when it is closed.
 
     A use is beside the weights that are drawn at it.
     """
     heights, stacks = [], [0.0]
     for row in rows:
-        boxes = [box(solid(weight.bytes, scale)) for weight in row.weights]
-        use = solid(row.use.bytes, scale) if row.use else Heights(0.0, 0.0)
+        boxes = [box(scale.solid(weight.bytes)) for weight in row.weights]
+        use = scale.solid(row.use.bytes) if row.use else Heights(0.0, 0.0)
         heights.append(
             Heights(
                 max(sum(each.open for each in boxes) + GAP * (len(boxes) - 1), use.open, LINE),
