@@ -319,6 +319,7 @@ def _heading(it: _Map, number: int, common: str) -> str:
     weights = [weight for n in inner for weight in it.rows[n].weights]
     uses = sum(it.rows[n].use is not None for n in inner)
     size = human_bytes(sum(weight.bytes for weight in weights))
+    sized = bool(weights) and len(size) * PROSE <= left  # a narrow map has no names and sizes on the left
     said = [row.path]
     if row.kind:
         said.append(row.kind)
@@ -340,8 +341,8 @@ def _heading(it: _Map, number: int, common: str) -> str:
         f'<rect class="guide" x="{x + 4}" y="{HEADING - 4:g}" width="1" height="{px(guide)}"/>'
         f'<g class="label" {label}><path class="sign" {sign}/>'
         f'<text x="{x + 14}"><tspan class="name">{text(name)}</tspan>'
-        + (f'<tspan class="note wide" dx="8">{text(kind)}</tspan>' if kind else "")
-        + (f'<tspan class="note narrow" dx="8">{size}</tspan>' if weights and len(size) * PROSE <= left else "")
+        + (f'<tspan class="note{" wide" * sized}" dx="8">{text(kind)}</tspan>' if kind else "")
+        + (f'<tspan class="note narrow" dx="8">{size}</tspan>' if sized else "")
         + "</text></g></g>"
     )
 
