@@ -11,7 +11,7 @@ from pathlib import Path
 from tether.atomic import written_beside
 from tether.errors import TetherError, Unsupported, received
 from tether.inspection.collect import facts
-from tether.inspection.plotting.drawing import image, page
+from tether.inspection.plotting.pages import image, page
 
 __all__ = ["WeightMap", "plot"]
 

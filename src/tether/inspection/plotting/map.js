@@ -63,7 +63,7 @@ const ribbons = every(".ribbon").map((element) => {
   ribbon.row.ribbons.push(ribbon);
   return ribbon;
 });
-const legend = { looks: every(".legend [data-look], .column"), look: 0 };
+const legend = { looks: every(".legend [data-look], .column[data-look]"), look: 0 };
 
 // Gives elements their other look: their attributes are exchanged for those that the drawing has noted beside them.
 function wear(item, look) {
