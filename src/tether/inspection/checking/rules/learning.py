@@ -389,7 +389,9 @@ def name_misses_alias(context: Context) -> Iterator[Finding]:
 
 def _missed_by_layouts(shared: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
     layouts = keras_seam.layout_map()
-    for path, *others in shared.values() if layouts is not None else ():
+    if layouts is None:
+        return
+    for path, *others in shared.values():
         if any(key == path or re.fullmatch(key, path) for key in layouts):
             continue
         for key in layouts:
