@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import keras
 
@@ -67,14 +67,17 @@ def select(root: keras.Layer, weights: list[Named], pattern: str) -> list[Named]
     return found
 
 
-def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[str, Any]) -> list[tuple[Named, Any]]:
+Change = TypeVar("Change")
+
+
+def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[str, Change]) -> list[tuple[Named, Change]]:
     """The weights that the names and patterns of changes mean, each with its change.
 
     Raises:
         UnknownName: A name or pattern means none.
         TetherError: Two changes are given for one weight.
     """
-    found: dict[str, tuple[Named, Any]] = {}
+    found: dict[str, tuple[Named, Change]] = {}
     for pattern, change in changes.items():
         for weight in select(root, weights, pattern):
             if weight.path in found:
@@ -135,7 +138,7 @@ def tie_what_learns(root: keras.Layer, ties: Mapping[str, Expression], weights: 
     train_only(root, weights, learns, frozen)
 
 
-def layer_pairs(root: keras.Layer, source: object) -> Iterator[tuple[Any, Any]]:
+def layer_pairs(root: keras.Layer, source: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:
     """A layer, and all layers and weights below it, each beside what stands there in a layer that is made alike."""
     waiting, done = [(root, source)], set()
     while waiting:

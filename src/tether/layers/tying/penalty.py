@@ -20,6 +20,10 @@ ALIVE: weakref.WeakSet[Penalty] = weakref.WeakSet()
 """Every penalty of the process: without any, nobody has to look for those that a change ends."""
 
 
+Stated = tuple[Expression, Expression, Expression, tuple[Weight, ...]]
+"""A penalty as a config has it: both expressions, the strength, and the weights that are its own."""
+
+
 class Penalty:
     """`strength * sum((a - b)**2)`.
 
