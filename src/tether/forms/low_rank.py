@@ -9,7 +9,6 @@ scaling: Kalajdzievski 2023 (arXiv:2312.03732); the PiSSA start: Meng et al. 202
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from tether.forms.form import (
     shape_of_base,
     start_value,
 )
+from tether.types import Array
 from tether.weights.expression import Expression, Shape
 
 __all__ = ["low_rank"]
@@ -33,7 +33,9 @@ __all__ = ["low_rank"]
 class LowRank(AddedForm):
     """What `tether.forms.low_rank` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, alpha: float | None, rank_stabilized: bool, start: Any, split: int | None, seed: Any):
+    def __init__(
+        self, rank: int, alpha: float | None, rank_stabilized: bool, start: object, split: int | None, seed: int | None
+    ):
         self.rank, self.alpha, self.rank_stabilized = as_rank(rank), as_alpha(alpha), bool(rank_stabilized)
         self.start, self.split, self.seed = start, split, seed
         if isinstance(start, str) and start not in ("zeros", "pissa"):
@@ -73,7 +75,7 @@ class LowRank(AddedForm):
             product = a @ b
         return product if self.scale == 1.0 else self.scale * product
 
-    def _factors(self, value: Any, rows: Shape, columns: Shape) -> tuple[Any, Any]:
+    def _factors(self, value: Array, rows: Shape, columns: Shape) -> tuple[Array, Array]:
         """The best factors of this rank in the least-squares sense, with singular values shared equally."""
         u, s, v = np.linalg.svd(value.reshape(math.prod(rows), math.prod(columns)), full_matrices=False)
         kept = min(self.rank, len(s))

@@ -51,13 +51,15 @@ class NoTensor:
 
     shape = dtype = property(_refuse)
 
-    def __jax_array__(self) -> Any:
+    def __jax_array__(self) -> object:
         return _Unread(self)
 
     @classmethod
-    def __torch_function__(cls, function: object, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, function: object, types: object, args: object = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         # After this error PyTorch's operators hand over, and its functions raise it.
-        found: list[Any] = [args, *(kwargs or {}).values()]
+        found: list[object] = [args, *(kwargs or {}).values()]
         while found:
             value = found.pop()
             if isinstance(value, NoTensor):
@@ -468,7 +470,11 @@ class StatefulNode(Node):
         raise TypeError(f"{type(self).__name__} does not say how its state goes on.")
 
 
-def _without_operands(root: Expression) -> list[Any]:
+Bare = Expression | tuple[type["Node"], tuple[int, ...], Config]
+"""A step of a program by itself: a leaf, or a node's class, the places of its operands, and its parameters."""
+
+
+def _without_operands(root: Expression) -> list[Bare]:
     """The steps of an expression as leaves, and as nodes that name their operands by place."""
     return [
         (type(step.expression), step.operands, step.expression.parameters)
@@ -478,7 +484,7 @@ def _without_operands(root: Expression) -> list[Any]:
     ]
 
 
-def _rebuild(steps: list[Any]) -> Expression:
+def _rebuild(steps: list[Bare]) -> Expression:
     done: list[Expression] = []
     for step in steps:
         if isinstance(step, Expression):
@@ -570,7 +576,7 @@ def program(root: Expression) -> tuple[Step, ...]:
 
 def _linearize(root: Node) -> tuple[Step, ...]:
     steps: list[Step] = []
-    places: dict[Any, int] = {}  # what a step computes -> its place
+    places: dict[object, int] = {}  # what a step computes -> its place
     done: dict[int, int] = {}  # id of an expression object -> its place
     stack: list[Expression] = [root]
     while stack:
@@ -589,7 +595,7 @@ def _linearize(root: Node) -> tuple[Step, ...]:
         if instead:
             (done[id(current)],) = inputs
             continue
-        key: Any = current
+        key: object = current
         if isinstance(current, Node):
             key = (current.name, inputs, tuple(sorted(current.parameters.items(), key=lambda i: i[0])))
         if key not in places:
@@ -718,10 +724,10 @@ def register(cls: NodeClass) -> NodeClass:
     return cls
 
 
-_sources: list[Callable[[], Any]] = []
+_sources: list[Callable[[], object]] = []
 
 
-def when_unknown(load: Callable[[], Any]) -> None:
+def when_unknown(load: Callable[[], object]) -> None:
     """Has more operators registered when a name is asked for that is not known yet: `load` imports them."""
     _sources.append(load)
 

@@ -21,7 +21,7 @@ from tether import keras_seam
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
 from tether.files.loading.entries import Conflict, Loaded, Report, Rows, difference_of, tolerance_of
 from tether.layers.tying.state import View, shape_of
-from tether.types import Array
+from tether.types import Array, Tensor
 from tether.weights.algebra import as_it_is, base_of, invert, put
 from tether.weights.expression import Expression
 from tether.weights.leaves import numpy_dtype
@@ -39,7 +39,7 @@ RULES = ("error", "first", "mean")
 class Offer:
     """A value that a file has for a target; it is read when it is needed, and again if it is needed again."""
 
-    target: Any
+    target: keras.Variable | Weight
     """A Keras variable, a `tether.Weight`, or a view."""
     source: str
     """What the file calls it."""
@@ -139,7 +139,7 @@ class Assignment:
             self._take_as(each, _Candidate(offer.source, self._part_reader(offer, way, each), offer, None))
         return True
 
-    def _parts(self, offer: Offer, way: _Way) -> dict[Weight, Any]:
+    def _parts(self, offer: Offer, way: _Way) -> dict[Weight, Tensor]:
         view = offer.target
         value = _cast(offer.read(), keras_seam.stored_dtype(view), offer)
         return way(view.expression, keras.ops.convert_to_tensor(value))
@@ -369,7 +369,7 @@ def _mean(name: str, arrays: list[Array]) -> Array:
     return (total / len(arrays)).astype(arrays[0].dtype)
 
 
-def _resolved_by(resolve: Callable[[str, list[Array]], Any], name: str, arrays: list[Array]) -> Array:
+def _resolved_by(resolve: Callable[[str, list[Array]], object], name: str, arrays: list[Array]) -> Array:
     found = np.asarray(resolve(name, [array.copy() for array in arrays]))
     if found.shape != arrays[0].shape or _kind(str(found.dtype)) != _kind(str(arrays[0].dtype)):
         raise ShapeMismatch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -81,7 +80,7 @@ class StoredTie:
         return found.astype(numpy_dtype(self.dtype))
 
 
-def stored_ties(notes: Mapping[str, Any], weights: Mapping[str, Entry]) -> dict[str, StoredTie]:
+def stored_ties(notes: Mapping[str, object], weights: Mapping[str, Entry]) -> dict[str, StoredTie]:
     """The ties that a stranger's file may have noted.
 
     Args:

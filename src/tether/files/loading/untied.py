@@ -7,7 +7,6 @@ import copy
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import keras
 
@@ -125,7 +124,7 @@ def _others_weights(found: list[Position], values: Values) -> set[str]:
     return {place for place in mine.values() if not all(users.get(place, [place not in elsewhere]))}
 
 
-def _by_place(steps: object, places: Mapping[str, str]) -> list[Any]:
+def _by_place(steps: object, places: Mapping[str, str]) -> list[object]:
     """The steps of an expression with places in the file for its weights."""
     if not isinstance(steps, list):
         return []
@@ -287,9 +286,9 @@ def retie(*models: object, resolve: Resolve = "error") -> Report:
     return Report(loaded=tuple(loaded), conflicting=tuple(plan.conflicts))
 
 
-def _joined(models: tuple[keras.Model, ...]) -> dict[str, list[tuple[Any, Weight]]]:
+def _joined(models: tuple[keras.Model, ...]) -> dict[str, list[tuple[keras.Model, Weight]]]:
     """The weights of one origin in different models, by origin."""
-    found: dict[str, list[tuple[Any, Weight]]] = {}
+    found: dict[str, list[tuple[keras.Model, Weight]]] = {}
     for model in models:
         mine: dict[str, Weight] = {}
         for weight in weights_below(model):

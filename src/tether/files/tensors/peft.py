@@ -12,9 +12,9 @@ import os
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import keras
 import numpy as np
@@ -32,7 +32,7 @@ from tether.layers.family.named import Named, named_weights, tie_what_learns
 from tether.layers.tying.state import View
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
-from tether.types import Array
+from tether.types import Array, Config
 from tether.weights.algebra import split_sum
 from tether.weights.expression import Expression
 from tether.weights.leaves import Constant
@@ -132,7 +132,7 @@ def _factor_offer(weight: Weight, entry: Entry) -> Offer:
     return Offer(weight, entry.name, shape, entry.dtype, lambda: np.ascontiguousarray(entry.read().T).reshape(shape))
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+def _read_config(folder: pathlib.Path) -> Config:
     path = folder / CONFIG
     if not path.is_file() or path.stat().st_size > MAX_CONFIG:
         raise TetherError(f"A PEFT adapter is a folder with {CONFIG} and {TENSORS}. {received(folder=str(folder))}")
@@ -159,7 +159,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _of_pattern(config: Mapping[str, Any], kind: str, module: str) -> float:
+def _of_pattern(config: Config, kind: str, module: str) -> float:
     """The rank or alpha of a module: the config's, or that of a pattern that fits the end of its name."""
     default = config["r" if kind == "rank" else "lora_alpha"]
     for pattern, value in (config[f"{kind}_pattern"] or {}).items():
@@ -188,7 +188,7 @@ def _factors(tensors: Mapping[str, Entry]) -> dict[str, tuple[Entry, Entry]]:
     return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 
-def _checked_rank(module: str, a: Entry, b: Entry, config: Mapping[str, Any]) -> int:
+def _checked_rank(module: str, a: Entry, b: Entry, config: Config) -> int:
     rank = _of_pattern(config, "rank", module)
     if not a.shape[0] == b.shape[1] == rank:
         raise InvalidConfig(
@@ -370,7 +370,10 @@ def _taken_apart(part: Expression) -> tuple[float, Weight, Weight] | None:
     return scale, a, b
 
 
-def _commonest(values: Mapping[str, Any]) -> Any:
+AnyHashable = TypeVar("AnyHashable", bound=Hashable)
+
+
+def _commonest(values: Mapping[str, AnyHashable]) -> AnyHashable:
     return Counter(values.values()).most_common(1)[0][0]
 
 

@@ -190,7 +190,7 @@ class Tied:
         for slot in regularized:
             use = slot.view.use
             pair = (use.expression, repr(keras.regularizers.serialize(use.regularizer)))
-            if pair not in counted:
+            if use.regularizer is not None and pair not in counted:
                 counted.add(pair)
                 losses.append(use.regularizer(slot.view.value))
         for penalty in state.penalties:
