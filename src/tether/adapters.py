@@ -44,7 +44,7 @@ from tether.layers.tying.tie import tie, weight_of, weights_of
 from tether.layers.tying.untie import untie
 from tether.types import AnyLayer, Config
 from tether.weights.codec import decode, encode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.identity import sharing
 from tether.weights.operators.arithmetic import StopGradient
 from tether.weights.operators.choice import Adapted
@@ -376,7 +376,7 @@ def _write_file(
     name: str,
     strength: float,
     parts: Mapping[str, Expression],
-    bases: Mapping[str, Sequence[Weight]],
+    bases: Mapping[str, Sequence[Stored]],
 ) -> None:
     """Writes an adapter.
 
@@ -387,7 +387,7 @@ def _write_file(
         parts: What it adds, by the weight's path.
         bases: The weights of what it adds to, by the same paths. Their values are not written.
     """
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Stored] = {}
     for place, part in parts.items():
         of_base = {weight.uid for weight in bases[place]}
         weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})

@@ -12,7 +12,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import NotInvertible, TetherError, UnknownShape, Unsupported, received
 from tether.types import Array, Tensor
-from tether.weights.expression import Expression, Node, NoTensor, Shape, as_expression
+from tether.weights.expression import Expression, Node, NoTensor, Shape, Stored, as_expression
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 from tether.weights.weight import Weight
@@ -242,7 +242,7 @@ def part(
     dtype: str | None = None,
     trainable: bool = True,
     role: str = "part",
-) -> Weight:
+) -> Stored:
     """A weight of a form's own, which stands beside the base: `dense/kernel_lora_a`.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
 import keras
 import numpy as np
@@ -267,7 +267,124 @@ class Expression(NoTensor):
         return tuple(leaf for leaf in leaves(self) if isinstance(leaf, Stored))
 
 
-class Stored(Expression, keras.layers.Layer):
+if TYPE_CHECKING:
+
+    class _TrackedByKeras:
+        """What a type checker is to know of the layer that a weight is, and of `Weight` where that is not known yet.
+
+        Keras's class has bases without types, so that every name would pass for an attribute of a weight.
+        """
+
+        name: str
+        built: bool
+        initializer: Any
+        regularizer: Any
+        constraint: Any
+        uid: str
+        origin: str
+        born: int
+        generation: int
+        autocasts: bool
+        only_named: bool
+        was_used: bool
+        first_initializer: Any
+
+        def __init__(
+            self,
+            shape: object = None,
+            initializer: object = None,
+            *,
+            dtype: str | None = None,
+            trainable: bool = True,
+            name: str | None = None,
+            role: str | None = None,
+        ) -> None: ...
+
+        @property
+        def variable(self) -> keras.Variable: ...
+
+        @property
+        def variables(self) -> list[keras.Variable]: ...
+
+        @property
+        def weights(self) -> list[keras.Variable]: ...
+
+        @property
+        def trainable_variables(self) -> list[keras.Variable]: ...
+
+        @property
+        def non_trainable_variables(self) -> list[keras.Variable]: ...
+
+        @property
+        def path(self) -> str: ...
+
+        @property
+        def role(self) -> str | None: ...
+
+        @property
+        def is_built(self) -> bool: ...
+
+        @property
+        def trainable(self) -> bool: ...
+        @trainable.setter
+        def trainable(self, value: bool) -> None: ...
+
+        @property
+        def trainable_flag(self) -> bool: ...
+
+        @property
+        def became(self) -> Expression | None: ...
+
+        @property
+        def uses(self) -> tuple[Any, ...]: ...
+
+        @property
+        def trainable_weights(self) -> list[keras.Variable]: ...
+
+        @property
+        def non_trainable_weights(self) -> list[keras.Variable]: ...
+
+        def count_params(self) -> int: ...
+
+        def get_config(self) -> Config: ...
+
+        def own_config(self) -> Config: ...
+
+        @classmethod
+        def from_config(cls, config: Config) -> Stored: ...
+
+        def store(self, value: Tensor) -> None: ...
+
+        def give_start(self, shape: Shape, dtype: str, initializer: object, *, path: str | None = None) -> None: ...
+
+        def load_value(self, value: object, loaded: dict[int, str], *, source: str) -> None: ...
+
+        def add_use(self, use: Any) -> None: ...
+
+        def remove_use(self, use: Any) -> None: ...
+
+        def refresh(self, use: Any = None) -> None: ...
+
+        def _free_suffix(self, suffix: str) -> str: ...
+
+        @classmethod
+        def beside(
+            cls,
+            base: Stored | None,
+            suffix: str,
+            start: object,
+            shape: Shape | None = None,
+            *,
+            dtype: str,
+            trainable: bool = True,
+            role: str = "part",
+        ) -> Stored: ...
+
+else:
+    _TrackedByKeras = keras.layers.Layer
+
+
+class Stored(Expression, _TrackedByKeras):
     """A leaf that owns storage; `tether.Weight` is the only one. What is below that class knows it by this name."""
 
 

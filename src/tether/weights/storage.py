@@ -22,7 +22,7 @@ from tether.errors import (
     ValueConflict,
     received,
 )
-from tether.types import Array, Config, Function, Store, Tensor
+from tether.types import Array, Config, Store, Tensor
 from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
 from tether.weights.expression import Expression, Shape, Stored, live_weights, note_replacement, resolved
@@ -65,7 +65,7 @@ class Storage(Stored):
     autocasts: bool
     was_used: bool
     only_named: bool
-    first_initializer: Function | None
+    first_initializer: Any
     _trainable_flag: bool
     _container_flag: bool
     _given_shape: Shape | None

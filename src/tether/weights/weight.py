@@ -246,9 +246,10 @@ class Weight(Storage):
         uid = config.pop("uid")
         scope = scope_of(uid)
         if scope is not None and uid in scope:
-            check_agrees(config, scope[uid])
-            scope[uid].only_named = False
-            return scope[uid]
+            known = cast("Weight", scope[uid])
+            check_agrees(config, known)
+            known.only_named = False
+            return known
         origin, path, initializer = config.pop("origin"), config.pop("path"), config.pop("initializer")
         became, autocasts = config.pop("became", None), config.pop("autocast", True)
         try:

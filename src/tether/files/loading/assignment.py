@@ -23,13 +23,13 @@ from tether.files.loading.entries import Conflict, Loaded, Report, Rows, differe
 from tether.layers.tying.state import View, shape_of
 from tether.types import Array, Tensor
 from tether.weights.algebra import as_it_is, base_of, invert, put
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
 Resolve = str | Callable[[str, list[Array]], Any]
 
-_Way = Callable[[Expression, Any], dict[Weight, Any]]
+_Way = Callable[[Expression, Any], dict[Stored, Any]]
 """From a value of an expression to values of its weights."""
 
 RULES = ("error", "first", "mean")
@@ -39,7 +39,7 @@ RULES = ("error", "first", "mean")
 class Offer:
     """A value that a file has for a target; it is read when it is needed, and again if it is needed again."""
 
-    target: keras.Variable | Weight
+    target: Any
     """A Keras variable, a `tether.Weight`, or a view."""
     source: str
     """What the file calls it."""
@@ -139,12 +139,12 @@ class Assignment:
             self._take_as(each, _Candidate(offer.source, self._part_reader(offer, way, each), offer, None))
         return True
 
-    def _parts(self, offer: Offer, way: _Way) -> dict[Weight, Tensor]:
+    def _parts(self, offer: Offer, way: _Way) -> dict[Stored, Tensor]:
         view = offer.target
         value = _cast(offer.read(), keras_seam.stored_dtype(view), offer)
         return way(view.expression, keras.ops.convert_to_tensor(value))
 
-    def _part_reader(self, offer: Offer, way: _Way, weight: Weight) -> Callable[[], Array]:
+    def _part_reader(self, offer: Offer, way: _Way, weight: Stored) -> Callable[[], Array]:
         def read() -> Array:
             part = keras_seam.on_host(keras_seam.plain_tensor(self._parts(offer, way)[weight]))
             return _cast(np.asarray(part), _dtype_of(weight), offer)

@@ -18,7 +18,7 @@ from tether.layers.tying.state import View, ordered_variables, state_of, stored_
 from tether.layers.tying.tied import own_entries
 from tether.types import Tensor
 from tether.weights.algebra import added_weights, base_of
-from tether.weights.expression import Expression, program
+from tether.weights.expression import Expression, Stored, program
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- positions
@@ -86,7 +86,7 @@ def stored_names(model: keras.Model, named: Sequence[Named] | None = None) -> di
     return found
 
 
-def _owners(model: keras.Model) -> dict[int, Weight]:
+def _owners(model: keras.Model) -> dict[int, Stored]:
     """The shared weights below a model, by their variables' ids."""
     return {id(weight.variable): weight for weight in weights_below(model) if weight.is_built}
 
@@ -243,7 +243,7 @@ def _pairs(mine: Expression, theirs: Expression) -> dict[Weight, Weight]:
     return pairs if len(steps) == len(others) else {}
 
 
-def weights_at(position: Position) -> list[Weight]:
+def weights_at(position: Position) -> list[Stored]:
     """The stored weights behind a position, if it has weights of Tether's."""
     for each in (position.target, position.holder):
         if isinstance(each, Weight):
@@ -251,12 +251,12 @@ def weights_at(position: Position) -> list[Weight]:
     return list(position.target.expression.weights_used()) if isinstance(position.target, View) else []
 
 
-def as_offer(target: keras.Variable | Weight, entry: Entry) -> Offer:
+def as_offer(target: keras.Variable | Stored, entry: Entry) -> Offer:
     """An entry for a target."""
     return Offer(target, entry.name, entry.shape, entry.dtype, entry.read, entry.rows)
 
 
-def _tied_offer(target: keras.Variable | Weight, tie: StoredTie) -> Offer:
+def _tied_offer(target: keras.Variable | Stored, tie: StoredTie) -> Offer:
     source = ", ".join(entry.name for entry in tie.weights.values())
     return Offer(target, f"{source} by the tie of {tie.name}", tie.shape, tie.dtype, tie.read)
 

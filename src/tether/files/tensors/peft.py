@@ -34,7 +34,7 @@ from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
 from tether.types import Array, Config
 from tether.weights.algebra import split_sum
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import Add, MatMul, Multiply, Subtract
 from tether.weights.operators.choice import Adapted
@@ -126,7 +126,7 @@ def load_peft(model: keras.Model, folder: str | os.PathLike[str], *, names: Name
     return Report(loaded=loaded)
 
 
-def _factor_offer(weight: Weight, entry: Entry) -> Offer:
+def _factor_offer(weight: Stored, entry: Entry) -> Offer:
     """PEFT's factor, which is the other way round."""
     shape = tuple(weight.shape or ())
     return Offer(weight, entry.name, shape, entry.dtype, lambda: np.ascontiguousarray(entry.read().T).reshape(shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import keras
 
@@ -33,7 +33,39 @@ from tether.weights.identity import sharing
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
 
+    # Keras's classes have bases without types, so that mypy takes an instance for a class too: as a layer, by default.
+    Heir = TypeVar("Heir", bound=keras.Layer, default=keras.Layer)
+
+
+@overload
+def inherit(
+    parent: keras.Layer,
+    changes: Mapping[str, object] | None = None,
+    /,
+    *,
+    into: type[Heir],
+    share: bool | Sequence[str] = True,
+    match: Mapping[str, str] | None = None,
+    fill: Rule = None,
+    name: None = None,
+    **by_name: object,
+) -> Heir: ...
+@overload
+def inherit(
+    parent: keras.Layer,
+    changes: Mapping[str, object] | None = None,
+    /,
+    *,
+    into: AnyLayer,
+    share: bool | Sequence[str] = True,
+    match: Mapping[str, str] | None = None,
+    fill: Rule = None,
+    name: None = None,
+    **by_name: object,
+) -> AnyLayer: ...
 @overload
 def inherit(
     parent: AnyLayer,
@@ -45,19 +77,6 @@ def inherit(
     match: Mapping[str, str] | None = None,
     fill: Rule = None,
     name: str | None = None,
-    **by_name: object,
-) -> AnyLayer: ...
-@overload
-def inherit(
-    parent: keras.Layer,
-    changes: Mapping[str, object] | None = None,
-    /,
-    *,
-    into: AnyLayer | type[AnyLayer],
-    share: bool | Sequence[str] = True,
-    match: Mapping[str, str] | None = None,
-    fill: Rule = None,
-    name: None = None,
     **by_name: object,
 ) -> AnyLayer: ...
 @overload

@@ -22,8 +22,8 @@ from tether.layers.tying.state import State, View, from_above, ordered_variables
 from tether.types import Array, Function, Store, Tensor
 from tether.weights.algebra import invert, put
 from tether.weights.codec import encode
+from tether.weights.expression import Stored
 from tether.weights.identity import told_by_file
-from tether.weights.weight import Weight
 
 
 class _Recorder(dict[str, Tensor]):
@@ -185,7 +185,7 @@ def take(view: View, array: Array) -> None:
         weight.load_value(keras.ops.convert_to_numpy(part), loaded, source=source)
 
 
-def _parts(view: View, array: Array, loaded: Container[int]) -> dict[Weight, Tensor]:
+def _parts(view: View, array: Array, loaded: Container[int]) -> dict[Stored, Tensor]:
     """The values that a view's weights take: through its inverse, else its base if nothing was loaded for that."""
     value = keras.ops.convert_to_tensor(array)
     with contextlib.suppress(NotInvertible):

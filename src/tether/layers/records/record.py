@@ -22,7 +22,7 @@ from tether.layers.tying.penalty import Penalty, Stated, check
 from tether.layers.tying.state import State, Tie, is_serializing
 from tether.types import Config
 from tether.weights.codec import decode, encode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.identity import mark, scope_of
 from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
@@ -108,7 +108,7 @@ class Record:
 
     ties: dict[str, Expression]
     takes: list[Argument]
-    penalties: list[tuple[Expression, Expression, Expression, tuple[Weight, ...]]]
+    penalties: list[tuple[Expression, Expression, Expression, tuple[Stored, ...]]]
     """Both sides, the strength, and the weights of the penalty's own."""
 
 

@@ -14,7 +14,7 @@ from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.types import Function, Tensor
 from tether.weights.algebra import invert, is_invertible, solve_shape
-from tether.weights.expression import Expression, known_shape
+from tether.weights.expression import Expression, Stored, known_shape
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
 
@@ -71,7 +71,7 @@ def start_from_values(layer: keras.Layer, name: str, expression: Expression, var
 class _Through(keras.initializers.Initializer):
     """Starts a weight so that the expression starts as the layer's own initializer would start its variable."""
 
-    def __init__(self, expression: Expression, weight: Weight, shape: tuple[int, ...], initializer: Function) -> None:
+    def __init__(self, expression: Expression, weight: Stored, shape: tuple[int, ...], initializer: Function) -> None:
         self.expression, self.weight, self.shape, self.initializer = expression, weight, shape, initializer
 
     def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:

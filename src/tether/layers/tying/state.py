@@ -17,7 +17,7 @@ from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.types import Array, Function, Tensor
 from tether.weights.evaluation import evaluate
-from tether.weights.expression import Expression, leaves
+from tether.weights.expression import Expression, Stored, leaves
 from tether.weights.leaves import Argument, bind
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
@@ -349,7 +349,7 @@ def known_order(layer: keras.Layer, state: State) -> list[keras.Variable] | None
 def hang_weights(layer: keras.Layer) -> None:
     """Makes exactly the weights that the layer's views use its sub-layers."""
     state = state_of(layer)
-    wanted: list[Weight] = []
+    wanted: list[Stored] = []
     if state is not None:
         state.orders, state.order = {}, None
         for slot in sorted(state.slots, key=lambda slot: (keras_seam.STORES.index(slot.store), slot.index)):
@@ -374,9 +374,9 @@ def _held_elsewhere(layer: keras.Layer, weight: Weight) -> bool:
     return any(value is weight for name, value in vars(layer).items() if name != WEIGHTS)
 
 
-def weights_below(layer: keras.Layer) -> list[Weight]:
+def weights_below(layer: keras.Layer) -> list[Stored]:
     """The weights in a layer and the layers below it, those of ties that still wait included."""
-    found: dict[int, Weight] = {}
+    found: dict[int, Stored] = {}
     for below in keras_seam.contained_layers(layer):
         state = state_of(below)
         waiting = [] if state is None else [*state.pending.values(), *state.recorded.values()]

@@ -19,7 +19,7 @@ from tether.layers.tying.state import Tie, View, arguments_in, hang_weights, sta
 from tether.layers.tying.swap import Rollback, swapped
 from tether.layers.tying.tied import become_tied, replace, take_arguments, takes_arguments
 from tether.types import AnyLayer
-from tether.weights.expression import Expression, as_expression, resolved
+from tether.weights.expression import Expression, Stored, as_expression, resolved
 from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
 
@@ -217,7 +217,7 @@ def _tie_all(
 GRAPHS = (keras_seam.Functional, keras_seam.Sequential)
 
 
-def penalty_places(model: keras.Model, weights: tuple[Weight, ...]) -> tuple[keras.Layer, keras.Layer | None]:
+def penalty_places(model: keras.Model, weights: tuple[Stored, ...]) -> tuple[keras.Layer, keras.Layer | None]:
     """Who records a penalty of these weights, and the layer that a clone of a graph around it asks, if any."""
     recorder, current = None, model
     while isinstance(current, GRAPHS):
