@@ -20,7 +20,6 @@ import os
 import pathlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import keras
 import numpy as np
@@ -56,7 +55,7 @@ _MERGED = "_tether_merged"
 # --------------------------------------------------------------------------- adding and removing
 
 
-def add(model: AnyLayer, name: str, changes: Mapping[str, Any], /, *, freeze: bool = True) -> AnyLayer:
+def add(model: AnyLayer, name: str, changes: Mapping[str, object], /, *, freeze: bool = True) -> AnyLayer:
     """Adds a named adapter to weights of a model, in place. Its strength is 1.
 
     What was frozen in the model stays frozen, and the adapter learns all the same. A model that has trained has to
@@ -115,13 +114,13 @@ def remove(model: AnyLayer, name: str) -> AnyLayer:
 
 
 def _adapt(
-    model: keras.Model,
+    model: AnyLayer,
     name: str,
     strength: float,
     parts: Mapping[str, Callable[[Expression], Expression]],
     *,
     freeze: bool,
-) -> Any:
+) -> AnyLayer:
     """Adds to weights, by path, the part that a function makes of the weight, all under one strength."""
     found = named_weights(model)
     with Rollback.below(model):
@@ -315,7 +314,7 @@ def save(model: keras.Model, name: str, path: str | os.PathLike[str]) -> None:
     _write_file(target, name, strengths(model)[name], parts, bases)
 
 
-def load(model: keras.Model, path: str | os.PathLike[str], /, *, name: str | None = None, freeze: bool = True) -> Any:
+def load(model: AnyLayer, path: str | os.PathLike[str], /, *, name: str | None = None, freeze: bool = True) -> AnyLayer:
     """Adds the adapter of a file to a model, in place, at the strength that it was saved with.
 
     Args:
@@ -345,7 +344,7 @@ def load(model: keras.Model, path: str | os.PathLike[str], /, *, name: str | Non
 
 
 def _read_part(
-    model: keras.Model, place: str, header: Mapping[str, Any], weights: Mapping[str, Weight], base: Expression
+    model: keras.Model, place: str, header: Config, weights: Mapping[str, Weight], base: Expression
 ) -> Expression:
     """The part that a file has for a weight, with this base in the place of the one that it was made for."""
     uids, own = header["bases"].get(place, []), base.weights_used()
@@ -403,7 +402,7 @@ def _write_file(
     write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
 
 
-def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Weight]]:
+def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tuple[Config, dict[str, Weight]]:
     """Header, and weights by uid, of a file that a stranger may have written.
 
     Args:
@@ -425,7 +424,7 @@ def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tupl
             return header, _weights_of(header, file.entries, taken)
 
 
-def _header(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
+def _header(metadata: Mapping[str, str], path: pathlib.Path) -> Config:
     text = metadata.get("adapter", "")
     if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
         raise InvalidConfig(f"{str(path)!r} holds no adapter of Tether's.")
@@ -460,7 +459,7 @@ def _weights_of(header: Config, tensors: Mapping[str, Entry], taken: Container[s
     return weights
 
 
-def _beside_others(config: Config, taken: Container[str]) -> dict[str, Any]:
+def _beside_others(config: Config, taken: Container[str]) -> Config:
     """The config of a weight with a path that is not taken, and with the same number in its name."""
     path, name = config.get("path"), config.get("name")
     if not isinstance(path, str) or not isinstance(name, str):

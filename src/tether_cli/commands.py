@@ -318,7 +318,7 @@ def _inputs(model: Any, batch: int) -> Any:
     )
 
 
-def _print_json(data: Any) -> None:
+def _print_json(data: object) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 

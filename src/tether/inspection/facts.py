@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 from tether.errors import InvalidConfig, received
 from tether.types import Config
@@ -221,7 +220,7 @@ class Facts:
             raise InvalidConfig(f"These facts are not what `to_json` writes: {error}.") from error
 
 
-def _tuples(entry: Config) -> dict[str, Any]:
+def _tuples(entry: Config) -> Config:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
@@ -239,8 +238,8 @@ class Change:
     """The place of a weight, or the layer and attribute of a use."""
     fact: str
     """Which fact differs: `shape`, `expression`; `present` if one side has nothing there."""
-    before: Any
-    after: Any
+    before: object
+    after: object
 
     def __str__(self) -> str:
         if self.fact == "present":
@@ -301,7 +300,7 @@ def _ties(facts: Facts, by_number: bool) -> dict[str, UseOf]:
     return found
 
 
-def _compared(ties: dict[str, UseOf]) -> dict[str, dict[str, Any]]:
+def _compared(ties: dict[str, UseOf]) -> dict[str, dict[str, object]]:
     return {
         key: {
             "attribute": use.attribute,
@@ -326,8 +325,8 @@ def _slots(facts: Facts) -> dict[str, Config]:
 
 def _of(
     what: str,
-    before: dict[str, dict[str, Any]],
-    after: dict[str, dict[str, Any]],
+    before: dict[str, dict[str, object]],
+    after: dict[str, dict[str, object]],
     names: dict[str, str] | None = None,
 ) -> list[Change]:
     """The changes of things that are compared by a key; `names` are what people call them."""

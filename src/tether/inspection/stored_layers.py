@@ -65,7 +65,7 @@ class StoredValues:
                 self._below.setdefault(above, {})[name] = None
                 self._read_group(place, item)
 
-    def _read_group(self, place: str, group: Any) -> None:
+    def _read_group(self, place: str, group: h5py.Group) -> None:
         if not f"/{place}".endswith("/vars"):
             return
         owner = place.removesuffix("vars").removesuffix("/")
@@ -135,7 +135,7 @@ def owner_of(place: str) -> str:
     return place.rpartition("vars/")[0].removesuffix("/")
 
 
-def written(place: str, graph: Mapping[str, int] | None = None) -> tuple[Any, ...]:
+def written(place: str, graph: Mapping[str, int] | None = None) -> tuple[object, ...]:
     """Orders places as Keras writes them: an object's own entries, then its attributes, private ones last.
 
     Layers of a graph come first and as they are numbered in `graph`, items of another list by the numbers in
@@ -150,7 +150,7 @@ def written(place: str, graph: Mapping[str, int] | None = None) -> tuple[Any, ..
     return tuple(key)
 
 
-def _natural(name: str) -> tuple[Any, ...]:
+def _natural(name: str) -> tuple[object, ...]:
     return tuple((part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name))
 
 
@@ -232,7 +232,7 @@ def _held(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Stored]]:
             yield from _held(entry, (*path, str(key)))
 
 
-def _without_values(record: Any) -> Any:
+def _without_values(record: Any) -> object:
     """A record whose weights start with nothing, so that reading it makes no variable."""
     weights = record.get("weights") if isinstance(record, dict) else None
     if not isinstance(weights, dict):
@@ -314,7 +314,7 @@ class _Reading:
             ties=bool(self.layers or values.notes) and not untold,
         )
 
-    def _rank(self, place: str) -> tuple[Any, ...]:
+    def _rank(self, place: str) -> tuple[object, ...]:
         """Layers as the config has them, within one by the numbers in the names."""
         known = (self.numbers[above] for above in _upwards(place) if above in self.numbers)
         return (next(known, len(self.numbers)), *written(place))
