@@ -34,7 +34,7 @@ from tether.weights.weight import Weight
 class Reader:
     """Who reads a stored variable: a view of it, or a layer that holds it."""
 
-    owner: keras.Layer
+    owner: keras.Layer | View
     where: str
     """The layer and its own name for the weight, or the rest: what reads it and is none of them."""
     expression: str | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -141,7 +141,7 @@ def before_change(
             gate.resized += map(weakref.ref, resized)
 
 
-def _is_concerned(model: keras.Model, changed: dict[int, object], *, again: bool) -> bool:
+def _is_concerned(model: keras.Model, changed: Mapping[int, object], *, again: bool) -> bool:
     """Whether a model has been compiled or traced, contains one of what is changed, and is not known to."""
     attributes = vars(model)
     gate = attributes.get(_GATE)

@@ -37,7 +37,7 @@ class Found:
     """The attribute of the holder that leads to it."""
 
 
-def reached(holder: keras.Layer, known_layers: set[int]) -> Iterator[Found]:
+def reached(holder: keras.Operation, known_layers: set[int]) -> Iterator[Found]:
     """The variables and arrays that a layer, or an operation of a graph, holds or captures, and the layers.
 
     Args:

@@ -143,7 +143,7 @@ class Extended:
 
     def load_own_variables(self, store: Store) -> None:
         """Reads every own variable by name, or by position from a file of the class before it was extended."""
-        parent: keras.Layer = super()
+        parent: Any = super()
         load(
             self,
             store,

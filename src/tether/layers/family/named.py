@@ -151,7 +151,7 @@ def layer_pairs(root: keras.Layer, source: keras.Layer) -> Iterator[tuple[keras.
         waiting.extend((child, below[path]) for path, child in paths.children(layer) if path in below)
 
 
-def take_flags(root: keras.Layer, source: object) -> None:
+def take_flags(root: keras.Layer, source: keras.Layer) -> None:
     """Gives a layer, and all below it, the flags that those of another layer have, which is made alike.
 
     Keras writes a layer's flag into its config, but not the flags of what a layer makes itself, nor those of variables.

@@ -123,7 +123,7 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return found + ([slot.view for slot in state.slots] if state is not None else [])
 
 
-def holders(layer: keras.Layer, variable: keras.Variable) -> list[Path]:
+def holders(layer: keras.Layer, variable: keras.Variable | keras.Layer | Weight) -> list[Path]:
     """The attributes, and places in containers, that hold a variable or sub-layer, public ones first."""
     return _places(layer, [variable]).get(id(variable), [])
 

@@ -437,7 +437,7 @@ def _layers(context: Context) -> Iterator[Finding]:
 
 
 def _variables(context: Context) -> Iterator[Finding]:
-    holders: dict[int, list[keras.Layer]] = {}
+    holders: dict[int, list[tuple[keras.Layer, keras.Variable]]] = {}
     for layer in context.layers:
         for variables in keras_seam.variable_lists(layer).values():
             for variable in variables:

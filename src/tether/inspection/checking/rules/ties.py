@@ -243,7 +243,7 @@ def _read_in(call: Function, parent: type[keras.Layer]) -> set[str]:
     return names | {f"_{name}" for name in names}
 
 
-def _attributes_of_the_parent(layer: keras.Layer, parent: keras.Layer) -> set[str]:
+def _attributes_of_the_parent(layer: keras.Layer, parent: type[keras.Layer]) -> set[str]:
     """What a layer of the parent's class would have after its `build`; some attributes depend on the arguments."""
     drawn = random.getstate()  # initializers without a seed draw one
     try:
