@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-PINS := pyproject.toml $(filter-out requirements/browser.txt requirements/release.txt,$(wildcard requirements/*.txt))
+PINS := pyproject.toml $(filter-out requirements/browser.txt requirements/release.txt requirements/pyright.txt,$(wildcard requirements/*.txt))
 
 BACKENDS := jax torch tensorflow
 # Only `make test BACKEND=jax` narrows a run; a BACKEND that happens to be in the environment does not.
@@ -45,7 +45,7 @@ PYTEST := $(PY) -m pytest --timeout 600
 # More for pytest: make test BACKEND=jax PYTEST_ARGS='-k freeze -x'
 PYTEST_ARGS ?=
 
-.PHONY: help setup browser demo test test-all oldest nightly lint types contracts format bench dist clean distclean
+.PHONY: help setup browser pyright demo test test-all oldest nightly lint types contracts format bench dist clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -89,6 +89,11 @@ $(VENV)/.browser-stamp: requirements/browser.txt | $(VENV)/.test-stamp
 
 $(VENV)/.release-stamp: requirements/release.txt requirements/test.txt | $(PY)
 	@$(PIP) -c requirements/test.txt -r requirements/release.txt
+
+pyright: $(VENV)/.pyright-stamp ## what the slow tests need to ask pyright, the type checker of many editors
+
+$(VENV)/.pyright-stamp: requirements/pyright.txt | $(VENV)/.test-stamp
+	@$(PIP) -r requirements/pyright.txt
 	@touch $@
 
 # ---- run --------------------------------------------------------------------
@@ -124,13 +129,13 @@ endef
 ifeq ($(origin BACKEND),command line)
 test: $(VENV)/.test-stamp
 	$(call on_each_backend)
-test-all: $(VENV)/.test-stamp browser
+test-all: $(VENV)/.test-stamp browser pyright
 	$(call on_each_backend,--run-slow)
 else
 test: lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## lint, types, contracts, tests on three backends and two Keras (BACKEND=jax: one backend's tests only)
 	$(call on_each_backend)
 	$(call on_the_oldest_keras)
-test-all: browser lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
+test-all: browser pyright lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
 	$(call on_each_backend,--run-slow)
 	$(call on_the_oldest_keras,--run-slow)
 endif

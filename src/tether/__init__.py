@@ -5,7 +5,7 @@ expressions name the same stored weight. Combining is an expression that names s
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tether import inspection, ops, weights
 from tether.errors import TetherError
@@ -13,7 +13,7 @@ from tether.layers import Lambda, call, materialize, route, tie, untie, weight_o
 from tether.weights import Expression, Weight, expression, sharing
 
 if TYPE_CHECKING:
-    from tether import adapters, files, forms, transfer
+    from tether import adapters, files, forms, planning, transfer
     from tether.forms.low_rank import low_rank
     from tether.inspection.checking import check
     from tether.inspection.plotting import plot
@@ -70,14 +70,16 @@ _LATER = {
 expression.when_unknown(lambda: importlib.import_module("tether.forms"))
 
 
-def __getattr__(name: str) -> Any:
-    """Imports what is asked for the first time."""
-    if name not in _LATER:
-        raise AttributeError(f"module 'tether' has no attribute {name!r}")
-    module = importlib.import_module(_LATER[name])
-    found = module if module.__name__ == f"tether.{name}" else getattr(module, name)
-    globals()[name] = found
-    return found
+if not TYPE_CHECKING:  # or every name would pass a type checker
+
+    def __getattr__(name: str) -> object:
+        """Imports what is asked for the first time."""
+        if name not in _LATER:
+            raise AttributeError(f"module 'tether' has no attribute {name!r}")
+        module = importlib.import_module(_LATER[name])
+        found = module if module.__name__ == f"tether.{name}" else getattr(module, name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

@@ -120,11 +120,11 @@ class Clock(keras.callbacks.Callback):
         self.tick, self.started = tick, 0.0
         self.seconds: list[float] = []
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Notes when the epoch began."""
         self.started = time.perf_counter()
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Notes how long it took."""
         self.seconds.append(time.perf_counter() - self.started)
         self.tick()
@@ -152,7 +152,7 @@ def is_tied(model: keras.Model) -> bool:
     return len(stored) == 1 and encode.tobytes() == np.ascontiguousarray(decode.T).tobytes()
 
 
-def shares_nothing(a: Any, b: Any) -> bool:
+def shares_nothing(a: keras.Model, b: keras.Model) -> bool:
     """Whether two models have no variable in common."""
     return not {id(variable) for variable in a.weights} & {id(variable) for variable in b.weights}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import keras
 import numpy as np
@@ -20,7 +20,24 @@ Function: TypeAlias = Callable[..., Any]
 Tensor: TypeAlias = Any
 """A tensor of the backend in use, or a symbolic one of Keras."""
 
+Saveable: TypeAlias = keras.Layer | keras.Metric | keras.Optimizer
+"""What Keras writes to a file as an object of its own: the base class that these have in common has no public name."""
+
+
+class Store(Protocol):
+    """Where a layer writes its own variables, or reads them from: a part of a file, or a dict with the same keys."""
+
+    def __setitem__(self, key: str, value: Tensor, /) -> None: ...
+
+    def __getitem__(self, key: str, /) -> Tensor: ...
+
+    def __contains__(self, key: str, /) -> bool: ...
+
+    def keys(self) -> Iterable[str]:
+        """The names of what is in it."""
+
+
 AnyLayer = TypeVar("AnyLayer", bound=keras.Layer)
 """The class of a layer that a function returns as it was given."""
 
-__all__ = ["AnyLayer", "Array", "Config", "Function", "Tensor"]
+__all__ = ["AnyLayer", "Array", "Config", "Function", "Saveable", "Store", "Tensor"]

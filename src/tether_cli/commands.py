@@ -403,7 +403,7 @@ def _source(file: Path, load_it: bool, custom: list[str] | None, *, compile: boo
     return package, load(file, import_custom(custom), compile=compile) if load_it else file
 
 
-def _print_json(data: Any) -> None:
+def _print_json(data: object) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 

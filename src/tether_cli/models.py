@@ -50,13 +50,13 @@ def choose_backend() -> str:
     return os.environ["KERAS_BACKEND"]
 
 
-def import_custom(names: Sequence[str] | None) -> dict[str, Any]:
+def import_custom(names: Sequence[str] | None) -> dict[str, object]:
     """Imports modules of the user's own, from the current folder too; the classes that are named, by their names.
 
     Args:
         names: Each `module`, which registers its classes with Keras, or `module:Class`.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     for name in names or ():
@@ -100,7 +100,7 @@ def _kind_of_folder(path: Path) -> str:
     return " (an unpacked .keras file)" if (path / "config.json").exists() and (path / "metadata.json").exists() else ""
 
 
-def load(path: Path, custom: dict[str, Any], *, compile: bool) -> Any:
+def load(path: Path, custom: dict[str, object], *, compile: bool) -> Any:
     """The model of a `.keras` file, in Keras's safe mode: no code that the file brings is run."""
     import keras
 
@@ -113,7 +113,7 @@ def load(path: Path, custom: dict[str, Any], *, compile: bool) -> Any:
         raise Failed(_why_not(path, error, custom)) from error
 
 
-def _why_not(path: Path, error: Exception, custom: dict[str, Any]) -> str:
+def _why_not(path: Path, error: Exception, custom: dict[str, object]) -> str:
     if "safe_mode=False" in str(error):
         return (
             f"{path} brings Python code of whoever made it (a Lambda layer, or a function), which is not run here. If "
@@ -126,7 +126,7 @@ def _why_not(path: Path, error: Exception, custom: dict[str, Any]) -> str:
     return f"{path} cannot be loaded: {said}"
 
 
-def _names_what_nobody_knows(path: Path, error: Exception, custom: dict[str, Any]) -> bool:
+def _names_what_nobody_knows(path: Path, error: Exception, custom: dict[str, object]) -> bool:
     from tether.errors import TetherError
     from tether.files.keras.archive import contents
     from tether.files.keras.load import missing_names

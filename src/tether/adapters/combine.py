@@ -16,7 +16,7 @@ from tether.forms.form import part, rows_and_columns, start_value
 from tether.forms.low_rank import factors_of, low_rank
 from tether.types import Array
 from tether.weights.codec import decode, encode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.operators.choice import Adapted
 from tether.weights.weight import Weight
 
@@ -163,7 +163,7 @@ def _product(base: Expression, left: Array, right: Array, inputs: int) -> Expres
 def _copied(made: Expression, old: Expression, base: Expression) -> Expression:
     """A part with copies of its own weights; what of it names the base names this base."""
     of_base = dict(zip((weight.uid for weight in old.weights_used()), base.weights_used(), strict=True))
-    copies: dict[str, Weight] = {}
+    copies: dict[str, Stored] = {}
     first = next(iter(base.weights_used()), None)
     for weight in made.weights_used():
         if weight.uid not in of_base:

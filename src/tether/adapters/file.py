@@ -44,7 +44,7 @@ from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
 from tether.types import AnyLayer, Config
 from tether.weights.codec import decode, encode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
@@ -88,7 +88,7 @@ def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
             address = addresses[place]
             _, parts[address] = expression.parts[name]
             bases[address], where[address] = list(expression.base.weights_used()), place
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Stored] = {}
     for address, part in parts.items():
         of_base = {weight.uid for weight in bases[address]}
         weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})

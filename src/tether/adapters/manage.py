@@ -27,7 +27,7 @@ from tether.layers.tying.tie import tie, weights_of
 from tether.layers.tying.untie import untie
 from tether.patterns import Pattern
 from tether.types import AnyLayer
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.operators.arithmetic import StopGradient
 from tether.weights.operators.choice import Adapted, adapted
 from tether.weights.weight import Weight
@@ -151,7 +151,7 @@ def adapt(
     return model
 
 
-def _training(model: keras.Layer) -> list[Weight]:
+def _training(model: keras.Layer) -> list[Stored]:
     """What trains of the adapters that are there."""
     return [weight for own in own_weights(model).values() for weight in own if weight.trainable_flag]
 
@@ -292,9 +292,9 @@ def disabled(model: keras.Layer) -> Iterator[None]:
         set_strengths(model, {name: value for name, value in before.items() if name in names(model)})
 
 
-def own_weights(model: keras.Layer) -> dict[str, list[Weight]]:
+def own_weights(model: keras.Layer) -> dict[str, list[Stored]]:
     """What each adapter may train: the weights that it was added with, but for those that a form has fixed."""
-    found: dict[str, dict[int, Weight]] = {name: {} for name in names(model)}
+    found: dict[str, dict[int, Stored]] = {name: {} for name in names(model)}
     for expression in adapted_weights(model).values():
         base = set(expression.base.weights_used())
         for name, (_, part) in expression.parts.items():

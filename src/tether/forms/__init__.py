@@ -8,12 +8,34 @@ child = tether.inherit(parent, kernel=tether.forms.dora(8))
 layer = tether.tie(keras.layers.Dense(64), kernel=base + tether.low_rank(8))
 ```
 
-A module of this package is a form: what it lists in `__all__` is public here. A new one needs no line
-anywhere else.
+A module of this package is a form: what it lists in `__all__` is public here. A new one needs one line below, for type
+checkers, which do not see what is found in a folder.
 """
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tether.forms.compose import compose as compose
+    from tether.forms.concatenate import concatenate as concatenate
+    from tether.forms.dora import dora as dora
+    from tether.forms.form import AddedForm as AddedForm
+    from tether.forms.form import Form as Form
+    from tether.forms.form import LayerForm as LayerForm
+    from tether.forms.form import ScalingForm as ScalingForm
+    from tether.forms.gate import gate as gate
+    from tether.forms.hadamard import hadamard as hadamard
+    from tether.forms.kronecker import kronecker as kronecker
+    from tether.forms.low_rank import low_rank as low_rank
+    from tether.forms.masked import masked as masked
+    from tether.forms.orthogonal import orthogonal as orthogonal
+    from tether.forms.positive import positive as positive
+    from tether.forms.scale import scale as scale
+    from tether.forms.spectral_norm import spectral_norm as spectral_norm
+    from tether.forms.symmetric import symmetric as symmetric
+    from tether.forms.vera import vera as vera
+    from tether.forms.weight_norm import weight_norm as weight_norm
 
 __all__: list[str] = []
 

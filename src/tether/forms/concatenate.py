@@ -8,7 +8,6 @@ The growing columns of progressive networks: Rusu et al. 2016, "Progressive Neur
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import keras
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from tether import ops
 from tether.errors import Unsupported
 from tether.forms.form import LayerForm, as_rank, kernel_of, part, resized, shape_of_base, units_of
+from tether.types import Function
 from tether.weights.expression import Expression
 
 
@@ -50,7 +50,7 @@ class ConcatenateForm(LayerForm):
         return found
 
 
-def _is_elementwise(activation: Any) -> bool:
+def _is_elementwise(activation: Function | None) -> bool:
     """Whether what an activation gives for some units does not depend on the others: tried on numbers."""
     if activation is None:
         return True

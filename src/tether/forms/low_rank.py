@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
@@ -81,9 +80,9 @@ class LowRank(AddedForm):
         rank: int,
         alpha: float | None,
         rank_stabilized: bool,
-        start: Any,
+        start: object,
         split: int | None,
-        seed: Any,
+        seed: int | None,
         dtype: str | None,
     ) -> None:
         self.stored = as_dtype(dtype)
@@ -131,7 +130,7 @@ class LowRank(AddedForm):
             product = a @ b
         return product if self.scale == 1.0 else self.scale * product
 
-    def _basis(self, value: Any, rows: Shape, columns: Shape) -> tuple[Any, Any]:
+    def _basis(self, value: Array, rows: Shape, columns: Shape) -> tuple[Array, Array]:
         """The first directions of the outputs, made orthonormal, and what the base has in them."""
         q, r = np.linalg.qr(value.reshape(math.prod(rows), math.prod(columns)).T)
         kept = min(self.rank, q.shape[1])
@@ -139,7 +138,7 @@ class LowRank(AddedForm):
         left[:, :kept], right[:kept] = r[:kept].T, q[:, :kept].T
         return left.reshape(*rows, self.rank), right.reshape(self.rank, *columns)
 
-    def _factors(self, value: Any, rows: Shape, columns: Shape) -> tuple[Any, Any]:
+    def _factors(self, value: Array, rows: Shape, columns: Shape) -> tuple[Array, Array]:
         """The best factors of this rank in the least-squares sense, with singular values shared equally."""
         u, s, v = np.linalg.svd(value.reshape(math.prod(rows), math.prod(columns)), full_matrices=False)
         kept = min(self.rank, len(s))

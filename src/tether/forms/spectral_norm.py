@@ -29,7 +29,7 @@ from tether.forms.form import (
     widened,
 )
 from tether.types import Config, Tensor
-from tether.weights.expression import Expression, Shape, StatefulNode, Term, register
+from tether.weights.expression import Expression, Shape, StatefulNode, Stored, Term, register
 from tether.weights.weight import Weight
 
 __all__ = ["spectral_norm"]
@@ -66,7 +66,7 @@ class SpectralNorm(Float32Node, StatefulNode):
             raise InvalidConfig("The vectors of a spectral norm are weights, which a training call can advance.")
         return matrix
 
-    def advance(self, *values: Tensor) -> dict[Weight, Tensor]:
+    def advance(self, *values: Tensor) -> dict[Stored, Tensor]:
         """Some rounds of the power iteration."""
         matrix, u, v = (keras.ops.stop_gradient(widened(value)) for value in values)
         for _ in range(self.parameters["iterations"]):
@@ -122,9 +122,9 @@ class SpectralNormForm(Form):
             u = u / max(float(np.linalg.norm(u)), self.epsilon)
             v = matrix @ u
             v = v / max(float(np.linalg.norm(v)), self.epsilon)
-        state = (part(base, name, start, trainable=False, role="state") for name, start in (("u", u), ("v", v)))
+        left, right = (part(base, name, start, trainable=False, role="state") for name, start in (("u", u), ("v", v)))
         normed = SpectralNorm(
-            as_matrix(base, rows, columns), *state, iterations=self.iterations, epsilon=float(self.epsilon)
+            as_matrix(base, rows, columns), left, right, iterations=self.iterations, epsilon=float(self.epsilon)
         )
         return from_matrix(normed, rows, columns)
 

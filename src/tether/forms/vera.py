@@ -8,7 +8,6 @@ Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation" (arXiv:2310.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import keras
 import numpy as np
@@ -24,6 +23,7 @@ from tether.forms.form import (
     rows_and_columns,
     shape_of_base,
 )
+from tether.types import Config
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
@@ -62,7 +62,7 @@ class Vera(AddedForm):
         if self._bases is None:
             self.size = (n, m)
             start = [keras.initializers.HeUniform(None if self.seed is None else self.seed + k) for k in (0, 1)]
-            kept: dict[str, Any] = {"dtype": part_dtype(base), "trainable": False, "role": "fixed"}
+            kept: Config = {"dtype": part_dtype(base), "trainable": False, "role": "fixed"}
             self._bases = (
                 Weight((n, self.rank), start[0], name="vera_bases.a", **kept),
                 Weight((self.rank, m), start[1], name="vera_bases.b", **kept),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 from tether.errors import InvalidConfig, received
 from tether.types import Config
@@ -247,7 +246,7 @@ def shown_by(view: Callable[[Facts], str]) -> None:
     _VIEWS["html"] = view
 
 
-def _tuples(entry: Config) -> dict[str, Any]:
+def _tuples(entry: Config) -> Config:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
@@ -265,8 +264,8 @@ class Change:
     """The place of a weight, or the layer and attribute of a use."""
     fact: str
     """Which fact differs: `shape`, `expression`; `present` if one side has nothing there."""
-    before: Any
-    after: Any
+    before: object
+    after: object
 
     def __str__(self) -> str:
         if self.fact == "present":
@@ -327,7 +326,7 @@ def _ties(facts: Facts, by_number: bool) -> dict[str, UseOf]:
     return found
 
 
-def _compared(ties: dict[str, UseOf]) -> dict[str, dict[str, Any]]:
+def _compared(ties: dict[str, UseOf]) -> dict[str, dict[str, object]]:
     return {
         key: {
             "attribute": use.attribute,
@@ -352,8 +351,8 @@ def _slots(facts: Facts) -> dict[str, Config]:
 
 def _of(
     what: str,
-    before: dict[str, dict[str, Any]],
-    after: dict[str, dict[str, Any]],
+    before: dict[str, dict[str, object]],
+    after: dict[str, dict[str, object]],
     names: dict[str, str] | None = None,
 ) -> list[Change]:
     """The changes of things that are compared by a key; `names` are what people call them."""

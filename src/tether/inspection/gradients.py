@@ -34,7 +34,7 @@ from tether.weights.weight import Weight
 class Reader:
     """Who reads a stored variable: a view of it, or a layer that holds it."""
 
-    owner: keras.Layer
+    owner: keras.Layer | View
     where: str
     """The layer and its own name for the weight, or the rest: what reads it and is none of them."""
     expression: str | None = None
@@ -62,7 +62,7 @@ def readers(model: object) -> dict[int, list[Reader]]:
     return {variable: list(of_variable.values()) for variable, of_variable in found.items()}
 
 
-def _reads(layer: keras.Layer) -> Iterator[tuple[Any, Any, str, str | None]]:
+def _reads(layer: keras.Layer) -> Iterator[tuple[keras.Variable, keras.Layer | View, str, str | None]]:
     """What one layer reads by itself: the variable, who it is that reads, the layer's name for it, the expression."""
     for slot in slots_of(layer):
         for variable in stored_variables(slot.view):
@@ -102,13 +102,13 @@ class _HandedOut(keras.StatelessScope):
                     return self._tensors[key, id(reader)]
         return self._tensors.get((key, None))
 
-    def _at_work(self) -> Iterator[Any]:
+    def _at_work(self) -> Iterator[keras.Layer | View]:
         view = getattr(self._here, "view", None)
         if view is not None:
             yield view
         yield from keras_seam.running_layers()
 
-    def read(self, view: View, part: Expression, how: Callable[[Expression], Any] | None = None) -> Tensor:
+    def read(self, view: View, part: Expression, how: Callable[[Expression], Tensor] | None = None) -> Tensor:
         """In the place of `View.read`: notes who reads."""
         arguments = (part,) if how is None else (part, how)
         before = getattr(self._here, "view", None)
@@ -139,7 +139,7 @@ class Shares:
     gradients: tuple[Tensor | None, ...]
 
 
-def shares(model: Any, loss_of: Callable[[], Tensor]) -> tuple[float, list[Shares]]:
+def shares(model: keras.Layer, loss_of: Callable[[], Tensor]) -> tuple[float, list[Shares]]:
     """The value of a loss, and its gradient to each variable of a model that trains, by reader.
 
     Args:
@@ -149,7 +149,7 @@ def shares(model: Any, loss_of: Callable[[], Tensor]) -> tuple[float, list[Share
     known = readers(model)
     keys: list[tuple[int, int | None]] = []
     values: list[Tensor] = []
-    asked: list[tuple[Any, list[Reader]]] = []
+    asked: list[tuple[keras.Variable, list[Reader]]] = []
     for variable in model.trainable_variables:
         found = known.get(id(variable), [])
         split = [*found, ELSEWHERE] if len(found) > 1 else found or [ELSEWHERE]
@@ -400,7 +400,7 @@ def gradients(model: object, x: Tensor, y: Tensor = None, *, loss: Loss | None =
 # --------------------------------------------------------------------------- the batch and the loss
 
 
-def _tensors(batch: object, name: str) -> Any:
+def _tensors(batch: object, name: str) -> Tensor:
     def tensor(value: Tensor) -> Tensor:
         if keras.ops.is_tensor(value):
             return value
@@ -422,7 +422,7 @@ def _count(batch: object) -> int | None:
     return None if first is None else first.shape[0]
 
 
-def _loss_of(model: Any, x: Tensor, y: Tensor, loss: Loss | None) -> tuple[str, Callable[[Any], Tensor]]:
+def _loss_of(model: keras.Layer, x: Tensor, y: Tensor, loss: Loss | None) -> tuple[str, Callable[[Tensor], Tensor]]:
     """A loss in words, and as a function of the outputs."""
     compiled = keras_seam.has_compiled_loss(model)
     if loss is not None:
@@ -439,7 +439,7 @@ def _loss_of(model: Any, x: Tensor, y: Tensor, loss: Loss | None) -> tuple[str, 
     return "the mean square of the outputs", lambda y_pred: _with_own(model, _mean_square(y_pred))
 
 
-def _own(model: Any, x: Tensor, y_pred: Tensor) -> Tensor:
+def _own(model: keras.Layer, x: Tensor, y_pred: Tensor) -> Tensor:
     if not _has_own_loss(model) and not model.losses:
         raise TetherError(
             f"{model.name!r} was compiled without a loss, and no layer of it adds one. Give one here: a function of "
@@ -448,7 +448,7 @@ def _own(model: Any, x: Tensor, y_pred: Tensor) -> Tensor:
     return keras_seam.training_loss(model, x, None, y_pred)
 
 
-def _has_own_loss(model: Any) -> bool:
+def _has_own_loss(model: keras.Layer) -> bool:
     return type(model).compute_loss is not keras.Model.compute_loss
 
 
@@ -463,7 +463,7 @@ def _checked(value: Tensor) -> Tensor:
     return value
 
 
-def _with_own(model: Any, value: Tensor) -> Tensor:
+def _with_own(model: keras.Layer, value: Tensor) -> Tensor:
     """The mean of a loss, and what the model adds."""
     total = keras.ops.mean(value)
     for own in model.losses:
@@ -520,7 +520,7 @@ def _cosine(products: Array, norms: Array, a: int, b: int) -> Cosine:
     return float(np.clip(products[a, b] / (norms[a] * norms[b]), -1.0, 1.0))
 
 
-def _plain(value: Tensor) -> Any:
+def _plain(value: object) -> object:
     """What `asdict` gives, with lists for tuples and `None` for what JSON has no number for."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

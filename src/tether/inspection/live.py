@@ -14,7 +14,7 @@ from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
 from tether.layers.tying.paths import holders
 from tether.layers.tying.state import shape_of, slots_of, stored_variables
 from tether.layers.tying.tied import base_class
-from tether.types import Config
+from tether.types import Config, Tensor
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- the facts of a model
@@ -107,9 +107,9 @@ def _weights(
             )
 
 
-def _in_order(model: Any) -> list[Any]:
+def _in_order(model: keras.Layer) -> list[keras.Layer]:
     """The layers of a model, each once, a layer before its parts, and these as they were made."""
-    found: dict[int, Any] = {}
+    found: dict[int, keras.Layer] = {}
     stack = [model]
     while stack:
         layer = stack.pop()
@@ -210,7 +210,7 @@ def _slots(
     return found
 
 
-def _dtype(value: Any) -> str:
+def _dtype(value: keras.Variable | Tensor) -> str:
     """The dtype of what is stored, as a file has it."""
     if isinstance(value, keras.Variable):
         return keras_seam.held_dtype(value)
@@ -237,7 +237,7 @@ class Aliases(Mapping[str, tuple[str, ...]]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def find(self, pattern: str) -> list[Any]:
+    def find(self, pattern: str) -> list[keras.Variable]:
         """The stored variables of which some name matches a regular expression (searched, not anchored)."""
         search = re.compile(pattern).search
         return [self._variables[path] for path, names in self._names.items() if any(map(search, names))]
@@ -246,7 +246,7 @@ class Aliases(Mapping[str, tuple[str, ...]]):
         return f"Aliases({self._names!r})"
 
 
-def unique_paths(model: Any) -> dict[int, str]:
+def unique_paths(model: keras.Layer) -> dict[int, str]:
     """The path of each stored variable by its id; where several have one, the later ones with a number."""
     found: dict[int, str] = {}
     taken: set[str] = set()
@@ -256,7 +256,7 @@ def unique_paths(model: Any) -> dict[int, str]:
     return found
 
 
-def aliases(model: Any) -> Aliases:
+def aliases(model: keras.Layer) -> Aliases:
     """Every name under which a model's stored variables are known.
 
     An optimizer or a layout map that goes by names sees only the path of the stored variable. A user of
@@ -289,7 +289,7 @@ def aliases(model: Any) -> Aliases:
 # Each stored variable once: what an optimizer has to be given.
 
 
-def unique(variables: Iterable[keras.Variable]) -> list[Any]:
+def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
     """The stored variables of a list, each once, in the order in which they first appear.
 
     `a.trainable_weights + b.trainable_weights` lists a shared weight twice, and an optimizer that is
@@ -304,7 +304,7 @@ def unique(variables: Iterable[keras.Variable]) -> list[Any]:
     optimizer.apply(gradients, variables)
     ```
     """
-    found: dict[int, Any] = {}
+    found: dict[int, keras.Variable] = {}
     for variable in variables:
         for stored in stored_variables(variable):
             found.setdefault(id(stored), stored)

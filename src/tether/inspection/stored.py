@@ -13,7 +13,7 @@ from tether.files.tensors.safetensors import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
 from tether.inspection.stored_layers import NOTE, StoredValues, noted_ties, stored_facts, stored_layers
 from tether.weights.codec import decode
-from tether.weights.expression import known_shape
+from tether.weights.expression import Stored, known_shape
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
@@ -79,7 +79,7 @@ def _ties_over(weights: dict[str, StoredWeight], note: str, name: str) -> dict[s
         raise InvalidConfig(f"The note in {name!r} names tensors that the file has. {received(weights=named)}")
     with sharing():
         known = {uid: Weight(weights[key].shape, dtype=weights[key].dtype, name=key) for uid, key in named.items()}
-    places = {known[uid]: key for uid, key in named.items()}
+    places: dict[Stored, str] = {known[uid]: key for uid, key in named.items()}
     found = {}
     for where, tie in ties.items():
         expression = decode(tie["steps"], known)

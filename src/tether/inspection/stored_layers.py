@@ -21,7 +21,7 @@ from tether.layers.tying.state import WEIGHTS
 from tether.layers.tying.tied import KEY
 from tether.types import Config
 from tether.weights.codec import decode
-from tether.weights.expression import Expression, known_shape, live_weights
+from tether.weights.expression import Expression, Stored, known_shape, live_weights
 from tether.weights.identity import sharing
 from tether.weights.weight import Weight
 
@@ -65,7 +65,7 @@ class StoredValues:
                 self._below.setdefault(above, {})[name] = None
                 self._read_group(place, item)
 
-    def _read_group(self, place: str, group: Any) -> None:
+    def _read_group(self, place: str, group: h5py.Group) -> None:
         if not f"/{place}".endswith("/vars"):
             return
         owner = place.removesuffix("vars").removesuffix("/")
@@ -135,7 +135,7 @@ def owner_of(place: str) -> str:
     return place.rpartition("vars/")[0].removesuffix("/")
 
 
-def written(place: str, graph: Mapping[str, int] | None = None) -> tuple[Any, ...]:
+def written(place: str, graph: Mapping[str, int] | None = None) -> tuple[object, ...]:
     """Orders places as Keras writes them: an object's own entries, then its attributes, private ones last.
 
     Layers of a graph come first and as they are numbered in `graph`, items of another list by the numbers in
@@ -150,7 +150,7 @@ def written(place: str, graph: Mapping[str, int] | None = None) -> tuple[Any, ..
     return tuple(key)
 
 
-def _natural(name: str) -> tuple[Any, ...]:
+def _natural(name: str) -> tuple[object, ...]:
     return tuple((part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name))
 
 
@@ -178,7 +178,7 @@ class StoredLayer:
     all_train: bool = False
     """Whether it is known that all of its variables train if the layer does."""
     record: Record | None = None
-    held: tuple[tuple[str, Weight], ...] = ()
+    held: tuple[tuple[str, Stored], ...] = ()
     """The weights that its config holds, by their keys: attributes of a layer of somebody's own."""
 
 
@@ -224,7 +224,7 @@ def _configs(value: Any) -> Iterator[Config]:
             yield from _configs(entry)
 
 
-def _held(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Weight]]:
+def _held(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Stored]]:
     for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(entry, dict) and entry.get("registered_name") == WEIGHT:
             yield "/".join((*path, str(key))), Weight.from_config(_bare(entry.get("config")))
@@ -232,7 +232,7 @@ def _held(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Weight]]:
             yield from _held(entry, (*path, str(key)))
 
 
-def _without_values(record: Any) -> Any:
+def _without_values(record: Any) -> object:
     """A record whose weights start with nothing, so that reading it makes no variable."""
     weights = record.get("weights") if isinstance(record, dict) else None
     if not isinstance(weights, dict):
@@ -265,7 +265,7 @@ _MOST = 10_000
 """More variables than a layer has of its own: weights that it holds come after them."""
 
 
-def stored_facts(name: str, values: StoredValues, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> Facts:
+def stored_facts(name: str, values: StoredValues, layers: dict[str, StoredLayer], known: dict[str, Stored]) -> Facts:
     """The facts of what a file holds, and of what a config says of it.
 
     Args:
@@ -280,15 +280,15 @@ def stored_facts(name: str, values: StoredValues, layers: dict[str, StoredLayer]
 class _Reading:
     """Uses and weights of one file, found step by step."""
 
-    def __init__(self, values: StoredValues, layers: dict[str, StoredLayer], known: dict[str, Weight]) -> None:
+    def __init__(self, values: StoredValues, layers: dict[str, StoredLayer], known: dict[str, Stored]) -> None:
         self.values, self.layers = values, layers
         self.known = dict(known)
         self.numbers = {place: number for number, place in enumerate(layers)}
         self.uses: list[tuple[str, int, UseOf]] = []
         """The place of a layer, the number of a variable in it, and the use."""
-        self.held: list[tuple[str, str, Weight]] = []
+        self.held: list[tuple[str, str, Stored]] = []
         """The places of layers that hold weights as attributes, the attribute and the weight."""
-        self.weights: dict[str, Weight] = {}
+        self.weights: dict[str, Stored] = {}
         """The weights that ties name, by their places."""
 
     def facts(self, name: str) -> Facts:
@@ -314,7 +314,7 @@ class _Reading:
             ties=bool(self.layers or values.notes) and not untold,
         )
 
-    def _rank(self, place: str) -> tuple[Any, ...]:
+    def _rank(self, place: str) -> tuple[object, ...]:
         """Layers as the config has them, within one by the numbers in the names."""
         known = (self.numbers[above] for above in _upwards(place) if above in self.numbers)
         return (next(known, len(self.numbers)), *written(place))
@@ -338,7 +338,7 @@ class _Reading:
     # ------------------------------------------------------------------ ties
 
     def _read_ties(self, held: list[str]) -> None:
-        users: dict[Weight, list[str]] = {}
+        users: dict[Stored, list[str]] = {}
         recorded = list(self._recorded(users))
         noted = list(self._noted(users))
         places = self._find(users, held)
@@ -358,7 +358,7 @@ class _Reading:
                 self._add_tie(place, attribute, expression, places)
         self._read_held(users, places)
 
-    def _recorded(self, users: dict[Weight, list[str]]) -> Iterator[tuple[str, str, Expression]]:
+    def _recorded(self, users: dict[Stored, list[str]]) -> Iterator[tuple[str, str, Expression]]:
         """The ties in configs: the place of the layer, what of the path is left from there, the expression."""
         for recorder, layer in self.layers.items():
             for attribute, weight in layer.held:
@@ -376,7 +376,7 @@ class _Reading:
                     users.setdefault(weight, []).append(place)
                 yield place, "/".join([*left, attribute]), expression
 
-    def _noted(self, users: dict[Weight, list[str]]) -> Iterator[tuple[str, str, Expression, str]]:
+    def _noted(self, users: dict[Stored, list[str]]) -> Iterator[tuple[str, str, Expression, str]]:
         """The ties in notes: the place of the layer, the key of the missing entry, the expression, its dtype."""
         values = self.values
         for uid, entry in values.uids.items():
@@ -391,7 +391,7 @@ class _Reading:
                     users.setdefault(weight, []).append(place)
                 yield place, key, expression, tie["dtype"]
 
-    def _find(self, users: dict[Weight, list[str]], held: list[str]) -> dict[Weight, str]:
+    def _find(self, users: dict[Stored, list[str]], held: list[str]) -> dict[Stored, str]:
         """The places of weights: on a layer that reads them, or where a layer of somebody's own holds them."""
         by_name: dict[str, list[str]] = {}
         for place in held:
@@ -416,7 +416,7 @@ class _Reading:
                 taken.add(chosen)
         return found
 
-    def _read_held(self, users: dict[Weight, list[str]], places: dict[Weight, str]) -> None:
+    def _read_held(self, users: dict[Stored, list[str]], places: dict[Stored, str]) -> None:
         """The uses of weights that layers hold as attributes, unless they hold them to tie them to what is below."""
         known = {(holder, weight) for holder, _, weight in self.held}
         for place, weight in self.weights.items():
@@ -447,7 +447,7 @@ class _Reading:
         place: str,
         attribute: str | None,
         expression: Expression,
-        places: dict[Weight, str],
+        places: dict[Stored, str],
         *,
         dtype: str | None = None,
         number: int | None = None,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
@@ -33,7 +33,7 @@ def summary(
     *,
     shared_only: bool = False,
     width: int | None = None,
-    print_fn: Callable[[str], Any] | None = None,
+    print_fn: Callable[[str], object] | None = None,
 ) -> Summary:
     """Prints what a model stores: each weight once, under it the uses, and what sharing saves.
 

@@ -94,6 +94,7 @@ from tether.keras_seam.layers import (
     variable_lists,
 )
 from tether.keras_seam.memory import (
+    Snapshot,
     is_concrete,
     is_random,
     is_same_snapshot,
@@ -187,6 +188,7 @@ __all__ = [
     "Functional",
     "KerasSaveable",
     "Sequential",
+    "Snapshot",
     "StoredChange",
     "ThreadScope",
     "Variable",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 from keras import backend as _backend
@@ -16,7 +16,7 @@ from tether.types import Function, Tensor
 _set_keras_mask = private("keras.src.backend.common.masking.set_keras_mask", "A mask from an Embedding applied by plan")
 
 
-def call_owners() -> list[Any]:
+def call_owners() -> list[object]:
     """The objects that live as long as the calls in progress, innermost first: places for values computed once a call.
 
     A stateless call has its scope, any other the context of its outermost layer. JAX's time loop opens
@@ -63,12 +63,12 @@ def call_parameters(layer: keras.Layer) -> list[str]:
     return list(layer.call_signature_parameters)
 
 
-def trace_token() -> Any:
+def trace_token() -> object:
     """Something equal as long as values may be passed on without crossing a trace of the backend."""
     return _trace_token()
 
 
-def _make_trace_token() -> Callable[[], Any]:
+def _make_trace_token() -> Callable[[], object]:
     name = _backend.backend()
     if name == "jax":
         try:
@@ -91,7 +91,7 @@ def _make_trace_token() -> Callable[[], Any]:
 _trace_token = _make_trace_token()
 
 
-def _make_mutations() -> Callable[[Any], int]:
+def _make_mutations() -> Callable[[Tensor], int]:
     if _backend.backend() == "torch":
         return lambda tensor: tensor._version
     return lambda tensor: 0
@@ -161,7 +161,7 @@ def is_traced(value: Tensor) -> bool:
     return False
 
 
-def _make_is_sparse() -> Callable[[Any], bool]:
+def _make_is_sparse() -> Callable[[Tensor], bool]:
     name = _backend.backend()
     if name == "tensorflow":
         import tensorflow as tf
@@ -203,7 +203,7 @@ class _Traced(keras.Operation):
         self.function = function
         self.error: Exception | None = None
 
-    def call(self, *specs: object) -> Any:
+    def call(self, *specs: object) -> object:
         """Runs the function. Keras puts an error of its own around one that is raised: it is kept."""
         try:
             return self.function(*specs)
@@ -211,7 +211,7 @@ class _Traced(keras.Operation):
             self.error = error
             raise
 
-    def output_spec(self, *specs: object) -> Any:
+    def output_spec(self, *specs: object) -> object:
         try:
             return self.compute_output_spec(*specs)
         except Exception:
@@ -220,7 +220,11 @@ class _Traced(keras.Operation):
             raise
 
 
-def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], None]:
+Refusal = Callable[[Any], NoReturn]
+"""What raises for an object that is looked into."""
+
+
+def _make_refuse_to_be_looked_into() -> Callable[[type, Refusal], None]:
     name = keras.backend.backend()
     if name == "torch":
         from torch.utils import _pytree as torch_tree
@@ -229,7 +233,7 @@ def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], N
 
     import optree
 
-    def with_optree(cls: type, refuse: Callable[[Any], Any]) -> None:
+    def with_optree(cls: type, refuse: Refusal) -> None:
         optree.register_pytree_node(cls, refuse, _nothing_was_flattened, namespace="keras")
 
     if name != "jax":
@@ -237,14 +241,14 @@ def _make_refuse_to_be_looked_into() -> Callable[[type, Callable[[Any], Any]], N
 
     import jax
 
-    def with_jax(cls: type, refuse: Callable[[Any], Any]) -> None:
+    def with_jax(cls: type, refuse: Refusal) -> None:
         with_optree(cls, refuse)
         jax.tree_util.register_pytree_node(cls, refuse, _nothing_was_flattened)
 
     return with_jax
 
 
-def _nothing_was_flattened(*_: object) -> Any:
+def _nothing_was_flattened(*_: object) -> NoReturn:
     raise TypeError("There is nothing to put together again.")
 
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TypeVar
 
 import keras
 from keras import backend as _backend
@@ -25,7 +25,7 @@ from keras import backend as _backend
 from tether.keras_seam.frames import OF_LAYERS, methods, nested
 from tether.keras_seam.layers import contained_layers
 from tether.keras_seam.variables import numbered
-from tether.types import Config
+from tether.types import Function, Tensor
 
 # --------------------------------------------------------------------------- what is alive
 
@@ -35,9 +35,9 @@ _AT_A_TIME = 20_000
 """Objects that are looked at before it is asked whether all have been seen."""
 
 _layers: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
-_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+_optimizers: weakref.WeakSet[keras.Optimizer] = weakref.WeakSet()
 """What has been seen, of what is alive."""
-_orphans: dict[int, weakref.WeakSet[Any]] = {}
+_orphans: dict[int, weakref.WeakSet[FunctionType]] = {}
 """Functions made for something that nobody finds, by the ids of their codes: it is gone, and a part of it is held."""
 
 
@@ -80,7 +80,7 @@ def see(*found: object) -> None:
                     tell(one)
 
 
-told_of_models: list[Callable[[Any], None]] = []
+told_of_models: list[Callable[[keras.Model], None]] = []
 """What is called with each model that is seen for the first time."""
 
 
@@ -125,7 +125,7 @@ def _find_orphans() -> None:
         (of_code.discard if id(function) in owned else of_code.add)(function)
 
 
-def _tests_of(one: object) -> list[Any]:
+def _tests_of(one: keras.Layer | keras.Optimizer) -> list[Function]:
     """The functions by which a layer or optimizer sorts its attributes."""
     tracker = vars(one).get("_tracker")
     tests = [test for test, _ in tracker.config.values()] if tracker is not None else []
@@ -162,8 +162,8 @@ class StoredChange:
     """What a layer stored before a change and stores after it, as Keras variables."""
 
     layer: keras.Layer
-    before: Sequence[Any]
-    after: Sequence[Any]
+    before: Sequence[keras.Variable]
+    after: Sequence[keras.Variable]
 
 
 def list_parameters_again(changes: Iterable[StoredChange]) -> None:
@@ -188,21 +188,25 @@ def list_parameters_again(changes: Iterable[StoredChange]) -> None:
             _list_again(module, change, stored[id(module)])
 
 
-def without_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def without_parameters(modules: dict[Key, Value]) -> dict[Key, Value]:
     """A copy of a module's parts by name (of any dict), without its list of parameters: that is always made anew."""
     return {key: value for key, value in modules.items() if key != LIST}
 
 
-def only_parameters(modules: dict[Any, Any]) -> dict[Any, Any]:
+def only_parameters(modules: dict[Key, Value]) -> dict[Key, Value]:
     """The list of parameters alone: what `without_parameters` leaves out."""
     return {key: value for key, value in modules.items() if key == LIST}
 
 
-_modules: weakref.WeakSet[Any] = weakref.WeakSet()
+_modules: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
 """The modules that are known to list parameters."""
-_listing: dict[int, weakref.WeakSet[Any]] = {}
+_listing: dict[int, weakref.WeakSet[keras.Layer]] = {}
 """Those that list each parameter, by its id."""
-_below: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+_below: weakref.WeakKeyDictionary[keras.Layer, set[int]] = weakref.WeakKeyDictionary()
 """The layers below a module, by id, as they were last found."""
 
 
@@ -212,11 +216,11 @@ def _note(module: keras.Layer) -> None:
         _listing.setdefault(id(parameter), weakref.WeakSet()).add(module)
 
 
-def _listing_of(variable: keras.Variable) -> weakref.WeakSet[Any]:
+def _listing_of(variable: keras.Variable) -> weakref.WeakSet[keras.Layer]:
     return _listing.get(id(variable._value), weakref.WeakSet())
 
 
-def _may_follow(change: StoredChange) -> list[Any]:
+def _may_follow(change: StoredChange) -> list[keras.Layer]:
     """The modules that may have to follow a change: those that list what the layer stored; any, if that is nothing."""
     if not change.before:
         return [module for module in _modules if module is not change.layer]
@@ -224,10 +228,10 @@ def _may_follow(change: StoredChange) -> list[Any]:
     return [module for module in found.values() if module is not change.layer]
 
 
-def _parameters(module: keras.Layer) -> dict[str, Any]:
+def _parameters(module: keras.Layer) -> dict[str, Tensor]:
     """The parameters that a module lists, by path."""
     listed = module._modules.get(LIST)
-    found: dict[str, Any] = {} if listed is None else listed._parameters
+    found: dict[str, Tensor] = {} if listed is None else listed._parameters
     return found
 
 
@@ -277,7 +281,7 @@ def _list_again(module: keras.Layer, change: StoredChange, stored: set[int]) -> 
             _listing.setdefault(id(variable._value), weakref.WeakSet()).add(module)
 
 
-def _paths_of(variable: keras.Variable, parameters: Config) -> list[str]:
+def _paths_of(variable: keras.Variable, parameters: dict[str, Tensor]) -> list[str]:
     """The paths under which a parameter is listed: as a rule its own, or with a number."""
     if parameters.get(variable.path) is variable._value:
         return [variable.path]

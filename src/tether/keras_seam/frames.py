@@ -24,7 +24,7 @@ from keras.layers import SpectralNormalization as _SpectralNormalization
 
 from tether.errors import Unsupported
 from tether.keras_seam.private import KerasSaveable, is_missing, unpickle
-from tether.types import Function
+from tether.types import Function, Saveable
 
 
 def code_of(function: Function) -> CodeType:
@@ -95,7 +95,7 @@ def _class_with_method(frame: FrameType, name: str) -> type | None:
     first = _first_local(frame)
     for cls in (first if isinstance(first, type) else type(first)).__mro__:
         method = vars(cls).get(name)
-        function: Any = getattr(method, "__func__", method)  # of a classmethod
+        function = getattr(method, "__func__", method)  # of a classmethod
         function = inspect.unwrap(function) if callable(function) else None
         if inspect.isfunction(function) and function.__code__ is code:
             return cls
@@ -109,7 +109,7 @@ def _is_copying(frame: FrameType) -> bool:
     return isinstance(cls, type) and issubclass(cls, KerasSaveable)
 
 
-def _making(frame: FrameType) -> Any:
+def _making(frame: FrameType) -> Saveable | None:
     """The Keras object whose own constructor or `build` a frame runs, if it runs one."""
     if _class_with_method(frame, "__init__") is None and _class_with_method(frame, "build") is None:
         return None
@@ -129,7 +129,7 @@ def _outermost(matches: Callable[[FrameType], bool]) -> FrameType | None:
     return found
 
 
-def _namespace(frame: FrameType | None, key: str) -> dict[Any, Any] | None:
+def _namespace(frame: FrameType | None, key: str) -> dict[str, Any] | None:
     if frame is None:
         return None
     return frame.f_locals.setdefault(key, {})
@@ -197,12 +197,12 @@ def _copying_of(frame: FrameType) -> Copying:
 # --------------------------------------------------------------------------- what is read and written
 
 
-def loading_scope() -> dict[Any, Any] | None:
+def loading_scope() -> dict[str, Any] | None:
     """A dict that lives as long as the load of weights in progress: the innermost, a constructor may load by itself."""
     return _namespace(_innermost(lambda frame: frame.f_code in _LOADING), ".tether.loading")
 
 
-def saving_scope() -> dict[Any, Any] | None:
+def saving_scope() -> dict[str, Any] | None:
     """A dict that lives as long as the write of a `.keras` archive in progress.
 
     Its key `"root"` holds the model being saved.
@@ -214,7 +214,7 @@ def saving_scope() -> dict[Any, Any] | None:
     return namespace
 
 
-def losses_scope() -> dict[Any, Any] | None:
+def losses_scope() -> dict[str, Any] | None:
     """A dict that lives as long as one read of the outermost `Layer.losses`."""
     return _namespace(_outermost(lambda frame: frame.f_code in _LOSSES), ".tether.losses")
 
@@ -251,7 +251,7 @@ def refuse_spectral_normalization(view: keras.Variable) -> None:
             )
 
 
-def maker(exclude: object) -> keras.Layer | None:
+def maker(exclude: object) -> Saveable | None:
     """The outermost Keras object whose own `__init__` or `build` is running, if any, other than `exclude`."""
     found = None
     for frame in _frames():

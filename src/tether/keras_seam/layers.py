@@ -6,10 +6,11 @@ import contextlib
 import functools
 import inspect
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 from keras import Layer as _Layer
@@ -18,6 +19,7 @@ from keras import backend as _backend
 
 from tether.keras_seam.frames import _frames, _is_tracing, _namespace, code_of
 from tether.keras_seam.private import Functional, is_missing, of_this_thread, private, private_method, to_snake_case
+from tether.types import Function, Tensor
 
 # --------------------------------------------------------------------------- lists and trackers
 # Layers: what they track, hold and list.
@@ -61,7 +63,7 @@ def is_locked(layer: keras.Layer) -> bool:
 STORES = ("trainable_variables", "non_trainable_variables")
 
 
-def variable_lists(layer: keras.Layer) -> dict[str, list[Any]]:
+def variable_lists(layer: keras.Layer) -> dict[str, list[keras.Variable]]:
     """The layer's own variables, by the tracker's store: the order in which Keras lists and saves them."""
     return {store: getattr(layer, f"_{store}") for store in STORES}
 
@@ -76,7 +78,7 @@ def counts(layer: keras.Layer) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def listed_variables(layer: keras.Layer, lists: dict[str, list[Any]]) -> Iterator[None]:
+def listed_variables(layer: keras.Layer, lists: dict[str, list[keras.Variable]]) -> Iterator[None]:
     """Shows other lists of own variables to the layer's save and load methods."""
     before = variable_lists(layer)
     for store, variables in lists.items():
@@ -105,7 +107,7 @@ def shield_tracker(layer: keras.Layer, ignored: type) -> None:
         if getattr(test, "ignores", None) is ignored:
             continue
 
-        def shielded(value: object, test: Callable[[Any], bool] = test) -> bool:
+        def shielded(value: object, test: Callable[[object], bool] = test) -> bool:
             return not isinstance(value, ignored) and test(value)
 
         shielded.ignores = ignored  # type: ignore[attr-defined]
@@ -128,7 +130,7 @@ _BOOKKEEPING = {
 }  # fmt: skip
 
 
-def attributes(layer: keras.Layer) -> list[tuple[str, Any]]:
+def attributes(layer: keras.Layer) -> list[tuple[str, object]]:
     """The attributes that the layer's author set, the same on every backend."""
     own = {
         name: value for name, value in vars(layer).items() if name not in _BOOKKEEPING and not name.startswith("_self_")
@@ -154,9 +156,9 @@ def untrack_layer(layer: keras.Layer, sublayer: object) -> None:
     layer._tracker.untrack(sublayer)
 
 
-def set_untracked(layer: keras.Layer, name: str, value: object) -> None:
+def set_untracked(holder: object, name: str, value: object) -> None:
     """Sets an attribute that neither Keras nor the backend must track."""
-    object.__setattr__(layer, name, value)
+    object.__setattr__(holder, name, value)
 
 
 def forget_attribute(layer: keras.Layer, name: str) -> None:
@@ -171,10 +173,13 @@ def is_default(method: object) -> bool:
     return bool(getattr(method, "_is_default", False))
 
 
-def mark_like(function: Any, other: object) -> Any:
+AnyFunction = TypeVar("AnyFunction", bound=Function)
+
+
+def mark_like(function: AnyFunction, other: object) -> AnyFunction:
     """Keeps Keras's mark of a method that was not overridden (`get_config` made from `__init__`)."""
     if is_default(other):
-        function._is_default = True
+        function._is_default = True  # type: ignore[attr-defined]
     return function
 
 
@@ -215,7 +220,7 @@ def contained_layers(layer: keras.Layer) -> list[keras.Layer]:
 # Models looked at from outside: graphs, attributes, optimizers.
 
 
-def calls_in_graph(model: keras.Model) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def calls_in_graph(model: keras.Model) -> list[tuple[keras.Operation, tuple[object, ...], dict[str, object]]]:
     """The calls in the graph of a functional or sequential model, inputs first: what is called, and its arguments."""
     graph = model._functional if isinstance(model, Sequential) else model
     if not isinstance(graph, Functional):
@@ -225,7 +230,7 @@ def calls_in_graph(model: keras.Model) -> list[tuple[Any, tuple[Any, ...], dict[
     return [(node.operation, node.arguments.args, node.arguments.kwargs) for node in nodes]
 
 
-def graph_outputs(model: keras.Model) -> list[Any]:
+def graph_outputs(model: keras.Model) -> list[keras.Operation]:
     """What makes each output of a functional or sequential model: a layer or an operation."""
     graph = model._functional if isinstance(model, Sequential) else model
     return [o._keras_history.operation for o in graph.outputs] if isinstance(graph, Functional) else []
@@ -239,7 +244,7 @@ _OF_MODELS = {
 }  # fmt: skip
 
 
-def own_attributes(layer: keras.Layer) -> list[tuple[str, Any]]:
+def own_attributes(layer: keras.Layer) -> list[tuple[str, object]]:
     """The attributes of a layer that are not those of any layer, or of any model that was compiled."""
     common = _common_attributes()
     return [(name, value) for name, value in attributes(layer) if name not in common]
@@ -251,17 +256,17 @@ def _common_attributes() -> frozenset[str]:
     return frozenset({*vars(_Layer(name="layer")), *vars(keras.Model(name="model")), *_OF_MODELS})
 
 
-def inner_optimizer(optimizer: keras.Optimizer) -> Any:
+def inner_optimizer(optimizer: keras.Optimizer) -> keras.Optimizer:
     """The optimizer that a loss scale is around, or the optimizer itself."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def optimized_variables(optimizer: keras.Optimizer) -> list[Any]:
+def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
     """The variables that an optimizer was built with, as often as it was given them."""
     return list(getattr(inner_optimizer(optimizer), "_trainable_variables", None) or ())
 
 
-def decay_pattern(optimizer: keras.Optimizer) -> Any:
+def decay_pattern(optimizer: keras.Optimizer) -> re.Pattern[str] | None:
     """The pattern of names that are excluded from weight decay, if there is one: it is searched for in `name`."""
     return getattr(inner_optimizer(optimizer), "_exclude_from_weight_decay_pattern", None)
 
@@ -272,7 +277,7 @@ def is_excluded_from_decay(optimizer: keras.Optimizer, variable: keras.Variable)
     return optimizer._var_key(variable) in (getattr(optimizer, "_exclude_from_weight_decay", None) or ())
 
 
-def layout_map() -> Any:
+def layout_map() -> keras.distribution.LayoutMap | None:
     """The layouts by path of the distribution in force, if it has any."""
     return getattr(keras.distribution.distribution(), "_layout_map", None)
 
@@ -281,7 +286,7 @@ def layout_map() -> Any:
 # A loss, computed by somebody else than `fit`.
 
 
-def running_layers() -> Iterator[Any]:
+def running_layers() -> Iterator[keras.Layer]:
     """The layers whose calls are in progress on this thread, innermost first."""
     for scope in reversed(of_this_thread("name_scope_stack") or ()):
         if isinstance(scope.caller, _Layer):
@@ -293,7 +298,7 @@ def has_compiled_loss(model: keras.Model) -> bool:
     return getattr(model, "_compile_loss", None) is not None
 
 
-def training_loss(model: keras.Model, x: object, y: object, y_pred: object) -> Any:
+def training_loss(model: keras.Model, x: object, y: object, y_pred: object) -> Tensor:
     """The compiled loss and the model's own losses, as a training step adds them up."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, training=True)
 

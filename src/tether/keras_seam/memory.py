@@ -11,13 +11,13 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import keras
 import ml_dtypes
 import numpy
 from keras import Layer as _Layer
 from keras import backend as _backend
+from numpy.typing import DTypeLike
 
 from tether.keras_seam.calls import is_traced
 from tether.keras_seam.frames import _first_local, _frames
@@ -28,6 +28,11 @@ from tether.types import Array, Function, Tensor
 
 # --------------------------------------------------------------------------- values in memory
 
+
+Snapshot = tuple[Tensor, object]
+"""A tensor, and what tells whether it was written to since: a count, or its memory."""
+Rows = Callable[[Array, int], None]
+"""Fills an array with the rows of a value from a place on."""
 
 SMALL, PART = 1 << 20, 1 << 22
 """Bytes of a value that is stored as a whole, and of one part of a larger one."""
@@ -68,14 +73,14 @@ def _lent_by_tensorflow(tensor: Tensor) -> memoryview:
     return memoryview(tensor)
 
 
-def _aligned(shape: tuple[int, ...], dtype: str, make: Function = numpy.empty) -> Tensor:
+def _aligned(shape: tuple[int, ...], dtype: DTypeLike, make: Function = numpy.empty) -> Tensor:
     size = numpy.dtype(dtype).itemsize * math.prod(shape)
     memory = make(size + ALIGNED, "uint8")
     first = -memory.ctypes.data % ALIGNED
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _filled_by_hand(tensor: Tensor, dtype: str) -> Array:
+def _filled_by_hand(tensor: Tensor, dtype: DTypeLike) -> Array:
     """An array in which a new tensor of TensorFlow's, that nobody has read, can be written to."""
     lent = numpy.asarray(_lent_by_tensorflow(tensor))
     address, _ = lent.__array_interface__["data"]
@@ -92,7 +97,7 @@ def _given_to_tensorflow(array: Array) -> Tensor:
     return tf.bitcast(tensor, "bfloat16") if bits else tensor
 
 
-def _can_be_given(dtype: str) -> bool:
+def _can_be_given(dtype: DTypeLike) -> bool:
     name = numpy.dtype(dtype).name
     return name == "bfloat16" or numpy.dtype(name).isbuiltin == 1  # TensorFlow makes no float8 of other bits
 
@@ -118,11 +123,11 @@ _BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 """Dtypes that NumPy has only by an extension, which PyTorch does not know, and integers as large."""
 
 
-def _make_on_host() -> Callable[[Any], Any]:
+def _make_on_host() -> Callable[[Tensor], Array]:
     name = _backend.backend()
     if name == "tensorflow":
 
-        def of_tensorflow(value: Tensor) -> Tensor:
+        def of_tensorflow(value: Tensor) -> Array:
             read = value.read_value() if hasattr(value, "read_value") else value
             if "CPU" not in read.device:
                 return read.numpy()
@@ -132,7 +137,7 @@ def _make_on_host() -> Callable[[Any], Any]:
     if name == "torch":
         import torch
 
-        def of_torch(value: Tensor) -> Tensor:
+        def of_torch(value: Tensor) -> Array:
             value = value.detach().cpu()
             name = str(value.dtype).removeprefix("torch.")
             if name not in _BITS:
@@ -141,7 +146,7 @@ def _make_on_host() -> Callable[[Any], Any]:
 
         return of_torch
 
-    def of_jax(value: Tensor) -> Tensor:
+    def of_jax(value: Tensor) -> Array:
         import jax
 
         if any(device.platform != "cpu" for device in value.devices()):
@@ -155,11 +160,11 @@ on_host = _make_on_host()
 """A tensor as a NumPy array; it shares the memory of one that lies in the processor's."""
 
 
-def _make_snapshot() -> Callable[[Any], Any]:
+def _make_snapshot() -> Callable[[Tensor], Snapshot]:
     name = _backend.backend()
     if name == "tensorflow":
 
-        def of_tensorflow(value: Tensor) -> Tensor:
+        def of_tensorflow(value: Tensor) -> Snapshot:
             # As long as somebody holds what was read, TensorFlow writes to other memory: the address tells.
             read = value.read_value() if hasattr(value, "read_value") else value
             return read, _lent_by_tensorflow(read)
@@ -174,7 +179,7 @@ snapshot = _make_snapshot()
 """What a stored value is now, to be compared later; holds on to the memory of JAX's and TensorFlow's tensors."""
 
 
-def is_same_snapshot(a: Tensor, b: Tensor) -> bool:
+def is_same_snapshot(a: Snapshot, b: Snapshot) -> bool:
     """Whether nothing was written between two snapshots of one stored value."""
     if isinstance(a[1], memoryview) and isinstance(b[1], memoryview):
         return _address(a[1]) == _address(b[1])
@@ -186,7 +191,7 @@ def _address(view: memoryview) -> tuple[int, int]:
     return array.__array_interface__["data"][0], array.nbytes
 
 
-def _make_write() -> Callable[[Any, Any], None]:
+def _make_write() -> Callable[[keras.Variable, Array], None]:
     name = _backend.backend()
 
     def assign(variable: keras.Variable, array: Array) -> None:
@@ -212,17 +217,15 @@ write = _make_write()
 """Stores a copy of an array of a variable's own shape, and of the dtype of what it holds."""
 
 
-def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]:
+def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
     name = _backend.backend()
 
-    def whole(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
+    def whole(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         array = numpy.empty(tuple(variable.shape), dtype)
         rows(array, 0)
         write(variable, array)
 
-    def in_parts(
-        variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None], store: Callable[[int, Any], Any]
-    ) -> None:
+    def in_parts(variable: keras.Variable, dtype: DTypeLike, rows: Rows, store: Callable[[int, Array], object]) -> None:
         shape = tuple(variable.shape)
         row = numpy.dtype(dtype).itemsize * int(numpy.prod(shape[1:]))
         memory = _aligned((min(max(1, PART // max(1, row)), shape[0]), *shape[1:]), dtype)
@@ -231,10 +234,10 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             rows(memory, start)
             store(start, memory)
 
-    def holders(owner: keras.Layer) -> int:
+    def holders(owner: keras.Variable | types.SimpleNamespace) -> int:
         return sys.getrefcount(owner._value)
 
-    def of_jax(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
+    def of_jax(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         value = types.SimpleNamespace(_value=object())
         if holders(variable) > holders(value) or len(variable._value.devices()) > 1:
             whole(variable, dtype, rows)  # somebody else has the array
@@ -251,7 +254,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             variable._value = value._value
 
     @functools.cache
-    def update() -> Tensor:
+    def update() -> Function:
         """Puts rows into an array that is given away: in its memory, as `fit` of Keras does."""
         import jax
 
@@ -259,7 +262,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
             lambda old, part, start: jax.lax.dynamic_update_slice_in_dim(old, part, start, 0), donate_argnums=0
         )
 
-    def of_torch(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
+    def of_torch(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         import torch
 
         tensor = variable._value.detach()
@@ -270,7 +273,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
         with torch.no_grad():
             in_parts(variable, dtype, rows, lambda at, part: tensor[at : at + len(part)].copy_(_lent_to_torch(part)))
 
-    def of_tensorflow(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
+    def of_tensorflow(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         if not _can_be_given(dtype):
             whole(variable, dtype, rows)
             return
@@ -285,7 +288,7 @@ def _make_write_rows() -> Callable[[Any, Any, Callable[[Any, int], None]], None]
 
     known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, whole)
 
-    def write_rows(variable: keras.Variable, dtype: str, rows: Callable[[Any, int], None]) -> None:
+    def write_rows(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         size = numpy.dtype(dtype).itemsize * int(numpy.prod(variable.shape))
         large = size > SMALL and getattr(variable, "_layout", None) is None
         (known if large else whole)(variable, dtype, rows)
@@ -305,7 +308,7 @@ have some of its new rows there. On JAX its array is given away, unless somebody
 # Variables that start at zero where a file is about to say what is in them.
 
 
-Start = tuple["weakref.ref[Any]", Callable[[], Any]]
+Start = tuple["weakref.ref[keras.Variable]", Callable[[], Tensor]]
 """A variable, and what makes the value that it would have started with."""
 
 
@@ -318,7 +321,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.larger_than: int | None = None
-        self.begun: dict[int, tuple[Start, Any]] = {}
+        self.begun: dict[int, tuple[Start, Snapshot]] = {}
         """The variables that exist and started at zero, by id, each with a snapshot of that zero."""
 
 
@@ -345,7 +348,7 @@ def random_starts_left_out(larger_than: int) -> Iterator[list[Start]]:
     if is_missing(_method):  # then every variable starts as Keras has it
         yield left_out
         return
-    before, begun = (_here.larger_than, _here.begun), dict[int, tuple[Start, Any]]()
+    before, begun = (_here.larger_than, _here.begun), dict[int, tuple[Start, Snapshot]]()
     _count(1)
     _here.larger_than, _here.begun = larger_than, begun
     try:
@@ -403,11 +406,11 @@ def _only_keras_builds() -> bool:
     return all(type(layer).__module__.startswith(("keras.", "tether.")) for layer in found)
 
 
-def _make_snapshot_of_all() -> Callable[[Any], Any]:
+def _make_snapshot_of_all() -> Callable[[keras.Variable], Snapshot]:
     if _backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        def of_tensorflow(variable: keras.Variable) -> Tensor:
+        def of_tensorflow(variable: keras.Variable) -> Snapshot:
             with tf.init_scope():  # a graph may be in the making
                 return snapshot(variable._value)
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import keras
 
 from tether.errors import Unsupported
+from tether.types import Saveable
 
 # --------------------------------------------------------------------------- names that may be gone
 
@@ -149,14 +150,16 @@ def _common_base(*classes: type) -> Any:
     return next(base for base in first.__mro__ if all(issubclass(other, base) for other in others))
 
 
-KerasSaveable = _common_base(keras.Layer, keras.Metric, keras.Optimizer)
+KerasSaveable: type[Saveable] = _common_base(keras.Layer, keras.Metric, keras.Optimizer)
 """What Keras writes to a file and reads from one."""
 
-RandomInitializer = _common_base(keras.initializers.RandomNormal, keras.initializers.RandomUniform)
+RandomInitializer: type[keras.Initializer] = _common_base(
+    keras.initializers.RandomNormal, keras.initializers.RandomUniform
+)
 """An initializer that draws from a seed."""
 
 
-Functional: Any = type(keras.Model.__new__(keras.Model, inputs=None, outputs=None))
+Functional: type[keras.Model] = type(keras.Model.__new__(keras.Model, inputs=None, outputs=None))
 """The class of a model that is made of its inputs and outputs. Its constructor, which would count names, is not run."""
 
 unpickle = private_method(KerasSaveable, "_unpickle_model", "Unpickling a tied layer")

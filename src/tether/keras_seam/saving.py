@@ -6,8 +6,8 @@ import functools
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import IO, TYPE_CHECKING, Any
 
 import keras
 from keras import backend as _backend
@@ -17,7 +17,10 @@ from tether.keras_seam.layers import inner_optimizer, optimized_variables
 from tether.keras_seam.memory import on_host, random_starts_left_out
 from tether.keras_seam.private import KerasSaveable, is_missing, private, to_snake_case, unpickle
 from tether.keras_seam.variables import _outside_stateless_scopes
-from tether.types import Config, Tensor
+from tether.types import Config, Function, Saveable, Tensor
+
+if TYPE_CHECKING:
+    import h5py
 
 # --------------------------------------------------------------------------- archives
 
@@ -35,12 +38,12 @@ _retrieve_class = private("keras.src.saving.serialization_lib._retrieve_class_or
 _names_of_classes = private("keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES", "Naming a tied layer's class")
 
 
-def saved_objects(root: keras.Layer) -> Iterator[tuple[str, Any]]:
+def saved_objects(root: keras.Layer) -> Iterator[tuple[str, Saveable]]:
     """Everything that Keras writes of a model, each object once, with its place in the file, as it is written."""
     yield from _saved_below(root, "", set())
 
 
-def _saved_below(saveable: object, place: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _saved_below(saveable: Saveable, place: str, seen: set[int]) -> Iterator[tuple[str, Saveable]]:
     if id(saveable) in seen:
         return
     seen.add(id(saveable))
@@ -59,9 +62,12 @@ _NESTED = is_missing(_H5IOStore) or hasattr(_H5IOStore, "has_path")
 """Whether this Keras writes what is in a container within a container."""
 
 
+Container = list[object] | tuple[object, ...] | dict[str, object]
+
+
 def _saved_in_container(
-    container: keras.Layer, place: str, seen: set[int], containers: set[int]
-) -> Iterator[tuple[str, Any]]:
+    container: Container, place: str, seen: set[int], containers: set[int]
+) -> Iterator[tuple[str, Saveable]]:
     if id(container) in containers:
         return
     containers.add(id(container))
@@ -78,7 +84,7 @@ def _saved_in_container(
             yield from _saved_in_container(child, unique("container"), seen, containers)
 
 
-def entry_notes(store: object) -> Any:
+def entry_notes(store: object) -> MutableMapping[str, Any] | None:
     """Where notes go beside what a layer writes: attributes of its HDF5 group, which Keras never reads.
 
     `None` of a store that has no place for them.
@@ -91,18 +97,18 @@ _NOT_FROM_NUMPY = ("float8_e4m3fn", "float8_e5m2")
 
 
 @functools.cache
-def _open_store() -> Any:
+def _open_store() -> type:
     class OpenStore(_H5IOStore):  # type: ignore[misc, valid-type]
         """Keras's store, over a file that is open; what was stored from it already is not read again."""
 
-        def __init__(self, file: object, stored: dict[str, Any]) -> None:
+        def __init__(self, file: h5py.File, stored: dict[str, keras.Variable]) -> None:
             self._open, self._stored = file, stored
             super().__init__("values", mode="r")
 
-        def _get_h5_file(self, path_or_io: object, mode: object = None) -> Any:
+        def _get_h5_file(self, path_or_io: object, mode: object = None) -> h5py.File:
             return self._open
 
-        def __getitem__(self, key: str) -> Any:
+        def __getitem__(self, key: str) -> Tensor:
             variable = self._stored.get(f"{self._h5_entry_path}/vars/{key}" if self._h5_entry_path else f"vars/{key}")
             if variable is None:
                 return super().__getitem__(key)
@@ -115,15 +121,15 @@ def _open_store() -> Any:
 
 
 def read_archive(
-    archive: Any,
-    values: object,
-    first: Callable[[Any], dict[str, Any]],
+    archive: zipfile.ZipFile,
+    values: h5py.File,
+    first: Callable[[keras.Model], dict[str, keras.Variable]],
     *,
-    custom_objects: dict[str, Any] | None,
+    custom_objects: Mapping[str, object] | None,
     compile: bool,
     safe_mode: bool,
     large: int,
-) -> Any:
+) -> keras.Model:
     """What `keras.saving.load_model` makes of an archive, without having all values in memory a second time.
 
     Args:
@@ -151,7 +157,7 @@ def read_archive(
     if len(archive.namelist()) > 3:
         assets = _DiskIOStore("assets", archive=archive, mode="r")
     failed: set[int] = set()
-    errors: dict[int, tuple[Any, Exception]] = {}
+    errors: dict[int, tuple[Saveable, Exception]] = {}
     try:
         _load_state(
             model,
@@ -176,13 +182,13 @@ _COPYING.add(code_of(read_archive))
 _LOADING.add(code_of(read_archive))
 
 
-def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[tuple[str, Any]]]:
+def optimizer_slots(optimizer: keras.Optimizer) -> dict[int, list[tuple[str, keras.Variable]]]:
     """What an optimizer keeps for each variable, by the variable's id: the name of the slot, and its variable.
 
     An optimizer holds a list for each kind of slot, in the order of the variables that it was built with.
     """
     optimizer = inner_optimizer(optimizer)
-    found: dict[int, list[tuple[str, Any]]] = {}
+    found: dict[int, list[tuple[str, keras.Variable]]] = {}
     known = optimized_variables(optimizer)
     for name, slots in vars(optimizer).items():
         if name in ("_variables", "_trainable_variables") or not isinstance(slots, list) or len(slots) != len(known):
@@ -213,12 +219,12 @@ SHARED_ID = "shared_object_id"
 """Where a config holds the id of an object that the file has in several places."""
 
 
-def deserialized(config: Config, custom_objects: dict[str, Any]) -> keras.Layer:
+def deserialized(config: Config, custom_objects: Mapping[str, object]) -> keras.Layer:
     """The model of a config that this process wrote, as `load_model` makes it before it reads values."""
     return _deserialized(config, custom_objects, safe_mode=False)
 
 
-def _deserialized(config: Config, custom_objects: dict[str, Any] | None, *, safe_mode: bool) -> keras.Layer:
+def _deserialized(config: Config, custom_objects: Mapping[str, object] | None, *, safe_mode: bool) -> keras.Layer:
     with _ObjectSharingScope():
         return keras.saving.deserialize_keras_object(config, custom_objects, safe_mode=safe_mode)
 
@@ -228,12 +234,12 @@ def shared_object(identity: int) -> Any:
     return _get_shared_object(identity)
 
 
-def calls_of(operation: Any) -> int:
+def calls_of(operation: keras.Operation) -> int:
     """How many nodes of graphs an operation has: a config counts those of its own graph."""
     return len(operation._inbound_nodes)
 
 
-def graph_of(model: keras.Model) -> list[tuple[Any, list[Any], list[Any]]]:
+def graph_of(model: keras.Model) -> list[tuple[keras.Operation, list[keras.KerasTensor], list[keras.KerasTensor]]]:
     """What a functional model's graph computes, inputs first: what is called, its input and its output tensors."""
     depths = sorted(model._nodes_by_depth, reverse=True)
     nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
@@ -259,7 +265,7 @@ def class_reference(cls: type) -> Config:
     return {key: found[key] for key in ("module", "class_name", "registered_name")}
 
 
-def find_class(reference: dict[str, Any]) -> Any:
+def find_class(reference: Config) -> object:
     """The class of a reference, by Keras's own rules of what a file may name."""
     return _retrieve_class(
         reference["class_name"],
@@ -271,13 +277,14 @@ def find_class(reference: dict[str, Any]) -> Any:
     )
 
 
-def registered_function(name: str) -> Any:
+def registered_function(name: str) -> object:
     return keras.saving.get_registered_object(name)
 
 
 def save_to(model: keras.Model, fileobj: IO[bytes]) -> None:
     """Writes the archive that a Keras model or layer is pickled as."""
-    _, (archive,) = KerasSaveable.__reduce__(model)
+    pickled: Function = KerasSaveable.__reduce__
+    _, (archive,) = pickled(model)
     fileobj.write(archive.getbuffer())
 
 
@@ -307,7 +314,7 @@ _patch_tf2onnx = private("keras.src.export.tf2onnx_lib.patch_tf2onnx", "An ONNX 
 _make_input_spec = private("keras.src.export.export_utils.make_input_spec", "Exporting a model")
 
 
-def input_signature(model: keras.Model) -> list[Any]:
+def input_signature(model: keras.Model) -> list[object]:
     """The positional arguments of a model's call, as structures of specs, as Keras's exporters read them.
 
     Raises:
@@ -316,12 +323,12 @@ def input_signature(model: keras.Model) -> list[Any]:
     return list(_get_input_signature(model))
 
 
-def input_spec(tensor: Tensor) -> Any:
+def input_spec(tensor: Tensor) -> keras.InputSpec:
     """The spec of a tensor, a symbolic tensor or a spec."""
     return _make_input_spec(tensor)
 
 
-def store_each_variable_once(archive: Any) -> None:
+def store_each_variable_once(archive: keras.export.ExportArchive) -> None:
     """Makes an export archive of the TensorFlow backend write each variable once.
 
     It lists Keras's variables, and once more the TensorFlow variables inside them; TensorFlow takes them for two.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -31,7 +31,7 @@ from tether.keras_seam.frames import (
     saving_scope,
 )
 from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
-from tether.types import Function
+from tether.types import Function, Tensor
 
 answers: dict[str, Function] = {}
 """What those who know ties say of a model: `"is_tied"`, whether it holds any; `"live"`, which of its uses let a
@@ -141,7 +141,7 @@ def before_change(
             gate.resized += map(weakref.ref, resized)
 
 
-def _is_concerned(model: keras.Model, changed: dict[int, Any], *, again: bool) -> bool:
+def _is_concerned(model: keras.Model, changed: Mapping[int, object], *, again: bool) -> bool:
     """Whether a model has been compiled or traced, contains one of what is changed, and is not known to."""
     attributes = vars(model)
     gate = attributes.get(_GATE)
@@ -178,15 +178,15 @@ class _Gate:
     def __init__(self, model: keras.Model) -> None:
         self.is_stale = False
         """Whether what was traced may compute something else than the model does now."""
-        self.resized: list[weakref.ref[Any]] = []
+        self.resized: list[weakref.ref[keras.Variable]] = []
         self.optimizer: weakref.ref[keras.Optimizer] | None = None
-        self.trained: list[weakref.ref[Any]] | None = None
-        self.live: Any = None
+        self.trained: list[weakref.ref[keras.Variable]] | None = None
+        self.live: object = None
         set_untracked(model, _GATE, self)
         for name in _GUARDED:
             set_untracked(model, name, _Guarded(model, name))
 
-    def remember(self, model: keras.Model, trained: list[Any] | None = None) -> None:
+    def remember(self, model: keras.Model, trained: list[keras.Variable] | None = None) -> None:
         """Notes how things are before the first change, given what trains if that is not in the middle of changing."""
         optimizer = vars(model).get("optimizer")
         if _is_built(optimizer) and (self.optimizer is None or self.optimizer() is not optimizer):
@@ -249,7 +249,7 @@ def _is_among(variable: keras.Variable, variables: list[keras.Variable]) -> bool
     return any(variable is one for one in variables)
 
 
-def _are_the_same(variables: list[keras.Variable], others: list[Any]) -> bool:
+def _are_the_same(variables: list[keras.Variable], others: list[keras.Variable]) -> bool:
     """Whether two lists have the same variables in the same order: JAX goes by the order."""
     return len(variables) == len(others) and all(a is b for a, b in zip(variables, others, strict=True))
 
@@ -260,7 +260,7 @@ class _Guarded:
     def __init__(self, model: keras.Model, name: str) -> None:
         self.model, self.name = weakref.ref(model), name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         model: keras.Model = self.model()
         gate = vars(model)[_GATE]
         if self.name in _MAKERS:
@@ -303,7 +303,7 @@ def is_given_what_trains(optimizer: keras.Optimizer, model: keras.Model) -> bool
     return any(isinstance(step, _Step) and model in step.models for step in steps)
 
 
-def _parts(optimizer: keras.Optimizer) -> list[Any]:
+def _parts(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
     """The optimizers that make the steps of an optimizer: it may scale a loss for one, or be made of several."""
     inner = inner_optimizer(optimizer)
     return [inner, *inner.optimizers] if _is_of_several(inner) else [inner]
@@ -319,11 +319,13 @@ class _Step:
     def __init__(self, optimizer: keras.Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
         self.models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
-        self._found: tuple[Any, frozenset[int]] = (None, frozenset())
+        self._found: tuple[object, frozenset[int]] = (None, frozenset())
         set_untracked(optimizer, "apply", self)
         set_untracked(optimizer, "finalize_variable_values", self.finalize)
 
-    def __call__(self, grads: Any, trainable_variables: Any = None) -> Any:
+    def __call__(
+        self, grads: Sequence[Tensor | None], trainable_variables: Iterable[keras.Variable] | None = None
+    ) -> Tensor:
         optimizer: keras.Optimizer = self.optimizer()
         still = self._still(optimizer)
         if not still or len(grads) == 0:
@@ -349,7 +351,7 @@ class _Step:
         type(optimizer).finalize_variable_values(optimizer, var_list)
         _put_back(kept)
 
-    def _values(self, optimizer: keras.Optimizer, still: frozenset[int]) -> list[tuple[Any, Any]]:
+    def _values(self, optimizer: keras.Optimizer, still: frozenset[int]) -> list[tuple[keras.Variable, Tensor]]:
         """An average of a weight that does not train is of what it was: it must not take the weight's place."""
         return [(one, keras.ops.copy(one.value)) for one in optimized_variables(optimizer) if id(one) in still]
 
@@ -363,6 +365,6 @@ class _Step:
         return self._found[1]
 
 
-def _put_back(values: list[tuple[Any, Any]]) -> None:
+def _put_back(values: list[tuple[keras.Variable, Tensor]]) -> None:
     for variable, value in values:
         variable.assign(value)

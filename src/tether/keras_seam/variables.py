@@ -8,7 +8,6 @@ import itertools
 import sys
 from collections.abc import Callable, Container, Iterator
 from types import CodeType, FrameType
-from typing import Any
 
 import keras
 from keras import Sequential
@@ -24,7 +23,7 @@ from tether.keras_seam.private import (
     set_in_this_thread,
     to_snake_case,
 )
-from tether.types import Array, Tensor
+from tether.types import Array, Config, Tensor
 
 # --------------------------------------------------------------------------- variables
 # Variables: their stored values, and what a view is made of.
@@ -44,7 +43,7 @@ def raw_value(variable: keras.Variable) -> Tensor:
     return variable._value
 
 
-def _names_of_dtypes() -> dict[Any, str]:
+def _names_of_dtypes() -> dict[object, str]:
     if _backend.backend() != "torch":
         return {}
     import torch
@@ -67,13 +66,13 @@ RUNS_FROM_PYTHON = _backend.backend() == "torch"
 """Whether each operation is run from Python at each call, so that what Keras converts and promotes first takes time."""
 
 
-def _quick(name: str) -> Callable[[Any, Any], Any]:
+def _quick(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """An operation of `keras.ops` on two tensors, straight from PyTorch where that does the same.
 
     PyTorch runs each operation from Python, and what Keras converts and promotes first takes longer than a small
     product. Of two dense floating-point tensors of one dtype there is nothing to convert.
     """
-    general: Callable[[Any, Any], Any] = getattr(keras.ops, name)
+    general: Callable[[Tensor, Tensor], Tensor] = getattr(keras.ops, name)
     if not RUNS_FROM_PYTHON:
         return general
     import torch
@@ -106,7 +105,7 @@ def held_dtype(variable: keras.Variable) -> str:
     return stored_dtype(variable) if value is None else str(keras.backend.standardize_dtype(value.dtype))
 
 
-def _make_plain_tensor() -> Callable[[Any], Any]:
+def _make_plain_tensor() -> Callable[[Tensor], Tensor]:
     if _backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -185,7 +184,7 @@ def path_scope(path: str) -> Iterator[None]:
         yield
 
 
-def _make_outside_graphs() -> Any:
+def _make_outside_graphs() -> Callable[[], contextlib.AbstractContextManager[object]]:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -207,7 +206,7 @@ def _outside_stateless_scopes() -> Iterator[None]:
         set_in_this_thread("stateless_scope", scope)
 
 
-def name_scope(layer: keras.Layer) -> Any:
+def name_scope(layer: keras.Layer) -> contextlib.AbstractContextManager[object]:
     """The name scope that `add_weight` opens around a new variable of `layer`."""
     return keras.name_scope(layer.name, caller=layer)
 
@@ -296,7 +295,7 @@ def tell_apart(variable: keras.Variable) -> None:
 # Giving a variable another value, or another shape.
 
 
-def _make_give_value() -> Callable[[Any, Any], None]:
+def _make_give_value() -> Callable[[keras.Variable, Tensor], None]:
     name = _backend.backend()
     if name == "torch":
         import torch
@@ -356,12 +355,12 @@ def give_shape(variable: keras.Variable, shape: tuple[int, ...]) -> None:
     variable._shape = shape
 
 
-def build_shapes(layer: keras.Layer) -> dict[str, Any] | None:
+def build_shapes(layer: keras.Layer) -> Config | None:
     """The shapes of the inputs that a layer was built for, which its config holds."""
     return getattr(layer, "_build_shapes_dict", None)
 
 
-def set_build_shapes(layer: keras.Layer, shapes: dict[str, Any] | None) -> None:
+def set_build_shapes(layer: keras.Layer, shapes: Config | None) -> None:
     set_untracked(layer, "_build_shapes_dict", shapes)
 
 

@@ -21,8 +21,7 @@ from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
 from tether.planning.products import Products, products
 from tether.types import Function, Tensor
 from tether.weights.evaluation import hold, release, remembers, without_what_is_off
-from tether.weights.expression import Expression, is_view, live_weights
-from tether.weights.weight import Weight
+from tether.weights.expression import Expression, Stored, is_view, live_weights
 
 # --------------------------------------------------------------------------- calls by plan
 # The plan of one use: made at the first call of each kind, then kept with the view.
@@ -118,7 +117,7 @@ def _number_of_plan(number: int, *asked: Any) -> int:
 
 
 def _kind_of_call(
-    view: View, x: Tensor, weights: tuple[Weight, ...]
+    view: View, x: Tensor, weights: tuple[Stored, ...]
 ) -> tuple[Shape, str, bool, bool, tuple[bool, ...], Mode, bool]:
     """What tells calls with other plans apart, as plain values: the last arguments of `Planner.find`."""
     live = view.use.live

@@ -6,7 +6,6 @@ A weight trains as long as some use of it does, anywhere. A model that holds onl
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import keras
 
@@ -22,9 +21,9 @@ def is_tied(model: keras.Model) -> bool:
     return any(isinstance(layer, Weight) or state_of(layer) is not None for layer in keras_seam.contained_layers(model))
 
 
-def live(model: keras.Model) -> weakref.WeakKeyDictionary[Any, bool]:
+def live(model: keras.Model) -> weakref.WeakKeyDictionary[Use | Weight, bool]:
     """The uses in a model, and whether a gradient may flow through each; its weights, and whether each may train."""
-    found: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+    found: weakref.WeakKeyDictionary[Use | Weight, bool] = weakref.WeakKeyDictionary()
     for layer in keras_seam.contained_layers(model):
         if isinstance(layer, Weight):
             found[layer] = layer.trainable_flag
@@ -36,7 +35,7 @@ def live(model: keras.Model) -> weakref.WeakKeyDictionary[Any, bool]:
     return found
 
 
-def differences(model: keras.Model, before: weakref.WeakKeyDictionary[Any, bool]) -> list[str]:
+def differences(model: keras.Model, before: weakref.WeakKeyDictionary[Use | Weight, bool]) -> list[str]:
     """The names of the weights of which something has been frozen or unfrozen since `live`."""
     found: dict[str, None] = {}
     for one, was in live(model).items():
@@ -46,7 +45,7 @@ def differences(model: keras.Model, before: weakref.WeakKeyDictionary[Any, bool]
     return list(found)
 
 
-def still(model: keras.Model) -> list[Any]:
+def still(model: keras.Model) -> list[keras.Variable]:
     """The variables of weights that train elsewhere, and of which a model holds frozen uses only."""
     layers = {id(layer): layer for layer in keras_seam.contained_layers(model)}
     weights = [layer for layer in layers.values() if isinstance(layer, Weight) and layer.is_built and layer.trainable]

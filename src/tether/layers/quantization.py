@@ -107,8 +107,9 @@ def _quantize(layers: list[keras.Layer], mode: object, config: object, passes: C
                     found[weight] = _rounded(weight, mode, block)
     _carry_out(found)
     for layer, name in own:
-        weight = weight_of(layer, name)
-        _carry_out({weight: _rounded(weight, mode, block)})
+        stored = weight_of(layer, name)
+        assert isinstance(stored, Weight)  # of a variable of the layer's own
+        _carry_out({stored: _rounded(stored, mode, block)})
 
 
 def _is_allowed(weight: Weight, passes: Callable[[Any], bool]) -> bool:

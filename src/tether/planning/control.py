@@ -86,9 +86,9 @@ def cached() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(*, training: bool) -> Iterator[list[Any]]:
+def recording(*, training: bool) -> Iterator[list[Noted]]:
     """Notes the plans that calls within this scope follow; they are made as if the calls trained, or did not."""
-    noted: list[Any] = []
+    noted: list[Noted] = []
     with _scope.set(noted=noted, training=training):
         yield noted
 
@@ -98,7 +98,7 @@ def assumed_training() -> bool | None:
     return _scope.training
 
 
-def note_plan(make: Callable[[], Any]) -> None:
+def note_plan(make: Callable[[], Noted]) -> None:
     """Adds to what is noted, if anything is."""
     if _scope.noted is not None:
         _scope.noted.append(make())

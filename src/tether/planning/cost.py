@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,11 +243,11 @@ class Draft:
         cost = self.machine.elementwise(2.0 * self.bytes(a.register))
         return self._emit(Operation("scale", (a.register,), number), a.labels, text, cost, [cost])
 
-    def reshape(self, a: Value, op: str, detail: tuple[Any, ...], labels: Labels) -> Value:
+    def reshape(self, a: Value, op: str, detail: tuple[Hashable, ...], labels: Labels) -> Value:
         """A value with axes split or joined: no element moves."""
         return self._emit(Operation(op, (a.register,), detail), labels, self.registers[a.register].text, 0.0, [0.0])
 
-    def restore(self, a: Value, detail: tuple[Any, ...]) -> Value:
+    def restore(self, a: Value, detail: tuple[Hashable, ...]) -> Value:
         """The result in the axes that the layer's output has; their sizes may be those of the input's."""
         found = self.reshape(a, "restore", detail, a.labels)
         step = self.steps[-1]

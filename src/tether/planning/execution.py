@@ -45,7 +45,7 @@ def _jax(y: Tensor, tangent: Tangent, x: Tensor, varying: tuple[Tensor, ...], ot
         return y
 
     @attached.defjvp  # type: ignore[untyped-decorator]
-    def rule(primals: Any, tangents: Any) -> Tensor:
+    def rule(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
         y, x, varying, others = primals
         _, moved = jax.jvp(lambda factors: tangent(x, factors, others), (varying,), (tangents[2],))
         # Attached again: who differentiates this derivative sees the value's own dependence on the factors too.
@@ -78,18 +78,18 @@ def _torch(y: Tensor, tangent: Tangent, x: Tensor, varying: tuple[Tensor, ...], 
 
 
 @functools.cache
-def _torch_function() -> Any:
+def _torch_function() -> type[Any]:
     import torch
 
     class Attached(torch.autograd.Function):
         @staticmethod
-        def forward(context: Any, y: Tensor, tangent: Tangent, count: int, x: Tensor, *factors: Any) -> Tensor:
+        def forward(context: Any, y: Tensor, tangent: Tangent, count: int, x: Tensor, *factors: Tensor) -> Tensor:
             context.tangent, context.count = tangent, count
             context.save_for_backward(x, *factors)
             return y.view_as(y)
 
         @staticmethod
-        def backward(context: Any, upstream: Any) -> Tensor:
+        def backward(context: Any, upstream: Tensor) -> Tensor:
             x, *factors = context.saved_tensors
             again = torch.is_grad_enabled()  # the gradient is to be differentiated too
             if not again:
@@ -135,7 +135,7 @@ def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve
 
 
 def _run(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve | None = None) -> Tensor:
-    values: list[Any] = [x, *factors]
+    values: list[Tensor] = [x, *factors]
     for step in plan.steps:
         inputs = [values[place] for place in step.inputs]
         if step.op == "take" and isinstance(inputs[0], Integers):

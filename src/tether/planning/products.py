@@ -16,7 +16,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tether import keras_seam
 from tether.weights.expression import Expression, Node, Shape, program
@@ -309,7 +308,7 @@ def _einsum(expansion: _Expansion, node: Node, *operands: Products) -> Products:
     return Products(node.shape or (), tuple(terms), expansion.sizes)
 
 
-def _transpose(expansion: _Expansion, node: Any, a: Products) -> Products:
+def _transpose(expansion: _Expansion, node: structure.Transpose, a: Products) -> Products:
     order = node._axes(len(a.shape))
     terms = tuple(replace(term, axes=tuple(term.axes[axis] for axis in order)) for term in a.terms)
     return Products(node.shape or (), terms, expansion.sizes)
@@ -326,10 +325,10 @@ def _reshape(expansion: _Expansion, node: Node, a: Products) -> Products:
     return Products(shape, tuple(terms), expansion.sizes)
 
 
-def _index(expansion: _Expansion, node: Any, a: Products) -> Products:
+def _index(expansion: _Expansion, node: structure.Index, a: Products) -> Products:
     key = node._key()
     taken = sum(1 for part in key if part is not None and part is not Ellipsis)
-    full: list[Any] = []
+    full: list[structure.Part] = []
     for part in key:
         full += [slice(None)] * (len(a.shape) - taken) if part is Ellipsis else [part]
     full += [slice(None)] * (len(a.shape) - sum(part is not None for part in full))
@@ -375,7 +374,7 @@ def _on_each_factor(expansion: _Expansion, node: Node, a: Products) -> Products:
     return replace(a, terms=terms)
 
 
-def _adapted(expansion: _Expansion, node: Any, base: Products, *pairs: Products) -> Products:
+def _adapted(expansion: _Expansion, node: choice.Adapted, base: Products, *pairs: Products) -> Products:
     """The base's terms, and those of each part times its strength; factors of a part are zero at strength zero."""
     found = base
     for (strength, _), number, part in zip(node.parts.values(), pairs[::2], pairs[1::2], strict=True):

@@ -18,7 +18,7 @@ from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, numpy_of, shape_of, stored_variables
 from tether.types import Array
 from tether.weights.algebra import invert
-from tether.weights.expression import Expression, program
+from tether.weights.expression import Expression, Stored, program
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- pairs
@@ -29,13 +29,17 @@ from tether.weights.weight import Weight
 # number (the second Dense), a layer that an attribute holds by that attribute, and a weight by its name.
 
 
+Step = str | tuple[str, int]
+"""A part of a path: a name, or the class of a layer that Keras has named and its number among those of the class."""
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """One weight of a layer, at the first place where it is found."""
 
     path: str
     """By the names of layers, as an error would list it."""
-    key: tuple[Any, ...]
+    key: tuple[Step, ...]
     """What corresponding weights have in common."""
     layer: keras.Layer
     variable: keras.Variable
@@ -48,7 +52,7 @@ class Held:
         return shape_of(self.variable)
 
     @property
-    def stored(self) -> list[Any]:
+    def stored(self) -> list[keras.Variable]:
         """The stored variables behind it."""
         return stored_variables(self.variable)
 
@@ -65,7 +69,9 @@ def held_weights(root: keras.Layer) -> list[Held]:
     return list(found.values())
 
 
-def _walk(layer: keras.Layer, names: tuple[str, ...], key: tuple[Any, ...], around: tuple[Any, ...]) -> Iterator[Held]:
+def _walk(
+    layer: keras.Layer, names: tuple[str, ...], key: tuple[Step, ...], around: tuple[keras.Layer, ...]
+) -> Iterator[Held]:
     inside = paths.Holdings().of(layer)
     for variable in inside.variables:
         leaf = inside.names[id(variable)]
@@ -84,7 +90,7 @@ def _walk(layer: keras.Layer, names: tuple[str, ...], key: tuple[Any, ...], arou
 
 def _step(
     canonical: paths.Path, in_graph: bool, child: keras.Layer, counts: dict[str, int]
-) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+) -> tuple[tuple[str, ...], tuple[Step, ...]]:
     """The path to a sub-layer for people, and what its counterpart has in common with it."""
     if canonical[0] != "layers" or not in_graph:
         return canonical, canonical
@@ -218,7 +224,7 @@ def leaf_pairs(target: Expression | None, source: Expression | None) -> list[tup
 
 
 def copy(
-    source: Any, target: Any, /, *, match: Mapping[str, str | None] | None = None, fill: Rule = None
+    source: keras.Layer, target: keras.Layer, /, *, match: Mapping[str, str | None] | None = None, fill: Rule = None
 ) -> Provenance:
     """Copies the values of a layer's weights to another layer's, in place.
 
@@ -280,7 +286,7 @@ class _Assignments:
         self.rule = rule
         self.theirs = held_weights(source)
         self.of_source = {id(variable) for held in self.theirs for variable in held.stored}
-        self.values: dict[int, tuple[Any, Array, str]] = {}
+        self.values: dict[int, tuple[keras.Variable | Stored, Array, str]] = {}
         """By the stored variable: it or its Weight, the value, and for which path."""
         self.origins: dict[int, int] = {}
         """By the stored variable: the one of the source that it takes its value from, where that is one."""
@@ -302,7 +308,7 @@ class _Assignments:
         if hasattr(held.layer, "finalize_state"):
             self.finishing[id(held.layer)] = held.layer
 
-    def _through(self, held: Held, expression: Any, source: Held) -> str:
+    def _through(self, held: Held, expression: Expression, source: Held) -> str:
         """A weight that is an expression: the same form weight by weight, another one by its inverse."""
         weights = leaf_pairs(expression, source.expression)
         known = [self._known(mine, theirs) for mine, theirs in weights or ()]
@@ -363,7 +369,7 @@ class _Assignments:
 
     def run(self) -> None:
         """Assigns; a failure half way is undone."""
-        done: list[tuple[Any, Array]] = []
+        done: list[tuple[keras.Variable | Stored, Array]] = []
         try:
             for place, value, _ in self.values.values():
                 done.append((place, numpy_of(_variable(place))))
@@ -380,7 +386,7 @@ def _variable(place: object) -> keras.Variable:
     return place.variable if isinstance(place, Weight) else place
 
 
-def _assign(place: Any, value: Array) -> None:
+def _assign(place: keras.Variable | Stored, value: Array) -> None:
     """Stores a value of which nobody else holds the memory."""
     dtype = keras_seam.stored_dtype(_variable(place))
     place.assign(keras_seam.own_copy(keras.ops.convert_to_tensor(np.array(value), dtype=dtype)))

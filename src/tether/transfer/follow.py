@@ -9,6 +9,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported, received
+from tether.layers.tying.state import View
 from tether.transfer.copy import Held, Pair, built, leaf_pairs, paired
 from tether.types import Tensor
 from tether.weights.algebra import is_invertible
@@ -55,29 +56,26 @@ class Follow(keras.callbacks.Callback):
 
     def __init__(
         self,
-        target: Any,
-        source: Any,
+        target: keras.Layer,
+        source: keras.Layer,
         *,
-        momentum: Any = 0.99,
-        every: Any = 1,
+        momentum: float = 0.99,
+        every: int = 1,
         match: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-            raise TetherError(f"The momentum is a number, at least 0 and less than 1. {received(momentum=momentum)}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise TetherError(f"`every` is a whole number of steps, 1 or more. {received(every=every)}")
+        momentum, every = _checked_momentum(momentum), _checked_steps(every)
         if target is source:
             raise TetherError("The target cannot follow itself. Make a copy: `keras.models.clone_model(source)`.")
         self.target, self.source = target, source
-        self.momentum, self.every, self.match = float(momentum), every, match
+        self.momentum, self.every, self.match = momentum, every, match
         self._moves: list[_Move] | None = None
         self._seen = 0
         self._batches = 0
         if getattr(target, "built", True) and getattr(source, "built", True):
             _plan(target, source, match)
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Checks everything again: layers may have been built or tied since."""
         if self.model.optimizer is None:
             raise TetherError(f"The model {self.model.name!r} has no optimizer whose steps `Follow` could count.")
@@ -97,7 +95,7 @@ class Follow(keras.callbacks.Callback):
             )
         return moves
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """Moves the target if the optimizer has made enough steps."""
         self._batches += self.model.steps_per_execution
         if (self._seen + self._batches) // self.every == self._seen // self.every:
@@ -112,6 +110,18 @@ class Follow(keras.callbacks.Callback):
         if due > 0:
             for move in self._moves:
                 move.make(self.momentum**due)
+
+
+def _checked_momentum(momentum: object) -> float:
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+        raise TetherError(f"The momentum is a number, at least 0 and less than 1. {received(momentum=momentum)}")
+    return float(momentum)
+
+
+def _checked_steps(every: object) -> int:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise TetherError(f"`every` is a whole number of steps, 1 or more. {received(every=every)}")
+    return every
 
 
 class _Move:
@@ -129,7 +139,7 @@ class _Move:
             self.expression.assign(value)
 
 
-def _between(target: Any, source: Any, momentum: float) -> Tensor:
+def _between(target: keras.Variable, source: keras.Variable | View, momentum: float) -> Tensor:
     dtype = keras_seam.stored_dtype(target)
     new = keras.ops.stop_gradient(keras.ops.convert_to_tensor(source.value))
     if momentum == 0 or not keras_seam.is_float(dtype):
@@ -140,7 +150,7 @@ def _between(target: Any, source: Any, momentum: float) -> Tensor:
     return keras.ops.cast(mixed, dtype)
 
 
-def _plan(target: Any, source: Any, match: Mapping[str, str | None] | None) -> list[_Move]:
+def _plan(target: keras.Layer, source: keras.Layer, match: Mapping[str, str | None] | None) -> list[_Move]:
     """What moves where, each stored variable of the target once."""
     built("Follow", "target", target)
     built("Follow", "source", source)
@@ -177,7 +187,7 @@ def _moves_of(held: Held, source: Held) -> list[_Move]:
     return [_Move(held.path, held.variable, held.stored, source.variable, held.expression)]
 
 
-def _same_shape(held: Held, source: Held, mine: Any, theirs: Any) -> None:
+def _same_shape(held: Held, source: Held, mine: keras.Variable, theirs: keras.Variable) -> None:
     if tuple(mine.shape) != tuple(theirs.shape):
         raise ShapeMismatch(
             f"{held.path!r} of the target has shape {tuple(mine.shape)}, but {source.path!r} of the source has shape "
@@ -195,7 +205,7 @@ def _add(moves: dict[int, _Move], move: _Move) -> None:
             )
 
 
-def _refuse_shared(source: Any, found: list[Pair]) -> None:
+def _refuse_shared(source: keras.Layer, found: list[Pair]) -> None:
     theirs = {id(variable) for variable in source.variables}
     theirs |= {id(variable) for pair in found if pair.source is not None for variable in pair.source.stored}
     for held in (pair.target for pair in found):

@@ -15,7 +15,7 @@ from tether.layers.tying.state import shape_of, state_of
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import attach_penalty, detach_penalty, penalty_places, weight_of
 from tether.types import Tensor
-from tether.weights.expression import Expression, as_expression
+from tether.weights.expression import Expression, Stored, as_expression
 from tether.weights.weight import Weight
 
 
@@ -155,9 +155,9 @@ def _check_places(model: keras.Model, a: object, b: object) -> None:
         raise ShapeMismatch(f"{a!r} has shape {shape}, but {b!r} has shape {other_shape}.{hint}")
 
 
-def _weights_of_layers(model: keras.Model) -> set[Weight]:
+def _weights_of_layers(model: keras.Model) -> set[Stored]:
     """The weights that layers of the model use or hold, those that only penalties have left out."""
-    found: set[Weight] = set()
+    found: set[Stored] = set()
     for layer in keras_seam.contained_layers(model):
         state = state_of(layer)
         if state is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -42,7 +41,7 @@ from tether.weights.operators.structure import Cast, Einsum, Where
 # Pushing a value or a shape back through an expression, into the weights it is made of.
 
 
-def assign(expression: Expression, value: Any) -> None:
+def assign(expression: Expression, value: Tensor) -> None:
     """Stores `value` in the weights so that the expression evaluates to it. Nothing changes if it cannot be."""
     shape = known_shape(expression)
     value = keras.ops.convert_to_tensor(value)

@@ -6,7 +6,6 @@ import base64
 import binascii
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -23,9 +22,9 @@ from tether.weights.leaves import MAX_CONSTANT, Argument, Constant, numpy_dtype
 # it never holds code.
 
 
-def encode(root: Expression) -> list[dict[str, Any]]:
+def encode(root: Expression) -> list[Config]:
     """The expression as JSON; weights by uid."""
-    steps: list[dict[str, Any]] = []
+    steps: list[Config] = []
     for step in program(root):
         current = step.expression
         if isinstance(current, Node):
@@ -40,12 +39,12 @@ def encode(root: Expression) -> list[dict[str, Any]]:
     return steps
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _encode_argument(argument: Argument) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": argument.name, "shape": list(argument.shape), "dtype": argument.dtype}
+def _encode_argument(argument: Argument) -> Config:
+    found: Config = {"name": argument.name, "shape": list(argument.shape), "dtype": argument.dtype}
     if argument.default is not None:
         found["default"] = argument.default
     if argument.choices is not None:
@@ -53,7 +52,7 @@ def _encode_argument(argument: Argument) -> dict[str, Any]:
     return found
 
 
-def _encode_constant(constant: Constant) -> dict[str, Any]:
+def _encode_constant(constant: Constant) -> Config:
     if constant.array is None:
         number = constant.number
         if isinstance(number, float) and not math.isfinite(number):
@@ -98,7 +97,7 @@ def decode(steps: object, weights: Mapping[str, Stored]) -> Expression:
     return done[-1]
 
 
-def encode_became(expression: Expression) -> dict[str, Any]:
+def encode_became(expression: Expression) -> Config:
     """What a weight has become, as JSON, with the weights in it."""
     parts = expression.weights_used()
     return {"steps": encode(expression), "weights": {part.uid: part.get_config() for part in parts}}

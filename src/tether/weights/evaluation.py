@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from typing import Any
-
-import keras
+from typing import TypeVar
 
 from tether import keras_seam
 from tether.types import Tensor
@@ -24,10 +22,17 @@ from tether.weights.operators.choice import Adapted
 _CACHE = "_tether_values"
 _ADVANCED = "_tether_advanced"
 _HELD = object()
+Fingerprint = tuple[tuple[Tensor, int, int], ...]
+"""The tensors that a value depends on, how often each was changed in place, and the generation of its weight."""
+Cache = dict[object, tuple[Fingerprint, object, Tensor]]
+"""The values of one call, by expression and autocast dtype, with the trace that each was computed in."""
+Held = tuple[Cache, object]
+"""A cache, and the key of a value in it that is held."""
+Made = TypeVar("Made")
 
 
 class _Scope(keras_seam.ThreadScope):
-    memory: dict[Any, Any] | None = None
+    memory: dict[object, tuple[list[keras_seam.Snapshot], Tensor]] | None = None
 
 
 _scope = _Scope()
@@ -117,7 +122,9 @@ def remembers() -> bool:
     return _scope.memory is not None and not keras_seam.is_training_call()
 
 
-def _remembered(memory: dict[Any, Any], expression: Expression, key: object) -> Tensor:
+def _remembered(
+    memory: dict[object, tuple[list[keras_seam.Snapshot], Tensor]], expression: Expression, key: object
+) -> Tensor:
     """The value as it was computed before, if nothing that it depends on has changed since."""
     now = _snapshot(expression)
     entry = memory.get(key)
@@ -129,7 +136,7 @@ def _remembered(memory: dict[Any, Any], expression: Expression, key: object) -> 
     return value
 
 
-def _snapshot(expression: Expression) -> list[Any]:
+def _snapshot(expression: Expression) -> list[keras_seam.Snapshot]:
     found = []
     for step in program(expression):
         leaf = step.expression
@@ -140,9 +147,9 @@ def _snapshot(expression: Expression) -> list[Any]:
     return found
 
 
-def hold(expression: Expression) -> list[Any]:
+def hold(expression: Expression) -> list[Held]:
     """Starts to hold; the result goes to `release`."""
-    held: list[Any] = []
+    held: list[Held] = []
     for cache in _call_caches()[:1]:
         if not is_view(expression):
             key = (expression, autocast_dtype())
@@ -152,7 +159,7 @@ def hold(expression: Expression) -> list[Any]:
     return held
 
 
-def release(entries: list[Any]) -> None:
+def release(entries: list[Held]) -> None:
     """Stops holding what `hold` returned."""
     for cache, key in entries:
         cache.pop(key, None)
@@ -164,22 +171,22 @@ def autocast_dtype() -> str | None:
     return None if scope is None else scope.dtype
 
 
-def _call_caches() -> list[dict[Any, Any]]:
+def _call_caches() -> list[Cache]:
     return [_of_this_call(owner, _CACHE, dict) for owner in keras_seam.call_owners()]
 
 
-def _of_this_call(owner: keras.Layer, name: str, make: Callable[[], Any]) -> Any:
+def _of_this_call(owner: object, name: str, make: Callable[[], Made]) -> Made:
     """What is remembered under a name for as long as a call runs."""
-    found = getattr(owner, name, None)
+    found: Made | None = getattr(owner, name, None)
     if found is None:
         found = make()
         setattr(owner, name, found)
     return found
 
 
-def _fingerprint(expression: Expression) -> tuple[Any, ...]:
+def _fingerprint(expression: Expression) -> Fingerprint:
     """The tensors that the value depends on, and how often each was changed in place."""
-    found: list[Any] = []
+    found: list[tuple[Tensor, int, int]] = []
     for step in program(expression):
         leaf = step.expression
         if isinstance(leaf, Stored):
@@ -190,7 +197,7 @@ def _fingerprint(expression: Expression) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+def _same(before: Fingerprint, now: Fingerprint) -> bool:
     return len(before) == len(now) and all(
         a[0] is b[0] and a[1] == b[1] and a[2] == b[2] and a[0] is not None for a, b in zip(before, now, strict=True)
     )

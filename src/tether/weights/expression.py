@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
 import keras
 import numpy as np
@@ -51,13 +51,15 @@ class NoTensor:
 
     shape = dtype = property(_refuse)
 
-    def __jax_array__(self) -> Any:
+    def __jax_array__(self) -> object:
         return _Unread(self)
 
     @classmethod
-    def __torch_function__(cls, function: object, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, function: object, types: object, args: object = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         # After this error PyTorch's operators hand over, and its functions raise it.
-        found: list[Any] = [args, *(kwargs or {}).values()]
+        found: list[object] = [args, *(kwargs or {}).values()]
         while found:
             value = found.pop()
             if isinstance(value, NoTensor):
@@ -265,7 +267,124 @@ class Expression(NoTensor):
         return tuple(leaf for leaf in leaves(self) if isinstance(leaf, Stored))
 
 
-class Stored(Expression, keras.layers.Layer):
+if TYPE_CHECKING:
+
+    class _TrackedByKeras:
+        """What a type checker is to know of the layer that a weight is, and of `Weight` where that is not known yet.
+
+        Keras's class has bases without types, so that every name would pass for an attribute of a weight.
+        """
+
+        name: str
+        built: bool
+        initializer: Any
+        regularizer: Any
+        constraint: Any
+        uid: str
+        origin: str
+        born: int
+        generation: int
+        autocasts: bool
+        only_named: bool
+        was_used: bool
+        first_initializer: Any
+
+        def __init__(
+            self,
+            shape: object = None,
+            initializer: object = None,
+            *,
+            dtype: str | None = None,
+            trainable: bool = True,
+            name: str | None = None,
+            role: str | None = None,
+        ) -> None: ...
+
+        @property
+        def variable(self) -> keras.Variable: ...
+
+        @property
+        def variables(self) -> list[keras.Variable]: ...
+
+        @property
+        def weights(self) -> list[keras.Variable]: ...
+
+        @property
+        def trainable_variables(self) -> list[keras.Variable]: ...
+
+        @property
+        def non_trainable_variables(self) -> list[keras.Variable]: ...
+
+        @property
+        def path(self) -> str: ...
+
+        @property
+        def role(self) -> str | None: ...
+
+        @property
+        def is_built(self) -> bool: ...
+
+        @property
+        def trainable(self) -> bool: ...
+        @trainable.setter
+        def trainable(self, value: bool) -> None: ...
+
+        @property
+        def trainable_flag(self) -> bool: ...
+
+        @property
+        def became(self) -> Expression | None: ...
+
+        @property
+        def uses(self) -> tuple[Any, ...]: ...
+
+        @property
+        def trainable_weights(self) -> list[keras.Variable]: ...
+
+        @property
+        def non_trainable_weights(self) -> list[keras.Variable]: ...
+
+        def count_params(self) -> int: ...
+
+        def get_config(self) -> Config: ...
+
+        def own_config(self) -> Config: ...
+
+        @classmethod
+        def from_config(cls, config: Config) -> Stored: ...
+
+        def store(self, value: Tensor) -> None: ...
+
+        def give_start(self, shape: Shape, dtype: str, initializer: object, *, path: str | None = None) -> None: ...
+
+        def load_value(self, value: object, loaded: dict[int, str], *, source: str) -> None: ...
+
+        def add_use(self, use: Any) -> None: ...
+
+        def remove_use(self, use: Any) -> None: ...
+
+        def refresh(self, use: Any = None) -> None: ...
+
+        def _free_suffix(self, suffix: str) -> str: ...
+
+        @classmethod
+        def beside(
+            cls,
+            base: Stored | None,
+            suffix: str,
+            start: object,
+            shape: Shape | None = None,
+            *,
+            dtype: str,
+            trainable: bool = True,
+            role: str = "part",
+        ) -> Stored: ...
+
+else:
+    _TrackedByKeras = keras.layers.Layer
+
+
+class Stored(Expression, _TrackedByKeras):
     """A leaf that owns storage; `tether.Weight` is the only one. What is below that class knows it by this name."""
 
 
@@ -468,7 +587,11 @@ class StatefulNode(Node):
         raise TypeError(f"{type(self).__name__} does not say how its state goes on.")
 
 
-def _without_operands(root: Expression) -> list[Any]:
+Bare = Expression | tuple[type["Node"], tuple[int, ...], Config]
+"""A step of a program by itself: a leaf, or a node's class, the places of its operands, and its parameters."""
+
+
+def _without_operands(root: Expression) -> list[Bare]:
     """The steps of an expression as leaves, and as nodes that name their operands by place."""
     return [
         (type(step.expression), step.operands, step.expression.parameters)
@@ -478,7 +601,7 @@ def _without_operands(root: Expression) -> list[Any]:
     ]
 
 
-def _rebuild(steps: list[Any]) -> Expression:
+def _rebuild(steps: list[Bare]) -> Expression:
     done: list[Expression] = []
     for step in steps:
         if isinstance(step, Expression):
@@ -570,7 +693,7 @@ def program(root: Expression) -> tuple[Step, ...]:
 
 def _linearize(root: Node) -> tuple[Step, ...]:
     steps: list[Step] = []
-    places: dict[Any, int] = {}  # what a step computes -> its place
+    places: dict[object, int] = {}  # what a step computes -> its place
     done: dict[int, int] = {}  # id of an expression object -> its place
     stack: list[Expression] = [root]
     while stack:
@@ -589,7 +712,7 @@ def _linearize(root: Node) -> tuple[Step, ...]:
         if instead:
             (done[id(current)],) = inputs
             continue
-        key: Any = current
+        key: object = current
         if isinstance(current, Node):
             key = (current.name, inputs, tuple(sorted(current.parameters.items(), key=lambda i: i[0])))
         if key not in places:
@@ -718,10 +841,10 @@ def register(cls: NodeClass) -> NodeClass:
     return cls
 
 
-_sources: list[Callable[[], Any]] = []
+_sources: list[Callable[[], object]] = []
 
 
-def when_unknown(load: Callable[[], Any]) -> None:
+def when_unknown(load: Callable[[], object]) -> None:
     """Has more operators registered when a name is asked for that is not known yet: `load` imports them."""
     _sources.append(load)
 

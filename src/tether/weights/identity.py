@@ -19,7 +19,6 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 
@@ -84,10 +83,12 @@ def scope_of(uid: str) -> dict[str, Stored] | None:
 
 
 MARK = "tether_mark"
-_marks: contextvars.ContextVar[dict[str, tuple[Any, ...]] | None] = contextvars.ContextVar("tether_marks", default=None)
+_marks: contextvars.ContextVar[dict[str, tuple[object, ...]] | None] = contextvars.ContextVar(
+    "tether_marks", default=None
+)
 
 
-def mark(entry: Config, *told: object) -> dict[str, Any]:
+def mark(entry: Config, *told: object) -> Config:
     """Marks an entry of a config as the one that tells of some objects, while somebody looks for them."""
     marks = _marks.get()
     if marks is not None:
@@ -96,7 +97,7 @@ def mark(entry: Config, *told: object) -> dict[str, Any]:
     return entry
 
 
-def told_by_config(root: keras.Layer) -> dict[int, Any]:
+def told_by_config(root: keras.Layer) -> dict[int, object]:
     """The objects of Tether's (ties, penalties, weights) that the config of a model or layer tells of, by their ids."""
     token = _marks.set({})
     try:
@@ -108,14 +109,14 @@ def told_by_config(root: keras.Layer) -> dict[int, Any]:
     return {id(told): told for told in itertools.chain.from_iterable(found)}
 
 
-def told_by_file() -> dict[int, Any] | None:
+def told_by_file() -> dict[int, object] | None:
     """The same for the `.keras` archive that is being written, found once; `None` if none is."""
     scope = keras_seam.saving_scope()
     if scope is None:
         return None
     if "told" not in scope:
         scope["told"] = told_by_config(scope["root"])
-    found: dict[int, Any] = scope["told"]
+    found: dict[int, object] = scope["told"]
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import NUMERIC, NotATensor, ShapeMismatch, TetherError, UnboundArgument, as_dtype, as_int, received
-from tether.types import Array, Tensor
+from tether.types import Array, Function, Tensor
 from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Term, provide
 
 # --------------------------------------------------------------------------- arguments
@@ -127,7 +127,7 @@ class Argument(Expression):
         """What it is bound by: name, shape and dtype."""
         return (self.name, self._shape, self._dtype)
 
-    def bound(self) -> Any:
+    def bound(self) -> Tensor | int:
         """What is bound now, or the default: a tensor, or an integer that is known while the backend compiles.
 
         Raises:
@@ -150,7 +150,7 @@ class Argument(Expression):
         """Its name."""
         return Term(self.name)
 
-    def _identity(self) -> tuple[Any, ...]:
+    def _identity(self) -> tuple[object, ...]:
         return (*self.key, self.default, self.choices)
 
     def __eq__(self, other: object) -> bool:
@@ -162,7 +162,7 @@ class Argument(Expression):
     def __repr__(self) -> str:
         return self.name
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
         return (_rebuild_argument, self._identity())
 
 
@@ -171,7 +171,7 @@ def _rebuild_argument(name: str, shape: Shape, dtype: str, default: object, choi
 
 
 @contextlib.contextmanager
-def bind(values: Mapping[Argument, Any]) -> Iterator[None]:
+def bind(values: Mapping[Argument, object]) -> Iterator[None]:
     """Binds arguments for the calls inside the block, on this thread; inner bindings win.
 
     Args:
@@ -195,7 +195,7 @@ def bind(values: Mapping[Argument, Any]) -> Iterator[None]:
         _bound.values = before
 
 
-def _checked(argument: Argument, value: object) -> Any:
+def _checked(argument: Argument, value: object) -> Tensor | int:
     """A number that is known now stays one if it is an index; everything else becomes a tensor."""
     if isinstance(value, (str, bool, int, float, np.generic)) and not argument.shape:
         value = argument.number(value)
@@ -211,7 +211,7 @@ def _checked(argument: Argument, value: object) -> Any:
     return tensor
 
 
-def bindings() -> dict[Key, Any]:
+def bindings() -> dict[Key, Tensor | int]:
     """What is bound on this thread, by the arguments' keys."""
     return getattr(_bound, "values", {})
 
@@ -240,7 +240,7 @@ class Constant(Expression):
     __slots__ = ("__weakref__", "_key", "array", "number")
     array: Array | None
     number: int | float | None
-    _key: tuple[Any, ...]
+    _key: tuple[object, ...]
 
     def __init__(self, *, number: int | float | None = None, array: Array | None = None) -> None:
         object.__setattr__(self, "number", number)
@@ -347,7 +347,7 @@ class Constant(Expression):
     def __repr__(self) -> str:
         return self.format().text
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
         return (_rebuild_constant, (self.number, self.array))
 
 

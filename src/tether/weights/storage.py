@@ -22,7 +22,7 @@ from tether.errors import (
     ValueConflict,
     received,
 )
-from tether.types import Array, Config, Tensor
+from tether.types import Array, Config, Store, Tensor
 from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
 from tether.weights.expression import Expression, Shape, Stored, live_weights, note_replacement, resolved
@@ -42,7 +42,7 @@ class Use:
     layer: weakref.ref[keras.Layer]
     live: bool = True
     """Whether gradient may flow through this use: the layer is trainable, and so is the attribute."""
-    regularizer: Any = None
+    regularizer: keras.Regularizer | None = None
 
     def resolve(self) -> None:
         """Writes out what weights in the expression have become, and tells the weights in it of the use."""
@@ -230,7 +230,7 @@ class Storage(Stored):
     weights = variables
 
     @property
-    def present_constraint(self) -> Any:
+    def present_constraint(self) -> keras.constraints.Constraint | None:
         """The constraint in force: its own, or that of the variable that it took over or was made for."""
         return self.constraint if self._variable is None else self._variable.constraint
 
@@ -259,7 +259,7 @@ class Storage(Stored):
             self._variable.trainable = trainable
 
     @property
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[keras.Metric]:
         """None, whatever `Layer` would look for below it: Keras asks for each use at every step."""
         return []
 
@@ -302,7 +302,7 @@ class Storage(Stored):
             **became,
         }
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: Store) -> None:
         """Writes the value, once, wherever Keras meets the weight first.
 
         Raises:
@@ -321,7 +321,7 @@ class Storage(Stored):
             if notes is not None:
                 notes["tether_uid"] = self.uid
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Store) -> None:
         """Reads the value, or leaves it to a use whose own entry the file has.
 
         Raises:
@@ -342,7 +342,7 @@ class Storage(Stored):
     def _is_added(self) -> bool:
         return is_added(self)
 
-    def load_value(self, value: object, loaded: dict[int, Any], *, source: str) -> None:
+    def load_value(self, value: object, loaded: dict[int, str], *, source: str) -> None:
         """Takes a value from a file, once; a second one in the same load must be equal.
 
         Raises:

@@ -20,7 +20,7 @@ from tether.errors import (
     as_dtype,
     received,
 )
-from tether.types import Config, Tensor
+from tether.types import Config, Function, Tensor
 from tether.weights.codec import decode_became
 from tether.weights.expression import MAX_ELEMENTS, Expression, Shape
 from tether.weights.identity import born, fresh_uid, mark, scope_of
@@ -171,7 +171,7 @@ class Weight(Storage):
         """The stored tensor, under the caller's stateless and autocast scopes."""
         return self.variable.value if self._became is None else self._became.value
 
-    def assign(self, value: Any) -> None:
+    def assign(self, value: Tensor) -> None:
         """Stores a value of the weight's shape."""
         if self._became is not None:
             self._became.assign(value)
@@ -246,9 +246,10 @@ class Weight(Storage):
         uid = config.pop("uid")
         scope = scope_of(uid)
         if scope is not None and uid in scope:
-            check_agrees(config, scope[uid])
-            scope[uid].only_named = False
-            return scope[uid]
+            known = cast("Weight", scope[uid])
+            check_agrees(config, known)
+            known.only_named = False
+            return known
         origin, path, initializer = config.pop("origin"), config.pop("path"), config.pop("initializer")
         became, autocasts = config.pop("became", None), config.pop("autocast", True)
         try:
@@ -294,7 +295,7 @@ class Weight(Storage):
         state = "" if self.trainable else ", frozen"
         return f"<Weight {self.name}: {shape}, dtype={self.dtype}{state}, uses={len(self._uses)}>"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
         value = None if self._variable is None else self.numpy()
         return (_rebuild, (self.get_config(), value, self._became))
 
@@ -397,7 +398,7 @@ def check_shape(shape: object) -> Shape:
     return tuple(int(n) for n in shape)
 
 
-def check_config(config: object) -> dict[str, Any]:
+def check_config(config: object) -> Config:
     """A copy of a weight's config, known to be well formed."""
     keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
     if not isinstance(config, dict) or set(config) - {"became", "autocast", "role"} != keys:
@@ -440,7 +441,7 @@ def check_config(config: object) -> dict[str, Any]:
     return config
 
 
-def check_agrees(config: Config, weight: Any) -> None:
+def check_agrees(config: Config, weight: Weight) -> None:
     """Refuses a second config of a weight that is unlike what the first one made.
 
     Args:
@@ -450,7 +451,7 @@ def check_agrees(config: Config, weight: Any) -> None:
     Raises:
         InvalidConfig: They differ in what the weight is.
     """
-    pairs: dict[str, tuple[Any, Any]] = {
+    pairs: dict[str, tuple[object, object]] = {
         "shape": (weight.shape, config["shape"]),
         "dtype": (weight.dtype, config["dtype"]),
         "trainable": (weight._trainable_flag, config["trainable"]),

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import keras
 import numpy as np
@@ -119,7 +119,7 @@ def export(
     return Exported(target, format, size, asked.bytes, difference)
 
 
-def _check(path: Any, format: str) -> ModuleType:
+def _check(path: str | os.PathLike[str], format: str) -> ModuleType:
     """The module of a format, if it can be written here."""
     if format not in FORMATS:
         raise TetherError(f"The formats are {', '.join(map(repr, FORMATS))}. {received(format=format)}")
@@ -156,7 +156,7 @@ def _write(asked: Asked, written: ModuleType, beside: pathlib.Path, format: str)
         )
 
 
-def _convert(asked: Asked, written: ModuleType, beside: pathlib.Path, format: str, held: list[Any]) -> None:
+def _convert(asked: Asked, written: ModuleType, beside: pathlib.Path, format: str, held: list[keras.Variable]) -> None:
     """Converts as the weights are planned, or if the converter cannot take that, with each weight built first."""
     try:
         with warnings.catch_warnings():
@@ -221,7 +221,7 @@ def _compare(
     return largest
 
 
-def _difference(name: str, expected: Any, found: Any, format: str, tolerance: float) -> float:
+def _difference(name: str, expected: Array, found: Array, format: str, tolerance: float) -> float:
     if expected.shape != found.shape:
         raise TetherError(
             f"The output {name!r} of the {format!r} file has the shape {found.shape}, the model's {expected.shape}."

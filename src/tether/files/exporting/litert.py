@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from tether.errors import Unsupported
-from tether.files.exporting.model import Asked
+from tether.files.exporting.model import Asked, Runner
 from tether.files.exporting.saved_model import traced
 from tether.layers.tying.state import numpy_of
 from tether.types import Array
@@ -25,7 +25,7 @@ ALIGNMENT = 16
 """LiteRT reads the bytes of a constant in place."""
 
 
-def write(asked: Asked, path: pathlib.Path, held: list[Any]) -> None:
+def write(asked: Asked, path: pathlib.Path, held: list[keras.Variable]) -> None:
     """Converts the model, the variables that are held out being inputs, and makes constants of these inputs."""
     import tensorflow as tf
 
@@ -75,7 +75,7 @@ def _builder() -> Any:
     import flatbuffers
 
     class Aligned(flatbuffers.Builder):
-        def StartVector(self, size: int, count: int, alignment: int) -> Any:
+        def StartVector(self, size: int, count: int, alignment: int) -> object:
             return super().StartVector(size, count, ALIGNMENT if size == 1 else alignment)
 
     return Aligned(1024)
@@ -89,7 +89,7 @@ def stored(path: pathlib.Path) -> int:
     return sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
 
 
-def runner(path: pathlib.Path) -> Any:
+def runner(path: pathlib.Path) -> Runner:
     """A function of arrays that runs the file in LiteRT's interpreter."""
     import tensorflow as tf
 

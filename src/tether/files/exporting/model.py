@@ -6,10 +6,9 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import keras
 import numpy as np
@@ -18,7 +17,7 @@ from tether import keras_seam
 from tether.errors import TetherError, received
 from tether.layers.tying.state import state_of, stored_variables
 from tether.layers.tying.tied import base_class
-from tether.types import Array
+from tether.types import Array, Tensor
 from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
@@ -40,14 +39,14 @@ class Asked:
     """A model, and the inputs of one call of it."""
 
     model: keras.Model
-    signature: list[Any]
+    signature: list[object]
     """The positional arguments of the call: structures of specs."""
     specs: list[tuple[str, Shape, str]]
     """The tensors of the signature, flat: a name of its own for each, shape (`None` where it is open), dtype."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     """What the caller passes on to the converter."""
 
-    def described(self, held: Sequence[Any]) -> list[tuple[tuple[int | str, ...], str]]:
+    def described(self, held: Sequence[keras.Variable]) -> list[tuple[tuple[int | str, ...], str]]:
         """Shape and dtype of each input, then of each variable that is held out, with a name for each open size."""
         shapes = [
             (tuple(_name_of(place, at) if n is None else n for at, n in enumerate(shape)), dtype)
@@ -55,13 +54,13 @@ class Asked:
         ]
         return shapes + [(tuple(variable.shape), variable.dtype) for variable in held]
 
-    def call(self, tensors: Sequence[Any], values: Sequence[tuple[Any, Any]] = ()) -> list[Any]:
+    def call(self, tensors: Sequence[Tensor], values: Sequence[tuple[keras.Variable, Tensor]] = ()) -> list[Tensor]:
         """The model's outputs, flat, for flat inputs, with variables standing for other values."""
         arguments = keras.tree.pack_sequence_as(self.signature, list(tensors))
         with keras.StatelessScope(state_mapping=list(values)):
             return list(keras.tree.flatten(self.model(*arguments, training=False)))
 
-    def with_held(self, tensors: Sequence[Any], held: Sequence[Any]) -> list[Any]:
+    def with_held(self, tensors: Sequence[Tensor], held: Sequence[keras.Variable]) -> list[Tensor]:
         """The same for tensors of which the last stand for variables."""
         inputs = len(self.specs)
         return self.call(tensors[:inputs], list(zip(held, tensors[inputs:], strict=True)))
@@ -108,7 +107,11 @@ class Asked:
         ]
 
 
-def ask(model: keras.Model, signature: object, options: dict[str, Any]) -> Asked:
+Runner = Callable[[Asked, Sequence[Array]], list[Array]]
+"""Runs a file on arrays, and gives its outputs."""
+
+
+def ask(model: keras.Model, signature: object, options: dict[str, object]) -> Asked:
     """What is to be exported.
 
     Raises:
@@ -137,12 +140,12 @@ def _name_of(place: int, axis: int) -> str:
     return "batch" if axis == 0 else f"size_{place}_{axis}"
 
 
-def _as_arguments(signature: object) -> list[Any]:
+def _as_arguments(signature: object) -> list[object]:
     given = list(signature) if isinstance(signature, (list, tuple)) else [signature]
     return keras.tree.map_structure(keras_seam.input_spec, given)
 
 
-def _flat(signature: object) -> list[tuple[int, Any]]:
+def _flat(signature: object) -> list[tuple[int, keras.InputSpec]]:
     return list(enumerate(keras.tree.flatten(signature)))
 
 
@@ -187,9 +190,9 @@ SMALL = 1024
 """Bytes below which a second copy of a weight does not matter."""
 
 
-def held_out(asked: Asked) -> list[Any]:
+def held_out(asked: Asked) -> list[keras.Variable]:
     """The variables that several uses read in different ways, or that are smaller than what is made of them."""
-    ways: dict[int, set[Any]] = {}
+    ways: dict[int, set[object]] = {}
     grown: set[int] = set()
     for layer in keras_seam.contained_layers(asked.model):
         state = state_of(layer)
@@ -207,7 +210,7 @@ def held_out(asked: Asked) -> list[Any]:
     return [variable for variable in all_large(asked) if id(variable) in held]
 
 
-def all_large(asked: Asked) -> list[Any]:
+def all_large(asked: Asked) -> list[keras.Variable]:
     """Every variable of some size: for a model whose layers share in ways of their own."""
     return [variable for variable in asked.variables if bytes_of(variable) >= SMALL]
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
 from tether import keras_seam
 from tether.errors import Unsupported
-from tether.files.exporting.model import SMALL, Asked, distinct, quiet
+from tether.files.exporting.model import SMALL, Asked, Runner, distinct, quiet
 from tether.layers.tying.state import numpy_of
 from tether.types import Array
+
+if TYPE_CHECKING:
+    import onnx
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SUFFIX = ".onnx"
@@ -32,7 +35,7 @@ NEEDS = {
 }
 
 
-def write(asked: Asked, path: pathlib.Path, held: list[Any]) -> None:
+def write(asked: Asked, path: pathlib.Path, held: list[keras.Variable]) -> None:
     """Converts the model, the variables that are held out being inputs, and makes initializers of these inputs."""
     backend = keras.backend.backend()
     for package in NEEDS[backend]:
@@ -50,7 +53,7 @@ def write(asked: Asked, path: pathlib.Path, held: list[Any]) -> None:
     onnx.save(model, str(path))
 
 
-def _by_tf2onnx(asked: Asked, held: list[Any]) -> Any:
+def _by_tf2onnx(asked: Asked, held: list[keras.Variable]) -> onnx.ModelProto:
     import tf2onnx
 
     from tether.files.exporting.saved_model import traced
@@ -64,7 +67,7 @@ def _by_tf2onnx(asked: Asked, held: list[Any]) -> Any:
     return with_initializers(model, names, held)
 
 
-def with_initializers(model: keras.Model, names: list[str], held: list[Any]) -> Any:
+def with_initializers(model: onnx.ModelProto, names: list[str], held: list[keras.Variable]) -> onnx.ModelProto:
     """The same model, with inputs that have become stored weights under the variables' own names."""
     import onnx
 
@@ -80,7 +83,7 @@ def with_initializers(model: keras.Model, names: list[str], held: list[Any]) -> 
     return model
 
 
-def _rename(graph: Any, old: str, new: str) -> None:
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
     for node in graph.node:
         for place, name in enumerate(node.input):
             if name == old:
@@ -90,7 +93,7 @@ def _rename(graph: Any, old: str, new: str) -> None:
                 _rename(inner, old, new)
 
 
-def _by_jax2onnx(asked: Asked, held: list[Any]) -> Any:
+def _by_jax2onnx(asked: Asked, held: list[keras.Variable]) -> onnx.ModelProto:
     import jax
     import jax2onnx
 
@@ -107,7 +110,7 @@ def _by_jax2onnx(asked: Asked, held: list[Any]) -> Any:
     return with_initializers(model, names, held)
 
 
-def _by_torch(asked: Asked, held: list[Any]) -> Any:
+def _by_torch(asked: Asked, held: list[keras.Variable]) -> onnx.ModelProto:
     import onnxscript.optimizer
     import torch
 
@@ -134,7 +137,7 @@ def stored(path: pathlib.Path) -> int:
     return _constants(onnx.load(str(path)).graph)
 
 
-def _constants(graph: Any) -> int:
+def _constants(graph: onnx.GraphProto) -> int:
     total = sum(tensor.ByteSize() for tensor in graph.initializer)
     for node in graph.node:
         for attribute in node.attribute:
@@ -144,7 +147,7 @@ def _constants(graph: Any) -> int:
     return total
 
 
-def runner(path: pathlib.Path) -> Any:
+def runner(path: pathlib.Path) -> Runner:
     """A function of arrays that runs the file in ONNX Runtime."""
     import onnxruntime
 

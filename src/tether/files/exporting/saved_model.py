@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.files.exporting.model import Asked, quiet
-from tether.types import Array
+from tether.files.exporting.model import Asked, Runner, quiet
+from tether.types import Array, Function, Tensor
 
 BACKENDS = ("tensorflow", "jax")
 SUFFIX = ""
@@ -19,7 +19,7 @@ LIMIT = None
 FOLDS = False
 
 
-def write(asked: Asked, path: pathlib.Path, held: list[Any]) -> None:
+def write(asked: Asked, path: pathlib.Path, held: list[keras.Variable]) -> None:
     """Writes the folder. A SavedModel reads variables where it runs, so there is nothing to hold out."""
     archive = keras.export.ExportArchive()
     archive.track_and_add_endpoint("serve", asked.model, asked.signature, **asked.options)
@@ -32,7 +32,7 @@ def stored(path: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in (path / "variables").glob("variables.data*"))
 
 
-def runner(path: pathlib.Path) -> Any:
+def runner(path: pathlib.Path) -> Runner:
     """A function of arrays that runs the folder in TensorFlow."""
     import tensorflow as tf
 
@@ -50,7 +50,7 @@ def runner(path: pathlib.Path) -> Any:
 # The model as a TensorFlow function, on the TensorFlow and JAX backends.
 
 
-def traced(asked: Asked, held: list[Any]) -> tuple[Any, list[str]]:
+def traced(asked: Asked, held: list[keras.Variable]) -> tuple[Any, list[str]]:
     """A function of the inputs and of the variables that are held out, with named outputs.
 
     Returns:
@@ -64,19 +64,19 @@ def traced(asked: Asked, held: list[Any]) -> tuple[Any, list[str]]:
         tf.TensorSpec(tuple(variable.shape), variable.dtype, name) for name, variable in zip(names, held, strict=True)
     ]
 
-    def compute(*tensors: object) -> list[Any]:
+    def compute(*tensors: Tensor) -> list[Tensor]:
         return asked.with_held(tensors, held)
 
     if keras.backend.backend() == "jax":
         compute = _through_jax(asked, held, compute)
 
-    def serve(*tensors: object) -> dict[str, Any]:
+    def serve(*tensors: Tensor) -> dict[str, Tensor]:
         return dict(zip(asked.output_names, compute(*tensors), strict=True))
 
     return tf.function(serve, input_signature=specs, autograph=False), names
 
 
-def _through_jax(asked: Asked, held: list[Any], compute: object) -> Any:
+def _through_jax(asked: Asked, held: list[keras.Variable], compute: Function) -> Function:
     from jax.experimental import jax2tf
 
     shapes = [f"({''.join(f'{size}, ' for size in shape)})" for shape, _ in asked.described(held)]

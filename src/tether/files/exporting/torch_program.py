@@ -10,8 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from tether.files.exporting.model import Asked, distinct
-from tether.types import Array
+from tether.files.exporting.model import Asked, Runner, distinct
+from tether.types import Array, Tensor
 
 BACKENDS = ("torch",)
 SUFFIX = ".pt2"
@@ -41,7 +41,7 @@ def program(asked: Asked) -> Any:
                 else:
                     self.register_buffer(name, value)
 
-        def forward(self, *tensors: object) -> Any:
+        def forward(self, *tensors: Tensor) -> Tensor:
             values = [getattr(self, name) for name in names]
             outputs = asked.call(tensors, list(zip(asked.variables, values, strict=True)))
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -56,11 +56,11 @@ def program(asked: Asked) -> Any:
     return torch.export.export(Module().eval(), examples, **{"dynamic_shapes": (sizes,), "strict": False, **options})
 
 
-def _device(asked: Asked) -> Any:
+def _device(asked: Asked) -> object:
     return asked.variables[0].value.device if asked.variables else "cpu"
 
 
-def write(asked: Asked, path: pathlib.Path, held: list[Any]) -> None:
+def write(asked: Asked, path: pathlib.Path, held: list[keras.Variable]) -> None:
     """Writes the program. It reads its weights as inputs, so there is nothing to hold out."""
     import torch
 
@@ -74,7 +74,7 @@ def stored(path: pathlib.Path) -> int:
         return sum(entry.file_size for entry in archive.infolist() if "/data/weights/" in entry.filename)
 
 
-def runner(path: pathlib.Path) -> Any:
+def runner(path: pathlib.Path) -> Runner:
     """A function of arrays that runs the program."""
     import torch
 

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import h5py
 import keras
@@ -44,7 +44,9 @@ SMALL, MAX_EXPANSION = 2**28, 100
 """What unpacks to more than this many bytes may have at most this many times its size in the file."""
 
 
-def objects(file: h5py.File, size: int, *, expansion: int = MAX_EXPANSION) -> Iterator[tuple[str, Any]]:
+def objects(
+    file: h5py.File, size: int, *, expansion: int = MAX_EXPANSION
+) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
     """The groups and datasets of a file with their places, a group before what is in it; the file itself is at `""`.
 
     Args:
@@ -96,7 +98,7 @@ def _links(group: h5py.Group, place: str, most: int) -> list[tuple[bytes, int]]:
     found: list[tuple[bytes, int]] = []
     elsewhere: list[bytes] = []
 
-    def note(name: bytes, link: Any) -> bool | None:  # called from C, where nothing may be raised
+    def note(name: bytes, link: h5py.h5l.LinkInfo) -> bool | None:  # called from C, where nothing may be raised
         if link.type != h5py.h5l.TYPE_HARD:
             elsewhere.append(name)
         found.append((name, link.u))
@@ -179,7 +181,7 @@ _HARMLESS = {
 class _Arrays(pickle.Unpickler):
     """Makes arrays, dicts and strings, and refuses everything else."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """What a pickle names, if it is one of the few that arrays need."""
         if (module, name) == ("_codecs", "encode"):
             return _latin1
@@ -283,7 +285,7 @@ def reading(path: os.PathLike[str] | str) -> Iterator[None]:
         raise damaged(path, error) from error
 
 
-def damaged(path: os.PathLike[str] | str, error: Exception) -> TetherError:
+def damaged(path: os.PathLike[str] | str, error: BaseException) -> TetherError:
     """What to raise for an error of what reads bytes: that the file is damaged, unless the system is what failed."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
         return TetherError(f"{str(path)!r} could not be read: {str(error) or 'there is not enough memory.'}")
@@ -323,7 +325,7 @@ class Archive:
     def __contains__(self, name: str) -> bool:
         return name in self.zip.namelist()
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """What the config says.
 
         Raises:
@@ -356,7 +358,7 @@ class Archive:
         return version[:40] if isinstance(version, str) else None
 
     @contextlib.contextmanager
-    def entry(self, name: str) -> Iterator[Any]:
+    def entry(self, name: str) -> Iterator[IO[bytes]]:
         """An entry as a file: where it lies in the archive, or a copy if it is compressed."""
         info = self.zip.getinfo(name)
         if info.compress_type == zipfile.ZIP_STORED:

@@ -7,7 +7,6 @@ tied layer left out is in the notes beside its entries, see `tether.layers.recor
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ import pathlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, TypeVar
 
 import h5py
 import numpy as np
@@ -123,7 +122,7 @@ _READERS: dict[str, Callable[[pathlib.Path, contextlib.ExitStack], Values]] = {
 }  # fmt: skip
 
 
-def _of_npz(file: io.IOBase, stack: contextlib.ExitStack) -> Values:
+def _of_npz(file: IO[bytes], stack: contextlib.ExitStack) -> Values:
     values = Values()
     for place, arrays in read_npz(stack.enter_context(zipfile.ZipFile(file))):
         for key, array in arrays.items():
@@ -135,11 +134,11 @@ def _of_npz(file: io.IOBase, stack: contextlib.ExitStack) -> Values:
 # --------------------------------------------------------------------------- HDF5
 
 
-def _tree(file: h5py.File, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _tree(file: h5py.File, path: pathlib.Path) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
     return objects(file, path.stat().st_size, expansion=MAX_EXPANSION)
 
 
-def _of_h5(*trees: Iterable[tuple[str, Any]]) -> Values:
+def _of_h5(*trees: Iterable[tuple[str, h5py.Group | h5py.Dataset]]) -> Values:
     values = Values()
     for place, item in itertools.chain(*trees):
         if isinstance(item, h5py.Dataset):
@@ -181,7 +180,7 @@ def _entry(name: str, dataset: h5py.Dataset) -> Entry:
     return Entry(name, shape, dtype, read)
 
 
-def _old_layers(tree: Mapping[str, Any], top: str) -> list[tuple[str, list[Entry]]]:
+def _old_layers(tree: Mapping[str, h5py.Group | h5py.Dataset], top: str) -> list[tuple[str, list[Entry]]]:
     """The layers with weights of a Keras 2 file, in order; the model's own weights last, under `""`."""
     root = _one(tree, top, h5py.Group)
     found = [(name, _old_weights(tree, _join(top, name), name)) for name in _names(root, "layer_names")]
@@ -191,7 +190,7 @@ def _old_layers(tree: Mapping[str, Any], top: str) -> list[tuple[str, list[Entry
     return [(name, entries) for name, entries in found if entries]
 
 
-def _old_weights(tree: Mapping[str, Any], place: str, layer: str) -> list[Entry]:
+def _old_weights(tree: Mapping[str, h5py.Group | h5py.Dataset], place: str, layer: str) -> list[Entry]:
     names = _names(_one(tree, place, h5py.Group), "weight_names")
     return [_entry(f"{layer}/{name}", _one(tree, _join(place, name), h5py.Dataset)) for name in names]
 
@@ -200,7 +199,10 @@ def _join(above: str, name: str) -> str:
     return f"{above}/{name}" if above else name
 
 
-def _one(tree: Mapping[str, Any], place: str, kind: type) -> Any:
+OfKind = TypeVar("OfKind")
+
+
+def _one(tree: Mapping[str, h5py.Group | h5py.Dataset], place: str, kind: type[OfKind]) -> OfKind:
     if not isinstance(tree.get(place), kind):
         raise InvalidConfig(f"The file has no {place!r} of its own, which it names.")
     return tree[place]

@@ -26,7 +26,7 @@ from tether.files.loading.matching import positions
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, state_of
 from tether.layers.tying.tied import KEY
-from tether.types import Config
+from tether.types import Array, Config
 from tether.weights.identity import dictionaries
 from tether.weights.leaves import numpy_dtype
 
@@ -60,7 +60,7 @@ _BACKENDS = ("jax", "jaxlib", "tensorflow", "torch")
 def making(
     path: str | os.PathLike[str],
     config: object,
-    custom_objects: Mapping[str, Any] | None = None,
+    custom_objects: Mapping[str, object] | None = None,
     *,
     what: str = "model",
     written_by: str | None = None,
@@ -91,7 +91,7 @@ def explained(
     error: Exception,
     path: str | os.PathLike[str],
     config: object,
-    custom_objects: Mapping[str, Any] | None = None,
+    custom_objects: Mapping[str, object] | None = None,
     *,
     what: str = "model",
     written_by: str | None = None,
@@ -114,7 +114,7 @@ def explained(
 
 
 def missing_names(
-    error: Exception, config: object, custom_objects: Mapping[str, Any] | None = None
+    error: Exception, config: object, custom_objects: Mapping[str, object] | None = None
 ) -> list[tuple[str, str]]:
     """The classes and functions that a config names, that this process does not know, and of which an error speaks.
 
@@ -132,7 +132,7 @@ def missing_names(
     return [(kind, name) for kind, name in found if _is_quoted(name, text)]
 
 
-def _reference(entry: Mapping[str, Any]) -> tuple[str, str, str] | None:
+def _reference(entry: Mapping[str, object]) -> tuple[str, str, str] | None:
     """Kind, name and module of what a dictionary of a config names."""
     name, module = entry.get("class_name"), entry.get("module")
     if entry.get("op") == "apply" and "of" in entry:  # a step of an expression
@@ -148,7 +148,7 @@ def _reference(entry: Mapping[str, Any]) -> tuple[str, str, str] | None:
     return (kind, name, module if isinstance(module, str) else "") if isinstance(name, str) else None
 
 
-def _is_known(kind: str, name: str, module: str, custom_objects: dict[str, Any]) -> bool:
+def _is_known(kind: str, name: str, module: str, custom_objects: dict[str, object]) -> bool:
     if keras.saving.get_registered_object(name, custom_objects) is not None:
         return True
     package, *rest = module.split(".")
@@ -156,7 +156,7 @@ def _is_known(kind: str, name: str, module: str, custom_objects: dict[str, Any])
         return any(hasattr(each, name) for each in _FUNCTIONS)
     if package != "keras":
         return package in _KERAS and importlib.util.find_spec(package) is not None
-    holder: keras.Layer = keras
+    holder: object = keras
     for part in rest:
         holder = getattr(holder, part, None)
     return hasattr(holder or sys.modules.get(module), name)
@@ -204,7 +204,7 @@ def _versions(written_by: str | None) -> str:
 # --------------------------------------------------------------------------- what was raised, and where
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     text = str(error).strip()
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
 
@@ -222,7 +222,7 @@ _WRAPPING = {
 """Where Keras catches an error and raises another one, with the config in its message."""
 
 
-def _unwrapped(error: BaseException) -> Any:
+def _unwrapped(error: BaseException) -> BaseException:
     """What was raised first, where Keras has raised it again as another error."""
     while type(error) is TypeError and error.__context__ is not None and _innermost(error).f_code in _WRAPPING:
         error = error.__context__
@@ -279,7 +279,7 @@ def _is_of_here(error: BaseException) -> bool:
 def load_model(
     path: str | os.PathLike[str],
     *,
-    custom_objects: dict[str, Any] | None = None,
+    custom_objects: dict[str, object] | None = None,
     compile: bool = True,
     safe_mode: bool = True,
 ) -> keras.Model:
@@ -320,19 +320,19 @@ def load_model(
     return model
 
 
-def _read(path: Any, **options: Any) -> Any:
+def _read(path: str | os.PathLike[str], **options: Any) -> keras.Model:
     with opened_archive(path) as archive, archive.values() as values:
         return keras_seam.read_archive(
             archive.zip, values, lambda model: _stored_in_parts(model, values), large=LARGE, **options
         )
 
 
-def _stored_in_parts(model: keras.Model, values: h5py.File) -> dict[str, Any]:
+def _stored_in_parts(model: keras.Model, values: h5py.File) -> dict[str, keras.Variable]:
     """Stores large weights that are in the file as they are in memory, a few rows at a time.
 
     And those of float8, of which Keras writes the bytes and cannot read them.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, keras.Variable] = {}
     for each in positions(model):
         variable, dataset = each.target, values.get(each.place)
         if isinstance(variable, View) or not isinstance(variable, keras.Variable):
@@ -356,7 +356,7 @@ def _is_large(dataset: h5py.Dataset) -> bool:
     return dataset.chunks is None and dataset.nbytes > LARGE
 
 
-def _read_rows(dataset: h5py.Dataset, array: Any, first: int) -> None:
+def _read_rows(dataset: h5py.Dataset, array: Array, first: int) -> None:
     if array.size:
         dataset.read_direct(array.view(dataset.dtype), np.s_[first : first + len(array)] if array.ndim else ())
 
@@ -393,7 +393,7 @@ def _check_values(model: keras.Model, found: Contents, *, compiled: bool, path: 
 
 def _check_ties(model: keras.Model, config: Config, *, path: object) -> None:
     """Raises unless each tie that the file records holds."""
-    layers: dict[str, list[Any]] = {}
+    layers: dict[str, list[keras.Layer]] = {}
     for layer in keras_seam.contained_layers(model):
         layers.setdefault(layer.name, []).append(layer)
     lost = [

@@ -87,10 +87,10 @@ def has_shared_layers(model: keras.Model) -> bool:
     return bool(shared_layers(model))
 
 
-def shared_layers(model: keras.Model) -> list[Any]:
+def shared_layers(model: keras.Model) -> list[keras.Layer]:
     """The layers that are in two layers or models at once, weights and inputs aside."""
     parents: Counter[int] = Counter()
-    found: dict[int, Any] = {}
+    found: dict[int, keras.Layer] = {}
     for layer in keras_seam.contained_layers(model):
         for child in {id(child): child for child in keras_seam.sublayers(layer)}.values():
             if not isinstance(child, (Weight, keras.layers.InputLayer)):
@@ -99,7 +99,7 @@ def shared_layers(model: keras.Model) -> list[Any]:
     return [found[key] for key, count in parents.items() if count > 1]
 
 
-def mended(model: keras.Model, config: Config) -> dict[str, Any]:
+def mended(model: keras.Model, config: Config) -> Config:
     """The config of a model with shared layers, so that plain Keras reads back one instance of each.
 
     Args:
@@ -122,7 +122,7 @@ def mended(model: keras.Model, config: Config) -> dict[str, Any]:
     return config
 
 
-def _objects(config: object) -> Iterator[dict[str, Any]]:
+def _objects(config: object) -> Iterator[Config]:
     """Every object in a config, inner ones after the one they are in."""
     if isinstance(config, dict):
         if "class_name" in config:
@@ -149,14 +149,14 @@ def _mark(config: object, marked: object, shared: set[int]) -> None:
 # --------------------------------------------------------------------------- the calls of a graph
 
 
-def _graphs(config: object) -> list[dict[str, Any]]:
+def _graphs(config: object) -> list[Config]:
     """The graphs in a config: the inner configs of functional models."""
     keys = {"layers", "input_layers", "output_layers"}
     inner = [found["config"] for found in _objects(config) if isinstance(found.get("config"), dict)]
     return [graph for graph in inner if keys <= set(graph)]
 
 
-def _rehearse(model: keras.Model, config: Config, shared: set[int]) -> tuple[dict[int, dict[str, int]], Any]:
+def _rehearse(model: keras.Model, config: Config, shared: set[int]) -> tuple[dict[int, dict[str, int]], keras.Model]:
     """Puts the model together from its config, once, and counts the calls that each graph finds in its layers."""
     offsets: dict[int, dict[str, int]] = {}
     trial = copy.deepcopy(config)
@@ -171,14 +171,14 @@ def _rehearse(model: keras.Model, config: Config, shared: set[int]) -> tuple[dic
         """Read in the place of a layer, when the other layers of its graph have been made."""
 
         @staticmethod
-        def from_config(config: Config) -> Any:
+        def from_config(config: Config) -> keras.Layer:
             """Counts, and corrects the graph that is being read."""
             place = config["place"]
             offsets[place] = _calls_so_far(parts[place], shared)
             _shift(parts[place], offsets[place])
             return keras.layers.Identity(name=f"{_READER.replace('>', '_')}_{place}")
 
-    custom: dict[str, Any] = {_READER: CallCounter}
+    custom: dict[str, object] = {_READER: CallCounter}
     for layer in keras_seam.contained_layers(model):
         cls = base_class(type(layer))
         custom.setdefault(cls.__name__, cls)
@@ -192,7 +192,7 @@ def _rehearse(model: keras.Model, config: Config, shared: set[int]) -> tuple[dic
         ) from error
 
 
-def _calls_so_far(graph: dict[str, Any], shared: set[int]) -> dict[str, int]:
+def _calls_so_far(graph: Config, shared: set[int]) -> dict[str, int]:
     calls = {}
     for layer in graph["layers"]:
         if layer.get(keras_seam.SHARED_ID) in shared:
@@ -200,7 +200,7 @@ def _calls_so_far(graph: dict[str, Any], shared: set[int]) -> dict[str, int]:
     return calls
 
 
-def _shift(graph: dict[str, Any], offsets: dict[str, int]) -> None:
+def _shift(graph: Config, offsets: dict[str, int]) -> None:
     """Adds what a layer's calls by others are to the numbers of its calls in a graph."""
     if not any(offsets.values()):
         return

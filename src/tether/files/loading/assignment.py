@@ -21,15 +21,15 @@ from tether import keras_seam
 from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
 from tether.files.loading.entries import Conflict, Loaded, Report, Rows, difference_of, tolerance_of
 from tether.layers.tying.state import View, shape_of
-from tether.types import Array
+from tether.types import Array, Tensor
 from tether.weights.algebra import as_it_is, base_of, invert, put
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
 Resolve = str | Callable[[str, list[Array]], Any]
 
-_Way = Callable[[Expression, Any], dict[Weight, Any]]
+_Way = Callable[[Expression, Any], dict[Stored, Any]]
 """From a value of an expression to values of its weights."""
 
 RULES = ("error", "first", "mean")
@@ -139,12 +139,12 @@ class Assignment:
             self._take_as(each, _Candidate(offer.source, self._part_reader(offer, way, each), offer, None))
         return True
 
-    def _parts(self, offer: Offer, way: _Way) -> dict[Weight, Any]:
+    def _parts(self, offer: Offer, way: _Way) -> dict[Stored, Tensor]:
         view = offer.target
         value = _cast(offer.read(), keras_seam.stored_dtype(view), offer)
         return way(view.expression, keras.ops.convert_to_tensor(value))
 
-    def _part_reader(self, offer: Offer, way: _Way, weight: Weight) -> Callable[[], Array]:
+    def _part_reader(self, offer: Offer, way: _Way, weight: Stored) -> Callable[[], Array]:
         def read() -> Array:
             part = keras_seam.on_host(keras_seam.plain_tensor(self._parts(offer, way)[weight]))
             return _cast(np.asarray(part), _dtype_of(weight), offer)
@@ -369,7 +369,7 @@ def _mean(name: str, arrays: list[Array]) -> Array:
     return (total / len(arrays)).astype(arrays[0].dtype)
 
 
-def _resolved_by(resolve: Callable[[str, list[Array]], Any], name: str, arrays: list[Array]) -> Array:
+def _resolved_by(resolve: Callable[[str, list[Array]], object], name: str, arrays: list[Array]) -> Array:
     found = np.asarray(resolve(name, [array.copy() for array in arrays]))
     if found.shape != arrays[0].shape or _kind(str(found.dtype)) != _kind(str(arrays[0].dtype)):
         raise ShapeMismatch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -13,7 +12,7 @@ from tether import keras_seam
 from tether.errors import NUMERIC, InvalidConfig, received
 from tether.types import Array
 from tether.weights.codec import decode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.identity import sharing
 from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
@@ -61,7 +60,7 @@ class StoredTie:
 
     name: str
     expression: Expression
-    weights: dict[Weight, Entry]
+    weights: Mapping[Stored, Entry]
     """The entry of each weight in the expression; the weights here hold no values."""
     dtype: str
 
@@ -81,7 +80,7 @@ class StoredTie:
         return found.astype(numpy_dtype(self.dtype))
 
 
-def stored_ties(notes: Mapping[str, Any], weights: Mapping[str, Entry]) -> dict[str, StoredTie]:
+def stored_ties(notes: Mapping[str, object], weights: Mapping[str, Entry]) -> dict[str, StoredTie]:
     """The ties that a stranger's file may have noted.
 
     Args:
@@ -99,7 +98,7 @@ def stored_ties(notes: Mapping[str, Any], weights: Mapping[str, Entry]) -> dict[
         raise InvalidConfig(f"The file's shared weight {unfit[0]!r} is of a dtype that no layer shares.")
     with sharing():
         known = {uid: Weight(entry.shape, dtype=entry.dtype, name="stored") for uid, entry in weights.items()}
-    entries = {weight: weights[uid] for uid, weight in known.items()}
+    entries: dict[Stored, Entry] = {weight: weights[uid] for uid, weight in known.items()}
     for place, tie in notes.items():
         if not isinstance(tie, dict) or set(tie) != {"dtype", "steps"} or tie["dtype"] not in NUMERIC:
             raise InvalidConfig(f"The file's tie at {place!r} has dtype and steps. {received(tie=tie)}")

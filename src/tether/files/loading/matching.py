@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
@@ -17,8 +16,9 @@ from tether.layers.family.named import Named, named_weights
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, ordered_variables, state_of, stored_variables, weights_below
 from tether.layers.tying.tied import own_entries
+from tether.types import Tensor
 from tether.weights.algebra import added_weights, base_of
-from tether.weights.expression import Expression, program
+from tether.weights.expression import Expression, Stored, program
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- positions
@@ -33,7 +33,7 @@ class Position:
     """`layers/dense/vars/0`, as in the file."""
     holder: keras.Layer
     """The layer that writes it."""
-    target: Any
+    target: keras.Variable | Tensor
     """A variable, a view, or what else a layer writes."""
 
 
@@ -86,7 +86,7 @@ def stored_names(model: keras.Model, named: Sequence[Named] | None = None) -> di
     return found
 
 
-def _owners(model: keras.Model) -> dict[int, Weight]:
+def _owners(model: keras.Model) -> dict[int, Stored]:
     """The shared weights below a model, by their variables' ids."""
     return {id(weight.variable): weight for weight in weights_below(model) if weight.is_built}
 
@@ -148,7 +148,7 @@ def _of_adapters(weights: Sequence[Named]) -> set[int]:
     return found - others
 
 
-def in_old_order(model: keras.Model) -> list[tuple[str, list[Any]]]:
+def in_old_order(model: keras.Model) -> list[tuple[str, list[keras.Variable]]]:
     """The layers of a model that have weights, with these as Keras 2 wrote them: those that train first."""
     found = []
     for layer in model.layers:
@@ -158,15 +158,15 @@ def in_old_order(model: keras.Model) -> list[tuple[str, list[Any]]]:
     return found
 
 
-def own_in_old_order(model: keras.Model) -> list[Any]:
+def own_in_old_order(model: keras.Model) -> list[keras.Variable]:
     """The weights of a model itself, as Keras 2 wrote them."""
     state = state_of(model)
     lists = keras_seam.variable_lists(model) if state is None else ordered_variables(model, state)
     return [variable for store in keras_seam.STORES for variable in lists[store]]
 
 
-def _of_layer(layer: keras.Layer) -> tuple[list[Any], list[Any]]:
-    found: dict[str, dict[int, Any]] = {store: {} for store in keras_seam.STORES}
+def _of_layer(layer: keras.Layer) -> tuple[list[keras.Variable], list[keras.Variable]]:
+    found: dict[str, dict[int, keras.Variable]] = {store: {} for store in keras_seam.STORES}
     waiting = [layer]
     while waiting:
         current = waiting.pop(0)
@@ -243,7 +243,7 @@ def _pairs(mine: Expression, theirs: Expression) -> dict[Weight, Weight]:
     return pairs if len(steps) == len(others) else {}
 
 
-def weights_at(position: Position) -> list[Weight]:
+def weights_at(position: Position) -> list[Stored]:
     """The stored weights behind a position, if it has weights of Tether's."""
     for each in (position.target, position.holder):
         if isinstance(each, Weight):
@@ -251,12 +251,12 @@ def weights_at(position: Position) -> list[Weight]:
     return list(position.target.expression.weights_used()) if isinstance(position.target, View) else []
 
 
-def as_offer(target: object, entry: Entry) -> Offer:
+def as_offer(target: keras.Variable | Stored, entry: Entry) -> Offer:
     """An entry for a target."""
     return Offer(target, entry.name, entry.shape, entry.dtype, entry.read, entry.rows)
 
 
-def _tied_offer(target: object, tie: StoredTie) -> Offer:
+def _tied_offer(target: keras.Variable | Stored, tie: StoredTie) -> Offer:
     source = ", ".join(entry.name for entry in tie.weights.values())
     return Offer(target, f"{source} by the tie of {tie.name}", tie.shape, tie.dtype, tie.read)
 

@@ -7,7 +7,6 @@ import copy
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import keras
 
@@ -34,7 +33,7 @@ from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie
 from tether.layers.tying.tied import KEY
 from tether.weights.codec import decode, encode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.identity import dictionaries
 from tether.weights.weight import Weight
 
@@ -125,7 +124,7 @@ def _others_weights(found: list[Position], values: Values) -> set[str]:
     return {place for place in mine.values() if not all(users.get(place, [place not in elsewhere]))}
 
 
-def _by_place(steps: object, places: Mapping[str, str]) -> list[Any]:
+def _by_place(steps: object, places: Mapping[str, str]) -> list[object]:
     """The steps of an expression with places in the file for its weights."""
     if not isinstance(steps, list):
         return []
@@ -287,11 +286,11 @@ def retie(*models: object, resolve: Resolve = "error") -> Report:
     return Report(loaded=tuple(loaded), conflicting=tuple(plan.conflicts))
 
 
-def _joined(models: tuple[keras.Model, ...]) -> dict[str, list[tuple[Any, Weight]]]:
+def _joined(models: tuple[keras.Model, ...]) -> dict[str, list[tuple[keras.Model, Stored]]]:
     """The weights of one origin in different models, by origin."""
-    found: dict[str, list[tuple[Any, Weight]]] = {}
+    found: dict[str, list[tuple[keras.Model, Stored]]] = {}
     for model in models:
-        mine: dict[str, Weight] = {}
+        mine: dict[str, Stored] = {}
         for weight in weights_below(model):
             other = mine.setdefault(weight.origin, weight)
             if other is not weight:
@@ -306,12 +305,12 @@ def _joined(models: tuple[keras.Model, ...]) -> dict[str, list[tuple[Any, Weight
     return {origin: weights for origin, weights in found.items() if len(weights) > 1}
 
 
-def _offer(target: Weight, model: keras.Model, weight: Weight) -> Offer:
+def _offer(target: Stored, model: keras.Model, weight: Stored) -> Offer:
     held = entry_of(weight.variable, weight.name)
     return Offer(target, f"{_name(model)}: {weight.name}", held.shape, held.dtype, lambda: held.read().copy())
 
 
-def _ties(model: keras.Model, replaced: dict[str, Weight]) -> dict[str, Expression]:
+def _ties(model: keras.Model, replaced: dict[str, Stored]) -> dict[str, Expression]:
     """The model's expressions with other weights in them, by path."""
     ties = {}
     for named in named_weights(model):
@@ -324,7 +323,7 @@ def _ties(model: keras.Model, replaced: dict[str, Weight]) -> dict[str, Expressi
     return ties
 
 
-def _check_gone(model: keras.Model, replaced: dict[str, Weight]) -> None:
+def _check_gone(model: keras.Model, replaced: dict[str, Stored]) -> None:
     left = [weight.name for weight in weights_below(model) if weight.uid in replaced]
     if left:
         raise Unsupported(

@@ -124,7 +124,7 @@ _BLOCK = re.compile(r"transformer_layer_(\d+)\.(.+)\.(kernel|bias|gamma|beta)")
 _SPARE = re.compile(r"(.*\.)?embeddings\.position_ids|cls\..*|(.*\.)?pooler\..*|classifier\..*")
 
 
-def names(name: str, known: frozenset[str]) -> Any:
+def names(name: str, known: frozenset[str]) -> Tensor | list[Tensor] | None:
     """The tensors of a weight of KerasHub's, by its name with dots; `None` for what is no part of BERT.
 
     In a model with a language modelling head, which shares the embedding, the head's tensor has to agree with it.
@@ -167,7 +167,7 @@ def _inside(name: str) -> str:
     return rest if head.startswith("bert_") and "backbone" in head else name
 
 
-def _of_head(owner: str, leaf: str) -> Any:
+def _of_head(owner: str, leaf: str) -> Tensor | list[Tensor] | None:
     """KerasHub's `MaskedLMHead`, which shares the embedding."""
     owner = owner.removeprefix("mlm_head.") if owner != "mlm_head" else ""
     if owner == "" and leaf == "output_bias":
@@ -202,7 +202,7 @@ def _parameter(leaf: str) -> str:
 
 Names = Mapping[str, Any] | Callable[[str], Any] | str | None
 
-PRESETS: dict[str, Callable[[str, frozenset[str]], Any]] = {"bert": names}
+PRESETS: dict[str, Callable[[str, frozenset[str]], Tensor | list[Tensor] | None]] = {"bert": names}
 """Hugging Face's names of a weight, given all names of the model, by a word for the architecture."""
 
 

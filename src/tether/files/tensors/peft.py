@@ -43,7 +43,7 @@ from tether.layers.tying.tie import weights_of
 from tether.types import Array
 from tether.weights.algebra import as_it_is, split_sum
 from tether.weights.codec import decode, encode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import Add, Multiply, StopGradient, Subtract
 from tether.weights.operators.choice import Adapted
@@ -144,7 +144,7 @@ class OpenedFolder:
         return Report(loaded=plan.carry_out())
 
 
-def _offer_of(weight: Weight, value: peft_parts.Value) -> Offer:
+def _offer_of(weight: Stored, value: peft_parts.Value) -> Offer:
     shape, entry = tuple(weight.shape or ()), value.entry
     if entry.shape != value.expected or math.prod(entry.shape) != math.prod(shape):
         raise ShapeMismatch(

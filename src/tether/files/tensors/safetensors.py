@@ -131,7 +131,7 @@ class TensorFile:
             left = left[count:]
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise InvalidConfig("The header has one name twice.")
@@ -292,7 +292,7 @@ def save_safetensors(model: keras.Model, path: str | os.PathLike[str], *, names:
     write_tensors(target, tensors, metadata)
 
 
-def _plan(model: keras.Model, stored: Mapping[int, str], naming: Naming) -> dict[str, Any]:
+def _plan(model: keras.Model, stored: Mapping[int, str], naming: Naming) -> Config:
     """Which layer has what in the place of a stored weight, where the file has the weights as they are."""
     plain: dict[str, str] = {}
     for weight in weights_below(model):
@@ -395,9 +395,9 @@ def _of_older_names(
     return older
 
 
-def _each_once(found: list[Any], entries: Mapping[str, list[Entry]]) -> list[Any]:
+def _each_once(found: list[Position], entries: Mapping[str, list[Entry]]) -> list[Position]:
     """The positions without those that are a second name of one target for the same tensors."""
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[tuple[object, ...]] = set()
     kept = []
     for each in found:
         key = (id(each.target), *(entry.name for entry in entries[each.place]))

@@ -37,7 +37,7 @@ class Found:
     """The attribute of the holder that leads to it."""
 
 
-def reached(holder: keras.Layer, known_layers: set[int]) -> Iterator[Found]:
+def reached(holder: keras.Operation, known_layers: set[int]) -> Iterator[Found]:
     """The variables and arrays that a layer, or an operation of a graph, holds or captures, and the layers.
 
     Args:
@@ -60,7 +60,7 @@ def reached(holder: keras.Layer, known_layers: set[int]) -> Iterator[Found]:
         yield from walk.into(method, "call", "call", 0)
 
 
-def arguments_of(args: Any, kwargs: Any) -> Iterator[Found]:
+def arguments_of(args: tuple[object, ...], kwargs: dict[str, object]) -> Iterator[Found]:
     """The variables, arrays and layers among the arguments of a call in a graph."""
     walk = _Walk(set())
     for place, value in [*enumerate(args), *kwargs.items()]:
@@ -73,7 +73,7 @@ class _Walk:
 
     def __init__(self, known_layers: set[int]) -> None:
         self._known = known_layers
-        self._been: dict[int, Any] = {}  # kept alive, so that no id is given twice
+        self._been: dict[int, object] = {}  # kept alive, so that no id is given twice
 
     def into(self, value: object, how: str, attribute: str, depth: int) -> Iterator[Found]:
         if isinstance(value, _PRIMITIVE) or id(value) in self._been:
@@ -97,7 +97,7 @@ class _Walk:
                 yield from self.into(inner, where, attribute, depth + 1)
 
 
-def _parts(value: object, how: str) -> Iterator[tuple[Any, str]]:
+def _parts(value: object, how: str) -> Iterator[tuple[object, str]]:
     """What is in an object, and where."""
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         if len(value) <= MAX_ITEMS:
@@ -135,7 +135,7 @@ def _is_own(thing: object) -> bool:
     return str(getattr(thing, "__module__", None) or "builtins").split(".")[0] not in LIBRARIES
 
 
-def _fields(value: object) -> Iterator[tuple[str, Any]]:
+def _fields(value: object) -> Iterator[tuple[str, object]]:
     yield from getattr(value, "__dict__", {}).items()
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())
@@ -158,7 +158,7 @@ _IN_GLOBALS = (
 """Globals that are looked into. An object that a program keeps for itself is none of a layer's."""
 
 
-def _captured(function: types.FunctionType) -> Iterator[tuple[Any, str]]:
+def _captured(function: types.FunctionType) -> Iterator[tuple[object, str]]:
     """What a function takes from outside of its arguments."""
     name = f"{function.__name__}()" if function.__name__ != "<lambda>" else "the lambda"
     for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

@@ -19,7 +19,8 @@ from tether.inspection.checking.samples import InMemory, Readable
 from tether.inspection.facts import Facts, StoredWeight
 from tether.inspection.live import OPTIMIZER, UNSAVED, layer_path, own_entries_of, unique_paths
 from tether.layers.tying import paths
-from tether.layers.tying.state import State, ViewSlot, state_of, stored_variables
+from tether.layers.tying.state import State, View, ViewSlot, state_of, stored_variables
+from tether.types import Function, Saveable, Tensor
 from tether.weights.weight import Weight
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Context:
     def __init__(self, facts: Facts, *, model: Any = None, file: Path | None = None, data: Batch | None = None) -> None:
         self.facts, self.model, self.file, self.data = facts, model, file, data
         self._open = contextlib.ExitStack()
-        self._found: dict[Any, Any] = {}
+        self._found: dict[object, Any] = {}
 
     def once(self, find: Callable[[Context], T]) -> T:
         """What a function finds out, remembered for the other rules that ask."""
@@ -90,7 +91,7 @@ class Context:
         return {id(layer) for layer in keras_seam.contained_layers(self.model)}
 
     @cached_property
-    def _objects(self) -> list[tuple[str, Any]]:
+    def _objects(self) -> list[tuple[str, Saveable]]:
         return list(keras_seam.saved_objects(self.model))
 
     @cached_property
@@ -103,28 +104,28 @@ class Context:
         return self._layer_paths.get(id(layer)) or str(layer.name)
 
     @cached_property
-    def parents(self) -> dict[int, list[Any]]:
+    def parents(self) -> dict[int, list[keras.Layer]]:
         """The layers that hold each layer, by its id."""
-        found: dict[int, list[Any]] = {}
+        found: dict[int, list[keras.Layer]] = {}
         for layer in self.layers:
             for child in {id(child): child for child in keras_seam.sublayers(layer)}.values():
                 found.setdefault(id(child), []).append(layer)
         return found
 
     @cached_property
-    def tied(self) -> list[tuple[Any, State, ViewSlot]]:
+    def tied(self) -> list[tuple[keras.Layer, State, ViewSlot]]:
         """Every view of a tied layer."""
         return [(layer, state, slot) for layer in self.layers if (state := state_of(layer)) for slot in state.slots]
 
     @cached_property
-    def _readers(self) -> dict[int, list[Any]]:
-        found: dict[int, list[Any]] = {}
+    def _readers(self) -> dict[int, list[View]]:
+        found: dict[int, list[View]] = {}
         for _, _, slot in self.tied:
             for stored in {id(stored): stored for stored in stored_variables(slot.view)}.values():
                 found.setdefault(id(stored), []).append(slot.view)
         return found
 
-    def views_of(self, variable: keras.Variable) -> list[Any]:
+    def views_of(self, variable: keras.Variable) -> list[View]:
         """The views of tied layers that read a stored variable."""
         return self._readers.get(id(variable), [])
 
@@ -231,9 +232,9 @@ class Context:
     # ------------------------------------------------------------------ training
 
     @cached_property
-    def optimizers(self) -> list[tuple[str, Any]]:
+    def optimizers(self) -> list[tuple[str, keras.Optimizer]]:
         """The optimizers of the model and of its layers, and the attributes that hold them."""
-        found: dict[int, tuple[str, Any]] = {}
+        found: dict[int, tuple[str, keras.Optimizer]] = {}
         compiled = getattr(self.model, "optimizer", None)
         if compiled is not None:
             found[id(compiled)] = ("optimizer", compiled)
@@ -268,19 +269,20 @@ class Context:
     def _gradients(self) -> Any:
         from tether.inspection.gradients import gradients
 
-        assert self.data is not None
+        data = self.data
+        assert data is not None
         has_loss = keras_seam.has_compiled_loss(self.model) or getattr(self.model, "compiled", False)
-        return self._passed(lambda: gradients(self.model, self.data.x, self.data.y if has_loss else None))
+        return self._passed(lambda: gradients(self.model, data.x, data.y if has_loss else None))
 
     @cached_property
-    def outputs(self) -> Any:
+    def outputs(self) -> Tensor:
         """What the model makes of the batch, not in training."""
         assert self.data is not None
         x = keras.tree.map_structure(keras.ops.convert_to_tensor, self.data.x)
         with keras_seam.undisturbed(self.model), keras.StatelessScope():
             return self._passed(lambda: self.model(x))
 
-    def _passed(self, run: Any) -> Any:
+    def _passed(self, run: Function) -> Any:
         try:
             return run()
         except TetherError:
@@ -324,8 +326,8 @@ class Context:
         return where
 
     @cached_property
-    def _uses(self) -> dict[int, list[tuple[Any, Any]]]:
-        found: dict[int, list[tuple[Any, Any]]] = {}
+    def _uses(self) -> dict[int, list[tuple[keras.Layer, keras.Variable]]]:
+        found: dict[int, list[tuple[keras.Layer, keras.Variable]]] = {}
         for layer in self.layers:
             for held in paths.own_variables(layer):
                 expression = getattr(held, "expression", None)
@@ -335,7 +337,7 @@ class Context:
                     found.setdefault(id(expression.variable), []).append((layer, held))
         return found
 
-    def uses(self, variable: keras.Variable) -> list[tuple[Any, Any]]:
+    def uses(self, variable: keras.Variable) -> list[tuple[keras.Layer, keras.Variable]]:
         """The layers that read a stored variable as it is, and what they hold: the variable, or a view of it."""
         return self._uses.get(id(variable), [])
 
@@ -352,7 +354,7 @@ class Context:
 
     def layer_code(self, layer: keras.Layer) -> str:
         """A line of code that names a layer of the model."""
-        chain: list[Any] = [layer]
+        chain: list[keras.Layer] = [layer]
         while chain[-1] is not self.model:
             above = [parent for parent in self.parents.get(id(chain[-1]), ()) if parent not in chain]
             if not above:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Literal, overload
 
 from tether.types import Config
-from tether.weights.expression import Expression, Node
+from tether.weights.expression import Expression, Node, Stored
 from tether.weights.operators.structure import Transpose
 from tether.weights.weight import Weight
 
@@ -207,7 +207,7 @@ def in_words(axes: tuple[int, ...], scale: float = 1.0) -> str:
     return " and".join([*turned, *([f" times {scale:.6g}"] if scale != 1 else [])])
 
 
-def as_code(expression: Expression, weight_code: dict[Weight, str]) -> str:
+def as_code(expression: Expression, weight_code: Mapping[Stored, str]) -> str:
     """Code for an expression, or its notation where that is not written in a few words."""
     if isinstance(expression, Weight):
         return weight_code.get(expression) or str(expression.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -16,7 +16,7 @@ from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer, refuse_unsupported
 from tether.layers.tying.state import View, shape_of, state_of, view_like
 from tether.layers.tying.tie import tie
-from tether.types import Config, Function, Tensor
+from tether.types import AnyLayer, Config, Function, Tensor
 from tether.weights.expression import Expression, known_shape
 from tether.weights.leaves import Argument, bind
 from tether.weights.operators.choice import choose
@@ -27,7 +27,7 @@ from tether.weights.weight import Weight
 def call(
     layer: keras.Layer,
     inputs: object,
-    weights: Mapping[str, Any] | None = None,
+    weights: Mapping[str, object] | None = None,
     /,
     *,
     training: bool | None = None,
@@ -79,7 +79,9 @@ def call(
     return _call(layer, inputs if isinstance(inputs, tuple) else (inputs,), tensors, training)
 
 
-def _call(layer: keras.Layer, inputs: tuple[Any, ...], tensors: Mapping[str, Tensor], training: bool | None) -> Tensor:
+def _call(
+    layer: keras.Layer, inputs: tuple[object, ...], tensors: Mapping[str, Tensor], training: bool | None
+) -> Tensor:
     keywords = {} if training is None else {"training": training}
     with contextlib.ExitStack() as stack:
         for path, tensor in tensors.items():
@@ -104,7 +106,7 @@ def _given(layer: keras.Layer, path: str, tensor: Tensor) -> Iterator[None]:
     """Lets a weight be a tensor for as long as the block runs."""
     place = paths.locate(layer, paths.split(path))
     state = state_of(place.layer)
-    expression: Any = None
+    expression: Expression | None = None
     lent: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(place.variable, View):
         expression = place.variable.expression
@@ -162,7 +164,7 @@ class WithWeights(keras.layers.Layer):
         self.weight_paths = list(paths)
         self.keeps = bool(layer.built) if keeps is None else bool(keeps)
 
-    def build(self, inputs_shape: Any, weights_shape: Any) -> None:
+    def build(self, inputs_shape: Any, weights_shape: Iterable[Iterable[int]]) -> None:
         """Builds the layer: for weights as arguments, if it has none of its own."""
         if not self.layer.built:
             if not self.keeps:
@@ -170,7 +172,7 @@ class WithWeights(keras.layers.Layer):
             several = isinstance(inputs_shape, list)
             self.layer.build(*inputs_shape) if several else self.layer.build(inputs_shape)
 
-    def call(self, inputs: object, weights: Any, training: bool | None = None) -> Tensor:
+    def call(self, inputs: object, weights: Iterable[Tensor], training: bool | None = None) -> Tensor:
         """The layer's outputs with these weights."""
         arguments = tuple(inputs) if isinstance(inputs, list) else (inputs,)
         tensors = dict(zip(self.weight_paths, weights, strict=True))
@@ -201,14 +203,14 @@ class WithWeights(keras.layers.Layer):
 
 
 def route(
-    layer: keras.Layer,
-    options: Mapping[str, Any] | None = None,
+    layer: AnyLayer,
+    options: Mapping[str, object] | None = None,
     /,
     *,
     default: object = 0,
     argument: str = "choice",
     **by_name: object,
-) -> Any:
+) -> AnyLayer:
     """Gives weights of a layer several expressions, one of which is chosen at each call.
 
     Afterwards the layer's call takes the choice as a keyword: `layer(x, choice=1)`. One choice holds for the
@@ -259,7 +261,7 @@ def _is_a_name(name: str) -> bool:
     return not name.isdigit()
 
 
-def _listed(path: str, options: object) -> tuple[tuple[str, ...], list[Any]]:
+def _listed(path: str, options: object) -> tuple[tuple[str, ...], list[object]]:
     """The names and expressions of one weight's options."""
     if isinstance(options, Mapping) and options and all(isinstance(name, str) and name for name in options):
         return tuple(options), list(options.values())
@@ -308,7 +310,7 @@ class Lambda(keras.layers.Layer):
     def __init__(
         self,
         function: Function,
-        weights: Mapping[str, Any] | None = None,
+        weights: Mapping[str, object] | None = None,
         /,
         *,
         name: str | None = None,
@@ -362,7 +364,7 @@ class Lambda(keras.layers.Layer):
         return cls(function, dtype=dtype, **config)
 
 
-def _check_parameters(function: object, parameters: Any, given: Config) -> None:
+def _check_parameters(function: object, parameters: Mapping[str, inspect.Parameter], given: Iterable[str]) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     missing = [name for name in given if name not in parameters]

@@ -15,7 +15,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,9 +27,8 @@ from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of, stored_variables
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tied import Tied
+from tether.types import AnyLayer, Function, Store, Tensor
 from tether.weights.weight import Weight
-
-T = TypeVar("T")
 
 MIXIN = "_tether_mixin"
 """The class attribute that says that a class is extended."""
@@ -39,7 +38,7 @@ AUTHORS = "_tether_authors"
 """Which class made a weight, by the weight's name."""
 
 
-def extend(cls: type[T]) -> type[T]:
+def extend(cls: type[AnyLayer]) -> type[AnyLayer]:
     """Lets a subclass of a Keras layer add weights: they are saved and loaded, and clashes are refused.
 
     A class decorator. It changes the class in place and returns it.
@@ -80,7 +79,7 @@ def extend(cls: type[T]) -> type[T]:
         return cls
     own_build = vars(cls).get("build")
     mixin = type("Extended", (Extended,), {"__module__": __name__, "__doc__": Extended.__doc__})
-    changed: Any = cls
+    changed: type[keras.Layer] = cls
     try:
         changed.__bases__ = (mixin, *cls.__bases__)
     except TypeError as error:
@@ -95,7 +94,7 @@ def extend(cls: type[T]) -> type[T]:
     return cls
 
 
-def _refuse_class(cls: Any) -> None:
+def _refuse_class(cls: object) -> None:
     if not isinstance(cls, type) or not issubclass(cls, keras.layers.Layer):
         raise TetherError(
             "`tether.extend` decorates a class that subclasses a Keras layer: `@tether.extend` above "
@@ -131,20 +130,20 @@ class Extended:
             _refuse_property(self, name, value)
         super().__setattr__(name, value)
 
-    def check_attribute(self, name: str, value: object) -> Any:
+    def check_attribute(self, name: str, value: object) -> type | None:
         """Refuses an attribute that a weight must not take, a view of a tied one as any other; gives who sets it."""
         author = _author(self)
         _refuse_property(self, name, value)
         _refuse_attribute(self, author, name, value)
         return author
 
-    def save_own_variables(self, store: object) -> None:
+    def save_own_variables(self, store: Store) -> None:
         """Writes every own variable by name."""
         save(self, store, super().save_own_variables)  # type: ignore[misc]
 
-    def load_own_variables(self, store: object) -> None:
+    def load_own_variables(self, store: Store) -> None:
         """Reads every own variable by name, or by position from a file of the class before it was extended."""
-        parent: keras.Layer = super()
+        parent: Any = super()
         load(
             self,
             store,
@@ -157,16 +156,16 @@ class Extended:
 # --------------------------------------------------------------------------- build
 
 
-def _own_build(cls: type, mixin: type, build: Any) -> Any:
+def _own_build(cls: type[keras.Layer], mixin: type, build: Function) -> Function:
     """The class's own `build`, and a look whether it called the parent's; undone if anything fails."""
 
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: keras.Layer, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
         if cls not in vars(self)[BUILDING]:
             _refuse_unbuilt_parent(self, cls, mixin, args, kwargs)
 
     @functools.wraps(build)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+    def wrapper(self: keras.Layer, *args: Any, **kwargs: Any) -> None:
         if BUILDING in vars(self):
             checked(self, *args, **kwargs)
             return
@@ -178,14 +177,14 @@ def _own_build(cls: type, mixin: type, build: Any) -> Any:
     return wrapper
 
 
-def _parents_build(cls: type, mixin: type) -> Any:
+def _parents_build(cls: type[keras.Layer], mixin: type) -> Function:
     """What `super().build()` in the class reaches: notes the call and passes it on."""
 
-    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+    def build(self: keras.Layer, *args: Any, **kwargs: Any) -> None:
         building = vars(self).get(BUILDING)
         if building is not None:
             building.add(cls)
-        parent: keras.Layer = super(mixin, self)
+        parent: Any = super(mixin, self)
         parent.build(*args, **kwargs)
         if building is not None:
             keras_seam.unlock(self)  # `enable_lora` in the parent's build locks the layer before the child is done
@@ -193,12 +192,14 @@ def _parents_build(cls: type, mixin: type) -> Any:
     return build
 
 
-def _refuse_unbuilt_parent(layer: keras.Layer, cls: type, mixin: type, args: Any, kwargs: Any) -> None:
+def _refuse_unbuilt_parent(
+    layer: keras.Layer, cls: type, mixin: type, args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
     behind = type(layer).__mro__[type(layer).__mro__.index(mixin) + 1 :]
     provider = next(each for each in behind if "build" in vars(each))
     if issubclass(keras.Model, provider):
         return  # `Layer` and `Model` have no weights of their own to build
-    parent: keras.Layer = next(each for each in behind if issubclass(each, keras.layers.Layer))
+    parent: type[keras.Layer] = next(each for each in behind if issubclass(each, keras.layers.Layer))
     wanted = _weights_of_the_parent(layer, parent, args, kwargs)
     missing = None if wanted is None else [name for name in wanted if name not in _weight_names(layer)]
     if missing == []:
@@ -212,7 +213,9 @@ def _refuse_unbuilt_parent(layer: keras.Layer, cls: type, mixin: type, args: Any
     )
 
 
-def _weights_of_the_parent(layer: keras.Layer, parent: keras.Layer, args: Any, kwargs: Any) -> list[str] | None:
+def _weights_of_the_parent(
+    layer: keras.Layer, parent: type[keras.Layer], args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[str] | None:
     """The weights that a layer of the parent's class would have; `None` if such a layer cannot be made."""
     try:
         with keras.StatelessScope():
@@ -285,7 +288,7 @@ def _refuse_name(layer: keras.Layer, author: type | None, name: str) -> None:
     )
 
 
-def _refuse_property(layer: keras.Layer, name: str, value: Any) -> None:
+def _refuse_property(layer: keras.Layer, name: str, value: keras.Variable) -> None:
     found = inspect.getattr_static(type(layer), name, None)
     if not isinstance(found, property) or found.fset is not None:
         return
@@ -347,8 +350,8 @@ def _arguments(cls: type) -> list[str]:
 
 
 PREFIX = "parent."
-Entries = dict[str, Any]
-Method = Callable[[Any], None]
+Entries = dict[str, Tensor]
+Method = Callable[[Store], None]
 
 
 def keyed(layer: keras.Layer) -> Entries:
@@ -370,7 +373,7 @@ def keyed(layer: keras.Layer) -> Entries:
     return found
 
 
-def save(layer: keras.Layer, store: Any, parent_save: Method) -> None:
+def save(layer: keras.Layer, store: Store, parent_save: Method) -> None:
     """Writes every own variable, and what else the parent writes."""
     own = keyed(layer)
     for key, variable in own.items():
@@ -381,7 +384,11 @@ def save(layer: keras.Layer, store: Any, parent_save: Method) -> None:
 
 
 def load(
-    layer: keras.Layer, store: Any, parent_save: Method, parent_load: Method, is_inherited: Callable[[Any], bool]
+    layer: keras.Layer,
+    store: Store,
+    parent_save: Method,
+    parent_load: Method,
+    is_inherited: Callable[[keras.Variable], bool],
 ) -> None:
     """Reads what `save` wrote, or what the class wrote when it was not extended.
 
@@ -431,7 +438,7 @@ def _is_derived(key: str, parent_save: Method) -> bool:
     return key.isdigit() and method.__module__.startswith("keras.")
 
 
-def _listed(layer: keras.Layer, written: Entries) -> dict[str, list[Any]]:
+def _listed(layer: keras.Layer, written: Entries) -> dict[str, list[keras.Variable]]:
     """The layer's own variables that the parent writes: it counts them, and must not meet the others."""
     ids = {id(value) for value in written.values()}
     lists = keras_seam.variable_lists(layer)
@@ -440,7 +447,7 @@ def _listed(layer: keras.Layer, written: Entries) -> dict[str, list[Any]]:
 
 def _by_name(
     layer: keras.Layer, own: Entries, entries: Entries, parent_save: Method
-) -> tuple[Entries, dict[str, list[Any]]]:
+) -> tuple[Entries, dict[str, list[keras.Variable]]]:
     """A store in the parent's format, made from a file that has every variable by name."""
     written = _written(parent_save)
     keys = {id(variable): key for key, variable in own.items()}
@@ -455,8 +462,12 @@ def _by_name(
 
 
 def _by_position(
-    layer: keras.Layer, own: Entries, entries: Entries, parent_save: Method, is_inherited: Callable[[Any], bool]
-) -> tuple[Entries, dict[str, list[Any]]]:
+    layer: keras.Layer,
+    own: Entries,
+    entries: Entries,
+    parent_save: Method,
+    is_inherited: Callable[[keras.Variable], bool],
+) -> tuple[Entries, dict[str, list[keras.Variable]]]:
     """A store in the parent's format, from a file that the class wrote when it was not extended."""
     everything = keras_seam.variable_lists(layer)
     inherited = {store: [v for v in variables if is_inherited(v)] for store, variables in everything.items()}

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.types import Array
 
-Rule = str | Callable[[Array, Array], Any] | None
+Rule = str | Callable[[Array, Array], object] | None
 
 RULES = ("zeros", "initializer", "mean")
 
@@ -96,7 +95,7 @@ def describe(value: tuple[int, ...], start: tuple[int, ...], rule: Rule) -> str:
     return ", ".join(["copied", *parts])
 
 
-def _filled_by(rule: Callable[[Array, Array], Any], value: Array, start: Array) -> Array:
+def _filled_by(rule: Callable[[Array, Array], object], value: Array, start: Array) -> Array:
     filled = np.asarray(rule(value.copy(), start.copy()))
     if filled.shape != start.shape:
         raise ShapeMismatch(
@@ -186,7 +185,7 @@ class Provenance:
         return "\n".join(lines)
 
 
-def _cells(row: Origin) -> tuple[Any, ...]:
+def _cells(row: Origin) -> tuple[object, ...]:
     return row.target, row.shape, row.source, row.source_shape, row.how
 
 

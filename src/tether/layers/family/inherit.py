@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, overload
 
 import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.form import LayerForm
-from tether.layers.family.fill import Provenance, check_rule, describe, filled
+from tether.layers.family.fill import Provenance, Rule, check_rule, describe, filled
 from tether.layers.family.named import (
     Named,
     frozen_weights,
@@ -27,25 +27,72 @@ from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, numpy_of, weights_below
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, weight_of, weights_of
-from tether.types import Array, Config
+from tether.types import AnyLayer, Array
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
 
+    # Keras's classes have bases without types, so that mypy takes an instance for a class too: as a layer, by default.
+    Heir = TypeVar("Heir", bound=keras.Layer, default=keras.Layer)
+
+
+@overload
 def inherit(
     parent: keras.Layer,
-    changes: object = None,
+    changes: Mapping[str, object] | None = None,
     /,
     *,
-    into: object = None,
+    into: type[Heir],
     share: bool | Sequence[str] = True,
     match: Mapping[str, str] | None = None,
-    fill: object = None,
+    fill: Rule = None,
+    name: None = None,
+    **by_name: object,
+) -> Heir: ...
+@overload
+def inherit(
+    parent: keras.Layer,
+    changes: Mapping[str, object] | None = None,
+    /,
+    *,
+    into: AnyLayer,
+    share: bool | Sequence[str] = True,
+    match: Mapping[str, str] | None = None,
+    fill: Rule = None,
+    name: None = None,
+    **by_name: object,
+) -> AnyLayer: ...
+@overload
+def inherit(
+    parent: AnyLayer,
+    changes: Mapping[str, object] | None = None,
+    /,
+    *,
+    into: None = None,
+    share: bool | Sequence[str] = True,
+    match: Mapping[str, str] | None = None,
+    fill: Rule = None,
     name: str | None = None,
     **by_name: object,
-) -> Any:
+) -> AnyLayer: ...
+@overload
+def inherit(parent: keras.Layer, changes: LayerForm, /) -> keras.Layer: ...
+def inherit(
+    parent: keras.Layer,
+    changes: Mapping[str, object] | LayerForm | None = None,
+    /,
+    *,
+    into: keras.Layer | type[keras.Layer] | None = None,
+    share: bool | Sequence[str] = True,
+    match: Mapping[str, str] | None = None,
+    fill: Rule = None,
+    name: str | None = None,
+    **by_name: object,
+) -> keras.Layer:
     """A new layer (or model) on a parent's weights.
 
     The parent keeps its values, outputs, weight order and variables, and the child does not own it. What of the
@@ -99,7 +146,7 @@ def inherit(
         return _Heir(parent, child, asked, into=into, share=share, match=match or {}, fill=fill).make()
 
 
-def _asked(changes: object, by_name: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(changes: object, by_name: Mapping[str, object]) -> dict[str, object]:
     """The changes by name or pattern."""
     if changes is None or isinstance(changes, LayerForm):
         return dict(by_name)
@@ -144,12 +191,12 @@ class _Heir:
         self,
         parent: keras.Layer,
         child: keras.Layer,
-        asked: Config,
+        asked: Mapping[str, object],
         *,
-        into: Any,
-        share: Any,
+        into: keras.Layer | type[keras.Layer] | None,
+        share: bool | Sequence[str],
         match: Mapping[str, str],
-        fill: Any,
+        fill: Rule,
     ) -> None:
         check_rule(fill)
         self.parent, self.child, self.fill = parent, child, fill
@@ -190,7 +237,7 @@ class _Heir:
             )
         return found
 
-    def _changes(self, asked: Config) -> dict[str, Any]:
+    def _changes(self, asked: Mapping[str, object]) -> dict[str, object]:
         found = select_all(self.child, self.mine, asked)
         for weight, change in found:
             if change is None:
@@ -378,7 +425,7 @@ def copy_of(parent: keras.Layer, name: str | None = None) -> keras.Layer:
 
 
 def _instance(into: object, parent: keras.Layer) -> keras.Layer:
-    cls: Any = into if inspect.isclass(into) else None
+    cls: type[keras.Layer] | None = into if inspect.isclass(into) else None
     if cls is not None and issubclass(cls, keras.layers.Layer):
         config = {key: value for key, value in parent.get_config().items() if key not in ("name", "tether")}
         try:
@@ -414,7 +461,7 @@ def build_like(child: keras.Layer, parent: keras.Layer) -> None:
         ) from error
 
 
-def _by_form(parent: keras.Layer, form: LayerForm, asked: Config, **others: object) -> Any:
+def _by_form(parent: keras.Layer, form: LayerForm, asked: Mapping[str, object], **others: object) -> keras.Layer:
     """A child that a layer form makes."""
     if others["into"] is not None or others["match"] or others["fill"] is not None or others["share"] is not True:
         raise TetherError(f"{form!r} makes the child and says what it shares; leave out into, share, match and fill.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 
@@ -84,13 +84,16 @@ def select(root: keras.Layer, weights: list[Named], pattern: Pattern) -> list[Na
     return found
 
 
-def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[Any, Any]) -> list[tuple[Named, Any]]:
+Change = TypeVar("Change")
+
+
+def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[Any, Change]) -> list[tuple[Named, Change]]:
     """The weights that the names and patterns of changes mean, each with its change; a later pattern wins.
 
     Raises:
         UnknownName: A name or pattern means none.
     """
-    found: dict[str, tuple[Named, Any]] = {}
+    found: dict[str, tuple[Named, Change]] = {}
     for pattern, change in changes.items():
         if isinstance(pattern, str) and pattern.startswith("!"):
             for weight in select(root, weights, pattern[1:]):
@@ -157,7 +160,7 @@ def tie_what_learns(root: keras.Layer, ties: Mapping[str, Expression], weights: 
     train_only(root, weights, learns, frozen)
 
 
-def layer_pairs(root: keras.Layer, source: object) -> Iterator[tuple[Any, Any]]:
+def layer_pairs(root: keras.Layer, source: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:
     """A layer, and all layers and weights below it, each beside what stands there in a layer that is made alike."""
     waiting, done = [(root, source)], set()
     while waiting:
@@ -170,7 +173,7 @@ def layer_pairs(root: keras.Layer, source: object) -> Iterator[tuple[Any, Any]]:
         waiting.extend((child, below[path]) for path, child in paths.children(layer) if path in below)
 
 
-def take_flags(root: keras.Layer, source: object) -> None:
+def take_flags(root: keras.Layer, source: keras.Layer) -> None:
     """Gives a layer, and all below it, the flags that those of another layer have, which is made alike.
 
     Keras writes a layer's flag into its config, but not the flags of what a layer makes itself, nor those of variables.

@@ -19,28 +19,28 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, ValueConflict
 from tether.layers.tying.state import State, View, from_above, ordered_variables
-from tether.types import Array, Config, Tensor
+from tether.types import Array, Function, Store, Tensor
 from tether.weights.algebra import invert, put
 from tether.weights.codec import encode
+from tether.weights.expression import Stored
 from tether.weights.identity import told_by_file
-from tether.weights.weight import Weight
 
 
-class _Recorder(dict[str, Any]):
+class _Recorder(dict[str, Tensor]):
     """A store that only notes what would be written."""
 
 
 class _WithoutViews:
     """Passes on what a layer writes, except views."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
 
     def __setitem__(self, key: str, value: Tensor) -> None:
         if not isinstance(value, View):
             self._store[key] = value
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
 
     def __contains__(self, key: str) -> bool:
@@ -60,7 +60,7 @@ KEPT = _Kept()
 class _Filled:
     """A file's entries, and `KEPT` for those that belong to views and are not in it."""
 
-    def __init__(self, store: Any, views: dict[str, View]) -> None:
+    def __init__(self, store: Store, views: dict[str, View]) -> None:
         self._store = store
         self._present = list(store.keys())
         self._views = views
@@ -77,18 +77,18 @@ class _Filled:
     def __contains__(self, key: object) -> bool:
         return key in self.keys()
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> Tensor:
         if key in self._views:
             return FromFile(self._store[key]) if key in self._present else KEPT
         return self._store[key]
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[Tensor]:
         return [self[key] for key in self.keys()]
 
-    def items(self) -> Iterable[tuple[str, Any]]:
+    def items(self) -> Iterable[tuple[str, Tensor]]:
         return [(key, self[key]) for key in self.keys()]
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
 
 
@@ -100,7 +100,7 @@ class FromFile:
         self.shape = self.array.shape
         self.dtype = self.array.dtype
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: Any, **kwargs: Any) -> Array:
         return np.asarray(self.array, *args, **kwargs)
 
     def into_view(self, view: View) -> None:
@@ -108,7 +108,7 @@ class FromFile:
         take(view, self.array)
 
 
-def save(layer: keras.Layer, state: State, store: Any, base_save: Any) -> None:
+def save(layer: keras.Layer, state: State, store: Store, base_save: Function) -> None:
     """Writes the layer's own variables, without those that are views.
 
     Raises:
@@ -123,7 +123,7 @@ def save(layer: keras.Layer, state: State, store: Any, base_save: Any) -> None:
         base_save(_WithoutViews(store))
 
 
-def entries(layer: keras.Layer, state: State, base_save: Any) -> Config:
+def entries(layer: keras.Layer, state: State, base_save: Function) -> dict[str, Tensor]:
     """What the untied layer would write, by key: variables, and views for what its file would have of its own."""
     with keras_seam.listed_variables(layer, ordered_variables(layer, state)):
         recorder = _Recorder()
@@ -135,7 +135,7 @@ NOTE = "tether"
 """The attribute of a layer's group in an HDF5 file of weights that says what the views in it evaluate."""
 
 
-def note_ties(store: object, written: dict[str, Any]) -> None:
+def note_ties(store: object, written: dict[str, Tensor]) -> None:
     """Writes beside a layer's entries what the views among them evaluate, as JSON; for who reads without a config.
 
     `{"version": 1, "ties": {"0": {"dtype": "float32", "steps": [{"weight": "4f1c..."}, ...]}}}`
@@ -150,7 +150,7 @@ def note_ties(store: object, written: dict[str, Any]) -> None:
         notes[NOTE] = json.dumps({"version": 1, "ties": ties})
 
 
-def load(layer: keras.Layer, state: State, store: Any, base_save: object, base_load: Any) -> None:
+def load(layer: keras.Layer, state: State, store: Store, base_save: Function, base_load: Function) -> None:
     """Reads what `save` wrote, or what the untied layer wrote."""
     written = entries(layer, state, base_save)
     views = {key: value for key, value in written.items() if isinstance(value, View)}
@@ -185,7 +185,7 @@ def take(view: View, array: Array) -> None:
         weight.load_value(keras.ops.convert_to_numpy(part), loaded, source=source)
 
 
-def _parts(view: View, array: Array, loaded: Container[int]) -> dict[Weight, Any]:
+def _parts(view: View, array: Array, loaded: Container[int]) -> dict[Stored, Tensor]:
     """The values that a view's weights take: through its inverse, else its base if nothing was loaded for that."""
     value = keras.ops.convert_to_tensor(array)
     with contextlib.suppress(NotInvertible):

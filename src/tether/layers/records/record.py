@@ -13,16 +13,16 @@ Two keys are there only if there is something to say: `"takes"`, the arguments o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, TetherError, received
-from tether.layers.tying.penalty import Penalty, check
+from tether.layers.tying.penalty import Penalty, Stated, check
 from tether.layers.tying.state import State, Tie, is_serializing
+from tether.types import Config
 from tether.weights.codec import decode, encode
-from tether.weights.expression import Expression
+from tether.weights.expression import Expression, Stored
 from tether.weights.identity import mark, scope_of
 from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
@@ -57,7 +57,7 @@ def penalties_to_write(layer: keras.Layer, state: State) -> list[Penalty]:
     return found
 
 
-def encode_ties(layer: keras.Layer, state: State) -> dict[str, Any]:
+def encode_ties(layer: keras.Layer, state: State) -> Config:
     """The `"tether"` entry of a layer's config."""
     written = ties_to_write(layer, state)
     ties = {path: tie.expression for path, tie in written.items()}
@@ -81,14 +81,14 @@ def encode_ties(layer: keras.Layer, state: State) -> dict[str, Any]:
 _PENALTY = ("a", "b", "strength")
 
 
-def _encode_penalty(penalty: Penalty) -> dict[str, Any]:
+def _encode_penalty(penalty: Penalty) -> Config:
     return {
         **{part: encode(getattr(penalty, part)) for part in _PENALTY},
         "owned": [weight.uid for weight in penalty.owned],
     }
 
 
-def _decode_penalty(entry: object, weights: dict[str, Weight]) -> tuple[Any, Any, Any, tuple[Weight, ...]]:
+def _decode_penalty(entry: object, weights: dict[str, Weight]) -> Stated:
     if not isinstance(entry, dict) or set(entry) != {*_PENALTY, "owned"}:
         raise InvalidConfig(f"A penalty has a, b, strength and owned. {received(penalty=entry)}")
     owned = entry["owned"]
@@ -108,7 +108,7 @@ class Record:
 
     ties: dict[str, Expression]
     takes: list[Argument]
-    penalties: list[tuple[Expression, Expression, Expression, tuple[Weight, ...]]]
+    penalties: list[tuple[Expression, Expression, Expression, tuple[Stored, ...]]]
     """Both sides, the strength, and the weights of the penalty's own."""
 
 

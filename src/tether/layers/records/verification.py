@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 
@@ -41,7 +40,7 @@ class Unrecorded:
         return self.tie.expression if isinstance(self.tie, Tie) else None
 
 
-def unrecorded(root: keras.Layer, told: dict[int, Any] | None = None) -> list[Unrecorded]:
+def unrecorded(root: keras.Layer, told: dict[int, object] | None = None) -> list[Unrecorded]:
     """The ties below a model or layer that are neither in its config nor made again by a constructor.
 
     Args:
@@ -88,7 +87,7 @@ def _copied_by_constructors(root: keras.Layer) -> set[int]:
 # --------------------------------------------------------------------------- refusing
 
 
-def refuse_to_lose(root: keras.Layer, told: dict[int, Any] | None = None) -> None:
+def refuse_to_lose(root: keras.Layer, told: dict[int, object] | None = None) -> None:
     """Raises if the config of what is saved does not hold a tie.
 
     Raises:
@@ -124,7 +123,7 @@ def message(lost: Unrecorded, root: keras.Layer) -> str:
     )
 
 
-def recorder_for(lost: Unrecorded, root: keras.Layer) -> tuple[Any, paths.Path] | None:
+def recorder_for(lost: Unrecorded, root: keras.Layer) -> tuple[keras.Layer, paths.Path] | None:
     """The layer on which a tie has to be made so that the root's config holds it, and the weight's path from there."""
     chain = next(iter(_chains(root, lost.layer)), ())
     for place in range(len(chain) - 1, 0, -1):
@@ -141,7 +140,7 @@ def _mend(lost: Unrecorded, root: keras.Layer) -> str:
     return f"Tie from a layer around it: `tether.tie({layer.name}, {{{'/'.join(path)!r}: ...}})`"
 
 
-def _refuse_to_forget(penalty: Penalty, root: keras.Layer, told: dict[int, Any]) -> None:
+def _refuse_to_forget(penalty: Penalty, root: keras.Layer, told: dict[int, object]) -> None:
     """Raises if a weight of a penalty will be another one when the file is read."""
     for weight in penalty.weights:
         if weight not in penalty.owned and not weight.uses and id(weight) not in told:
@@ -162,7 +161,7 @@ def record_further_out(root: keras.Layer) -> None:
     Raises:
         LostTie: There is none. Nothing is changed then.
     """
-    moved: list[tuple[Tie, Any, paths.Path]] = []
+    moved: list[tuple[Tie, keras.Layer, paths.Path]] = []
     tried: dict[int, int] = {}
     try:
         while lost := unrecorded(root):
@@ -175,7 +174,9 @@ def record_further_out(root: keras.Layer) -> None:
         raise
 
 
-def _move(lost: Unrecorded, root: keras.Layer, tried: dict[int, int], moved: list[tuple[Tie, Any, paths.Path]]) -> bool:
+def _move(
+    lost: Unrecorded, root: keras.Layer, tried: dict[int, int], moved: list[tuple[Tie, keras.Layer, paths.Path]]
+) -> bool:
     """Records a tie on the next layer around it; `False` if there is no further one."""
     tie = lost.tie
     if not isinstance(tie, Tie) or lost.quantized or arguments_in(tie.expression):
@@ -200,13 +201,13 @@ def _record(tie: Tie, recorder: keras.Layer, path: paths.Path) -> None:
     tie.record(recorder, path)
 
 
-def _chains(root: keras.Layer, layer: keras.Layer) -> Iterator[tuple[Any, ...]]:
+def _chains(root: keras.Layer, layer: keras.Layer) -> Iterator[tuple[keras.Layer, ...]]:
     """The layers from one up to the root, by every way that leads there."""
-    holders: dict[int, list[Any]] = {}
+    holders: dict[int, list[keras.Layer]] = {}
     for outer in keras_seam.contained_layers(root):
         for inner in {id(inner): inner for inner in keras_seam.sublayers(outer)}.values():
             holders.setdefault(id(inner), []).append(outer)
-    waiting: list[tuple[Any, ...]] = [(layer,)]
+    waiting: list[tuple[keras.Layer, ...]] = [(layer,)]
     while waiting:
         chain = waiting.pop(0)
         if chain[-1] is root:
@@ -214,7 +215,7 @@ def _chains(root: keras.Layer, layer: keras.Layer) -> Iterator[tuple[Any, ...]]:
         waiting.extend((*chain, outer) for outer in holders.get(id(chain[-1]), ()) if outer not in chain)
 
 
-def _path_below(chain: tuple[Any, ...], path: paths.Path) -> paths.Path:
+def _path_below(chain: tuple[keras.Layer, ...], path: paths.Path) -> paths.Path:
     """The path of a weight from the last layer of a chain."""
     for inner, outer in itertools.pairwise(chain):
         path = paths.canonical_child(outer, inner) + path

@@ -12,8 +12,9 @@ from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, Unsupported, received
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
+from tether.types import Function, Tensor
 from tether.weights.algebra import invert, is_invertible, solve_shape
-from tether.weights.expression import Expression, known_shape
+from tether.weights.expression import Expression, Stored, known_shape
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
 
@@ -70,10 +71,10 @@ def start_from_values(layer: keras.Layer, name: str, expression: Expression, var
 class _Through(keras.initializers.Initializer):
     """Starts a weight so that the expression starts as the layer's own initializer would start its variable."""
 
-    def __init__(self, expression: Expression, weight: Weight, shape: tuple[int, ...], initializer: Any) -> None:
+    def __init__(self, expression: Expression, weight: Stored, shape: tuple[int, ...], initializer: Function) -> None:
         self.expression, self.weight, self.shape, self.initializer = expression, weight, shape, initializer
 
-    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+    def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
         value = self.initializer(self.shape, dtype=dtype)
         try:
             return keras.ops.cast(invert(self.expression, value)[self.weight], dtype)
@@ -95,7 +96,7 @@ def start_from_layer(
         start: Any = initializer
         own_shape = shape
         if weight is not expression:
-            start = _Through(expression, weight, shape, initializer)
+            start = _Through(expression, weight, shape, start)
             if solved is not None and solved[0] is weight:
                 own_shape = solved[1]
             else:
@@ -181,7 +182,7 @@ def refuse_unsupported(layer: keras.Layer) -> None:
 
 def refuse_twice(layer: keras.Layer, places: dict[str, paths.Place]) -> None:
     """Refuses two paths that lead to one weight."""
-    seen: dict[Any, str] = {}
+    seen: dict[object, str] = {}
     for path, place in places.items():
         key = id(place.variable) if place.variable is not None else (id(place.layer), place.leaf)
         if key in seen:
@@ -238,7 +239,7 @@ def _refuse_constraint(
         )
 
 
-def _described(constraint: keras.constraints.Constraint | None) -> Any:
+def _described(constraint: keras.constraints.Constraint | None) -> object:
     try:
         return keras.constraints.serialize(constraint)
     except Exception:

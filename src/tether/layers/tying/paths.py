@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import keras
 
@@ -20,6 +20,9 @@ from tether.layers.tying.state import STATE, WEIGHTS, slots_of
 from tether.weights.weight import Weight
 
 Path = tuple[str, ...]
+"""The way from a layer to a weight or a sub-layer: attributes, and places in containers."""
+Container = list[object] | tuple[object, ...] | dict[str, object]
+Named = TypeVar("Named", bound=keras.Layer | keras.Variable)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Place:
     variable: keras.Variable | None = None
     """The variable or view, if it exists."""
     leaf_name: str = ""
-    lent: tuple[Any, Path] | None = None
+    lent: tuple[keras.Layer, Path] | None = None
     """A layer of a graph that the path goes through, and the rest of the path from there: a clone of the
     graph copies its layers one by one, and asks only them for their configs."""
 
@@ -63,7 +66,7 @@ def locate(root: keras.Layer, path: Path, holdings: Holdings | None = None) -> P
     """
     held = _Held if holdings is None else holdings.of
     layer, recorder, recorded, rest = root, root, cast("Path", ()), path
-    graph: tuple[Any, Path] | None = None
+    graph: tuple[keras.Layer, Path] | None = None
     while True:
         _refuse_in_place(layer, rest)
         found = _find_variable(held(layer), rest)
@@ -119,12 +122,12 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return found + [slot.view for slot in slots_of(layer)]
 
 
-def holders(layer: keras.Layer, variable: keras.Variable) -> list[Path]:
+def holders(layer: keras.Layer, variable: keras.Variable | keras.Layer | Weight) -> list[Path]:
     """The attributes, and places in containers, that hold a variable or sub-layer, public ones first."""
     return _places(layer, [variable]).get(id(variable), [])
 
 
-def _places(layer: keras.Layer, wanted: Iterable[Any]) -> dict[int, list[Path]]:
+def _places(layer: keras.Layer, wanted: Iterable[object]) -> dict[int, list[Path]]:
     """The attributes, and places in containers, that hold each of several variables or sub-layers, by its id."""
     ids = set(map(id, wanted))
     found: dict[int, list[Path]] = {}
@@ -134,13 +137,13 @@ def _places(layer: keras.Layer, wanted: Iterable[Any]) -> dict[int, list[Path]]:
     return {key: sorted(places, key=lambda p: (p[0].startswith("_"), len(p), p)) for key, places in found.items()}
 
 
-def _attributes(layer: keras.Layer) -> Iterator[tuple[Path, Any]]:
+def _attributes(layer: keras.Layer) -> Iterator[tuple[Path, object]]:
     for name, value in keras_seam.attributes(layer):
         if name not in (STATE, WEIGHTS):
             yield from _inside((name,), value, 0)
 
 
-def _inside(path: Path, value: object, depth: int) -> Iterator[tuple[Path, Any]]:
+def _inside(path: Path, value: object, depth: int) -> Iterator[tuple[Path, object]]:
     yield path, value
     if depth < 4 and isinstance(value, (list, tuple)):
         for place, item in enumerate(value):
@@ -161,7 +164,7 @@ def put_item(layer: keras.Layer, path: Path, value: object, *, what: str = "weig
     container = _container(layer, path)
     if isinstance(container, list):
         list.__setitem__(container, int(path[-1]), value)
-    else:
+    elif isinstance(container, dict):
         dict.__setitem__(container, path[-1], value)
 
 
@@ -177,8 +180,8 @@ def refuse_fixed(layer: keras.Layer, path: Path, *, what: str = "weight", advice
         )
 
 
-def _container(layer: keras.Layer, path: Path) -> Any:
-    container: keras.Layer = vars(layer)
+def _container(layer: keras.Layer, path: Path) -> Container:
+    container: Container = vars(layer)
     for key in path[:-1]:
         container = _item(container, key)
     return container
@@ -208,9 +211,9 @@ class _Held:
     def __init__(self, layer: keras.Layer, *, many: bool = False) -> None:
         self.layer, self.many = layer, many
         self.variables = own_variables(layer)
-        self._asked: dict[str, Any] = {}
+        self._asked: dict[str, object] = {}
 
-    def attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> object:
         """An attribute of the layer; `None` if it has none, or not yet."""
         if name not in self._asked:
             try:
@@ -220,7 +223,7 @@ class _Held:
         return self._asked[name]
 
     @cached_property
-    def by_name(self) -> dict[str, list[Any]]:
+    def by_name(self) -> dict[str, list[keras.Variable]]:
         """The variables of each name."""
         return _grouped({id(variable): variable for variable in self.variables}.values())
 
@@ -230,7 +233,7 @@ class _Held:
         return _places(self.layer, [*self.variables, *self.children])
 
     @cached_property
-    def at(self) -> dict[Path, Any]:
+    def at(self) -> dict[Path, keras.Variable]:
         """The variables at each place."""
         return {place: variable for variable in self.variables for place in self.places.get(id(variable), ())}
 
@@ -248,18 +251,18 @@ class _Held:
         return found
 
     @cached_property
-    def children(self) -> list[Any]:
+    def children(self) -> list[keras.Layer]:
         """The sub-layers that are no weights."""
         return [child for child in keras_seam.sublayers(self.layer) if _is_child(child)]
 
-    def children_named(self, name: str) -> list[Any]:
+    def children_named(self, name: str) -> list[keras.Layer]:
         """The sub-layers of a name."""
         if self.many:
             return self._children_by_name.get(name, [])
         return [child for child in keras_seam.sublayers(self.layer) if child.name == name and _is_child(child)]
 
     @cached_property
-    def _children_by_name(self) -> dict[str, list[Any]]:
+    def _children_by_name(self) -> dict[str, list[keras.Layer]]:
         return _grouped(self.children)
 
     @cached_property
@@ -293,8 +296,8 @@ def _is_child(layer: keras.Layer) -> bool:
     return not isinstance(layer, Weight)
 
 
-def _grouped(named: Iterable[Any]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+def _grouped(named: Iterable[Named]) -> dict[str, list[Named]]:
+    found: dict[str, list[Named]] = {}
     for each in named:
         found.setdefault(each.name, []).append(each)
     return found
@@ -304,15 +307,15 @@ def _is_made_up(variable: keras.Variable) -> bool:
     return keras_seam.is_automatic_variable_name(variable.name)
 
 
-def find_variable(layer: keras.Layer, rest: Path) -> tuple[Any, Path] | None:
+def find_variable(layer: keras.Layer, rest: Path) -> tuple[keras.Variable, Path] | None:
     """The layer's own variable of that name or attribute, and its canonical path."""
     return _find_variable(_Held(layer), rest)
 
 
-def _find_variable(held: _Held, rest: Path) -> tuple[Any, Path] | None:
+def _find_variable(held: _Held, rest: Path) -> tuple[keras.Variable, Path] | None:
     if not held.variables:
         return None
-    matches: dict[int, tuple[Any, str]] = {}
+    matches: dict[int, tuple[keras.Variable, str]] = {}
     for variable in held.by_name.get(rest[0], ()) if len(rest) == 1 else ():
         places = held.places.get(id(variable))
         at = f" at {'/'.join(places[0])!r}" if places else ""
@@ -345,14 +348,14 @@ def canonical_names(layer: keras.Layer) -> dict[int, Path]:
 # --------------------------------------------------------------------------- sub-layers
 
 
-def find_child(layer: keras.Layer, rest: Path) -> tuple[Any, Path, Path] | None:
+def find_child(layer: keras.Layer, rest: Path) -> tuple[keras.Layer, Path, Path] | None:
     """The sub-layer that the path goes through next: the layer, its canonical path, what is left."""
     return _find_child(_Held(layer), rest)
 
 
-def _find_child(held: _Held, rest: Path) -> tuple[Any, Path, Path] | None:
+def _find_child(held: _Held, rest: Path) -> tuple[keras.Layer, Path, Path] | None:
     layer, head, tail = held.layer, rest[0], rest[1:]
-    found: dict[int, tuple[Any, Path, Path]] = {}
+    found: dict[int, tuple[keras.Layer, Path, Path]] = {}
     for attribute in (head, "_" + head):
         value = held.attribute(attribute)
         path: Path = (attribute,)
@@ -376,7 +379,7 @@ def _find_child(held: _Held, rest: Path) -> tuple[Any, Path, Path] | None:
     return next(iter(found.values()), None)
 
 
-def _item(container: keras.Layer, key: str) -> Any:
+def _item(container: Container, key: str) -> Any:
     if isinstance(container, dict):
         return container.get(key)
     return container[int(key)] if key.isdigit() and int(key) < len(container) else None
@@ -387,7 +390,7 @@ def canonical_child(layer: keras.Layer, child: keras.Layer) -> Path:
     return _Held(layer).child(child)
 
 
-def children(layer: keras.Layer) -> Iterator[tuple[Path, Any]]:
+def children(layer: keras.Layer) -> Iterator[tuple[Path, keras.Layer]]:
     """The sub-layers, weights that are attributes included, each by a path that is the same in a layer made alike."""
     if _Held(layer).is_graph:
         yield from ((("layers", str(place)), child) for place, child in enumerate(layer.layers))
@@ -407,14 +410,14 @@ def weight_paths(layer: keras.Layer) -> list[str]:
     return list(dict.fromkeys("/".join(names) for _, names, _, _ in walk(layer)))
 
 
-def walk(layer: keras.Layer) -> Iterator[tuple[Path, Path, Any, Any]]:
+def walk(layer: keras.Layer) -> Iterator[tuple[Path, Path, keras.Layer, keras.Variable]]:
     """Every weight below a built layer, at every place: canonical path, path by layer names, its layer, itself."""
     yield from _walk(Holdings(), layer, (), (), (layer,))
 
 
 def _walk(
-    holdings: Holdings, layer: keras.Layer, path: Path, names: Path, around: tuple[Any, ...]
-) -> Iterator[tuple[Path, Path, Any, Any]]:
+    holdings: Holdings, layer: keras.Layer, path: Path, names: Path, around: tuple[keras.Layer, ...]
+) -> Iterator[tuple[Path, Path, keras.Layer, keras.Variable]]:
     held = holdings.of(layer)
     for variable in held.variables:
         leaf = held.names[id(variable)]

@@ -11,13 +11,16 @@ from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnboundArgument, received
 from tether.types import Tensor
 from tether.weights.evaluation import evaluate
-from tether.weights.expression import Expression, leaves
+from tether.weights.expression import Expression, Stored, leaves
 from tether.weights.leaves import Argument, Constant
 from tether.weights.storage import Use
-from tether.weights.weight import Weight
 
 ALIVE: weakref.WeakSet[Penalty] = weakref.WeakSet()
 """Every penalty of the process: without any, nobody has to look for those that a change ends."""
+
+
+Stated = tuple[Expression, Expression, Expression, tuple[Stored, ...]]
+"""A penalty as a config has it: both expressions, the strength, and the weights that are its own."""
 
 
 class Penalty:
@@ -33,7 +36,7 @@ class Penalty:
         a: Expression,
         b: Expression,
         strength: Expression,
-        owned: tuple[Weight, ...],
+        owned: tuple[Stored, ...],
         *,
         made_by_code: bool = False,
     ) -> None:
@@ -73,7 +76,7 @@ class Penalty:
                 weight.refresh(use)
 
     @property
-    def weights(self) -> tuple[Weight, ...]:
+    def weights(self) -> tuple[Stored, ...]:
         """The weights in it, each once."""
         return tuple(dict.fromkeys(w for part in (self.a, self.b, self.strength) for w in part.weights_used()))
 
@@ -90,7 +93,7 @@ class Penalty:
         """
         return not self.is_void and all(weight.is_built and not self.misses(weight) for weight in self.weights)
 
-    def misses(self, weight: Weight) -> bool:
+    def misses(self, weight: Stored) -> bool:
         """Whether a file has named this weight, and no layer has it."""
         return weight.only_named and not weight.uses and weight not in self.owned
 

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.types import Array, Function, Tensor
 from tether.weights.evaluation import evaluate
-from tether.weights.expression import Expression, leaves
+from tether.weights.expression import Expression, Stored, leaves
 from tether.weights.leaves import Argument, bind
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
@@ -56,7 +56,7 @@ class View(keras_seam.Variable):
         self.use = use
         self.slot_trainable = trainable
         self.frozen = False
-        self.planner: Any = None
+        self.planner: object = None
         self.number = next(_numbers)
         views[self.number] = self
 
@@ -86,7 +86,7 @@ class View(keras_seam.Variable):
             value = keras.ops.stop_gradient(value)
         return value
 
-    def read(self, part: Expression, how: Callable[[Expression], Any] = evaluate) -> Tensor:
+    def read(self, part: Expression, how: Callable[[Expression], Tensor] = evaluate) -> Tensor:
         """What a function makes of the expression, or of a part of it, for this use: by default the tensor.
 
         Whatever a layer computes from its expression goes through here, so that somebody who watches can tell the
@@ -94,7 +94,7 @@ class View(keras_seam.Variable):
         """
         return how(part)
 
-    def assign(self, value: object) -> Any:
+    def assign(self, value: Tensor) -> Tensor:
         """Stores a value through the expression.
 
         Raises:
@@ -107,11 +107,11 @@ class View(keras_seam.Variable):
             self.expression.assign(value)
         return value
 
-    def assign_add(self, value: object) -> Any:
+    def assign_add(self, value: Tensor) -> Tensor:
         """Adds to what is stored, through the expression."""
         return self.assign(keras.ops.add(self.value, value))
 
-    def assign_sub(self, value: object) -> Any:
+    def assign_sub(self, value: Tensor) -> Tensor:
         """Subtracts from what is stored, through the expression."""
         return self.assign(keras.ops.subtract(self.value, value))
 
@@ -173,7 +173,7 @@ class View(keras_seam.Variable):
     def __repr__(self) -> str:
         return f"<View {self.path} = {self.expression.notation()}, shape={tuple(self.shape)}, dtype={self.dtype}>"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TetherError(
             f"The view {self.path} cannot be copied by itself: copy or pickle the layer, or take its value."
         )
@@ -293,9 +293,9 @@ class State:
     clashes: list[str] = field(default_factory=list)
     """Names that the layer gave to a second variable after a view had been handed out for the first."""
     held: list[Any] = field(default_factory=list)
-    orders: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
+    orders: dict[tuple[int, ...], list[keras.Variable]] = field(default_factory=dict)
     """Variables in the base's order, by the ids of what Keras listed: asked for at every step."""
-    order: tuple[Any, list[Any]] | None = None
+    order: tuple[tuple[int, int, int], list[keras.Variable]] | None = None
     """The same for a layer without other sub-layers than its weights, by what it has."""
 
 
@@ -311,7 +311,7 @@ def slots_of(layer: keras.Layer) -> list[ViewSlot]:
     return [] if state is None else state.slots
 
 
-def ordered_variables(layer: keras.Layer, state: State) -> dict[str, list[Any]]:
+def ordered_variables(layer: keras.Layer, state: State) -> dict[str, list[keras.Variable]]:
     """The layer's own variables by store, in the base's order, with views at their places."""
     lists = {store: list(variables) for store, variables in keras_seam.variable_lists(layer).items()}
     for slot in sorted(state.slots, key=lambda slot: slot.index):
@@ -319,7 +319,7 @@ def ordered_variables(layer: keras.Layer, state: State) -> dict[str, list[Any]]:
     return lists
 
 
-def in_base_order(layer: keras.Layer, state: State, found: list[Any]) -> list[keras.Variable]:
+def in_base_order(layer: keras.Layer, state: State, found: list[keras.Variable]) -> list[keras.Variable]:
     """Variables that Keras listed, those of the layer itself first and in the order that its base has."""
     if not state.slots:
         return found
@@ -327,7 +327,7 @@ def in_base_order(layer: keras.Layer, state: State, found: list[Any]) -> list[ke
     if key not in state.orders:
         lists = ordered_variables(layer, state)
         known = set(key)
-        ordered: dict[int, Any] = {}
+        ordered: dict[int, keras.Variable] = {}
         for store in keras_seam.STORES:
             for variable in lists[store]:
                 for stored in stored_variables(variable):
@@ -339,7 +339,7 @@ def in_base_order(layer: keras.Layer, state: State, found: list[Any]) -> list[ke
     return list(state.orders[key])
 
 
-def known_order(layer: keras.Layer, state: State) -> list[Any] | None:
+def known_order(layer: keras.Layer, state: State) -> list[keras.Variable] | None:
     """All variables in the base's order, as they were last found, if they are sure to be the same.
 
     That is so as long as the layer has no sub-layers but the weights of its views, and no more variables.
@@ -360,7 +360,7 @@ def known_order(layer: keras.Layer, state: State) -> list[Any] | None:
 def hang_weights(layer: keras.Layer) -> None:
     """Makes exactly the weights that the layer's views use its sub-layers."""
     state = state_of(layer)
-    wanted: list[Weight] = []
+    wanted: list[Stored] = []
     if state is not None:
         state.orders, state.order = {}, None
         for slot in sorted(state.slots, key=lambda slot: (keras_seam.STORES.index(slot.store), slot.index)):
@@ -385,9 +385,9 @@ def _held_elsewhere(layer: keras.Layer, weight: Weight) -> bool:
     return any(value is weight for name, value in vars(layer).items() if name != WEIGHTS)
 
 
-def weights_below(layer: keras.Layer) -> list[Weight]:
+def weights_below(layer: keras.Layer) -> list[Stored]:
     """The weights in a layer and the layers below it, those of ties that still wait included."""
-    found: dict[int, Weight] = {}
+    found: dict[int, Stored] = {}
     for below in keras_seam.contained_layers(layer):
         state = state_of(below)
         waiting = [] if state is None else [*state.pending.values(), *state.recorded.values()]
@@ -445,10 +445,10 @@ def arguments_in(expression: Expression) -> list[Argument]:
     return [leaf for leaf in leaves(expression) if isinstance(leaf, Argument)]
 
 
-def taking(base: Any, names: tuple[str, ...], own_call: Function) -> dict[str, Any]:
+def taking(base: type[keras.Layer], names: tuple[str, ...], own_call: Function) -> dict[str, Function]:
     """A `call` with the base's parameters and the arguments of expressions as keywords, around `own_call`."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: keras.Layer, *args: Any, **kwargs: Any) -> Tensor:
         given = {name: kwargs.pop(name, None) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
         state = state_of(self) if given else None
@@ -458,7 +458,7 @@ def taking(base: Any, names: tuple[str, ...], own_call: Function) -> dict[str, A
         with bind({argument: value for name, value in given.items() for argument in known.get(name, ())}):
             return own_call(self, *args, **kwargs)
 
-    def compute_output_spec(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_output_spec(self: keras.Layer, *args: Any, **kwargs: Any) -> Tensor:
         return base.compute_output_spec(self, *args, **{k: v for k, v in kwargs.items() if k not in names})
 
     signature = inspect.signature(base.call)

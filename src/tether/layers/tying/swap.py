@@ -98,9 +98,9 @@ class _Snapshot:
         self.target = target
         self.cls = type(target)
         self.attributes = dict(vars(target))
-        self.contents: list[tuple[Any, Any]] = []
+        self.contents: list[tuple[object, Any]] = []
         self._keep_contents(self.attributes.values())
-        self.flags: list[tuple[Any, bool, Any, Any]] = []
+        self.flags: list[tuple[keras.Variable, bool, object, object]] = []
         tracker = keras_seam.own_tracker(target)
         self.tracker = (tracker, {} if tracker is None else dict(vars(tracker)))
         if tracker is not None:
@@ -115,7 +115,7 @@ class _Snapshot:
     def _keep_flags(self, variable: keras.Variable) -> None:
         self.flags.append((variable, variable.trainable, variable.regularizer, variable.constraint))
 
-    def _keep_contents(self, values: Any) -> None:
+    def _keep_contents(self, values: Iterable[object]) -> None:
         for value in values:
             if isinstance(value, list):
                 self.contents.append((value, list(value)))
@@ -140,19 +140,19 @@ class _Snapshot:
             variable.regularizer, variable.constraint = regularizer, constraint
 
 
-def _refill(container: keras.Layer, content: Any) -> None:
+def _refill(container: object, content: Any) -> None:
     """Puts a container's contents back without going through its own, tracking methods."""
-    container = getattr(container, "__wrapped__", container)  # TensorFlow wraps the dicts of a model
-    if isinstance(container, list):
-        list.clear(container)
-        list.extend(container, content)
-    elif isinstance(container, dict):
-        listed = keras_seam.only_parameters(container)
-        dict.clear(container)
-        dict.update(container, {**content, **listed})
-    else:
-        set.clear(container)
-        set.update(container, content)
+    held = getattr(container, "__wrapped__", container)  # TensorFlow wraps the dicts of a model
+    if isinstance(held, list):
+        list.clear(held)
+        list.extend(held, content)
+    elif isinstance(held, dict):
+        listed = keras_seam.only_parameters(held)
+        dict.clear(held)
+        dict.update(held, {**content, **listed})
+    elif isinstance(held, set):
+        set.clear(held)
+        set.update(held, content)
 
 
 class Rollback:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import keras
 
@@ -15,17 +14,17 @@ from tether import keras_seam
 from tether.errors import TetherError, received
 from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer, refuse_tie, refuse_twice
-from tether.layers.tying.penalty import ALIVE, Penalty
+from tether.layers.tying.penalty import ALIVE, Penalty, Stated
 from tether.layers.tying.state import Tie, View, arguments_in, hang_weights, state_of, weights_below
 from tether.layers.tying.swap import Rollback, swapped
 from tether.layers.tying.tied import become_tied, replace, take_arguments, takes_arguments
 from tether.types import AnyLayer
-from tether.weights.expression import Expression, as_expression, resolved
+from tether.weights.expression import Expression, Stored, as_expression, resolved
 from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
 
 
-def tie(layer: AnyLayer, weights: Mapping[str, Any] | None = None, /, **by_name: object) -> AnyLayer:
+def tie(layer: AnyLayer, weights: Mapping[str, object] | None = None, /, **by_name: object) -> AnyLayer:
     """Makes weights of a layer read expressions, in place, and returns the layer.
 
     Args:
@@ -58,7 +57,7 @@ def tie(layer: AnyLayer, weights: Mapping[str, Any] | None = None, /, **by_name:
     return layer
 
 
-def restore(layer: keras.Layer, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Any]) -> None:
+def restore(layer: keras.Layer, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Stated]) -> None:
     """Makes the ties and penalties that a config records.
 
     A constructor that copies a tied layer for itself makes that copy, and its ties, again wherever it runs.
@@ -74,7 +73,7 @@ def restore(layer: keras.Layer, ties: Mapping[str, Expression], takes: list[Argu
         replace_penalties(layer, penalties)
 
 
-def weight_of(layer: keras.Layer, name: str) -> Any:
+def weight_of(layer: keras.Layer, name: str) -> Weight | Expression:
     """The stored weight behind a layer's weight, to be used elsewhere: promoted in place if it has none.
 
     The layer keeps its values, and the very Variable object, so an optimizer that knows it stays valid.
@@ -99,12 +98,12 @@ def weight_of(layer: keras.Layer, name: str) -> Any:
     return weights_of(layer, [name])[name]
 
 
-def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Any]:
+def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Expression]:
     """What `weight_of` gives, for several names at once."""
     refuse_layer("weight_of", layer)
     names = list(names)
     holdings = paths.Holdings(len(names))
-    found: dict[str, Any] = {}
+    found: dict[str, Expression] = {}
     made: dict[str, Expression] = {}
     places: dict[str, paths.Place] = {}
     by_place: dict[tuple[int, paths.Path], Weight] = {}
@@ -131,7 +130,7 @@ def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- what is asked for
 
 
-def _wanted(layer: keras.Layer, weights: object, by_name: dict[str, Any]) -> dict[str, Expression]:
+def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) -> dict[str, Expression]:
     refuse_layer("tie", layer)
     if weights is not None and not isinstance(weights, Mapping):
         raise TetherError(
@@ -218,7 +217,7 @@ def _tie_all(
 GRAPHS = (keras_seam.Functional, keras_seam.Sequential)
 
 
-def penalty_places(model: keras.Model, weights: tuple[Weight, ...]) -> tuple[Any, Any]:
+def penalty_places(model: keras.Model, weights: tuple[Stored, ...]) -> tuple[keras.Layer, keras.Layer | None]:
     """Who records a penalty of these weights, and the layer that a clone of a graph around it asks, if any."""
     recorder, current = None, model
     while isinstance(current, GRAPHS):
@@ -260,9 +259,7 @@ def detach_penalty(penalty: Penalty, holders: list[keras.Layer]) -> None:
                 hang_weights(layer)
 
 
-def replace_penalties(
-    layer: keras.Layer, found: list[tuple[Expression, Expression, Expression, tuple[Weight, ...]]]
-) -> None:
+def replace_penalties(layer: keras.Layer, found: list[Stated]) -> None:
     """Gives a layer the penalties of its config, instead of those that its own constructor made."""
     state = state_of(layer)
     for penalty in list(state.penalties) if state is not None else []:

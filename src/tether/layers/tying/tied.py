@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import io
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 
@@ -48,20 +48,21 @@ from tether.layers.tying.state import (
     weights_below,
 )
 from tether.layers.tying.swap import exchange, swapped
-from tether.types import Config
+from tether.types import Config, Function, Saveable, Store, Tensor
 from tether.weights.expression import Expression, resolved
+from tether.weights.storage import Use
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- the class
 
 
 KEY = "tether"
-_classes: dict[tuple[Any, ...], type] = {}
+_classes: dict[tuple[type | str, ...], type] = {}
 
 
-def tied_class(base: type, arguments: tuple[str, ...] = ()) -> type:
+def tied_class(base: type[keras.Layer], arguments: tuple[str, ...] = ()) -> type:
     """The tied subclass of a layer class; its `call` takes these arguments of expressions as keywords."""
-    key = (base, *arguments)
+    key: tuple[type | str, ...] = (base, *arguments)
     if key not in _classes:
         _classes[key] = _make(base, arguments)
     return _classes[key]
@@ -80,7 +81,7 @@ def take_arguments(layer: keras.Layer) -> None:
     """
     state = state_of(layer)
     names = () if state is None else tuple(arguments_by_name(state))
-    base: Any = base_class(type(layer))
+    base = base_class(type(layer))
     if names != getattr(type(layer), "_tether_arguments", ()):
         taken = set(inspect.signature(base.call).parameters) & set(names)
         if taken:
@@ -92,7 +93,7 @@ def take_arguments(layer: keras.Layer) -> None:
         keras_seam.refresh_call_signature(layer)
 
 
-def base_class(cls: type) -> type:
+def base_class(cls: type[keras.Layer]) -> type[keras.Layer]:
     """The class that a tied class was made from; any other class is its own."""
     return cls._tether_base if issubclass(cls, Tied) else cls
 
@@ -179,7 +180,7 @@ class Tied:
             if penalty.recorder() is self:
                 penalty.follow(value)
 
-    def _get_own_losses(self) -> list[Any]:
+    def _get_own_losses(self) -> list[Tensor]:
         losses = super()._get_own_losses()  # type: ignore[misc]
         state = state_of(self)
         if state is None:
@@ -190,7 +191,7 @@ class Tied:
         for slot in regularized:
             use = slot.view.use
             pair = (use.expression, repr(keras.regularizers.serialize(use.regularizer)))
-            if pair not in counted:
+            if use.regularizer is not None and pair not in counted:
                 counted.add(pair)
                 losses.append(use.regularizer(slot.view.value))
         for penalty in state.penalties:
@@ -200,7 +201,7 @@ class Tied:
 
     # ------------------------------------------------------------------ files
 
-    def save_own_variables(self, store: object) -> None:
+    def save_own_variables(self, store: Store) -> None:
         """Writes as the base does, without what is stored in weights."""
         state = state_of(self)
         if state is None:
@@ -208,7 +209,7 @@ class Tied:
         else:
             own_values.save(self, state, store, super().save_own_variables)  # type: ignore[misc]
 
-    def load_own_variables(self, store: object) -> None:
+    def load_own_variables(self, store: Store) -> None:
         """Reads what this layer wrote, or what it wrote before it was tied."""
         state = state_of(self)
         if state is None:
@@ -221,12 +222,12 @@ class Tied:
         """A tied layer from its config, with weights of its own or those of the sharing scope."""
         return from_above["revive"](cls._tether_base, config)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
         buffer = io.BytesIO()
         keras_seam.save_to(self, buffer)
         return (from_above["unpickle"], (buffer.getvalue(), {weight.uid: weight for weight in weights_below(self)}))
 
-    def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, object]:
         children = {
             name: child
             for name, child in super()._trackable_children(*args, **kwargs).items()  # type: ignore[misc]
@@ -258,10 +259,10 @@ class Tied:
     dtype_policy = property(keras.layers.Layer.dtype_policy.fget, _set_dtype_policy, doc="The layer's dtype policy.")
 
 
-def _make(base: Any, arguments: tuple[str, ...]) -> type:
+def _make(base: type[keras.Layer], arguments: tuple[str, ...]) -> type:
     if base is Weight or issubclass(base, Tied):
         raise Unsupported(f"{base.__name__} cannot be tied.")
-    namespace: dict[str, Any] = {
+    namespace: dict[str, object] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -269,7 +270,7 @@ def _make(base: Any, arguments: tuple[str, ...]) -> type:
         "_tether_arguments": arguments,
     }
 
-    def get_config(self: Any) -> Config:
+    def get_config(self: keras.Layer) -> Config:
         with serializing(self):
             config = dict(base.get_config(self))
         state = state_of(self)
@@ -307,12 +308,13 @@ def _make(base: Any, arguments: tuple[str, ...]) -> type:
     return cls
 
 
-def own_entries(saveable: Any) -> dict[str, Any]:
+def own_entries(saveable: Saveable) -> dict[str, Tensor]:
     """What a Keras object writes of its own, by key; in a tied layer with views at the places of what it leaves out."""
     state = state_of(saveable) if isinstance(saveable, Tied) else None
     if state is not None:
-        return own_values.entries(saveable, state, super(Tied, saveable).save_own_variables)
-    found: dict[str, Any] = {}
+        plain: Any = super(Tied, saveable)
+        return own_values.entries(saveable, state, plain.save_own_variables)
+    found: dict[str, Tensor] = {}
     saveable.save_own_variables(found)
     return found
 
@@ -323,7 +325,7 @@ class _absent:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __get__(self, instance: object, owner: type) -> Any:
+    def __get__(self, instance: object, owner: type) -> NoReturn:
         raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}")
 
 
@@ -382,7 +384,7 @@ def _register(layer: keras.Layer, view: View) -> None:
         weight.add_use(view.use)
 
 
-def drop_use(use: Any) -> None:
+def drop_use(use: Use) -> None:
     """Ends a use of its weights."""
     for weight in use.expression.weights_used():
         weight.remove_use(use)

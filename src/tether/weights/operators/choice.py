@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 import keras
 import numpy as np
@@ -70,7 +69,7 @@ class Choose(Node):
         return shape
 
 
-def choose(index: object, options: Sequence[Any]) -> Expression:
+def choose(index: object, options: Iterable[object]) -> Expression:
     """One of several values of one shape, by a whole number: usually an argument with a default.
 
     The options that are not chosen get a gradient of zero.

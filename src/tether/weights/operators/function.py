@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import keras
 
@@ -46,13 +45,13 @@ def _name_of(function: object) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(function: Function, operands: tuple[Any, ...], floatx: str) -> Any:
+def _traced(function: Function, operands: tuple[Constant | tuple[Shape, str], ...], floatx: str) -> object:
     """What a function returns for constants and for tensors of a shape and a dtype: a symbolic tensor, or a type.
 
     Remembered, because an expression whose weights got their shapes late is asked for its dtype again and again; so
     `floatx`, which a function may read, is given too.
     """
-    returned: list[Any] = []
+    returned: list[object] = []
 
     def call(*tensors: Tensor) -> Tensor:
         rest = iter(tensors)
@@ -77,7 +76,7 @@ class Apply(Node):
         _find(function)
         return {"function": function}
 
-    def _spec(self, shapes: tuple[Shape, ...], dtypes: tuple[str, ...]) -> Any:
+    def _spec(self, shapes: tuple[Shape, ...], dtypes: tuple[str, ...]) -> keras.KerasTensor:
         floatx = keras.config.floatx()
         numbers = {"int": "int32", "float": floatx}
         operands = tuple(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import EllipsisType
 
 import keras
 import numpy as np
@@ -105,6 +105,10 @@ class Reshape(Node):
         return [keras.ops.reshape(value, self.operands[0].shape)]
 
 
+Part = int | slice | EllipsisType | None
+"""What an index has for an axis, or for axes left out."""
+
+
 @register
 class Index(Node):
     """Basic slicing: integers, slices, `...` and `None`."""
@@ -120,7 +124,7 @@ class Index(Node):
         return {"key": tuple(cls._part(part) for part in key)}
 
     @staticmethod
-    def _part(part: object) -> Any:
+    def _part(part: object) -> int | str | tuple[str | int | None, ...] | None:
         if part is None or part is Ellipsis or part == "...":
             return None if part is None else "..."
         if isinstance(part, slice):
@@ -134,7 +138,7 @@ class Index(Node):
             return ("slice", *bounds)
         return as_int(part, "an index")
 
-    def _key(self) -> tuple[Any, ...]:
+    def _key(self) -> tuple[Part, ...]:
         return tuple(
             Ellipsis if part == "..." else slice(*part[1:]) if isinstance(part, tuple) else part
             for part in self.parameters["key"]
@@ -156,11 +160,11 @@ class Index(Node):
         value = value[key]
         return keras.ops.flip(value, axis=flips) if flips else value
 
-    def _positive(self, sizes: Shape) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    def _positive(self, sizes: Shape) -> tuple[tuple[Part, ...], tuple[int, ...]]:
         """The key with negative steps written as a positive slice and a flip (PyTorch has no negative steps)."""
         key = self._key()
         taken = sum(1 for part in key if part is not None and part is not Ellipsis)
-        result: list[Any] = []
+        result: list[Part] = []
         flips: list[int] = []
         axis = out_axis = 0
         for part in key:
@@ -441,12 +445,12 @@ class Einsum(Node):
         return Term(f"einsum({self.parameters['equation']!r}, {', '.join(term.text for term in terms)})")
 
 
-def concatenate(xs: Sequence[Any], axis: int = 0) -> Expression:
+def concatenate(xs: Iterable[object], axis: int = 0) -> Expression:
     """Values joined along an axis; the other sizes must agree."""
     return Concatenate(*map(as_expression, xs), axis=axis)
 
 
-def stack(xs: Sequence[Any], axis: int = 0) -> Expression:
+def stack(xs: Iterable[object], axis: int = 0) -> Expression:
     """Values of one shape joined along a new axis."""
     return Stack(*map(as_expression, xs), axis=axis)
 

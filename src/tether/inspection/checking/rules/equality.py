@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -86,7 +85,7 @@ def _is_made_by_config(context: Context, layer: keras.Layer) -> bool:
     return bool(parents) and all(keras_seam.holds_its_layers_configs(parent) for parent in parents)
 
 
-def _tie_holders(context: Context, variable: keras.Variable, holders: list[tuple[Any, Any]]) -> str:
+def _tie_holders(context: Context, variable: keras.Variable, holders: list[tuple[keras.Layer, keras.Variable]]) -> str:
     paths = [context.use_path(layer, held) for layer, held in holders]
     if len(paths) < 2:
         return "# let one layer store the weight, and tie the others to it by `tether.tie`"

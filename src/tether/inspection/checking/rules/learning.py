@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -19,7 +18,7 @@ from tether.inspection.facts import Shape, Slot, StoredWeight
 from tether.inspection.live import aliases
 from tether.layers.liveness import still
 from tether.layers.tying import paths
-from tether.layers.tying.state import stored_variables
+from tether.layers.tying.state import View, stored_variables
 from tether.weights.operators.arithmetic import ScaleGradient
 from tether.weights.operators.structure import Transpose
 from tether.weights.weight import Weight
@@ -120,7 +119,7 @@ def _gradient_scale(view: keras.Variable) -> float:
     return abs(float(expression.parameters["scale"])) if isinstance(expression, ScaleGradient) else 1.0
 
 
-def _scaled(context: Context, views: list[Any], scale: float) -> str:
+def _scaled(context: Context, views: list[View], scale: float) -> str:
     """Code that ties each use to its expression with a smaller gradient."""
     weights = dict.fromkeys(w for view in views for w in view.expression.weights_used() if w.is_built)
     names = {weight: f"w{number}" if number else "w" for number, weight in enumerate(weights)}
@@ -176,7 +175,7 @@ def wide_table(context: Context) -> Iterator[Finding]:
         )
 
 
-def _tables(context: Context) -> Iterator[tuple[Any, Any, Any]]:
+def _tables(context: Context) -> Iterator[tuple[keras.Variable, keras.Layer, keras.Layer]]:
     """The tables that are a head too: the variable, the embedding, and the head."""
     heads, reversed_ = _heads(context), _called_in_reverse(context)
     for layer in context.layers:
@@ -190,9 +189,9 @@ def _tables(context: Context) -> Iterator[tuple[Any, Any, Any]]:
                 yield variable, layer, layer
 
 
-def _heads(context: Context) -> dict[int, list[Any]]:
+def _heads(context: Context) -> dict[int, list[keras.Layer]]:
     """The layers that project onto a table, transposed and not scaled, by the id of its variable."""
-    found: dict[int, list[Any]] = {}
+    found: dict[int, list[keras.Layer]] = {}
     for layer, _, slot in context.tied:
         expression = slot.view.expression
         if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)) and isinstance(expression, Transpose):
@@ -389,7 +388,9 @@ def name_misses_alias(context: Context) -> Iterator[Finding]:
 
 def _missed_by_layouts(shared: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
     layouts = keras_seam.layout_map()
-    for path, *others in shared.values() if layouts is not None else ():
+    if layouts is None:
+        return
+    for path, *others in shared.values():
         if any(key == path or re.fullmatch(key, path) for key in layouts):
             continue
         for key in layouts:
@@ -436,7 +437,7 @@ def _layers(context: Context) -> Iterator[Finding]:
 
 
 def _variables(context: Context) -> Iterator[Finding]:
-    holders: dict[int, list[Any]] = {}
+    holders: dict[int, list[tuple[keras.Layer, keras.Variable]]] = {}
     for layer in context.layers:
         for variables in keras_seam.variable_lists(layer).values():
             for variable in variables:

@@ -6,7 +6,6 @@ import dis
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 
@@ -20,6 +19,7 @@ from tether.layers.records import verification
 from tether.layers.tying import paths
 from tether.layers.tying.state import Tie, View, ViewSlot, state_of, stored_variables
 from tether.layers.tying.tied import Tied, base_class
+from tether.types import Function
 from tether.weights.expression import Expression, Node, is_view, program
 from tether.weights.weight import Weight
 
@@ -155,7 +155,7 @@ def dead_factors(context: Context) -> Iterator[Finding]:
                 yield _dead(context, context.path_of(layer), [variable.name for variable in variables], variables)
 
 
-def _dead(context: Context, where: str, names: list[str], factors: list[Any]) -> Finding:
+def _dead(context: Context, where: str, names: list[str], factors: list[keras.Variable]) -> Finding:
     chosen = next((factor for factor in factors if factor.trainable), factors[0])
     return Finding(
         "dead-factors",
@@ -221,7 +221,7 @@ def _is_of_keras(cls: type) -> bool:
     return cls.__module__.split(".")[0] == "keras"
 
 
-def _missing(layer: keras.Layer, own: Any, parent: keras.Layer) -> list[str]:
+def _missing(layer: keras.Layer, own: type[keras.Layer], parent: type[keras.Layer]) -> list[str]:
     """The attributes that the layer's call reads, the parent's `build` makes, and the layer lacks."""
     classes = own.__mro__[: own.__mro__.index(parent)]
     if not any("build" in vars(cls) for cls in classes):
@@ -231,11 +231,11 @@ def _missing(layer: keras.Layer, own: Any, parent: keras.Layer) -> list[str]:
     return sorted(wanted & _attributes_of_the_parent(layer, parent)) if wanted else []
 
 
-def _made_in(build: Any) -> set[str]:
+def _made_in(build: Function) -> set[str]:
     return {i.argval for i in dis.get_instructions(build) if i.opname == "STORE_ATTR"}
 
 
-def _read_in(call: Any, parent: keras.Layer) -> set[str]:
+def _read_in(call: Function, parent: type[keras.Layer]) -> set[str]:
     """The attributes that a call reads, and those behind the properties that it reads."""
     names = {i.argval for i in dis.get_instructions(call) if i.opname in ("LOAD_ATTR", "LOAD_METHOD")}
     if call is not parent.call and "__class__" in call.__code__.co_freevars:  # it calls `super()`
@@ -243,7 +243,7 @@ def _read_in(call: Any, parent: keras.Layer) -> set[str]:
     return names | {f"_{name}" for name in names}
 
 
-def _attributes_of_the_parent(layer: keras.Layer, parent: keras.Layer) -> set[str]:
+def _attributes_of_the_parent(layer: keras.Layer, parent: type[keras.Layer]) -> set[str]:
     """What a layer of the parent's class would have after its `build`; some attributes depend on the arguments."""
     drawn = random.getstate()  # initializers without a seed draw one
     try:
@@ -283,7 +283,7 @@ def spectral_norm_over_shared(context: Context) -> Iterator[Finding]:
                 break
 
 
-def _readers(context: Context, variable: keras.Variable) -> Iterator[Any]:
+def _readers(context: Context, variable: keras.Variable) -> Iterator[keras.Layer]:
     """The layers that read a stored variable: by an attribute, in their graph, or by a tie."""
     yield from (captured.layer for captured in context.captured if captured.found.value is variable)
     for layer, _, slot in context.tied:
