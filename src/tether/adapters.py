@@ -101,6 +101,13 @@ def remove(model: AnyLayer, name: str) -> AnyLayer:
 
     Raises:
         UnknownName: The model has no adapter of this name.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.remove(model, "french")
+    assert not tether.adapters.names(model)
+    ```
     """
     _check(model, "remove")
     _known(model, [name])
@@ -155,12 +162,38 @@ def _adapted(base: Expression, parts: Mapping[str, tuple[Expression, Expression]
 
 
 def names(model: keras.Model) -> list[str]:
-    """The names of a model's adapters, in the order in which they were added."""
+    """The names of a model's adapters, in the order in which they were added.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names; an empty list if it has none.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    assert tether.adapters.names(model) == ["french"]
+    ```
+    """
     return list(strengths(model))
 
 
 def strengths(model: keras.Model) -> dict[str, float]:
-    """The present strength of each adapter."""
+    """The present strength of each adapter.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The strengths by name: 1 is on, 0 is off.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    assert tether.adapters.strengths(model) == {"french": 1.0}
+    ```
+    """
     found: dict[str, float] = {}
     for adapted in _adapted_weights(model).values():
         for name, (strength, _) in adapted.parts.items():
@@ -173,9 +206,20 @@ def set_strengths(model: keras.Model, wanted: Mapping[str, float], /) -> None:
 
     It is one assignment: nothing is compiled again.
 
+    Args:
+        model: The model.
+        wanted: Strengths by the adapters' names.
+
     Raises:
         UnknownName: The model has no adapter of a name.
         TetherError: A strength is not a finite number.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.set_strengths(model, {"french": 0.3})
+    assert abs(tether.adapters.strengths(model)["french"] - 0.3) < 1e-6
+    ```
     """
     _known(model, wanted)
     for name, value in wanted.items():
@@ -188,8 +232,19 @@ def set_strengths(model: keras.Model, wanted: Mapping[str, float], /) -> None:
 def activate(model: keras.Model, *wanted: str) -> None:
     """Turns adapters on (strength 1), and all others off; without names, all off.
 
+    Args:
+        model: The model.
+        *wanted: The adapters to turn on.
+
     Raises:
         UnknownName: The model has no adapter of a name.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.activate(model)             # the base alone
+    tether.adapters.activate(model, "french")
+    ```
     """
     _known(model, wanted)
     set_strengths(model, {name: float(name in wanted) for name in names(model)})
@@ -258,8 +313,22 @@ def merge(model: AnyLayer) -> AnyLayer:
     Nothing that is stored is written to, so merging and taking apart loses not a bit, however often. For a plain
     copy of the whole model use `tether.materialize`.
 
+    Args:
+        model: A built model.
+
     Returns:
         The model, which computes what it did, as fast as without adapters.
+
+    Raises:
+        TetherError: The model is not built, or is merged already.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.merge(model)
+    model.predict(x, verbose=0)
+    tether.adapters.unmerge(model)
+    ```
     """
     _check(model, "merge")
     adapted = _adapted_weights(model)
@@ -273,8 +342,22 @@ def merge(model: AnyLayer) -> AnyLayer:
 def unmerge(model: AnyLayer) -> AnyLayer:
     """Makes the expressions again that `merge` replaced, in place.
 
+    Args:
+        model: A model whose adapters were merged.
+
+    Returns:
+        The model.
+
     Raises:
         TetherError: The model is not merged.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.merge(model)
+    tether.adapters.unmerge(model)
+    assert tether.adapters.names(model) == ["french"]
+    ```
     """
     merged = getattr(model, _MERGED, None)
     if not merged:
@@ -299,6 +382,12 @@ def save(model: keras.Model, name: str, path: str | os.PathLike[str]) -> None:
     Raises:
         UnknownName: The model has no adapter of this name.
         TetherError: The path has another ending, or its folder does not exist.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.save(model, "french", "french.safetensors")
+    ```
     """
     target = pathlib.Path(path)
     if target.suffix != ".safetensors" or not target.parent.is_dir():
@@ -332,6 +421,14 @@ def load(model: keras.Model, path: str | os.PathLike[str], /, *, name: str | Non
         UnknownName: The model lacks a weight that the adapter changes.
         ShapeMismatch: One of them has another shape.
         TetherError: The name is taken.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.save(model, "french", "french.safetensors")
+    tether.adapters.load(model, "french.safetensors", name="copy")
+    assert tether.adapters.names(model) == ["french", "copy"]
+    ```
     """
     _check(model, "load")
     header, weights = _read_file(path, {variable.path for variable in model.weights})

@@ -53,6 +53,9 @@ def dora(
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random start of the first factor.
 
+    Returns:
+        The form: called with a base, it returns the expression, of the base's shape.
+
     Raises:
         TetherError: A rank, alpha or start that makes no sense; at use, a base of fewer than two axes.
 

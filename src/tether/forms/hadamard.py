@@ -47,6 +47,9 @@ def hadamard(rank: int, *, alpha: float | None = None, split: int | None = None,
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random starts.
 
+    Returns:
+        The form, to be added to a base of any two or more axes; the sum has the base's shape.
+
     Raises:
         TetherError: A rank or alpha that makes no sense; at use, a base of fewer than two axes.
 

@@ -82,6 +82,9 @@ def kronecker(
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random starts.
 
+    Returns:
+        The form, to be added to a base of any two or more axes; the sum has the base's shape.
+
     Raises:
         TetherError: A number that makes no sense; at use, a base of fewer than two axes.
 

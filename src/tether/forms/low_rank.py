@@ -106,6 +106,10 @@ def low_rank(
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random start of A.
 
+    Returns:
+        The form, to be added to a base of two or more axes: `(..., rows)` by `rank` and `rank` by `(columns, ...)`. The
+        sum has the base's shape.
+
     Raises:
         TetherError: A rank or start that makes no sense; at use, a base of fewer than two axes.
 

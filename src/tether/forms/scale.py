@@ -49,7 +49,8 @@ def scale(axis: int | tuple[int, ...] | None = -1) -> Scale:
     For the exact IA3 of a layer's outputs its bias takes the same vector, which is plain arithmetic:
 
     ```python
-    s = tether.Weight((64,), "ones", name="ia3")
+    kernel, bias = tether.weight_of(layer, "kernel"), tether.weight_of(layer, "bias")
+    s = tether.Weight((16,), "ones", name="ia3")
     tether.tie(layer, kernel=kernel.stop_gradient() * s, bias=bias.stop_gradient() * s)
     ```
 
@@ -57,11 +58,15 @@ def scale(axis: int | tuple[int, ...] | None = -1) -> Scale:
         axis: The axis or axes that have factors: -1 for a kernel's outputs, 0 for the inputs of a Dense kernel
             (IA3 of a feed-forward layer), a tuple for one factor for each combination, None for a single number.
 
+    Returns:
+        The form, to multiply a base with; the product has the base's shape.
+
     Raises:
         TetherError: At use, an axis that the base does not have.
 
     Example:
     ```python
+    base = tether.Weight((8, 64), name="base")
     layer = tether.tie(keras.layers.Dense(64), kernel=base.stop_gradient() * tether.forms.scale())
     ```
     """

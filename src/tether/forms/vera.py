@@ -74,6 +74,9 @@ def vera(rank: int, *, size: object = None, split: int | None = None, seed: int 
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random bases.
 
+    Returns:
+        The form, to be added to bases of two or more axes; each sum has its base's shape.
+
     Raises:
         TetherError: A rank or size that makes no sense; at use, a base of fewer than two axes, or one that is
             larger than the shared bases.
@@ -81,8 +84,8 @@ def vera(rank: int, *, size: object = None, split: int | None = None, seed: int 
     Example:
     ```python
     small = tether.forms.vera(64, size=(512, 512))
-    for layer in layers:
-        tether.tie(layer, kernel=tether.weight_of(layer, "kernel").stop_gradient() + small)
+    for dense in (layer, parent):
+        tether.tie(dense, kernel=tether.weight_of(dense, "kernel").stop_gradient() + small)
     ```
     """
     return Vera(rank, size, split, seed)
