@@ -6,6 +6,7 @@ from tests.documents import ROOT, broken_links, python_blocks, run
 
 WITH_CODE = [
     "README.md",
+    "docs/tour.md",
     "docs/semantics.md",
     "docs/inheriting.md",
     "docs/planning.md",
@@ -35,6 +36,14 @@ def test_the_python_blocks_run(name, tmp_path, monkeypatch):
 def test_links_lead_to_files_and_headings(name):
     file = ROOT / name
     assert list(broken_links(file, file.read_text(encoding="utf-8"))) == []
+
+
+def test_the_readme_is_short_and_no_page_is_forgotten():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    linked = {path for path in PAGES if f"]({path})" in readme}
+    assert set(PAGES) - linked == {"README.md"}
+    assert all(f"](notebooks/{path.name})" in readme for path in ROOT.glob("notebooks/*.ipynb"))
 
 
 def test_broken_links_are_found():
