@@ -12,7 +12,9 @@ QUOTED, *_ = PAGE.partition("## Without an error")
 
 
 def rows(text):
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
     return [row for row in cells if row[0] not in ("what it says", "what happens")]
 
 
