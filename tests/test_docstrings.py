@@ -27,10 +27,11 @@ def errors_of(module):
 
 
 def public_names():
-    """Each public object once, under the shortest of its names."""
+    """Each public object once, under the shortest of its names; modules too."""
     found = {}
     for name in MODULES:
         module = getattr(tether, name) if name else tether
+        found[id(module)] = (module.__name__, module)
         for public in getattr(module, "__all__", None) or errors_of(module):
             thing = getattr(module, public)
             if not inspect.ismodule(thing):

@@ -441,7 +441,7 @@ def scale_gradient(x: object, scale: float) -> Expression:
         The expression, of the shape and value of `x`, to the last bit.
 
     Raises:
-        TetherError: The scale is no finite number.
+        InvalidConfig: The scale is no finite number.
 
     Example:
     ```python

@@ -329,7 +329,7 @@ def cast(x: object, dtype: str) -> Expression:
         The expression, of the shape of `x`.
 
     Raises:
-        TetherError: There is no such dtype.
+        InvalidConfig: There is no such dtype.
 
     Example:
     ```python
