@@ -1,7 +1,7 @@
 """Hooks of MkDocs: the pages of the site that are not files of docs/, and links that lead to them.
 
-Pages are made of README, CHANGELOG, CONTRIBUTING, LICENSE and the programs in guides/; of the notebooks; and of what
-each public module lists in `__all__`. The weight map is drawn while the site is built.
+Pages are made of README, CHANGELOG, CONTRIBUTING, RELEASING, LICENSE and the programs in guides/; of the notebooks;
+and of what each public module lists in `__all__`. The weight map is drawn while the site is built.
 """
 
 import ast
@@ -16,7 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("ops", "forms", "transfer", "planning", "files", "adapters", "inspection", "weights", "errors")
-OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+OUTSIDE = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "RELEASING.md": "releasing.md",
+}
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 OBJECT = re.compile(r'\(<code><span title="object">object</span></code>(?:\)|,\s*(default:))')
 MAP, WORKER, STYLE = "weight-map-live.html", "iframe-worker.js", "wide.css"
