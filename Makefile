@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-PINS := pyproject.toml $(filter-out requirements/browser.txt requirements/release.txt requirements/pyright.txt,$(wildcard requirements/*.txt))
+PINS := pyproject.toml $(filter-out $(addprefix requirements/,browser.txt docs.txt pyright.txt release.txt),$(wildcard requirements/*.txt))
 
 BACKENDS := jax torch tensorflow
 # Only `make test BACKEND=jax` narrows a run; a BACKEND that happens to be in the environment does not.
@@ -45,7 +45,7 @@ PYTEST := $(PY) -m pytest --timeout 600
 # More for pytest: make test BACKEND=jax PYTEST_ARGS='-k freeze -x'
 PYTEST_ARGS ?=
 
-.PHONY: help setup browser pyright demo test test-all oldest nightly lint types contracts format bench dist clean distclean
+.PHONY: help setup browser pyright demo docs test test-all oldest nightly lint types contracts format bench dist clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -96,10 +96,18 @@ $(VENV)/.pyright-stamp: requirements/pyright.txt | $(VENV)/.test-stamp
 	@$(PIP) -r requirements/pyright.txt
 	@touch $@
 
+$(VENV)/.docs-stamp: requirements/docs.txt | $(DEMO_STAMP)
+	@$(PIP) -r requirements/docs.txt
+	@touch $@
+
 # ---- run --------------------------------------------------------------------
 
 demo: $(DEMO_STAMP) ## train tied and untied autoencoders on real digits (KERAS_BACKEND=torch make demo for another backend)
 	@KERAS_BACKEND=$(DEMO_BACKEND) $(QUIET) $(PY) -m tether.demo
+
+docs: $(VENV)/.docs-stamp ## build the documentation site in site/ (offline, once its tools are installed), and check it
+	@KERAS_BACKEND=$(DEMO_BACKEND) $(QUIET) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@$(PY) scripts/check_site.py
 
 bench: $(VENV)/.test-stamp ## run benchmarks/*.py on each backend (BENCH=benchmarks/overhead.py BACKEND=jax for one)
 	@for f in $(or $(BENCH),$(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))); do for b in $(CHOSEN); do \
@@ -188,7 +196,7 @@ dist: $(VENV)/.release-stamp ## build the wheel and the sdist in dist/, check th
 	@$(QUIET) $(PY) scripts/check_dist.py dist $(TAG)
 
 clean: ## remove caches and outputs, keep .venv
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist demo-output weights.html
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist site demo-output weights.html
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

@@ -1,13 +1,12 @@
 """Every Python block of the README and of docs/ runs, in order, in one namespace a file."""
 
-import re
-
 import pytest
 
-from tests.documents import ROOT, python_blocks, run
+from tests.documents import ROOT, broken_links, python_blocks, run
 
 WITH_CODE = [
     "README.md",
+    "docs/tour.md",
     "docs/semantics.md",
     "docs/inheriting.md",
     "docs/planning.md",
@@ -20,7 +19,7 @@ WITH_CODE = [
     "docs/summary.md",
     "docs/weight-map.md",
 ]
-PAGES = [*WITH_CODE, "CONTRIBUTING.md", "RELEASING.md", "docs/command-line.md", "docs/design.md"]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
@@ -34,9 +33,22 @@ def test_the_python_blocks_run(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_to_files_lead_somewhere(name):
+def test_links_lead_to_files_and_headings(name):
     file = ROOT / name
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8"))
-    for link in links:
-        if "://" not in link:
-            assert (file.parent / link).exists(), link
+    assert list(broken_links(file, file.read_text(encoding="utf-8"))) == []
+
+
+def test_the_readme_is_short_and_no_page_is_forgotten():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    linked = {path for path in PAGES if f"]({path})" in readme}
+    assert set(PAGES) - linked == {"README.md", "RELEASING.md"}  # the second is for maintainers: CONTRIBUTING has it
+    assert all(f"](notebooks/{path.name})" in readme for path in ROOT.glob("notebooks/*.ipynb"))
+
+
+def test_broken_links_are_found():
+    text = "# A page\n## Its `name`, and more\n[a](README.md) [b](#its-name-and-more) `[c](gone.md)`\n"
+    assert list(broken_links(ROOT / "page.md", text)) == []
+    for link in ("gone.md", "#gone", "docs/semantics.md#gone", "docs/../gone.md#a"):
+        assert list(broken_links(ROOT / "page.md", f"{text}[d]({link})")) == [link]
+    assert not list(broken_links(ROOT / "page.md", "[d](docs/semantics.md#changing-a-trained-model)"))

@@ -5,6 +5,7 @@ until a layer is called or `.value` is read.
 
 Example:
 ```python
+frozen, free = tether.Weight((990, 64), name="frozen"), tether.Weight((10, 64), name="free")
 embeddings = tether.ops.concatenate([frozen.stop_gradient(), free], axis=0)
 layer = tether.tie(keras.layers.Embedding(1000, 64), embeddings=embeddings)
 ```

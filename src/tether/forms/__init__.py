@@ -5,6 +5,7 @@ multiplied with, and brings weights of its own:
 
 ```python
 child = tether.inherit(parent, kernel=tether.forms.dora(8))
+base = tether.Weight(shape=(16, 64), name="base")
 layer = tether.tie(keras.layers.Dense(64), kernel=base + tether.low_rank(8))
 ```
 

@@ -64,6 +64,9 @@ def compose(
         use_bias: Whether the child has a bias `c` of its own. The parent's is carried through S in any case.
         kernel_initializer: Starts S.
 
+    Returns:
+        The form, for `tether.inherit(parent, form)`.
+
     Raises:
         Unsupported: At use, another kind of layer, or a parent with an activation.
 

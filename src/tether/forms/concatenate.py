@@ -82,6 +82,9 @@ def concatenate(
         kernel_initializer: Starts the child's own columns.
         bias_initializer: Starts the child's own biases, if the parent has some.
 
+    Returns:
+        The form, for `tether.inherit(parent, form)`.
+
     Raises:
         Unsupported: At use, another kind of layer, or an activation such as softmax through which outputs depend
             on each other.

@@ -55,6 +55,9 @@ def dora(
         seed: Of the random start of the first factor.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
+    Returns:
+        The form: called with a base, it returns the expression, of the base's shape.
+
     Raises:
         TetherError: A rank, alpha or start that makes no sense; at use, a base of fewer than two axes.
 

@@ -23,6 +23,15 @@ class Form(NoTensor):
 
     A subclass defines `__call__`. Every call makes new weights, so one form object serves many layers. The one
     exception is `vera`, which is about sharing: its object makes one pair of frozen bases for all its calls.
+
+    Example:
+    ```python
+    class Doubled(tether.forms.Form):
+        def __call__(self, base):
+            return 2 * base
+
+    child = tether.inherit(parent, kernel=Doubled())
+    ```
     """
 
     def __call__(self, base: Expression) -> Expression:
@@ -38,7 +47,17 @@ class Form(NoTensor):
 
 
 class AddedForm(Form):
-    """A form that is added to its base: `base + form`. A subclass defines `delta`."""
+    """A form that is added to its base: `base + form`. A subclass defines `delta`.
+
+    Example:
+    ```python
+    class Shift(tether.forms.AddedForm):
+        def delta(self, base):
+            return tether.Weight(base.shape, "zeros", name="shift")
+
+    child = tether.inherit(parent, kernel=lambda w: w.stop_gradient() + Shift())
+    ```
+    """
 
     __array_ufunc__ = None
 
@@ -78,7 +97,17 @@ class _Multiple(AddedForm):
 
 
 class ScalingForm(Form):
-    """A form that its base is multiplied with: `base * form`. A subclass defines `factor`."""
+    """A form that its base is multiplied with: `base * form`. A subclass defines `factor`.
+
+    Example:
+    ```python
+    class Volume(tether.forms.ScalingForm):
+        def factor(self, base):
+            return tether.Weight((), "ones", name="volume")
+
+    child = tether.inherit(parent, kernel=lambda w: w * Volume())
+    ```
+    """
 
     __array_ufunc__ = None
 

@@ -56,6 +56,9 @@ def gate(*, start: float = 0.5, per: str = "weight", split: int | None = None) -
         per: `"weight"` for one proportion, `"output"` for one for each output.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
 
+    Returns:
+        The form: called with a base, it returns the expression, of the base's shape.
+
     Raises:
         TetherError: A start outside (0, 1), or another `per`.
 

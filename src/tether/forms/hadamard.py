@@ -66,6 +66,9 @@ def hadamard(
         seed: Of the random starts.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
+    Returns:
+        The form, to be added to a base of any two or more axes; the sum has the base's shape.
+
     Raises:
         TetherError: A rank or alpha that makes no sense; at use, a base of fewer than two axes.
 

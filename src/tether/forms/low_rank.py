@@ -175,6 +175,10 @@ def low_rank(
         seed: Of the random start of A.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
+    Returns:
+        The form, to be added to a base of two or more axes: `(..., rows)` by `rank` and `rank` by `(columns, ...)`. The
+        sum has the base's shape.
+
     Raises:
         TetherError: A rank or start that makes no sense; at use, a base of fewer than two axes.
 

@@ -65,6 +65,9 @@ def masked(mask: object, outside: str = "zero") -> Masked:
         mask: An array of booleans, or of zeros and ones, of the weight's shape or one that broadcasts to it.
         outside: `"zero"` or `"parent"`.
 
+    Returns:
+        The form: called with a base, it returns the expression, of the base's shape.
+
     Raises:
         TetherError: Another array or word; at use, a mask that does not fit the base.
 

@@ -176,6 +176,9 @@ def orthogonal(map: str = "householder", *, split: int | None = None) -> Orthogo
             and which is the identity until then; smooth, and costs a solve of the size of the longer side.
         split: How many leading axes of a kernel are rows; see `rows_and_columns`.
 
+    Returns:
+        The form: called with a base, it returns the expression, of the base's shape.
+
     Raises:
         TetherError: Another map; at use, a base of fewer than two axes.
         NotInvertible: When a value is assigned that is not orthogonal.

@@ -55,13 +55,16 @@ def positive() -> Positive:
     A base whose shape comes from the tie starts so that the result is what the layer's initializer gave, if that
     is positive ("ones", say). Any positive value can be assigned.
 
+    Returns:
+        The form: called with a base, it returns the expression, of the base's shape.
+
     Raises:
         NotInvertible: When a value is assigned that is not positive everywhere.
 
     Example:
     ```python
     gamma = tether.forms.positive()(tether.Weight(name="gamma"))
-    layer = tether.tie(keras.layers.LayerNormalization(), gamma=gamma)
+    norm = tether.tie(keras.layers.LayerNormalization(), gamma=gamma)
     ```
     """
     return Positive()

@@ -50,7 +50,8 @@ def scale(axis: int | tuple[int, ...] | None = -1, *, dtype: str | None = None) 
     For the exact IA3 of a layer's outputs its bias takes the same vector, which is plain arithmetic:
 
     ```python
-    s = tether.Weight((64,), "ones", name="ia3")
+    kernel, bias = tether.weight_of(layer, "kernel"), tether.weight_of(layer, "bias")
+    s = tether.Weight((16,), "ones", name="ia3")
     tether.tie(layer, kernel=kernel.stop_gradient() * s, bias=bias.stop_gradient() * s)
     ```
 
@@ -59,11 +60,15 @@ def scale(axis: int | tuple[int, ...] | None = -1, *, dtype: str | None = None) 
             (IA3 of a feed-forward layer), a tuple for one factor for each combination, None for a single number.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
+    Returns:
+        The form, to multiply a base with; the product has the base's shape.
+
     Raises:
         TetherError: At use, an axis that the base does not have.
 
     Example:
     ```python
+    base = tether.Weight((8, 64), name="base")
     layer = tether.tie(keras.layers.Dense(64), kernel=base.stop_gradient() * tether.forms.scale())
     ```
     """

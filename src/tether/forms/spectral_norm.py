@@ -144,6 +144,9 @@ def spectral_norm(
         split: How many leading axes of a kernel are rows; see `rows_and_columns`.
         seed: Of the vector that the first rounds start from.
 
+    Returns:
+        The form: called with a base, it returns the expression, of the base's shape.
+
     Raises:
         TetherError: A number that makes no sense; at use, a base of fewer than two axes, or zero everywhere.
         NotInvertible: When a value of another norm is assigned.

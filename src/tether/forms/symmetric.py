@@ -68,6 +68,9 @@ def symmetric() -> SymmetricForm:
     The base itself is what is stored, of shape `(n, n)`; what it has below the diagonal has no effect and no
     gradient. Any symmetric value can be assigned.
 
+    Returns:
+        The form: called with a base of shape `(n, n)`, it returns the expression, of that shape.
+
     Raises:
         ShapeMismatch: At use, a base that is not square.
         NotInvertible: When a value is assigned that is not symmetric.

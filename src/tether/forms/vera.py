@@ -87,6 +87,9 @@ def vera(
         seed: Of the random bases.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
+    Returns:
+        The form, to be added to bases of two or more axes; each sum has its base's shape.
+
     Raises:
         TetherError: A rank or size that makes no sense; at use, a base of fewer than two axes, or one that is
             larger than the shared bases.
@@ -94,8 +97,8 @@ def vera(
     Example:
     ```python
     small = tether.forms.vera(64, size=(512, 512))
-    for layer in layers:
-        tether.tie(layer, kernel=tether.weight_of(layer, "kernel").stop_gradient() + small)
+    for dense in (layer, parent):
+        tether.tie(dense, kernel=tether.weight_of(dense, "kernel").stop_gradient() + small)
     ```
     """
     return Vera(rank, size, split, seed, dtype)

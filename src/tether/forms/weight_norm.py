@@ -122,6 +122,9 @@ def weight_norm() -> WeightNorm:
     `(outputs,)`, are the form's own and start at the base's norms, so the result starts equal to the base. It can
     be assigned, as can PyTorch's: V takes the value and g its norms.
 
+    Returns:
+        The form: called with a base of shape `(..., outputs)`, it returns the expression, of that shape.
+
     Raises:
         TetherError: At use, a base of fewer than two axes, or of no known shape.
 

@@ -52,8 +52,17 @@ def diff(before: object, after: object) -> Difference:
         before: A model or layer, the path of a file, or facts.
         after: The same.
 
+    Returns:
+        The differences, which print as text; false if there is none.
+
+    Raises:
+        TetherError: A side is none of these, or a broken file.
+        FileNotFoundError: There is no such file.
+
     Example:
     ```python
+    model.save("before.keras")
+    model.get_layer("head").trainable = False
     print(tether.inspection.diff("before.keras", model))
     ```
     """

@@ -367,9 +367,11 @@ def gradients(model: object, x: Tensor, y: Tensor = None, *, loss: Loss | None =
 
     Example:
     ```python
-    found = tether.inspection.gradients(model, x, y)
+    table = tether.weight_of(model.get_layer("embedding"), "embeddings")
+    tether.tie(model.get_layer("head"), kernel=table.T)
+    found = tether.inspection.gradients(model, x, y, loss=loss)
     print(found)
-    found.weights["codec"].cosines[0][1]
+    found.weights[table.path].cosines[0][1]                  # between the shares of its two uses
     ```
     """
     if not isinstance(model, keras.layers.Layer):

@@ -271,7 +271,8 @@ def aliases(model: keras.Layer) -> Aliases:
 
     Example:
     ```python
-    optimizer.exclude_from_weight_decay(var_list=tether.inspection.aliases(model).find("lm_head"))
+    optimizer = keras.optimizers.AdamW(weight_decay=0.01)
+    optimizer.exclude_from_weight_decay(var_list=tether.inspection.aliases(model).find("head"))
     ```
     """
     keys = unique_paths(model)
@@ -298,10 +299,17 @@ def unique(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
     Args:
         variables: Keras variables, possibly repeated.
 
+    Returns:
+        The variables that are stored, each once.
+
     Example:
     ```python
+    w = tether.Weight(name="w")
+    a, b = (tether.tie(keras.layers.Dense(4), kernel=w) for _ in range(2))
+    for dense in (a, b):
+        dense.build((None, 8))
     variables = tether.inspection.unique(a.trainable_weights + b.trainable_weights)
-    optimizer.apply(gradients, variables)
+    assert len(variables) == 3
     ```
     """
     found: dict[int, keras.Variable] = {}

@@ -55,6 +55,7 @@ def summary(
 
     Example:
     ```python
+    model.save("model.keras")
     tether.summary(model)
     tether.summary("model.keras", shared_only=True)
     ```

@@ -58,7 +58,8 @@ def resize(
     Example:
     ```python
     table = tether.weight_of(model, "embedding/embeddings")
-    tether.files.resize(table, 0, 32_003, fill="mean", model=model)
+    tether.files.resize(table, 0, 103, fill="mean", model=model)
+    assert model.get_layer("embedding").input_dim == 103
     ```
     """
     if not isinstance(weight, Weight) or not weight.is_built:

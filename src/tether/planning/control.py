@@ -55,8 +55,9 @@ def force(how: Mode) -> Iterator[None]:
 
     Example:
     ```python
+    child = tether.inherit(parent, kernel=tether.low_rank(2))
     with tether.planning.force("materialize"):
-        y = layer(x)
+        y = child(rows)
     ```
     """
     if how not in MODES:
@@ -76,9 +77,10 @@ def cached() -> Iterator[None]:
 
     Example:
     ```python
+    layer = tether.inherit(parent, kernel=tether.low_rank(8))
     with tether.planning.cached():
-        for batch in batches:
-            y = model(batch)
+        for batch in (rows, 2 * rows):
+            y = layer(batch)
     ```
     """
     with remembering():
@@ -199,7 +201,8 @@ def explain(
 
     Example:
     ```python
-    print(tether.planning.explain(layer, (32, 1024), training=True))
+    child = tether.inherit(parent, kernel=tether.low_rank(2))
+    print(tether.planning.explain(child, (32, 16), training=True))
     ```
     """
     if not isinstance(layer, keras.layers.Layer):

@@ -254,6 +254,9 @@ def copy(
 
     Example:
     ```python
+    small, large = keras.layers.Dense(16), keras.layers.Dense(24)
+    small.build((None, 8))
+    large.build((None, 8))
     report = tether.transfer.copy(small, large, fill="zeros")
     print(report)
     ```

@@ -44,9 +44,10 @@ class Follow(keras.callbacks.Callback):
 
     Example:
     ```python
-    teacher = keras.models.clone_model(student)
-    tether.transfer.copy(student, teacher)
-    student.fit(x, y, callbacks=[tether.transfer.Follow(target=teacher, source=student, momentum=0.99)])
+    teacher = keras.models.clone_model(model)
+    tether.transfer.copy(model, teacher)
+    model.compile("adam", loss)
+    model.fit(x, y, verbose=0, callbacks=[tether.transfer.Follow(target=teacher, source=model, momentum=0.99)])
     ```
 
     Reference:

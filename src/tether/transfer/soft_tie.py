@@ -20,7 +20,15 @@ from tether.weights.weight import Weight
 
 
 class SoftTie:
-    """A soft tie that was made: what it says, what it costs now, and how to remove it."""
+    """A soft tie that was made: what it says, what it costs now, and how to remove it.
+
+    Example:
+    ```python
+    soft = tether.transfer.soft_tie(model, "attention/query/kernel", "attention/key/kernel", strength=0.1)
+    print(soft.a, soft.b, keras.ops.convert_to_numpy(soft.value))
+    soft.remove()
+    ```
+    """
 
     def __init__(self, model: keras.Model, penalty: Penalty) -> None:
         self._model = weakref.ref(model)
@@ -84,8 +92,11 @@ def soft_tie(model: keras.Model, a: object, b: object, strength: object) -> Soft
 
     Example:
     ```python
-    soft = tether.transfer.soft_tie(model, "english/kernel", "german/kernel", strength=1e-3)
-    model.compile("adam", "mse")
+    english, german = keras.layers.Dense(16, name="english"), keras.layers.Dense(16, name="german")
+    pair = keras.Sequential([keras.Input((16,)), english, german])
+    soft = tether.transfer.soft_tie(pair, "english/kernel", "german/kernel", strength=1e-3)
+    pair.compile("adam", "mse")
+    assert len(pair.losses) == 1
     ```
 
     Reference:
@@ -119,6 +130,14 @@ def soft_ties(model: keras.Model) -> list[SoftTie]:
 
     Returns:
         A handle for each.
+
+    Example:
+    ```python
+    tether.transfer.soft_tie(model, "attention/query/kernel", "attention/key/kernel", strength=0.1)
+    (soft,) = tether.transfer.soft_ties(model)
+    soft.remove()
+    assert not tether.transfer.soft_ties(model)
+    ```
     """
     found: dict[int, Penalty] = {}
     for layer in keras_seam.contained_layers(model):

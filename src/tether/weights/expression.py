@@ -118,8 +118,14 @@ class Expression(NoTensor):
 
     Example:
     ```python
-    table = tether.Weight((1000, 64), name="table")
+    table = tether.Weight((1000, 64), "glorot_uniform", name="table")
     head = tether.tie(keras.layers.Dense(1000), kernel=0.5 * table.T)
+
+    rows = table[:10].reshape(5, 128) @ tether.Weight((128, 3), name="w").stop_gradient()
+    print(rows, rows.shape)                  # table[:10].reshape(5, 128) @ w.stop_gradient() (5, 3)
+    rows.numpy()                             # a copy; `rows.value` is a tensor of the backend
+    (0.5 * table.T).assign(np.ones((64, 1000)))
+    assert table.numpy()[0, 0] == 2
     ```
     """
 
@@ -181,11 +187,25 @@ class Expression(NoTensor):
         return self.transpose()
 
     def transpose(self, *axes: int) -> Expression:
-        """The value with its axes permuted, reversed if no axes are given."""
+        """The value with its axes permuted, reversed if no axes are given.
+
+        Args:
+            *axes: The number of the axis that each axis of the result is, as in NumPy.
+
+        Raises:
+            ShapeMismatch: They are no permutation of the axes.
+        """
         return _ways["transpose"](self, axes or None)
 
     def reshape(self, *shape: int | tuple[int, ...]) -> Expression:
-        """The value in another shape of as many elements; one size may be -1."""
+        """The value in another shape of as many elements; one size may be -1.
+
+        Args:
+            *shape: The sizes, one by one or in a tuple.
+
+        Raises:
+            ShapeMismatch: The shape has another number of elements.
+        """
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         return _ways["reshape"](self, sizes)
 
@@ -193,7 +213,14 @@ class Expression(NoTensor):
         return _ways["index"](self, key)
 
     def astype(self, dtype: str) -> Expression:
-        """The value in another dtype."""
+        """The value in another dtype.
+
+        Args:
+            dtype: The name of a dtype, such as `"bfloat16"`.
+
+        Raises:
+            InvalidConfig: There is no such dtype.
+        """
         return _ways["cast"](self, dtype)
 
     # ------------------------------------------------------------------ gradient
@@ -203,7 +230,14 @@ class Expression(NoTensor):
         return _ways["stop_gradient"](self)
 
     def scale_gradient(self, scale: float) -> Expression:
-        """The same value; the gradient through this use is multiplied by `scale`."""
+        """The same value; the gradient through this use is multiplied by `scale`.
+
+        Args:
+            scale: A finite number.
+
+        Raises:
+            InvalidConfig: It is none.
+        """
         return _ways["scale_gradient"](self, scale)
 
     # ------------------------------------------------------------------ arithmetic

@@ -41,15 +41,28 @@ def sharing(known: dict[str, Stored] | None = None) -> Iterator[dict[str, Stored
 
     Without it, a tie holds within one call that loads or clones, and never between two of them.
 
-    Example:
-    ```python
-    with tether.sharing():
-        encoder = keras.saving.load_model("encoder.keras")
-        decoder = keras.saving.load_model("decoder.keras")   # saved from one tied model: tied again
-    ```
+    Args:
+        known: Weights made so far, by the uid in the files, as an earlier scope gave them; left out, none.
 
     Yields:
         The weights made so far, by the uid in the files.
+
+    Raises:
+        ValueConflict: A file that is loaded inside has another value for a weight than the file before it.
+
+    Example:
+    ```python
+    codec = tether.Weight(name="codec")
+    encode = tether.tie(keras.layers.Dense(4), kernel=codec)
+    decode = tether.tie(keras.layers.Dense(8), kernel=codec.T)
+    keras.Sequential([keras.Input((8,)), encode]).save("encoder.keras")
+    keras.Sequential([keras.Input((4,)), decode]).save("decoder.keras")
+
+    with tether.sharing():
+        encoder = keras.saving.load_model("encoder.keras")
+        decoder = keras.saving.load_model("decoder.keras")   # saved from one tied model: tied again
+    assert len(tether.inspection.unique(encoder.weights + decoder.weights)) == 3
+    ```
     """
     before: dict[str, Stored] | None = getattr(_explicit, "scope", None)
     _explicit.scope = {} if known is None else known

@@ -43,9 +43,10 @@ class Argument(Expression):
 
     Example:
     ```python
+    base, delta = (tether.Weight((16, 4), "glorot_uniform", name=name) for name in ("base", "delta"))
     strength = tether.weights.Argument("strength", default=1.0)
     layer = tether.tie(keras.layers.Dense(4), kernel=base + strength * delta)
-    y = layer(x, strength=0.5)
+    y = layer(rows, strength=0.5)
     ```
     """
 
@@ -181,6 +182,14 @@ def bind(values: Mapping[Argument, object]) -> Iterator[None]:
     Raises:
         ShapeMismatch: A value has another shape.
         TetherError: A key is no argument, or a value is none of the choices.
+
+    Example:
+    ```python
+    strength = tether.weights.Argument("strength")
+    w = strength * tether.Weight((2,), "ones", name="w")
+    with tether.weights.bind({strength: 0.5}):
+        assert w.numpy().tolist() == [0.5, 0.5]
+    ```
     """
     before = bindings()
     given = {}

@@ -172,7 +172,14 @@ class Weight(Storage):
         return self.variable.value if self._became is None else self._became.value
 
     def assign(self, value: Tensor) -> None:
-        """Stores a value of the weight's shape."""
+        """Stores a value of the weight's shape.
+
+        Args:
+            value: An array or tensor. A copy is stored.
+
+        Raises:
+            ShapeMismatch: The value has another shape.
+        """
         if self._became is not None:
             self._became.assign(value)
             return

@@ -47,7 +47,16 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the path, and how far its outputs are from the model's."""
+    """What an export wrote: the path, and how far its outputs are from the model's.
+
+    Example:
+    ```python
+    digits = keras.Sequential([keras.Input((16,)), parent])
+    format, path = ("torch", "model.pt2") if keras.backend.backend() == "torch" else ("tf_saved_model", "model")
+    exported = tether.files.export(digits, path, format=format)
+    print(exported.bytes, exported.unique_bytes, exported.difference)
+    ```
+    """
 
     path: pathlib.Path
     format: str
@@ -105,7 +114,11 @@ def export(
 
     Example:
     ```python
-    tether.files.export(model, "model.onnx", format="onnx")
+    digits = keras.Sequential([keras.Input((16,)), parent])
+    if keras.backend.backend() == "torch":
+        print(tether.files.export(digits, "model.pt2", format="torch"))
+    else:
+        print(tether.files.export(digits, "model"))          # a SavedModel
     ```
     """
     written = _check(path, format)

@@ -305,7 +305,8 @@ def load_model(
 
     Example:
     ```python
-    model = tether.files.load_model("model.keras")
+    tether.files.save_model(model, "model.keras")
+    again = tether.files.load_model("model.keras")
     ```
     """
     found = contents(path, whole=True)

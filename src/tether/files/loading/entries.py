@@ -178,9 +178,13 @@ class Report:
 
     Example:
     ```python
-    print(report)
-    # loaded 3: codec <- layers/dense/vars/0, layers/dense_1/vars/0; ...
-    # conflicting 1: codec: 'layers/dense/vars/0' and 'layers/dense_1/vars/0' differ by up to 0.25; mean taken
+    encode, decode = keras.layers.Dense(4, name="encode"), keras.layers.Dense(8, name="decode")
+    tied = keras.Sequential([keras.Input((8,)), encode, decode])
+    tied.save_weights("untied.weights.h5")
+    tether.tie(decode, kernel=tether.weight_of(encode, "kernel").T)
+    print(tether.files.load_untied(tied, "untied.weights.h5", resolve="mean"))
+    # loaded 3: encode.kernel <- layers/dense/vars/0, layers/dense_1/vars/0; ...
+    # conflicting 1: encode.kernel: 'layers/dense/vars/0' and 'layers/dense_1/vars/0' differ by up to 1.25; mean taken
     ```
     """
 

@@ -69,7 +69,10 @@ def load_untied(
 
     Example:
     ```python
-    report = tether.files.load_untied(tied_model, "untied.weights.h5", resolve="mean")
+    model.save_weights("untied.weights.h5")
+    table = tether.weight_of(model.get_layer("embedding"), "embeddings")
+    tether.tie(model.get_layer("head"), kernel=table.T)
+    report = tether.files.load_untied(model, "untied.weights.h5", resolve="mean")
     print(report.conflicting)
     ```
     """
@@ -250,10 +253,16 @@ def retie(*models: object, resolve: Resolve = "error") -> Report:
 
     Example:
     ```python
+    codec = tether.Weight(name="codec")
+    encode = tether.tie(keras.layers.Dense(4), kernel=codec)
+    decode = tether.tie(keras.layers.Dense(8), kernel=codec.T)
+    keras.Sequential([keras.Input((8,)), encode]).save("encoder.keras")
+    keras.Sequential([keras.Input((4,)), decode]).save("decoder.keras")
+
     encoder = keras.saving.load_model("encoder.keras")
     decoder = keras.saving.load_model("decoder.keras")
     print(tether.files.retie(encoder, decoder))
-    # loaded 1: codec <- encoder: codec, decoder: codec
+    # loaded 1: codec <- sequential: codec, sequential_1: codec
     ```
     """
     if len({id(model) for model in models}) < 2:

@@ -34,6 +34,7 @@ class Tensor:
     Example:
     ```python
     names = {"head.kernel": tether.files.Tensor("lm_head.weight", "embed_tokens.weight", inputs=1)}
+    tether.files.save_safetensors(model, "model.safetensors", names=names)
     tether.files.load_safetensors(model, "model.safetensors", names=names)
     ```
     """

@@ -94,7 +94,9 @@ def load_peft(model: keras.Model, folder: str | os.PathLike[str], *, names: Name
 
     Example:
     ```python
-    tether.files.load_peft(backbone, "my-lora", names="bert")
+    child = tether.inherit(model, {"*/query/kernel": tether.low_rank(8, alpha=16)})
+    tether.files.save_peft(child, "my-lora")
+    print(tether.files.load_peft(model, "my-lora"))
     ```
     """
     check_built("load_peft", model)
@@ -366,8 +368,8 @@ def save_peft(
 
     Example:
     ```python
-    child = tether.inherit(backbone, {"*/query/kernel": tether.low_rank(8, alpha=16)})
-    tether.files.save_peft(child, "my-lora", names="bert")
+    child = tether.inherit(model, {"*/query/kernel": tether.low_rank(8, alpha=16)})
+    tether.files.save_peft(child, "my-lora")
     ```
     """
     check_built("save_peft", model)

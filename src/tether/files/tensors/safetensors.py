@@ -344,8 +344,9 @@ def load_safetensors(
 
     Example:
     ```python
-    backbone = keras_hub.models.BertBackbone(...)
-    tether.files.load_safetensors(backbone, "model.safetensors", names="bert")
+    tether.files.save_safetensors(model, "model.safetensors")
+    report = tether.files.load_safetensors(model, "model.safetensors")
+    assert not report.missing and not report.skipped
     ```
     """
     check_built("load_safetensors", model)

@@ -40,6 +40,7 @@ def check(
 
     Example:
     ```python
+    model.compile("adam", loss)
     found = tether.check(model, (x, y))
     print(found)
     assert not found.errors

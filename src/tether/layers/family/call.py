@@ -57,8 +57,9 @@ def call(
 
     Example:
     ```python
-    kernel = keras.ops.reshape(hyper(task), (8, 4))
-    y = tether.call(keras.layers.Dense(4), x, kernel=kernel)
+    hyper = keras.layers.Dense(8 * 4)
+    kernel = keras.ops.reshape(hyper(np.ones((1, 3))), (8, 4))
+    y = tether.call(keras.layers.Dense(4), np.ones((2, 8)), kernel=kernel)
     ```
     """
     refuse_layer("call", layer)
@@ -237,8 +238,10 @@ def route(
 
     Example:
     ```python
+    base = tether.Weight((8, 64), "glorot_uniform", name="base")
+    french = tether.Weight((8, 64), "zeros", name="french")
     layer = tether.route(keras.layers.Dense(64), kernel={"base": base, "french": base + french})
-    y = layer(x, choice="french")
+    y = layer(np.ones((2, 8), "float32"), choice="french")
     ```
     """
     given = {**(options or {}), **by_name}
@@ -303,7 +306,9 @@ class Lambda(keras.layers.Layer):
     def logits(hidden, table):
         return keras.ops.matmul(hidden, keras.ops.transpose(table))
 
-    outputs = tether.Lambda(logits, table=table)(hidden)
+    table = tether.Weight((100, 16), name="table")
+    hidden = keras.Input((16,))
+    scorer = keras.Model(hidden, tether.Lambda(logits, table=table)(hidden))
     ```
     """
 

@@ -32,6 +32,14 @@ def untie(layer: AnyLayer, *names: str) -> AnyLayer:
 
     Raises:
         UnknownName: A name is not tied.
+
+    Example:
+    ```python
+    table = tether.weight_of(model.get_layer("embedding"), "embeddings")
+    tether.tie(model.get_layer("head"), kernel=table.T)
+    tether.untie(model.get_layer("head"), "kernel")
+    assert model.get_layer("head").kernel is not table.variable
+    ```
     """
     refuse_layer("untie", layer)
     if names:
@@ -113,6 +121,14 @@ def materialize(layer: AnyLayer) -> AnyLayer:
     Raises:
         Unsupported: It holds something that is Tether's own (a `tether.Lambda`, a `Weight` as an
             attribute of a user's layer), which has no plain counterpart.
+
+    Example:
+    ```python
+    table = tether.weight_of(model.get_layer("embedding"), "embeddings")
+    tether.tie(model.get_layer("head"), kernel=table.T)
+    plain = tether.materialize(model)
+    assert plain.count_params() == model.count_params() + 100 * 16
+    ```
     """
     refuse_layer("materialize", layer)
     for below in keras_seam.contained_layers(layer):

@@ -210,32 +210,143 @@ class Negative(Node):
 
 
 def add(x1: object, x2: object) -> Expression:
-    """`x1 + x2` under NumPy's broadcasting."""
+    """`x1 + x2` under NumPy's broadcasting.
+
+    Args:
+        x1: A weight, an expression, a number or an array.
+        x2: The same. Its shape has to broadcast with that of `x1`.
+
+    Returns:
+        The expression, of the shape to which both broadcast. It equals what the operator `+` gives.
+
+    Raises:
+        ShapeMismatch: The shapes do not broadcast.
+
+    Example:
+    ```python
+    w = tether.Weight((3, 4), "ones", name="w")
+    b = tether.Weight((4,), "ones", name="b")
+    total = tether.ops.add(w, b)
+    assert total == w + b and total.shape == (3, 4)
+    ```
+    """
     return Add(as_expression(x1), as_expression(x2))
 
 
 def subtract(x1: object, x2: object) -> Expression:
-    """`x1 - x2` under NumPy's broadcasting."""
+    """`x1 - x2` under NumPy's broadcasting.
+
+    Args:
+        x1: A weight, an expression, a number or an array.
+        x2: The same. Its shape has to broadcast with that of `x1`.
+
+    Returns:
+        The expression, of the shape to which both broadcast. It equals what the operator `-` gives.
+
+    Raises:
+        ShapeMismatch: The shapes do not broadcast.
+
+    Example:
+    ```python
+    w = tether.Weight((3, 4), "ones", name="w")
+    b = tether.Weight((4,), "ones", name="b")
+    difference = tether.ops.subtract(w, b)
+    assert difference == w - b and difference.shape == (3, 4)
+    ```
+    """
     return Subtract(as_expression(x1), as_expression(x2))
 
 
 def multiply(x1: object, x2: object) -> Expression:
-    """`x1 * x2`, elementwise, under NumPy's broadcasting."""
+    """`x1 * x2`, elementwise, under NumPy's broadcasting.
+
+    Args:
+        x1: A weight, an expression, a number or an array.
+        x2: The same. Its shape has to broadcast with that of `x1`.
+
+    Returns:
+        The expression, of the shape to which both broadcast. It equals what the operator `*` gives.
+
+    Raises:
+        ShapeMismatch: The shapes do not broadcast.
+
+    Example:
+    ```python
+    w = tether.Weight((3, 4), "ones", name="w")
+    b = tether.Weight((4,), "ones", name="b")
+    product = tether.ops.multiply(w, b)
+    assert product == w * b and product.shape == (3, 4)
+    ```
+    """
     return Multiply(as_expression(x1), as_expression(x2))
 
 
 def divide(x1: object, x2: object) -> Expression:
-    """`x1 / x2`, elementwise, under NumPy's broadcasting."""
+    """`x1 / x2`, elementwise, under NumPy's broadcasting.
+
+    Args:
+        x1: A weight, an expression, a number or an array.
+        x2: The same. Its shape has to broadcast with that of `x1`.
+
+    Returns:
+        The expression, of the shape to which both broadcast. It equals what the operator `/` gives.
+
+    Raises:
+        ShapeMismatch: The shapes do not broadcast.
+
+    Example:
+    ```python
+    w = tether.Weight((3, 4), "ones", name="w")
+    b = tether.Weight((4,), "ones", name="b")
+    quotient = tether.ops.divide(w, b)
+    assert quotient == w / b and quotient.shape == (3, 4)
+    ```
+    """
     return Divide(as_expression(x1), as_expression(x2))
 
 
 def matmul(x1: object, x2: object) -> Expression:
-    """`x1 @ x2`: `(..., n, k)` and `(..., k, m)` give `(..., n, m)`."""
+    """`x1 @ x2`: `(..., n, k)` and `(..., k, m)` give `(..., n, m)`.
+
+    Args:
+        x1: A weight, an expression, a number or an array, of shape `(..., n, k)`, or `(k,)`.
+        x2: The same, of shape `(..., k, m)`, or `(k,)`. Leading axes broadcast.
+
+    Returns:
+        The expression, of shape `(..., n, m)`; an axis that an operand of one axis would have had is left out.
+
+    Raises:
+        ShapeMismatch: The inner sizes differ, or the leading axes do not broadcast.
+
+    Example:
+    ```python
+    a, b = tether.Weight((8, 2), name="a"), tether.Weight((2, 4), name="b")
+    layer = tether.tie(keras.layers.Dense(4), kernel=tether.ops.matmul(a, b))
+    assert tether.ops.matmul(a, b).shape == (8, 4)
+    ```
+    """
     return MatMul(as_expression(x1), as_expression(x2))
 
 
 def negative(x: object) -> Expression:
-    """The negative of each number of `x`."""
+    """The negative of each number of `x`.
+
+    Args:
+        x: A weight, an expression, a number or an array, of any shape.
+
+    Returns:
+        The expression `-x`, of the shape of `x`.
+
+    Raises:
+        TypeError: `x` is none of these.
+
+    Example:
+    ```python
+    w = tether.Weight((2,), "ones", name="w")
+    assert tether.ops.negative(w) == -w
+    assert tether.ops.negative(w).numpy().tolist() == [-1, -1]
+    ```
+    """
     return Negative(as_expression(x))
 
 
@@ -295,13 +406,50 @@ class ScaleGradient(_Same):
 
 
 def stop_gradient(x: object) -> Expression:
-    """`x`; no gradient flows through this use of it."""
+    """`x`; no gradient flows through this use of it.
+
+    Args:
+        x: A weight, an expression, a number or an array, of any shape.
+
+    Returns:
+        The expression, of the shape and value of `x`. A weight of which every use is stopped does not train.
+
+    Raises:
+        TypeError: `x` is none of these.
+
+    Example:
+    ```python
+    base = tether.Weight((8, 4), name="base")
+    change = tether.Weight((8, 4), "zeros", name="change")
+    layer = tether.tie(keras.layers.Dense(4, use_bias=False), kernel=tether.ops.stop_gradient(base) + change)
+    layer.build((None, 8))
+    assert [variable.path for variable in layer.trainable_weights] == ["change"]
+    ```
+    """
     x = as_expression(x)
     return x if isinstance(x, StopGradient) else StopGradient(x)
 
 
 def scale_gradient(x: object, scale: float) -> Expression:
-    """`x`; the gradient through this use of it is multiplied by `scale`."""
+    """`x`; the gradient through this use of it is multiplied by `scale`.
+
+    Args:
+        x: A weight, an expression, a number or an array, of any shape.
+        scale: A number.
+
+    Returns:
+        The expression, of the shape and value of `x`, to the last bit.
+
+    Raises:
+        InvalidConfig: The scale is no finite number.
+
+    Example:
+    ```python
+    codec = tether.Weight(name="codec")
+    encode = tether.tie(keras.layers.Dense(4), kernel=codec)
+    decode = tether.tie(keras.layers.Dense(8), kernel=tether.ops.scale_gradient(codec.T, 0.1))
+    ```
+    """
     return ScaleGradient(as_expression(x), scale=scale)
 
 

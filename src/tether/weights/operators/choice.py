@@ -73,6 +73,25 @@ def choose(index: object, options: Iterable[object]) -> Expression:
     """One of several values of one shape, by a whole number: usually an argument with a default.
 
     The options that are not chosen get a gradient of zero.
+
+    Args:
+        index: A whole number of shape `()`: an argument, a weight, an expression or a number. Beyond the ends it
+            is taken as the nearest.
+        options: The weights or expressions, all of one shape.
+
+    Returns:
+        The expression, of the options' shape.
+
+    Raises:
+        ShapeMismatch: The options' shapes differ, there is none, or the index has axes.
+
+    Example:
+    ```python
+    which = tether.weights.Argument("which", shape=(), dtype="int32", default=0)
+    options = [tether.Weight((8, 4), name=name) for name in ("one", "two")]
+    layer = tether.tie(keras.layers.Dense(4), kernel=tether.ops.choose(which, options))
+    y = layer(np.ones((2, 8), "float32"), which=1)
+    ```
     """
     return Choose(as_expression(index), *map(as_expression, options))
 

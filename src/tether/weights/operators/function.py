@@ -133,9 +133,18 @@ def apply(function_: Function, *xs: object) -> Expression:
         function_: A function of `keras.ops`, or one decorated with
             `@keras.saving.register_keras_serializable()`. It gets tensors (a Python number stays one) and returns
             one tensor whose shape follows from their shapes. Once, it is run on tensors without values.
-        *xs: Its arguments.
+        *xs: Its arguments: weights, expressions, arrays and numbers, of the shapes that it takes.
+
+    Returns:
+        The expression, of the shape that the function returns.
 
     Raises:
         TetherError: The function is a lambda, is not registered, or fails for these shapes.
+
+    Example:
+    ```python
+    w = tether.Weight((8, 4), name="w")
+    layer = tether.tie(keras.layers.Dense(4), kernel=tether.ops.apply(keras.ops.tanh, w))
+    ```
     """
     return Apply(*map(as_expression, xs), function=_name_of(function_))

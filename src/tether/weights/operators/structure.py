@@ -262,7 +262,26 @@ class Take(Node):
 
 
 def transpose(x: object, axes: Sequence[int] | None = None) -> Expression:
-    """`x` with its axes permuted, reversed if `axes` is left out; transposing back gives `x` itself."""
+    """`x` with its axes permuted, reversed if `axes` is left out; transposing back gives `x` itself.
+
+    Args:
+        x: A weight, an expression, a number or an array.
+        axes: The number of the axis of `x` that each axis of the result is, as in NumPy; left out, all in reverse.
+
+    Returns:
+        The expression. A shape `(a, b, c)` becomes `(c, b, a)`, or what `axes` says.
+
+    Raises:
+        ShapeMismatch: `axes` is no permutation of the axes of `x`.
+
+    Example:
+    ```python
+    table = tether.Weight((100, 16), name="table")
+    assert tether.ops.transpose(table) == table.T
+    heads = tether.Weight((16, 2, 8), name="heads")
+    assert tether.ops.transpose(heads, (1, 0, 2)).shape == (2, 16, 8)
+    ```
+    """
     x = as_expression(x)
     if isinstance(x, Transpose) and axes is None and x.parameters["axes"] is None:
         return x.operands[0]
@@ -270,7 +289,25 @@ def transpose(x: object, axes: Sequence[int] | None = None) -> Expression:
 
 
 def reshape(x: object, newshape: Sequence[int]) -> Expression:
-    """`x` in another shape of as many elements; one size may be -1."""
+    """`x` in another shape of as many elements; one size may be -1.
+
+    Args:
+        x: A weight, an expression, a number or an array.
+        newshape: The sizes; -1 stands for what is left.
+
+    Returns:
+        The expression, of that shape.
+
+    Raises:
+        ShapeMismatch: The shape has another number of elements.
+        TetherError: It is no tuple of whole numbers, or has more than one -1.
+
+    Example:
+    ```python
+    heads = tether.Weight((16, 2, 8), name="heads")
+    layer = tether.tie(keras.layers.Dense(16), kernel=tether.ops.reshape(heads, (16, -1)))
+    ```
+    """
     return Reshape(as_expression(x), shape=tuple(newshape))
 
 
@@ -286,12 +323,49 @@ def index(x: Expression, key: object) -> Expression:
 
 
 def cast(x: object, dtype: str) -> Expression:
-    """`x` with its numbers in another dtype."""
+    """`x` with its numbers in another dtype.
+
+    Args:
+        x: A weight, an expression, a number or an array, of any shape.
+        dtype: The name of a dtype, such as `"bfloat16"`.
+
+    Returns:
+        The expression, of the shape of `x`.
+
+    Raises:
+        InvalidConfig: There is no such dtype.
+
+    Example:
+    ```python
+    w = tether.Weight((8, 4), dtype="float32", name="w")
+    assert tether.ops.cast(w, "float16").dtype == "float16"
+    ```
+    """
     return Cast(as_expression(x), dtype=dtype)
 
 
 def take(x: object, indices: Sequence[int], axis: int = 0) -> Expression:
-    """The entries of `x` with these numbers along an axis."""
+    """The entries of `x` with these numbers along an axis.
+
+    Args:
+        x: A weight, an expression, a number or an array.
+        indices: Whole numbers, which do not change; they may repeat.
+        axis: The axis.
+
+    Returns:
+        The expression: of the shape of `x`, with `len(indices)` along the axis.
+
+    Raises:
+        ShapeMismatch: A number is outside of the axis, or `x` lacks the axis.
+        TetherError: The indices are no list of whole numbers.
+
+    Example:
+    ```python
+    table = tether.Weight((100, 16), name="table")
+    digits = tether.ops.take(table, [3, 1, 4])
+    assert digits.shape == (3, 16)
+    ```
+    """
     return Take(as_expression(x), indices=tuple(np.asarray(indices).tolist()), axis=axis)
 
 
@@ -446,22 +520,99 @@ class Einsum(Node):
 
 
 def concatenate(xs: Iterable[object], axis: int = 0) -> Expression:
-    """Values joined along an axis; the other sizes must agree."""
+    """Values joined along an axis; the other sizes must agree.
+
+    Args:
+        xs: Weights, expressions or arrays, of one shape but for that axis.
+        axis: The axis.
+
+    Returns:
+        The expression; its size along the axis is the sum of theirs.
+
+    Raises:
+        ShapeMismatch: Other sizes differ.
+        TetherError: There is nothing to join.
+
+    Example:
+    ```python
+    old = tether.Weight((100, 16), name="old", trainable=False)
+    new = tether.Weight((3, 16), name="new")
+    layer = tether.tie(keras.layers.Embedding(103, 16), embeddings=tether.ops.concatenate([old, new]))
+    ```
+    """
     return Concatenate(*map(as_expression, xs), axis=axis)
 
 
 def stack(xs: Iterable[object], axis: int = 0) -> Expression:
-    """Values of one shape joined along a new axis."""
+    """Values of one shape joined along a new axis.
+
+    Args:
+        xs: Weights, expressions or arrays, of one shape.
+        axis: Where the new axis is in the result.
+
+    Returns:
+        The expression, with one axis more, of size `len(xs)`.
+
+    Raises:
+        ShapeMismatch: The shapes differ.
+        TetherError: There is nothing to join.
+
+    Example:
+    ```python
+    heads = [tether.Weight((16, 8), name=f"head_{number}") for number in range(2)]
+    kernel = tether.ops.stack(heads, axis=1)
+    assert kernel.shape == (16, 2, 8)
+    ```
+    """
     return Stack(*map(as_expression, xs), axis=axis)
 
 
 def where(condition: object, x1: object, x2: object) -> Expression:
-    """`x1` where the condition holds (is not zero), `x2` elsewhere, under NumPy's broadcasting."""
+    """`x1` where the condition holds (is not zero), `x2` elsewhere, under NumPy's broadcasting.
+
+    Args:
+        condition: An array of truth values, or of numbers; a weight or an expression too.
+        x1: A weight, an expression, a number or an array.
+        x2: The same.
+
+    Returns:
+        The expression, of the shape to which all three broadcast.
+
+    Raises:
+        ShapeMismatch: The shapes do not broadcast.
+
+    Example:
+    ```python
+    w = tether.Weight((4, 4), name="w")
+    lower = tether.ops.where(np.tril(np.ones((4, 4), bool)), w, 0)
+    assert (np.triu(lower.numpy(), 1) == 0).all()
+    ```
+    """
     return Where(as_expression(condition), as_expression(x1), as_expression(x2))
 
 
 def einsum(subscripts: str, *operands: object) -> Expression:
-    """A contraction in Einstein's notation, such as `"ij,jk->ik"`: explicit output, no ellipsis."""
+    """A contraction in Einstein's notation, such as `"ij,jk->ik"`: explicit output, no ellipsis.
+
+    Args:
+        subscripts: The letters of the operands' axes, and after `->` those of the result.
+        *operands: Weights, expressions or arrays, each with as many axes as it has letters.
+
+    Returns:
+        The expression, with an axis for each letter after `->`.
+
+    Raises:
+        ShapeMismatch: An operand has another number of axes, or a letter two sizes.
+        TetherError: The subscripts cannot be read.
+
+    Example:
+    ```python
+    core = tether.Weight((2, 2, 2), name="core")
+    left, right = tether.Weight((8, 2), name="left"), tether.Weight((2, 4), name="right")
+    kernel = tether.ops.einsum("ia,abc,cj->ijb", left, core, right)
+    assert kernel.shape == (8, 4, 2)
+    ```
+    """
     return Einsum(*map(as_expression, operands), equation=subscripts)
 
 
