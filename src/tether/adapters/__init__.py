@@ -5,8 +5,8 @@ whatever is switched, merged or removed. What an adapter is can be read from the
 so a saved model keeps its adapters, and a file of one adapter holds nothing else.
 
 ```python
-tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
-model.compile(...); model.fit(...)
+for language in ("french", "german"):
+    tether.adapters.add(model, language, {"*/query/kernel": tether.low_rank(8)})
 tether.adapters.save(model, "french", "french.safetensors")      # kilobytes
 tether.adapters.set_strengths(model, {"french": 0.3, "german": 0.7})
 ```

@@ -64,6 +64,8 @@ def combine(
 
     Example:
     ```python
+    for language in ("french", "german"):
+        tether.adapters.add(model, language, {"*/query/kernel": tether.low_rank(8)})
     lost = tether.adapters.combine(model, {"french": 0.7, "german": -0.3}, into="both", rank=8)
     ```
     """

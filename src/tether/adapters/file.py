@@ -71,6 +71,7 @@ def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
 
     Example:
     ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
     tether.adapters.save(model, "french", "french.safetensors")
     ```
     """
@@ -153,6 +154,8 @@ def load(
 
     Example:
     ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.save(model, "french", "french.safetensors")
     tether.adapters.load(model, "french.safetensors", name="fr", trainable=False)
     ```
     """

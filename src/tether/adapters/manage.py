@@ -78,7 +78,7 @@ def add(
 
     Example:
     ```python
-    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)}, also="classifier/*", freeze="all")
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)}, also="head/*", freeze="all")
     ```
     """
     check(model, "add")
@@ -109,6 +109,13 @@ def remove(model: AnyLayer, name: str) -> AnyLayer:
 
     Raises:
         UnknownName: The model has no adapter of this name.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.remove(model, "french")
+    assert not tether.adapters.names(model)
+    ```
     """
     check(model, "remove")
     check_known(model, [name])
@@ -178,9 +185,13 @@ def names(model: keras.Layer) -> list[str]:
     Args:
         model: The model.
 
+    Returns:
+        The names; an empty list if it has none.
+
     Example:
     ```python
-    tether.adapters.names(model)      # ["french", "german"]
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    assert tether.adapters.names(model) == ["french"]
     ```
     """
     order: dict[str, int] = {}
@@ -191,7 +202,20 @@ def names(model: keras.Layer) -> list[str]:
 
 
 def strengths(model: keras.Layer) -> dict[str, float]:
-    """The present strength of each adapter, in the order in which they were added."""
+    """The present strength of each adapter, in the order in which they were added.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The strengths by name: 1 is on, 0 is off.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    assert tether.adapters.strengths(model) == {"french": 1.0}
+    ```
+    """
     found = {
         name: strength
         for expression in adapted_weights(model).values()
@@ -212,6 +236,13 @@ def set_strengths(model: keras.Layer, wanted: Mapping[str, float], /) -> None:
     Raises:
         UnknownName: The model has no adapter of a name.
         TetherError: A strength is not a finite number, or an adapter is merged.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.set_strengths(model, {"french": 0.3})
+    assert abs(tether.adapters.strengths(model)["french"] - 0.3) < 1e-6
+    ```
     """
     check_known(model, wanted)
     for name, value in wanted.items():
@@ -242,6 +273,8 @@ def activate(model: keras.Layer, *wanted: str, trainable: bool = True) -> None:
 
     Example:
     ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.activate(model)             # the base alone
     tether.adapters.activate(model, "french")
     ```
     """
@@ -259,6 +292,13 @@ def trainable(model: keras.Layer, *wanted: str) -> None:
 
     Raises:
         UnknownName: The model has no adapter of a name.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.trainable(model)
+    assert not model.trainable_variables or model.trainable
+    ```
     """
     check_known(model, wanted)
     _train(model, wanted)
@@ -280,8 +320,9 @@ def disabled(model: keras.Layer) -> Iterator[None]:
 
     Example:
     ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
     with tether.adapters.disabled(model):
-        reference = model.predict(x)
+        reference = model.predict(x, verbose=0)
     ```
     """
     before = {name: value for name, value in strengths(model).items() if name not in _merged_names(model)}
@@ -396,7 +437,15 @@ def merge(model: AnyLayer, names: Sequence[str] | None = None) -> AnyLayer:
 
     Raises:
         UnknownName: The model has no adapter of a name.
-        TetherError: Adapters are merged already.
+        TetherError: The model is not built, or is merged already.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.merge(model)
+    model.predict(x, verbose=0)
+    tether.adapters.unmerge(model)
+    ```
     """
     check(model, "merge")
     if isinstance(names, str):
@@ -432,10 +481,20 @@ def unmerge(model: AnyLayer) -> AnyLayer:
     """Makes the expressions again that `merge` replaced, in place.
 
     Args:
-        model: The model.
+        model: A model whose adapters were merged.
+
+    Returns:
+        The model.
 
     Raises:
         TetherError: The model is not merged.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.merge(model)
+    tether.adapters.unmerge(model)
+    ```
     """
     merged = getattr(model, _MERGED, None)
     if not merged:

@@ -44,6 +44,9 @@ def full(*, dtype: str | None = None) -> Full:
     Args:
         dtype: In which the own value is stored; left out, the base's dtype, but float32 for one of 16 bits.
 
+    Returns:
+        The form, to be added to a weight.
+
     Raises:
         UnknownShape: At use, a base of no known shape.
 

@@ -104,6 +104,9 @@ def rows(indices: Sequence[int], *, dtype: str | None = None) -> Rows:
         indices: The numbers of the rows, each once.
         dtype: In which the rows are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
+    Returns:
+        The form, to be added to a weight.
+
     Raises:
         TetherError: The indices are no whole numbers, or one comes twice.
         ShapeMismatch: At use, a row that the base does not have.
