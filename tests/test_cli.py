@@ -322,6 +322,14 @@ def test_plot_writes_a_page_and_says_where(folder):
     assert "map.pdf" in refused("plot", "model.keras", "-o", "map.pdf")
 
 
+def test_plot_can_leave_out_what_is_not_shared(folder):
+    done("plot", "model.keras", "-o", "shared.svg", "--shared-only")
+    drawn = (folder / "shared.svg").read_text(encoding="utf-8")
+    assert "codec.T" in drawn and "not shared" in drawn
+    assert "shared_only=True leaves nothing to draw" in refused("plot", "untied.keras", "-o", "no.svg", "--shared-only")
+    assert not (folder / "no.svg").exists()
+
+
 def test_a_file_that_is_there_is_replaced_only_by_force(folder):
     (folder / "map.html").write_text("mine")
     assert refused("plot", "model.keras", "-o", "map.html") == "map.html is there already. To replace it: --force"

@@ -13,6 +13,7 @@ PAGE = "docs/reference.md"
 SECTION = re.compile(r"^(\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)
 # Where nothing can go wrong, or only what Python itself reports.
 RAISES_NOTHING = {
+    "tether.adapters.disabled",
     "tether.adapters.names",
     "tether.adapters.strengths",
     "tether.inspection.aliases",

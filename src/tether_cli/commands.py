@@ -167,7 +167,11 @@ def _sarif(found: dict[Path, Any], version: str) -> dict[str, Any]:
 
 
 @app.command(
-    epilog=_examples("tether plot model.keras", 'tether plot model.keras -o weights.svg --title "Before tying"')
+    epilog=_examples(
+        "tether plot model.keras",
+        'tether plot model.keras -o weights.svg --title "Before tying"',
+        "tether plot model.keras -o shared.html --shared-only",
+    )
 )
 def plot(
     file: File,
@@ -176,6 +180,7 @@ def plot(
         typer.Option("--output", "-o", help="A .html or .svg file; left out, FILE-weights.html in this folder."),
     ] = None,
     title: Annotated[str | None, typer.Option(help="What it says on top.")] = None,
+    shared_only: Annotated[bool, typer.Option("--shared-only", help="Leave out weights that are not shared.")] = False,
     force: Force = False,
     load: Load = False,
     custom: Custom = None,
@@ -191,7 +196,7 @@ def plot(
     final = target(output or Path(f"{file.name.partition('.')[0]}-weights.html"), inputs=(file,), force=force)
     package, source = _source(file, load, custom)
     with busy(f"Drawing {file.name}"):
-        package.plot(source, final, title=title)
+        package.plot(source, final, title=title, shared_only=shared_only)
     typer.echo(f"Wrote {output or final.name}")
 
 

@@ -364,7 +364,7 @@ def test_no_bytes_give_a_model_with_other_values(times, good, tmp_path):
 
 @pytest.mark.parametrize("times", SHORT_AND_LONG)
 def test_no_bytes_make_the_adapter_reader_fail_otherwise(times, adapter, tmp_path):
-    from tether.adapters import _read_file
+    from tether.adapters.file import _read_file
 
     search_bytes(_read_file, adapter, tmp_path, 1000 * times)
 

@@ -72,6 +72,22 @@ def many(count, block=4):
     return facts_of(weights, [reads(f"block_{n // block}/layer_{n % block}", w.place) for n, w in enumerate(weights)])
 
 
+def tied_blocks(count, tied=()):
+    """Facts of a table, so many blocks, and a head that reads the table; the blocks of `tied` share a kernel."""
+    table, common = stored("table", (1000, 64)), stored("common", (64, 64))
+    uses = [reads("embedding", "table", attribute="embeddings", shape=(1000, 64), expression="table", tied=True)]
+    weights = [table, *([common] if tied else [])]
+    for n in range(count):
+        for layer in (f"block_{n}/attention/query", f"block_{n}/attention/key", f"block_{n}/mlp"):
+            if n in tied and layer.endswith("mlp"):
+                uses.append(reads(layer, "common", shape=(64, 64), expression="common", tied=True))
+                continue
+            weights.append(stored(f"{layer}/kernel", (64, 64)))
+            uses.append(reads(layer, f"{layer}/kernel", shape=(64, 64)))
+    uses.append(reads("head", "table", shape=(64, 1000), expression="table.T", tied=True))
+    return facts_of(weights, uses, name="tied_blocks")
+
+
 def low_rank_child():
     """A parent and a child that adds a small weight to the parent's frozen one."""
     parent = keras.layers.Dense(16, name="parent")

@@ -12,6 +12,7 @@ from tests.inspection import models
 from tests.inspection.models import MODELS, fitted
 from tether.errors import InvalidConfig
 from tether.inspection import Facts, facts
+from tether.inspection.summary import Summary
 
 layers = keras.layers
 
@@ -379,6 +380,38 @@ def test_what_is_no_variable_is_state():
 def test_of_anything_else_there_are_no_facts(source):
     with pytest.raises(tether.TetherError, match="model or layer"):
         facts(source)
+
+
+# --------------------------------------------------------------------------- in a notebook, and in part
+
+
+def test_in_a_notebook_facts_are_the_table_of_their_summary():
+    found = facts(models.tied_autoencoder())
+    assert found._repr_html_() == Summary(found)._repr_html_()
+
+
+def test_names_in_that_table_are_words_and_nothing_else():
+    weight = tether.Weight((2, 2), "ones", name="w<script>alert(1)")
+    layer = tether.tie(keras.layers.Dense(2, name="dense<b>"), kernel=weight.T)
+    layer.build((None, 2))
+    html = facts(layer)._repr_html_()
+    assert "w&lt;script&gt;alert(1)" in html and "dense&lt;b&gt;" in html
+    assert "<script" not in html and "<b>" not in html
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_part_that_is_shared_has_what_the_summary_lists(name):
+    found = facts(MODELS[name]())
+    part = found.shared_only()
+    listed = str(Summary(found, shared_only=True))
+    hidden = len(found.weights) - len(part.weights)
+    assert (f"{hidden} weight" in listed and "not listed" in listed) == (hidden > 0)
+    assert set(part.weights) == {weight for weight in found.weights if not found.is_plain(weight)}
+    assert set(part.uses) == {use for weight in part.weights for use in found.uses_of(weight)}
+    assert {use.layer for use in part.uses} <= {layer for layer, _ in found.layers} | {""}
+    assert {layer for layer, _ in part.layers} >= {use.layer for use in part.uses if use.layer} & dict(
+        found.layers
+    ).keys()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import html.parser
 import importlib.resources
 import itertools
 import os
+import pathlib
+import pickle
 import re
 import time
 from dataclasses import replace
@@ -16,12 +18,12 @@ import pytest
 
 import tether
 from tests.documents import ROOT
-from tests.inspection.maps import Map, bert, facts_of, line_of, low_rank_child, many, reads, stored
+from tests.inspection.maps import Map, bert, facts_of, line_of, low_rank_child, many, reads, stored, tied_blocks
 from tether import demo
 from tether.errors import TetherError, Unsupported
 from tether.inspection import Slot, plotting
 from tether.inspection.plotting import rows
-from tether.inspection.plotting.rows import HAIR, LINE
+from tether.inspection.plotting.rows import HAIR, LINE, SHARED, TALL
 
 MODELS = {"autoencoder": lambda: demo.autoencoder(demo.TIED, 1), "low rank": low_rank_child, "bert": bert}
 
@@ -276,6 +278,50 @@ def test_twelve_blocks_are_closed_and_the_tie_is_open(tmp_path):
     assert len(shown) <= rows.MOST_OPEN
 
 
+def expanded(drawn):
+    return {name for name, g in drawn.headings.items() if g.get("aria-expanded") == "true"}
+
+
+@pytest.mark.parametrize("count", [24, 96, 300])
+def test_in_a_big_model_the_shared_weights_are_on_top_and_the_ties_open_within_a_page(count, tmp_path):
+    made = tied_blocks(count, tied=(3, count - 4))
+    drawn = plotted(made, tmp_path)
+    assert next(iter(drawn.headings)) == SHARED
+    assert {SHARED, "embedding", "block_3", "block_3/mlp", f"block_{count - 4}/mlp", "head"} <= expanded(drawn)
+    assert not {"block_2", "block_3/attention", f"block_{count - 5}"} & expanded(drawn)
+    tops = {name: top_of(drawn.weights[name]) for name in ("table", "common")}
+    assert max(tops.values()) < min(top_of(use) for use in drawn.uses)
+    ties = [use for use in drawn.uses if "tied" in use.get("class").split()]
+    assert len(ties) == 4
+    assert all(is_shown(use) and top_of(use) < 1500 for use in ties)
+
+
+def test_in_a_small_model_a_shared_weight_is_beside_its_first_reader(tmp_path):
+    drawn = plotted(tied_blocks(3), tmp_path)
+    assert SHARED not in drawn.headings
+    assert top_of(drawn.weights["table"]) == top_of(drawn.uses[0])
+
+
+def test_of_many_layers_side_by_side_those_that_are_alike_have_one_heading(tmp_path):
+    made = tied_blocks(96, tied=(40, 41, 80))
+    drawn = plotted(made, tmp_path)
+    groups = [name for name, g in drawn.headings.items() if "…" in name]
+    assert groups == ["block_0 … 39", "block_42 … 79", "block_81 … 95"]  # two in a row have their own
+    assert "40 layers" in drawn.headings["block_0 … 39"].find("title").text
+    level = {name: int(g.get("aria-level")) for name, g in drawn.headings.items()}
+    assert (level["block_0 … 39"], level["block_0"], level["block_0/mlp"], level["block_40"]) == (1, 2, 3, 1)
+    assert not any("…" in name for name in plotted(tied_blocks(20), tmp_path).headings)
+
+
+def test_a_closed_group_of_very_many_weights_is_no_page_of_hairlines(tmp_path):
+    weights = [stored("large", (4000, 4000))]
+    weights += [stored(f"block_{n // 20}/layer_{n % 20}/bias", (4,)) for n in range(4000)]
+    made = facts_of(weights, [reads(w.path.rpartition("/")[0] or "large", w.place, shape=w.shape) for w in weights])
+    drawn = plotted(made, tmp_path)
+    assert float(drawn.headings["block_0 … 199"].find("rect").get("height")) < TALL
+    assert all(solid_of(g)[1] > 0 for g in drawn.weights.values())
+
+
 def test_a_small_model_is_open(tmp_path):
     assert all(g.get("aria-expanded") == "true" for g in plotted(low_rank_child(), tmp_path).headings.values())
 
@@ -311,6 +357,37 @@ def test_thousands_of_layers_in_each_other_are_drawn(tmp_path):
     deep = "/".join(["a"] * 5000)
     made = facts_of([stored("w"), stored("v")], [reads(deep, "w"), reads(f"{deep}/b", "v")])
     assert len(plotted(made, tmp_path).ribbons) == 2
+
+
+# --------------------------------------------------------------------------- shared only
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg"])
+def test_only_what_is_shared_is_drawn_and_the_totals_are_those_of_the_whole(suffix, tmp_path):
+    made = tied_blocks(24, tied=(3, 5))
+    whole, drawn = plotted(made, tmp_path, suffix), plotted(made, tmp_path, suffix, shared_only=True)
+    assert list(drawn.weights) == ["table", "common"]
+    assert sorted(use.split("/")[0] for _, use in drawn.connections()) == ["block_3", "block_5", "embedding", "head"]
+    assert {"block_3", "block_5/mlp"} - set(drawn.headings) == {"block_3"}  # names that only lead on
+    assert not any(name.startswith("block_4") for name in drawn.headings)
+    stored_bytes = rows.human_bytes(made.stored_bytes)
+    assert stored_bytes in whole.text and stored_bytes in drawn.text
+    hidden = rows.human_bytes(made.stored_bytes - made.shared_only().stored_bytes)
+    assert "70 weights not shared" in drawn.text and hidden in drawn.text
+    assert "not drawn" not in whole.text
+
+
+def test_a_part_of_a_tie_is_drawn_with_it_though_it_has_one_use(tmp_path):
+    weights = [stored("w"), stored("a"), stored("bias")]
+    uses = [reads("dense", "w", "a", expression="w + a", tied=True), reads("dense", "bias", attribute="bias")]
+    assert list(plotted(facts_of(weights, uses), tmp_path, shared_only=True).weights) == ["w", "a"]
+
+
+@pytest.mark.parametrize(("ties", "said"), [(True, "Leave it out"), (False, "file does not say")])
+def test_with_nothing_shared_there_is_nothing_to_draw(ties, said, tmp_path):
+    with pytest.raises(TetherError, match=f"no weight that is shared.*{said}"):
+        tether.plot(replace(many(3), ties=ties), tmp_path / "map.html", shared_only=True)
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------- odd models
@@ -445,6 +522,50 @@ def test_names_are_words_and_nothing_else(attack, tmp_path):
 def test_a_name_that_is_kept_apart_is_still_told(tmp_path):
     drawn = plotted(with_name("</script><script>alert(1)"), tmp_path)
     assert "</script><script>alert(1)" in drawn.weights
+
+
+# --------------------------------------------------------------------------- in a notebook
+
+
+class Tags(html.parser.HTMLParser):
+    """The elements of HTML, with the values of their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+@pytest.mark.parametrize("attack", ["plain", *ATTACKS])
+def test_in_a_notebook_a_page_is_in_a_frame_that_reaches_nothing(attack, tmp_path):
+    path = tether.plot(with_name(attack), tmp_path / "map.html", title=attack)
+    ((tag, attributes),) = Tags(path._repr_html_()).found
+    assert tag == "iframe"
+    assert attributes["sandbox"] == "allow-scripts"  # not the notebook's origin
+    assert attributes["srcdoc"] == path.read_text(encoding="utf-8")
+
+
+def test_in_a_notebook_a_drawing_is_an_image(tmp_path):
+    path = tether.plot(with_name(ATTACKS[0]), tmp_path / "map.svg")
+    ((tag, attributes),) = Tags(path._repr_html_()).found
+    kind, _, data = attributes["src"].partition("base64,")
+    assert (tag, kind) == ("img", "data:image/svg+xml;")
+    assert base64.b64decode(data).decode() == path.read_text(encoding="utf-8")
+
+
+def test_what_plot_returns_is_a_path_that_prints_as_one(tmp_path):
+    path = tether.plot(many(2), tmp_path / "a 'b' <c>.html")
+    assert isinstance(path, pathlib.Path)
+    assert str(path) == f"{path}" == os.fspath(path) == str(tmp_path / "a 'b' <c>.html")
+    assert path == tmp_path / "a 'b' <c>.html"
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert Tags(path._repr_html_()).found[0][1]["title"] == path.name
+    assert plotting.WeightMap(tmp_path)._repr_html_() is None
+    path.unlink()
+    assert path._repr_html_() is None
 
 
 # --------------------------------------------------------------------------- self-contained

@@ -1,12 +1,13 @@
 """The page of a weight map in headless Chromium, driven by Playwright. `make test-all` installs the latter."""
 
+import importlib.resources
 import re
 import shutil
 
 import pytest
 
 import tether
-from tests.inspection.maps import Map, bert, facts_of, low_rank_child, many, reads, stored
+from tests.inspection.maps import Map, bert, facts_of, low_rank_child, many, reads, stored, tied_blocks
 from tether import demo
 
 pytestmark = pytest.mark.slow
@@ -219,6 +220,8 @@ def test_the_map_can_be_walked_with_the_keyboard(visit, bert_facts):
     page.keyboard.press("ArrowDown")
     assert page.evaluate(focused) == "logits/bias"  # the others are in closed layers
     page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "shared weights"
+    page.keyboard.press("ArrowDown")
     assert page.evaluate(focused) == "token_embedding"
     page.keyboard.press("Enter")
     assert row(page, "token_embedding;").get_attribute("aria-expanded") == "false"
@@ -230,6 +233,141 @@ def test_the_map_can_be_walked_with_the_keyboard(visit, bert_facts):
     assert page.evaluate(focused) == "logits/bias (Dense)"
     page.keyboard.press("Escape")
     assert page.locator("#facts").is_hidden()
+
+
+def test_left_and_right_close_open_and_move_as_in_any_tree(visit):
+    page = visit(tied_blocks(3))
+    focused = "document.activeElement.getAttribute('aria-label')?.split(/[; ]/)[0]"
+    page.focus("#theme")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    for key, expected in [
+        ("ArrowDown", "embedding/embeddings"),
+        ("ArrowLeft", "embedding"),
+        ("ArrowDown", "embedding/embeddings"),
+        ("ArrowDown", "block_0"),
+        ("ArrowRight", "block_0/attention"),
+        ("ArrowRight", "block_0/attention/query"),
+        ("ArrowLeft", "block_0/attention/query"),  # closed
+        ("ArrowLeft", "block_0/attention"),
+        ("ArrowLeft", "block_0/attention"),
+        ("ArrowDown", "block_0/mlp"),
+        ("ArrowUp", "block_0/attention"),
+        ("ArrowRight", "block_0/attention"),  # opened again
+        ("ArrowRight", "block_0/attention/query"),
+    ]:
+        page.keyboard.press(key)
+        assert page.evaluate(focused) == expected, key
+    ring = page.evaluate("getComputedStyle(document.activeElement.querySelector('.hit')).stroke")
+    assert ring == "rgb(27, 36, 48)"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_nothing_serious(scheme, width, visit):
+    try:
+        axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    except ModuleNotFoundError:
+        pytest.fail("The page is judged by axe, which is not installed: make browser")
+    page = visit(tied_blocks(6, tied=(3, 5)), width=width, scheme=scheme)
+    page.evaluate(axe)
+    page.evaluate("document.body.append(Object.assign(document.createElement('img'), { src: 'data:,' }))")
+    assert "image-alt" in serious(page)  # axe does find what is wrong
+    page.evaluate("document.querySelector('img').remove()")
+    assert serious(page) == set()
+    page.click("#open")
+    row(page, "block_3;").locator(".label").hover()
+    assert serious(page) == set()
+    page.fill("#search", "block_5")
+    assert serious(page) == set()
+
+
+def serious(page):
+    """The rules that axe finds broken, except those of little weight."""
+    found = page.evaluate("axe.run()")
+    assert len(found["passes"]) > 20
+    return {rule["id"] for rule in found["violations"] if rule["impact"] in ("serious", "critical")}
+
+
+def test_on_a_telephone_the_layers_are_in_the_window_and_can_be_opened(visit, bert_facts):
+    page = visit(bert_facts, width=390, height=844)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    blocks = page.locator(".heading .name:visible")
+    assert blocks.count() > 12
+    row(page, "transformer_layer_3;").locator(".label").click()
+    assert row(page, "transformer_layer_3;").get_attribute("aria-expanded") == "true"
+    page.click("#open")
+    boxes = page.evaluate(
+        """() => [...document.querySelectorAll("header *, .map text, .map rect, .map path")]
+            .map((e) => [e.textContent, e.getBoundingClientRect()]).filter(([, box]) => box.width)
+            .map(([words, { left, right }]) => [words, left, right])"""
+    )
+    assert len(boxes) > 500
+    assert [words for words, left, right in boxes if left < 0 or right > 390] == []
+    shown = page.locator(".map text:visible").all_text_contents()
+    assert any(text.startswith("kernel = token_embedding.embed") for text in shown)
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_ribbons_reach_from_the_bars_of_weights_to_those_of_uses(width, visit, tied_facts):
+    page = visit(tied_facts, width=width)
+    left, right, ribbons = page.evaluate(
+        """() => [".weight > .box", ".use > .solid", ".ribbon"].map((selector) =>
+            [...document.querySelectorAll(selector)].map((element) => element.getBoundingClientRect())
+                .map(({ left, right }) => [left, right]))"""
+    )
+    assert len(ribbons) == 4
+    for start, end in ribbons:
+        assert start == pytest.approx(left[0][1], abs=0.6)
+        assert end == pytest.approx(right[0][0], abs=0.6)
+
+
+def test_a_window_that_was_narrow_shows_what_a_wide_one_does(visit, bert_facts):
+    page = visit(bert_facts)
+    before = geometry(page)
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_function("document.querySelector('.map').clientWidth < 390")
+    assert geometry(page) != before
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.wait_for_function("document.querySelector('.map').clientWidth > 1000")
+    assert geometry(page) == before
+
+
+def test_what_is_closed_and_opened_again_is_as_before(visit):
+    page = visit(tied_blocks(3))
+    before = geometry(page)
+    page.click("#close")
+    assert geometry(page) != before
+    page.click("#open")
+    assert geometry(page) == before
+
+
+def test_on_paper_the_map_is_light_whole_and_without_tools(visit, bert_facts):
+    page = visit(bert_facts, width=1280, scheme="dark")
+    page.click("#theme")
+    page.click("#theme")  # chosen dark
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 1000, "height": 700})
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 252, 253)"
+    assert page.locator(".tools").is_hidden()
+    assert page.locator(".map").bounding_box()["width"] <= 1000
+    assert page.evaluate("getComputedStyle(document.querySelector('main')).overflowX") == "visible"
+
+
+def test_in_the_frame_of_a_notebook_the_page_works_and_cannot_reach_the_notebook(chromium, tmp_path, tied_facts):
+    page = chromium.new_page()
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.set_content("<title>notebook</title>" + tether.plot(tied_facts, tmp_path / "map.html")._repr_html_())
+    frame = page.frame_locator("iframe")
+    frame.locator("#close").click()
+    assert frame.locator(".heading[aria-expanded=true]").count() == 0
+    assert frame.locator(".heading").count() == 2
+    assert said == []
+    reach = "() => { try { return parent.document.title; } catch (error) { return error.name; } }"
+    assert page.frames[1].evaluate(reach) == "SecurityError"
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,6 +1,7 @@
 """Scopes in which plans are chosen otherwise, or built weights are kept; and plans in words."""
 
 import contextlib
+from html import escape
 
 import keras
 import numpy as np
@@ -384,6 +385,29 @@ def test_an_explanation_names_the_plan_and_the_others():
     for name in ("materialize", "factored"):
         assert name in text
     assert "µs" in text and repr(planning.explain(layer, (32, 8))) == text
+
+
+def test_an_explanation_is_a_table_in_a_notebook():
+    layer, *_ = make_layer()
+    found = planning.explain(layer, (32, 8))
+    (use,) = found.uses
+    html = found._repr_html_()
+    assert html.count("<table>") == 1 and html.count("→") == 1
+    assert html.count("<tr>") == len(use.plan.alternatives) >= 2
+    for words in (found.title, use.path, "counted(w0) + w1 @ w2", *use.plan.alternatives[0].steps):
+        assert escape(words) in html
+    plain = keras.layers.Dense(2)
+    assert "<table" not in planning.explain(plain, (32, 8))._repr_html_()
+
+
+def test_names_in_an_explanation_are_words_and_nothing_else():
+    weight = tether.Weight((8, 4), "ones", name="w<script>alert(1)")
+    layer = tether.tie(keras.layers.Dense(4, name="dense<b>"), kernel=weight.stop_gradient() + tether.low_rank(1))
+    found = planning.explain(layer, (32, 8), training=True)
+    assert found.uses and "w<script>" in str(found) and "dense<b>" in str(found)
+    html = found._repr_html_()
+    assert "w&lt;script&gt;alert(1)" in html and "dense&lt;b&gt;" in html
+    assert "<script" not in html and "<b>" not in html
 
 
 @pytest.mark.parametrize("how", ["materialize", "factored"])

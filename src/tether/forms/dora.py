@@ -27,7 +27,7 @@ class Dora(Form):
         base = base_expression(self, base)
         rows, _ = rows_and_columns(shape_of_base(self, base), self.direction.split)
         direction = self.direction(base)
-        lengths = part(base, "magnitude", norms_of(start_value(direction), len(rows)))
+        lengths = part(base, "magnitude", norms_of(start_value(direction), len(rows)), dtype=self.direction.stored)
         return Magnitude(direction, lengths, rows=len(rows), detached=1)
 
 
@@ -39,6 +39,7 @@ def dora(
     start: object = "zeros",
     split: int | None = None,
     seed: int | None = None,
+    dtype: str | None = None,
 ) -> Dora:
     """A low-rank sum that is rescaled to a trained length per output (DoRA).
 
@@ -52,6 +53,7 @@ def dora(
         start: Where the product starts; see `low_rank`.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random start of the first factor.
+        dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
     Returns:
         The form: called with a base, it returns the expression, of the base's shape.
@@ -65,4 +67,7 @@ def dora(
     tether.tie(layer, kernel=tether.forms.dora(8, alpha=16)(kernel.stop_gradient()))
     ```
     """
-    return Dora(low_rank(rank, alpha=alpha, rank_stabilized=rank_stabilized, start=start, split=split, seed=seed))
+    direction = low_rank(
+        rank, alpha=alpha, rank_stabilized=rank_stabilized, start=start, split=split, seed=seed, dtype=dtype
+    )
+    return Dora(direction)

@@ -271,21 +271,42 @@ def part(
     dtype: str | None = None,
     trainable: bool = True,
     role: str = "part",
-) -> Weight:
-    """A weight of a form's own, which stands beside the base: `dense/kernel_lora_a`.
+) -> Expression:
+    """A weight of a form's own, which stands beside the base: `dense/kernel_lora_a`; in the base's dtype.
+
+    Beside a base of 16 bits, what trains is stored in float32 and cast where it is used: near 1 a bfloat16 has no
+    neighbour within 0.004, so a step of 1e-4 on it would be lost, every time.
 
     Args:
         base: What names it and gives the dtype.
         suffix: The rest of its name.
         start: An initializer or its name (with `shape`), or an array of its start values.
         shape: Its shape, with an initializer.
-        dtype: Its dtype, if that is not the base's.
-        trainable: Whether it may train.
+        dtype: The dtype in which it is stored, if that is to be another one.
+        trainable: Whether it may train: `False` for what is fixed by the form itself.
         role: What it is for: `"state"` if calls that train advance it.
     """
     first = next(iter(base.weights_used()), None)
-    dtype = part_dtype(base) if dtype is None else dtype
-    return Weight.beside(first, suffix, start, shape, dtype=dtype, trainable=trainable, role=role)
+    of_base = part_dtype(base)
+    role = "fixed" if role == "part" and not trainable else role
+    if dtype is None:
+        learns = trainable and role == "part"
+        dtype = "float32" if learns and of_base in ("float16", "bfloat16") else of_base
+    weight = Weight.beside(first, suffix, start, shape, dtype=dtype, trainable=trainable, role=role)
+    return weight.astype(of_base) if keras_seam.is_float(dtype) and weight.dtype != of_base else weight
+
+
+def as_dtype(dtype: object) -> str | None:
+    """The name of a float dtype, or `None` where a form is to choose.
+
+    Raises:
+        TetherError: It is neither.
+    """
+    if dtype is None:
+        return None
+    if not isinstance(dtype, str) or not keras_seam.is_float(dtype):
+        raise TetherError(f"`dtype` is the name of a float dtype, such as 'float32', or None. {received(dtype=dtype)}")
+    return dtype
 
 
 def part_dtype(base: Expression) -> str:

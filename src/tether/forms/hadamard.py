@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import math
 
-from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of_base
+from tether.forms.form import (
+    AddedForm,
+    as_alpha,
+    as_dtype,
+    as_rank,
+    from_matrix,
+    kaiming,
+    part,
+    rows_and_columns,
+    shape_of_base,
+)
 from tether.weights.expression import Expression
 
 __all__ = ["hadamard"]
@@ -19,24 +29,32 @@ __all__ = ["hadamard"]
 class Hadamard(AddedForm):
     """What `tether.forms.hadamard` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, alpha: float | None, split: int | None, seed: int | None) -> None:
+    def __init__(self, rank: int, alpha: float | None, split: int | None, seed: int | None, dtype: str | None) -> None:
+        self.stored = as_dtype(dtype)
         self.rank, self.alpha, self.split, self.seed = as_rank(rank), as_alpha(alpha), split, seed
 
     def delta(self, base: Expression) -> Expression:
         """`s · (A₁ B₁) ∘ (A₂ B₂)`, in the base's shape."""
         rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         n, m = math.prod(rows), math.prod(columns)
-        a1 = part(base, "loha_a1", kaiming(self.seed, 0), (n, self.rank))
-        b1 = part(base, "loha_b1", kaiming(self.seed, 1), (self.rank, m))
-        a2 = part(base, "loha_a2", kaiming(self.seed, 2), (n, self.rank))
-        b2 = part(base, "loha_b2", "zeros", (self.rank, m))
+        a1 = part(base, "loha_a1", kaiming(self.seed, 0), (n, self.rank), dtype=self.stored)
+        b1 = part(base, "loha_b1", kaiming(self.seed, 1), (self.rank, m), dtype=self.stored)
+        a2 = part(base, "loha_a2", kaiming(self.seed, 2), (n, self.rank), dtype=self.stored)
+        b2 = part(base, "loha_b2", "zeros", (self.rank, m), dtype=self.stored)
         product = (a1 @ b1) * (a2 @ b2)
         if self.alpha is not None:
             product = self.alpha / self.rank * product
         return from_matrix(product, rows, columns)
 
 
-def hadamard(rank: int, *, alpha: float | None = None, split: int | None = None, seed: int | None = None) -> Hadamard:
+def hadamard(
+    rank: int,
+    *,
+    alpha: float | None = None,
+    split: int | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+) -> Hadamard:
     """An elementwise product of two trained low-rank matrices, to be added to a weight (LoHa, FedPara).
 
     It starts at zero, so the sum starts at the base.
@@ -46,6 +64,7 @@ def hadamard(rank: int, *, alpha: float | None = None, split: int | None = None,
         alpha: The scale is `alpha / rank`; left out, it is 1.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random starts.
+        dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
     Returns:
         The form, to be added to a base of any two or more axes; the sum has the base's shape.
@@ -58,4 +77,4 @@ def hadamard(rank: int, *, alpha: float | None = None, split: int | None = None,
     child = tether.inherit(parent, kernel=lambda w: w.stop_gradient() + tether.forms.hadamard(4))
     ```
     """
-    return Hadamard(rank, alpha, split, seed)
+    return Hadamard(rank, alpha, split, seed, dtype)

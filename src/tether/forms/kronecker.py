@@ -13,7 +13,17 @@ import math
 
 from tether import ops
 from tether.errors import TetherError, received
-from tether.forms.form import AddedForm, as_alpha, as_rank, from_matrix, kaiming, part, rows_and_columns, shape_of_base
+from tether.forms.form import (
+    AddedForm,
+    as_alpha,
+    as_dtype,
+    as_rank,
+    from_matrix,
+    kaiming,
+    part,
+    rows_and_columns,
+    shape_of_base,
+)
 from tether.weights.expression import Expression
 
 __all__ = ["kronecker"]
@@ -23,8 +33,15 @@ class Kronecker(AddedForm):
     """What `tether.forms.kronecker` makes: the expression, and weights of its own."""
 
     def __init__(
-        self, rank: int | None, alpha: float | None, factor: int | None, split: int | None, seed: int | None
+        self,
+        rank: int | None,
+        alpha: float | None,
+        factor: int | None,
+        split: int | None,
+        seed: int | None,
+        dtype: str | None,
     ) -> None:
+        self.stored = as_dtype(dtype)
         self.rank = None if rank is None else as_rank(rank)
         self.factor = None if factor is None else as_rank(factor, "factor")
         self.alpha, self.split, self.seed = as_alpha(alpha), split, seed
@@ -39,13 +56,13 @@ class Kronecker(AddedForm):
         rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         n, m = math.prod(rows), math.prod(columns)
         (n1, n2), (m1, m2) = _divided(n, self.factor), _divided(m, self.factor)
-        small = part(base, "lokr_c", "zeros", (n1, m1))
+        small = part(base, "lokr_c", "zeros", (n1, m1), dtype=self.stored)
         large: Expression
         if self.rank is None or 2 * self.rank >= max(n2, m2):
-            large = part(base, "lokr_d", kaiming(self.seed), (n2, m2))
+            large = part(base, "lokr_d", kaiming(self.seed), (n2, m2), dtype=self.stored)
         else:
-            a = part(base, "lokr_a", kaiming(self.seed, 0), (n2, self.rank))
-            large = a @ part(base, "lokr_b", kaiming(self.seed, 1), (self.rank, m2))
+            a = part(base, "lokr_a", kaiming(self.seed, 0), (n2, self.rank), dtype=self.stored)
+            large = a @ part(base, "lokr_b", kaiming(self.seed, 1), (self.rank, m2), dtype=self.stored)
         product = ops.einsum("ab,cd->acbd", small, large).reshape(n, m)
         if self.alpha is not None and self.rank is not None:
             product = self.alpha / self.rank * product
@@ -68,6 +85,7 @@ def kronecker(
     factor: int | None = None,
     split: int | None = None,
     seed: int | None = None,
+    dtype: str | None = None,
 ) -> Kronecker:
     """A Kronecker product of two trained matrices, to be added to a weight (LoKr).
 
@@ -81,6 +99,7 @@ def kronecker(
             out, both matrices are as near to each other's size as they get.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random starts.
+        dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
     Returns:
         The form, to be added to a base of any two or more axes; the sum has the base's shape.
@@ -93,4 +112,4 @@ def kronecker(
     child = tether.inherit(parent, kernel=lambda w: w.stop_gradient() + tether.forms.kronecker(4, factor=8))
     ```
     """
-    return Kronecker(rank, alpha, factor, split, seed)
+    return Kronecker(rank, alpha, factor, split, seed, dtype)

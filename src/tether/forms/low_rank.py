@@ -9,14 +9,17 @@ scaling: Kalajdzievski 2023 (arXiv:2312.03732); the PiSSA start: Meng et al. 202
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.forms.form import (
     AddedForm,
     as_alpha,
+    as_dtype,
     as_rank,
     from_matrix,
     kaiming,
@@ -25,19 +28,71 @@ from tether.forms.form import (
     shape_of_base,
     start_value,
 )
+from tether.types import Array
 from tether.weights.expression import Expression, Shape
+from tether.weights.leaves import Constant
+from tether.weights.operators.arithmetic import MatMul, Multiply
+from tether.weights.operators.structure import Cast, Reshape
+from tether.weights.weight import Weight
 
 __all__ = ["low_rank"]
+
+
+def factors_of(part: Expression) -> tuple[float, Weight, Weight] | None:
+    """The number before the product, and the two stored factors, of a low-rank part; `None` if it is something else."""
+    scale = 1.0
+    if isinstance(part, Multiply):
+        numbers = [each.number for each in part.operands if isinstance(each, Constant) and each.array is None]
+        others = [each for each in part.operands if not isinstance(each, Constant)]
+        if len(numbers) != 1 or len(others) != 1:
+            return None
+        scale, part = float(numbers[0] or 0.0), others[0]
+    if isinstance(part, Reshape):
+        part = part.operands[0]
+    if not isinstance(part, MatMul):
+        return None
+    a, b = map(stored_behind, part.operands)
+    if a is None or b is None or (a.shape or ())[-1:] != (b.shape or ())[:1]:
+        return None
+    return scale, a, b
+
+
+def stored_behind(expression: Expression) -> Weight | None:
+    """The weight that an expression is in another shape or float dtype, as a form uses its own weights."""
+    while isinstance(expression, (Reshape, Cast)):
+        expression = expression.operands[0]
+    return expression if isinstance(expression, Weight) else None
+
+
+_RANDOM: dict[str, Callable[[int | None], keras.Initializer]] = {
+    "zeros": kaiming,
+    "gaussian": lambda seed: keras.initializers.RandomNormal(stddev=0.02, seed=seed),
+    "orthogonal": lambda seed: keras.initializers.Orthogonal(seed=seed),
+}
+"""How the first factor starts where the second starts at zero."""
+STARTS = (*_RANDOM, "pissa", "olora")
 
 
 class LowRank(AddedForm):
     """What `tether.forms.low_rank` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, alpha: float | None, rank_stabilized: bool, start: Any, split: int | None, seed: Any):
+    def __init__(
+        self,
+        rank: int,
+        alpha: float | None,
+        rank_stabilized: bool,
+        start: Any,
+        split: int | None,
+        seed: Any,
+        dtype: str | None,
+    ) -> None:
+        self.stored = as_dtype(dtype)
         self.rank, self.alpha, self.rank_stabilized = as_rank(rank), as_alpha(alpha), bool(rank_stabilized)
         self.start, self.split, self.seed = start, split, seed
-        if isinstance(start, str) and start not in ("zeros", "pissa"):
-            raise TetherError(f"A low-rank part starts at 'zeros', 'pissa', or near an array. {received(start=start)}")
+        if isinstance(start, str) and start not in STARTS:
+            raise TetherError(
+                f"A low-rank part starts at {', '.join(map(repr, STARTS))}, or near an array. {received(start=start)}"
+            )
 
     @property
     def scale(self) -> float:
@@ -49,21 +104,24 @@ class LowRank(AddedForm):
     def delta(self, base: Expression) -> Expression:
         """`s · A B`, in the base's shape."""
         rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
-        if isinstance(self.start, str) and self.start == "zeros":
-            a = part(base, "lora_a", kaiming(self.seed), (*rows, self.rank))
-            b = part(base, "lora_b", "zeros", (self.rank, *columns))
+        if isinstance(self.start, str) and self.start in _RANDOM:
+            a = part(base, "lora_a", _RANDOM[self.start](self.seed), (*rows, self.rank), dtype=self.stored)
+            b = part(base, "lora_b", "zeros", (self.rank, *columns), dtype=self.stored)
             return self._product(a, b, rows, columns)
         value = start_value(base)
         if isinstance(self.start, str):
-            left, right = self._factors(value, rows, columns)
-            a, b = part(base, "lora_a", left), part(base, "lora_b", right)
+            left, right = (self._basis if self.start == "olora" else self._factors)(value, rows, columns)
+            a, b = self._parts(base, left, right)
             taken_off = part(base, "pissa_a", left, trainable=False), part(base, "pissa_b", right, trainable=False)
             return self._product(a, b, rows, columns) - self._product(*taken_off, rows, columns)
         target = np.asarray(self.start, dtype="float64")
         if target.shape != value.shape:
             raise ShapeMismatch(f"The start has the base's shape {value.shape}. {received(shape=target.shape)}")
         left, right = self._factors(target - value, rows, columns)
-        return self._product(part(base, "lora_a", left), part(base, "lora_b", right), rows, columns)
+        return self._product(*self._parts(base, left, right), rows, columns)
+
+    def _parts(self, base: Expression, left: Array, right: Array) -> tuple[Expression, Expression]:
+        return part(base, "lora_a", left, dtype=self.stored), part(base, "lora_b", right, dtype=self.stored)
 
     def _product(self, a: Expression, b: Expression, rows: Shape, columns: Shape) -> Expression:
         if len(columns) > 1:
@@ -72,6 +130,14 @@ class LowRank(AddedForm):
         else:
             product = a @ b
         return product if self.scale == 1.0 else self.scale * product
+
+    def _basis(self, value: Any, rows: Shape, columns: Shape) -> tuple[Any, Any]:
+        """The first directions of the outputs, made orthonormal, and what the base has in them."""
+        q, r = np.linalg.qr(value.reshape(math.prod(rows), math.prod(columns)).T)
+        kept = min(self.rank, q.shape[1])
+        left, right = np.zeros((r.shape[1], self.rank)), np.zeros((self.rank, q.shape[0]))
+        left[:, :kept], right[:kept] = r[:kept].T, q[:, :kept].T
+        return left.reshape(*rows, self.rank), right.reshape(self.rank, *columns)
 
     def _factors(self, value: Any, rows: Shape, columns: Shape) -> tuple[Any, Any]:
         """The best factors of this rank in the least-squares sense, with singular values shared equally."""
@@ -92,6 +158,7 @@ def low_rank(
     start: object = "zeros",
     split: int | None = None,
     seed: int | None = None,
+    dtype: str | None = None,
 ) -> LowRank:
     """A trained product of two thin matrices, to be added to a weight (LoRA).
 
@@ -99,12 +166,15 @@ def low_rank(
         rank: The inner size `r` of the product.
         alpha: The scale is `alpha / rank`; left out, the scale is 1.
         rank_stabilized: Whether the scale is `alpha / √rank` instead (rsLoRA).
-        start: `"zeros"`: B starts at zero, so the sum starts at the base. `"pissa"`: A and B start at the base's
-            largest singular directions and the same product, frozen, is taken off again, so the sum starts at the
-            base and trains where it matters most. An array of the base's shape: A B starts as the best
+        start: `"zeros"`: A is uniform at random and B starts at zero, so the sum starts at the base; with
+            `"gaussian"` A is normal, with `"orthogonal"` its columns are orthonormal. `"pissa"`: A and B start at the
+            base's largest singular directions and the same product, frozen, is taken off again, so the sum starts at
+            the base and trains where it matters most. `"olora"`: the same with an orthonormal basis of the base's
+            first outputs (Büyükakyüz 2024, arXiv:2406.01775). An array of the base's shape: A B starts as the best
             approximation of the array minus the base, so the sum starts near the array (a truncated SVD).
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random start of A.
+        dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
     Returns:
         The form, to be added to a base of two or more axes: `(..., rows)` by `rank` and `rank` by `(columns, ...)`. The
@@ -118,4 +188,4 @@ def low_rank(
     child = tether.inherit(parent, kernel=lambda w: w + tether.low_rank(8, alpha=16))
     ```
     """
-    return LowRank(rank, alpha, rank_stabilized, start, split, seed)
+    return LowRank(rank, alpha, rank_stabilized, start, split, seed, dtype)

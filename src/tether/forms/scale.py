@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, as_int, as_ints, received
-from tether.forms.form import ScalingForm, part, shape_of_base
+from tether.forms.form import ScalingForm, as_dtype, part, shape_of_base
 from tether.weights.expression import Expression
 
 __all__ = ["scale"]
@@ -20,7 +20,8 @@ __all__ = ["scale"]
 class Scale(ScalingForm):
     """What `tether.forms.scale` makes: the expression, and weights of its own."""
 
-    def __init__(self, axis: object) -> None:
+    def __init__(self, axis: object, dtype: str | None) -> None:
+        self.stored = as_dtype(dtype)
         if axis is None:
             self.axis: tuple[int, ...] = ()
         else:
@@ -40,10 +41,10 @@ class Scale(ScalingForm):
         kept = shape[axes[0] :] if axes else ()
         first = len(shape) - len(kept)
         sizes = [size if first + place in axes else 1 for place, size in enumerate(kept)]
-        return part(base, "scale", np.ones(sizes))
+        return part(base, "scale", np.ones(sizes), dtype=self.stored)
 
 
-def scale(axis: int | tuple[int, ...] | None = -1) -> Scale:
+def scale(axis: int | tuple[int, ...] | None = -1, *, dtype: str | None = None) -> Scale:
     """A trained factor for each entry of an axis, to multiply a weight with (IA3). It starts at one.
 
     For the exact IA3 of a layer's outputs its bias takes the same vector, which is plain arithmetic:
@@ -57,6 +58,7 @@ def scale(axis: int | tuple[int, ...] | None = -1) -> Scale:
     Args:
         axis: The axis or axes that have factors: -1 for a kernel's outputs, 0 for the inputs of a Dense kernel
             (IA3 of a feed-forward layer), a tuple for one factor for each combination, None for a single number.
+        dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
     Returns:
         The form, to multiply a base with; the product has the base's shape.
@@ -70,4 +72,4 @@ def scale(axis: int | tuple[int, ...] | None = -1) -> Scale:
     layer = tether.tie(keras.layers.Dense(64), kernel=base.stop_gradient() * tether.forms.scale())
     ```
     """
-    return Scale(axis)
+    return Scale(axis, dtype)

@@ -122,9 +122,9 @@ class SpectralNormForm(Form):
             u = u / max(float(np.linalg.norm(u)), self.epsilon)
             v = matrix @ u
             v = v / max(float(np.linalg.norm(v)), self.epsilon)
-        u, v = (part(base, name, start, trainable=False, role="state") for name, start in (("u", u), ("v", v)))
+        state = (part(base, name, start, trainable=False, role="state") for name, start in (("u", u), ("v", v)))
         normed = SpectralNorm(
-            as_matrix(base, rows, columns), u, v, iterations=self.iterations, epsilon=float(self.epsilon)
+            as_matrix(base, rows, columns), *state, iterations=self.iterations, epsilon=float(self.epsilon)
         )
         return from_matrix(normed, rows, columns)
 

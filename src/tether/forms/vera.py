@@ -14,7 +14,16 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, as_ints, received
-from tether.forms.form import AddedForm, as_rank, from_matrix, part, part_dtype, rows_and_columns, shape_of_base
+from tether.forms.form import (
+    AddedForm,
+    as_dtype,
+    as_rank,
+    from_matrix,
+    part,
+    part_dtype,
+    rows_and_columns,
+    shape_of_base,
+)
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
@@ -24,7 +33,8 @@ __all__ = ["vera"]
 class Vera(AddedForm):
     """What `tether.forms.vera` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, size: object, split: int | None, seed: int | None) -> None:
+    def __init__(self, rank: int, size: object, split: int | None, seed: int | None, dtype: str | None) -> None:
+        self.stored = as_dtype(dtype)
         self.rank, self.split, self.seed = as_rank(rank), split, seed
         self.size = None if size is None else as_ints(size, "`size`")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
@@ -36,8 +46,8 @@ class Vera(AddedForm):
         rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
         n, m = math.prod(rows), math.prod(columns)
         a, b = self._slices(base, n, m)
-        inner = part(base, "vera_d", np.full(self.rank, 0.1))
-        outer = part(base, "vera_b", np.zeros(m))
+        inner = part(base, "vera_d", np.full(self.rank, 0.1), dtype=self.stored)
+        outer = part(base, "vera_b", np.zeros(m), dtype=self.stored)
         return from_matrix((a * inner) @ (b * outer), rows, columns)
 
     def _slices(self, base: Expression, rows: int, columns: int) -> tuple[Expression, Expression]:
@@ -52,7 +62,7 @@ class Vera(AddedForm):
         if self._bases is None:
             self.size = (n, m)
             start = [keras.initializers.HeUniform(None if self.seed is None else self.seed + k) for k in (0, 1)]
-            kept: dict[str, Any] = {"dtype": part_dtype(base), "trainable": False, "role": "part"}
+            kept: dict[str, Any] = {"dtype": part_dtype(base), "trainable": False, "role": "fixed"}
             self._bases = (
                 Weight((n, self.rank), start[0], name="vera_bases.a", **kept),
                 Weight((self.rank, m), start[1], name="vera_bases.b", **kept),
@@ -61,7 +71,9 @@ class Vera(AddedForm):
         return (a if rows == n else a[:rows]), (b if columns == m else b[:, :columns])
 
 
-def vera(rank: int, *, size: object = None, split: int | None = None, seed: int | None = None) -> Vera:
+def vera(
+    rank: int, *, size: object = None, split: int | None = None, seed: int | None = None, dtype: str | None = None
+) -> Vera:
     """Two trained vectors between frozen random matrices that all weights share, added to a weight (VeRA).
 
     Unlike other forms, one object is one family: the first weight that it is applied to makes the frozen bases A
@@ -73,6 +85,7 @@ def vera(rank: int, *, size: object = None, split: int | None = None, seed: int 
         size: `(rows, columns)` of the largest weight that will share the bases; left out, that of the first.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
         seed: Of the random bases.
+        dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
     Returns:
         The form, to be added to bases of two or more axes; each sum has its base's shape.
@@ -88,4 +101,4 @@ def vera(rank: int, *, size: object = None, split: int | None = None, seed: int 
         tether.tie(dense, kernel=tether.weight_of(dense, "kernel").stop_gradient() + small)
     ```
     """
-    return Vera(rank, size, split, seed)
+    return Vera(rank, size, split, seed, dtype)

@@ -1,7 +1,9 @@
 """The facts of a model's sharing."""
 
+import importlib
+
 from tether.inspection.collect import diff, facts
-from tether.inspection.facts import Change, Difference, Facts, Slot, StoredWeight, UseOf
+from tether.inspection.facts import Change, Difference, Facts, Slot, StoredWeight, UseOf, shown_by
 from tether.inspection.gradients import Gradients, UseGradient, WeightGradient, gradients
 from tether.inspection.live import Aliases, aliases, unique
 
@@ -22,3 +24,6 @@ __all__ = [
     "gradients",
     "unique",
 ]
+
+# In a notebook facts are the table of their summary, which is imported when it is first shown.
+shown_by(lambda facts: str(importlib.import_module("tether.inspection.summary").Summary(facts)._repr_html_()))

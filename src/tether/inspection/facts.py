@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from tether.errors import InvalidConfig, received
@@ -172,6 +173,20 @@ class Facts:
         """The weights with more than one use."""
         return (weight for weight in self.weights if len(self.uses_of(weight)) > 1)
 
+    def is_plain(self, weight: StoredWeight) -> bool:
+        """Whether one layer owns the weight and nobody else reads it."""
+        uses = self.uses_of(weight)
+        return not weight.again and len(uses) <= 1 and not any(use.expression for use in uses)
+
+    def shared_only(self) -> Facts:
+        """The facts of what is shared or combined: without weights that have one use, by the layer that owns them."""
+        weights = tuple(weight for weight in self.weights if not self.is_plain(weight))
+        places = {weight.place for weight in weights}
+        uses = tuple(use for use in self.uses if not places.isdisjoint(use.weights))
+        names = {name for use in uses for name in accumulate(use.layer.split("/"), "{}/{}".format)}
+        layers = tuple(layer for layer in self.layers if layer[0] in names)
+        return replace(self, weights=weights, uses=uses, layers=layers)
+
     @property
     def stored_bytes(self) -> int:
         """The bytes that all weights take, each counted once."""
@@ -186,6 +201,9 @@ class Facts:
     def optimizer_bytes(self) -> int:
         """The bytes of what the optimizer keeps."""
         return sum(slot.bytes for slot in self.optimizer)
+
+    def _repr_html_(self) -> str:
+        return _VIEWS["html"](self)
 
     def to_json(self) -> Config:
         """The facts as what JSON can hold; `from_json` reads it."""
@@ -219,6 +237,14 @@ class Facts:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidConfig(f"These facts are not what `to_json` writes: {error}.") from error
+
+
+_VIEWS: dict[str, Callable[[Facts], str]] = {}
+
+
+def shown_by(view: Callable[[Facts], str]) -> None:
+    """Lets facts show themselves in a notebook by a view of them. Views import this module, so it can import none."""
+    _VIEWS["html"] = view
 
 
 def _tuples(entry: Config) -> dict[str, Any]:

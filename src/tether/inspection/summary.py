@@ -111,12 +111,7 @@ class Summary:
 
     @cached_property
     def _listed(self) -> tuple[StoredWeight, ...]:
-        return tuple(w for w in self.facts.weights if not self._shared_only or not self._is_plain(w))
-
-    def _is_plain(self, weight: StoredWeight) -> bool:
-        """Whether one layer owns the weight and nobody else reads it."""
-        uses = self.facts.uses_of(weight)
-        return not weight.again and len(uses) <= 1 and not any(use.expression for use in uses)
+        return tuple(w for w in self.facts.weights if not self._shared_only or not self.facts.is_plain(w))
 
     def _name(self, weight: StoredWeight) -> str:
         """The path, or in a file that has none the names of the layers and the entry."""
@@ -144,7 +139,7 @@ class Summary:
         blank = [("", "")] * (len(cells) - 4)
         for place in weight.again:
             yield SummaryRow((f"stored again at {place}", "yellow"), (("", ""),) * len(cells), level=1)
-        if self._is_plain(weight) and names[name] == 1:
+        if self.facts.is_plain(weight) and names[name] == 1:
             return
         for use in uses:
             trains = _trains(use.reaches(weight))

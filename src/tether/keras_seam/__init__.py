@@ -12,6 +12,7 @@ from tether.keras_seam.calls import (
     TRACES_GRADIENTS,
     call_owners,
     call_parameters,
+    can_read_numbers,
     found_once,
     is_compiling,
     is_differentiated,
@@ -104,7 +105,14 @@ from tether.keras_seam.memory import (
     write,
     write_rows,
 )
-from tether.keras_seam.private import AutocastScope, Functional, KerasSaveable, ThreadScope, get_autocast_scope
+from tether.keras_seam.private import (
+    AutocastScope,
+    Functional,
+    KerasSaveable,
+    ThreadScope,
+    get_autocast_scope,
+    to_snake_case,
+)
 from tether.keras_seam.saving import (
     SHARED_ID,
     TIED_NAME,
@@ -194,6 +202,7 @@ __all__ = [
     "call_parameters",
     "calls_in_graph",
     "calls_of",
+    "can_read_numbers",
     "class_reference",
     "config_with_ids",
     "contained_layers",
@@ -304,6 +313,7 @@ __all__ = [
     "take_over_quantize",
     "tell_apart",
     "tensor_dtype",
+    "to_snake_case",
     "trace",
     "trace_token",
     "training_loss",

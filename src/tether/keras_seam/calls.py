@@ -134,6 +134,16 @@ is_compiling = _make_is_compiling()
 """Whether `torch.compile` is reading the code: it ends its graph where a call writes to a dict, or plans."""
 
 
+def _make_can_read_numbers() -> Callable[[], bool]:
+    if _backend.backend() != "torch":
+        return lambda: False
+    return lambda: not is_compiling() and of_this_thread("stateless_scope") is None
+
+
+can_read_numbers = _make_can_read_numbers()
+"""Whether a stored number can be looked at now without a trace in the way: always eager, as PyTorch is."""
+
+
 def found_once(function: Function) -> Function:
     """Lets `torch.compile` run a function of plain values itself, once, instead of reading it into its graph."""
     if _backend.backend() == "torch":

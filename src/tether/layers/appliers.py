@@ -20,7 +20,7 @@ from tether.planning.execution import Convolve, execute
 from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
 from tether.planning.products import Products, products
 from tether.types import Function, Tensor
-from tether.weights.evaluation import hold, release, remembers
+from tether.weights.evaluation import hold, release, remembers, without_what_is_off
 from tether.weights.expression import Expression, is_view, live_weights
 from tether.weights.weight import Weight
 
@@ -38,9 +38,10 @@ MakeProblem = Callable[..., Problem]
 class Planner:
     """The plans of one view."""
 
-    def __init__(self, view: View) -> None:
-        self.expression = view.expression
-        self.weights = view.expression.weights_used()
+    def __init__(self, expression: Expression) -> None:
+        self.expression = expression
+        self.weights = expression.weights_used()
+        self._others: dict[Expression, Planner | None] = {}
         self._products: Products | None = None
         self._plans: dict[Any, Plan] = {}
         self.numbers: dict[int, int] = {}
@@ -52,6 +53,12 @@ class Planner:
         if self._products is None:
             self._products = products(self.expression)
         return self._products
+
+    def of(self, expression: Expression) -> Planner | None:
+        """The planner of what the expression is without adapters that are off; `None` if nothing is left to plan."""
+        if expression not in self._others:
+            self._others[expression] = None if is_view(expression) else Planner(expression)
+        return self._others[expression]
 
     def find(
         self,
@@ -87,7 +94,7 @@ def planner_of(view: keras.Variable) -> Planner | None:
         return None
     planner: Planner | None = view.planner
     if planner is None or planner.expression is not view.expression:
-        planner = view.planner = Planner(view)
+        planner = view.planner = Planner(view.expression)
     return planner
 
 
@@ -152,6 +159,11 @@ def applied(
         planner = planner_of(view)
         if planner is None:
             return None
+        now = without_what_is_off(planner.expression)
+        if now is not planner.expression:
+            planner = planner.of(now)
+            if planner is None:
+                return None
         kind = _kind_of_call(view, x, planner.weights)
         plan = planner.find(problem, settings, *kind)
         control.note_plan(lambda: Noted(view.path, view.expression.notation(), kind[0], plan))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 import keras
@@ -118,6 +119,27 @@ class Noted:
     input_shape: tuple[int | None, ...]
     plan: Plan
 
+    def __str__(self) -> str:
+        return f"{self.path} = {self.expression}, for inputs of shape {self.input_shape}"
+
+    def alternatives(self) -> Iterator[tuple[bool, str, str, str, tuple[str, ...]]]:
+        """Each way of computing it: whether it is chosen, its name, its time, what it does, its steps if chosen."""
+        for alternative in self.plan.alternatives:
+            chosen = alternative.name == self.plan.name and (
+                self.plan.materializes or alternative.seconds == self.plan.seconds
+            )
+            time, steps = f"{alternative.seconds * 1e6:,.0f}", tuple(alternative.steps) if chosen else ()
+            yield chosen, alternative.name, time, _WHAT_IT_DOES[alternative.name], steps
+
+
+_WHAT_IT_DOES = {
+    "materialize": "builds the weight",
+    "factored": "applies the parts",
+    "partly": "builds some parts",
+    "mixed": "builds the weight, and computes its gradient by parts",
+}
+_NO_PLAN = "Every weight is stored as it is used, or the kind of layer builds it first: no plan."
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -129,27 +151,31 @@ class Explanation:
     def __str__(self) -> str:
         lines = [self.title]
         if not self.uses:
-            lines.append("  Every weight is stored as it is used, or the kind of layer builds it first: no plan.")
+            lines.append(f"  {_NO_PLAN}")
         for use in self.uses:
-            lines += ["", f"{use.path} = {use.expression}, for inputs of shape {use.input_shape}"]
-            names = {
-                "materialize": "builds the weight",
-                "factored": "applies the parts",
-                "partly": "builds some parts",
-                "mixed": "builds the weight, and computes its gradient by parts",
-            }
-            for alternative in use.plan.alternatives:
-                chosen = alternative.name == use.plan.name and (
-                    use.plan.materializes or alternative.seconds == use.plan.seconds
-                )
-                mark = "->" if chosen else "  "
-                lines.append(
-                    f" {mark} {alternative.name:<12}{alternative.seconds * 1e6:>12,.0f} µs  {names[alternative.name]}"
-                )
-                lines += [f"        {step}" for step in alternative.steps] if chosen else []
+            lines += ["", str(use)]
+            for chosen, name, time, does, steps in use.alternatives():
+                lines.append(f" {'->' if chosen else '  '} {name:<12}{time:>12} µs  {does}")
+                lines += [f"        {step}" for step in steps]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{escape(self.title)}</p>"]
+        if not self.uses:
+            parts.append(f"<p>{_NO_PLAN}</p>")
+        for use in self.uses:
+            rows = ""
+            for chosen, name, time, does, steps in use.alternatives():
+                words = "".join(f"<br><code>{escape(step)}</code>" for step in steps)
+                rows += (
+                    f"<tr><td>{'→' if chosen else ''}</td><th scope='row' style='text-align:left'>{escape(name)}</th>"
+                    f"<td>{time} µs</td><td style='text-align:left'>{escape(does)}{words}</td></tr>"
+                )
+            what = f"<caption style='text-align:left'><code>{escape(str(use))}</code></caption>"
+            parts.append(f"<table>{what}<tbody>{rows}</tbody></table>")
+        return "".join(parts)
 
 
 def explain(

@@ -21,7 +21,7 @@ from typing import Any
 from tether import keras_seam
 from tether.weights.expression import Expression, Node, Shape, program
 from tether.weights.leaves import Constant
-from tether.weights.operators import arithmetic, structure
+from tether.weights.operators import arithmetic, choice, structure
 
 MAX_TERMS = 8
 MAX_FACTORS = 6
@@ -375,6 +375,24 @@ def _on_each_factor(expansion: _Expansion, node: Node, a: Products) -> Products:
     return replace(a, terms=terms)
 
 
+def _adapted(expansion: _Expansion, node: Any, base: Products, *pairs: Products) -> Products:
+    """The base's terms, and those of each part times its strength; factors of a part are zero at strength zero."""
+    found = base
+    for (strength, _), number, part in zip(node.parts.values(), pairs[::2], pairs[1::2], strict=True):
+        terms = tuple(
+            replace(term, factors=tuple(_switched(expansion, factor, strength) for factor in term.factors))
+            for term in part.terms
+        )
+        found = _sum(expansion, node, found, _product(expansion, node, number, replace(part, terms=terms)))
+    return found
+
+
+def _switched(expansion: _Expansion, factor: Factor, strength: Expression) -> Factor:
+    if isinstance(strength, Constant):
+        return factor
+    return expansion.factor(choice.Switched(factor.expression, strength), factor.labels)
+
+
 _RULES: dict[type, Callable[..., Products]] = {
     arithmetic.Add: _sum,
     arithmetic.Subtract: _difference,
@@ -388,6 +406,7 @@ _RULES: dict[type, Callable[..., Products]] = {
     structure.Index: _index,
     arithmetic.StopGradient: _on_each_factor,
     arithmetic.ScaleGradient: _on_each_factor,
+    choice.Adapted: _adapted,
 }
 """How the operators of the algebra act on sums of products. Any other operator may say a simpler expression
 that equals it (`Node.expanded`), or is one factor."""

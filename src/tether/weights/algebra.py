@@ -158,7 +158,7 @@ def is_invertible(expression: Expression) -> bool:
 # If none of this tells, there is no base: neither of `a + b` is it.
 
 
-MADE = ("part", "strength", "state")
+MADE = ("part", "fixed", "strength", "state")
 """The roles of what was made for another weight. Integers and their scale are the weight that they stand for."""
 
 

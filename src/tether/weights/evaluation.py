@@ -9,6 +9,7 @@ trace. Before a time loop the values that the loop needs are *held*: computed ou
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from tether import keras_seam
 from tether.types import Tensor
 from tether.weights.expression import Expression, Node, StatefulNode, Stored, is_view, program, provide
 from tether.weights.leaves import Argument, Constant, bindings
+from tether.weights.operators.choice import Adapted
 
 _CACHE = "_tether_values"
 _ADVANCED = "_tether_advanced"
@@ -35,6 +37,7 @@ def evaluate(expression: Expression) -> Tensor:
     """The tensor of an expression, under the caller's stateless, autocast and argument scopes."""
     if isinstance(expression, Stored) and expression.became is None:
         return expression.variable.value
+    expression = without_what_is_off(expression)
     if is_view(expression) or keras_seam.is_compiling():  # a graph has equal parts once
         return _compute(expression)
     caches = _call_caches()
@@ -56,6 +59,52 @@ def evaluate(expression: Expression) -> Tensor:
         fingerprint = _fingerprint(expression)
     caches[0][key] = (fingerprint, keras_seam.trace_token(), value)
     return value
+
+
+# --------------------------------------------------------------------------- what is off
+# Where a strength can be read at no cost (PyTorch, outside of a graph), a part of strength zero is not computed at all.
+# In a graph it is computed, and switched off there: the same graph serves when it is on.
+
+
+class _Switches:
+    """The strengths of an expression with adapters, as they were last read, and the expression without what is off."""
+
+    def __init__(self, expression: Adapted) -> None:
+        parts = expression.parts.items()
+        self.strengths = [(name, strength) for name, (strength, _) in parts if isinstance(strength, Stored)]
+        self.read: list[tuple[Tensor, int, bool]] = [(None, 0, False)] * len(self.strengths)
+        self.without: dict[tuple[str, ...], Expression] = {}
+
+    def off(self) -> tuple[str, ...]:
+        """The names of the parts that are off now."""
+        found = []
+        for place, (name, strength) in enumerate(self.strengths):
+            value, (known, changes, is_off) = keras_seam.stored_value(strength.variable), self.read[place]
+            now = keras_seam.mutations(value)
+            if value is not known or now != changes:
+                is_off = not float(value)
+                self.read[place] = (value, now, is_off)
+            if is_off:
+                found.append(name)
+        return tuple(found)
+
+
+_switches: weakref.WeakKeyDictionary[Adapted, _Switches] = weakref.WeakKeyDictionary()
+
+
+def without_what_is_off(expression: Expression) -> Expression:
+    """The expression without the parts of adapters that are off, as far as that is known now."""
+    if type(expression) is not Adapted or not keras_seam.can_read_numbers():
+        return expression
+    known = _switches.get(expression)
+    if known is None:
+        known = _switches[expression] = _Switches(expression)
+    off = known.off()
+    if not off:
+        return expression
+    if off not in known.without:
+        known.without[off] = expression.without(off)
+    return known.without[off]
 
 
 def remembering() -> contextlib.AbstractContextManager[None]:

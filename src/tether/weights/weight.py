@@ -327,7 +327,7 @@ def _rebuild(config: Config, value: object, became: Expression | None = None) ->
 # Reading what a weight is made of: from a caller's arguments, and from a config that a stranger may have written.
 
 
-ROLES = ("part", "strength", "state", "integers", "scale")
+ROLES = ("part", "fixed", "strength", "state", "integers", "scale")
 """What a weight may be for, where it is no weight of its own."""
 
 

@@ -237,6 +237,11 @@ class Naming:
         several = found if isinstance(found, (list, tuple)) else [found]
         return [_as_tensor(each, name) for each in several]
 
+    def ordered(self, names: list[Any]) -> list[Any]:
+        """The alternatives of a name as PEFT has them: below the backbone's own name first, in a model with a head."""
+        within = self.names == "bert" and any(_inside(each) != each for each in self.known)
+        return names[::-1] if within and len(names) == len(PREFIXES) else names
+
     def find(self, name: str, shape: tuple[int, ...], entries: Mapping[str, Entry]) -> list[Entry]:
         """A file's entries for a weight, in the weight's layout."""
         found = []

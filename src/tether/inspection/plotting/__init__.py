@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
+from html import escape
 from pathlib import Path
 
 from tether.atomic import written_beside
 from tether.errors import TetherError, Unsupported, received
 from tether.inspection.collect import facts
-from tether.inspection.plotting.drawing import image, page
+from tether.inspection.plotting.pages import image, page
 
-__all__ = ["plot"]
+__all__ = ["WeightMap", "plot"]
 
 _KINDS = {".html": page, ".svg": image}
+_TALLEST = 640
+"""Of a page inside a notebook; a higher one is scrolled."""
+_AROUND = 160
+"""About the height of what stands above the map in its page."""
 
 
-def plot(source: object, path: str | os.PathLike[str] | None = None, *, title: str | None = None) -> Path:
+class WeightMap(type(Path())):  # type: ignore[misc]  # before Python 3.12, only a system's own kind of path can be derived
+    """The path of a weight map, which shows the map in a notebook."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str | None:
+        """The map as it is in its file. The page is in a frame, where it can neither reach the notebook nor load."""
+        if self.suffix.lower() not in _KINDS or not self.is_file():
+            return None
+        content = self.read_text(encoding="utf-8")
+        if self.suffix.lower() == ".svg":  # as an image, which runs nothing
+            data = base64.b64encode(content.encode()).decode()
+            return f'<img alt="{escape(self.name)}" style="max-width:100%" src="data:image/svg+xml;base64,{data}">'
+        drawn = re.search(r'<svg class="map"[^>]* height="(\d+)"', content)
+        height = min(int(drawn[1]) + _AROUND if drawn else _TALLEST, _TALLEST)
+        return (
+            f'<iframe title="{escape(self.name)}" sandbox="allow-scripts" srcdoc="{escape(content)}" '
+            f'style="width:100%;height:{height}px;border:0"></iframe>'
+        )
+
+
+def plot(
+    source: object,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+    shared_only: bool = False,
+) -> WeightMap:
     """Writes a weight map: what a model stores on one side, its layers on the other, ribbons for who reads what.
 
     Heights are bytes. What is shared or combined is strong and labelled with its expression, the rest is quiet.
@@ -28,12 +61,14 @@ def plot(source: object, path: str | os.PathLike[str] | None = None, *, title: s
             is replaced once the new one is complete. Left out, `<name of the model>-weights.html` in the current
             folder.
         title: What it says on top. Left out, whose weights they are.
+        shared_only: Whether to leave out weights that have one use, by the layer that owns them. The totals on top
+            are those of the whole model.
 
     Returns:
-        The path of the file.
+        The path of the file. In a notebook it shows the map when it is the last thing in a cell.
 
     Raises:
-        TetherError: There is nothing to draw, or the path ends in something else.
+        TetherError: There is nothing to draw, or nothing shared, or the path ends in something else.
         FileNotFoundError: There is no such source, or no folder to write to.
 
     Example:
@@ -51,10 +86,16 @@ def plot(source: object, path: str | os.PathLike[str] | None = None, *, title: s
             f"{found.name!r} has no weights, so there is nothing to draw. A model has them once it is built: give it "
             "an Input, or call it on data."
         )
-    target = Path(path) if path is not None else Path(f"{_file_name(found.name)}-weights.html")
+    shown = found.shared_only() if shared_only else found
+    if not shown.weights:
+        raise TetherError(
+            f"{found.name!r} has no weight that is shared or combined, so shared_only=True leaves nothing to draw. "
+            + ("Leave it out." if found.ties else "This file does not say which layers share: the model does.")
+        )
+    target = WeightMap(path if path is not None else f"{_file_name(found.name)}-weights.html")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(target.parent)!r} to write {target.name!r} to.")
-    content = _KINDS[target.suffix.lower()](found, f"Weights of {found.name}" if title is None else title)
+    content = _KINDS[target.suffix.lower()](found, shown, f"Weights of {found.name}" if title is None else title)
     with written_beside(target) as beside:
         beside.write_text(content, encoding="utf-8", newline="\n")
     return target

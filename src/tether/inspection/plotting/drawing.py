@@ -1,20 +1,15 @@
-"""The weight map as SVG, its legend, and the page around it that needs nothing else."""
+"""The weight map as SVG, with its legend."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from string import Template
 
 from tether.inspection.facts import Facts, StoredWeight, UseOf, human_bytes
 from tether.inspection.plotting import rows
 from tether.inspection.plotting.rows import (
-    ABOVE,
     BAR,
     BAR_OF_USE,
     BELOW,
@@ -23,30 +18,54 @@ from tether.inspection.plotting.rows import (
     GAP,
     HEADING,
     KINDS,
+    LEAST_NARROW,
     LEFT,
     LINE,
+    MIDDLE,
     MOST_OF_EXPRESSION,
     MOST_STEPS,
     NARROWEST,
     PROSE,
+    RIBBON,
     RIGHT,
     STEP,
     TWO_LINES,
     WIDE,
-    WIDEST,
     WIDTH,
-    Heights,
+    box,
+    heights_of,
     kind_of,
     px,
-    row_heights,
     rows_of,
     scale_of,
-    solid,
     spots_of,
     text,
     use_kind,
     weight_kind,
 )
+
+# --------------------------------------------------------------------------- two looks
+# What is drawn otherwise when a layer is closed, or when the window is narrow, has the other attributes beside its
+# own. The script of the page exchanges them, and so knows nothing of how anything looks.
+
+
+Attributes = dict[str, str | float]
+
+
+def _looks(first: Attributes, second: Attributes, *, now_second: bool = False) -> str:
+    """Attributes as they are now, and those of the other look that differ."""
+    now, other = (second, first) if now_second else (first, second)
+    here, there = ({name: v if isinstance(v, str) else px(v) for name, v in look.items()} for look in (now, other))
+    shown = " ".join(f'{name}="{value}"' for name, value in here.items())
+    differing = ";".join(f"{name}={value}" for name, value in there.items() if here[name] != value)
+    return shown + (f' data-look="{differing}"' if differing else "")
+
+
+def _shown(closed: bool, *, in_closed: bool = False) -> str:
+    """Shown only when a row is closed, or only when it is open."""
+    shown, hidden = Attributes(display="inline"), Attributes(display="none")
+    return _looks(hidden, shown, now_second=closed) if in_closed else _looks(shown, hidden, now_second=closed)
+
 
 # --------------------------------------------------------------------------- the legend
 # What the colours and heights mean, of those that there are.
@@ -56,23 +75,32 @@ MARK = 12
 """The width of a patch of colour."""
 
 
-def legend(facts: Facts, top: float) -> tuple[list[str], float]:
-    """The elements of the legend and of the names of the columns, and where the rows begin."""
+def legend(facts: Facts, top: float) -> tuple[list[str], tuple[float, float]]:
+    """The elements of the legend, and where it ends, wide and narrow."""
+    entries = _entries(facts)
+    widths = [MARK + 6 + PROSE * len(said) + 18 for _, said in entries]
+    wide, narrow = _flow(widths, NARROWEST, top + 12), _flow(widths, LEAST_NARROW, top + 12)
     parts = ['<g class="legend">']
-    x, y = 0.0, top + 12
-    for mark, said in _entries(facts):
-        wide = MARK + 6 + PROSE * len(said) + 18
-        if x and x + wide > NARROWEST:
+    for (mark, said), first, second in zip(entries, wide, narrow, strict=True):
+        at = _looks({"transform": _to(*first)}, {"transform": _to(*second)})
+        parts.append(f'<g {at}>{mark}<text x="{MARK + 6}">{said}</text></g>')
+    return [*parts, "</g>"], (wide[-1][1], narrow[-1][1])
+
+
+def _flow(widths: Sequence[float], room: float, top: float) -> list[tuple[float, float]]:
+    """Where things of these widths stand, one beside the other, in lines of so much room."""
+    found: list[tuple[float, float]] = []
+    x, y = 0.0, top
+    for wide in widths:
+        if x and x + wide > room:
             x, y = 0.0, y + 22
-        parts.append(f'<g transform="translate({px(x)},{px(y)})">{mark}<text x="{MARK + 6}">{said}</text></g>')
+        found.append((x, y))
         x += wide
-    y += 28
-    parts += [
-        f'<text class="column" x="{LEFT + BAR}" y="{px(y)}" text-anchor="end">STORED WEIGHTS</text>',
-        f'<text class="column right" x="{WIDTH - RIGHT}" y="{px(y)}">LAYERS, AND WHAT THEY READ</text>',
-        "</g>",
-    ]
-    return parts, y + 6
+    return found
+
+
+def _to(x: float, y: float) -> str:
+    return f"translate({px(x)},{px(y)})"
 
 
 def _entries(facts: Facts) -> list[tuple[str, str]]:
@@ -81,7 +109,7 @@ def _entries(facts: Facts) -> list[tuple[str, str]]:
     found = [(_patch(CLASSES[kind]), kind) for kind in KINDS if kind in kinds]
     if any(facts.shared()) or any(use.tied for use in facts.uses):
         found.append((_patch("strong"), "strong: shared or tied"))
-    scale = scale_of(facts)
+    scale = scale_of(facts).of_byte
     rounds = (step * 10**power for power in range(18) for step in (1, 2, 5))
     count = max(itertools.takewhile(lambda count: count * scale <= LINE, rounds), default=1)
     height = count * scale
@@ -100,7 +128,7 @@ def _patch(kind: str) -> str:
 # The map as SVG: the stored weights on the left, the layers in the order of the model on the right, ribbons between.
 #
 # Everything that the script of the page moves has an id or a number: `w3` is a weight, `r5` a row; a ribbon names
-# both.
+# both. Numbers in pairs are for an open and for a closed row.
 
 
 @dataclass(frozen=True)
@@ -110,8 +138,8 @@ class Drawing:
     svg: str
     """The elements inside `<svg>`."""
     height: float
-    top: float
-    """Where the rows begin."""
+    tops: tuple[float, float]
+    """Where the rows begin, wide and narrow."""
 
 
 class _Map:
@@ -121,8 +149,8 @@ class _Map:
         self.facts = facts
         self.rows = rows_of(facts)
         self.scale = scale_of(facts)
-        self.heights = [row_heights(row, self.scale) for row in self.rows]
-        self.places, self.bottom = spots_of(self.rows, self.heights, top)
+        self.heights, self.stacks = heights_of(self.rows, self.scale)
+        self.places, self.bottom = spots_of(self.rows, self.heights, self.stacks, top)
         self.kinds = {weight.place: weight_kind(weight, facts) for weight in facts.weights}
         self.shared = {weight.place for weight in facts.shared()}
         self.numbers = {weight.place: number for number, weight in enumerate(facts.weights)}
@@ -137,23 +165,30 @@ def draw(facts: Facts, *, top: float = 0.0) -> Drawing:
         facts: What it shows.
         top: Where it begins; above is room for a title.
     """
-    signs, top = legend(facts, top)
-    it = _Map(facts, top)
+    signs, ends = legend(facts, top)
+    columns = _looks({"y": ends[0] + 28}, {"y": ends[1] + 28})
+    tops = (ends[0] + 34, ends[1] + 34)
+    it = _Map(facts, tops[0])
     # First, since the ribbons need to know where the weights are.
     weights = [line for number in range(len(it.rows)) for line in _weights(it, number)]
     parts = [
         *signs,
-        '<g class="ribbons" aria-hidden="true">',
+        f'<g class="ribbons" aria-hidden="true" transform="{_to(LEFT + BAR, 0)}">',
         *_ribbons(it),
         "</g>",
+        f'<g class="left" transform="{_to(LEFT, 0)}">',
+        f'<text class="column wide" x="{BAR}" text-anchor="end" {columns}>STORED WEIGHTS</text>',
+        f'<text class="column narrow" {columns}>STORED</text>',
         '<g class="weights" role="list" aria-label="Stored weights">',
         *weights,
-        "</g>",
+        "</g></g>",
+        f'<g class="right" transform="{_to(WIDTH - RIGHT, 0)}">',
+        f'<text class="column" {columns}>LAYERS, AND WHAT THEY READ</text>',
         '<g class="rows" role="tree" aria-label="Layers, and what they read">',
         *(_row(it, number) for number in range(len(it.rows))),
-        "</g>",
+        "</g></g>",
     ]
-    return Drawing("\n".join(parts), math.ceil(it.bottom + BELOW), top)
+    return Drawing("\n".join(parts), math.ceil(it.bottom + BELOW), tops)
 
 
 # --------------------------------------------------------------------------- weights
@@ -163,57 +198,77 @@ def _weights(it: _Map, number: int) -> Iterator[str]:
     """The weights that are drawn at a row, one under the other, in its middle."""
     row, place = it.rows[number], it.places[number]
     if row.heading:
-        inside = [weight for inner in it.rows[number + 1 : row.end] for weight in inner.weights]
-        if inside:
-            many = rows.number(len(inside), "weight") if len(inside) > 1 else rows.name_of(inside[0]).split("/")[-1]
-            said = text(f"{rows.fit_end(many, 16)}, {human_bytes(sum(weight.bytes for weight in inside))}")
+        said = _sum(it, number, 16)
+        if said:
+            y = px(it.heights[number].closed / 2)
             yield (
-                f'<text class="sum" data-row="{number}" x="{LEFT - 9}" y="{px(place.top + place.height / 2)}"'
-                f"{_hidden(not row.closed or place.stripe)}>{said}</text>"
+                f'<g class="sum" aria-hidden="true" data-row="{number}" transform="{_to(0, place.top)}"'
+                f"{_hidden(place.stripe)}>"
+                f'<text x="-9" y="{y}" {_shown(row.closed, in_closed=True)}>{text(said)}</text></g>'
             )
-    heights = [solid(weight.bytes, it.scale) for weight in row.weights]
-    boxes = [h.closed if place.stripe else max(h.open, LINE) for h in heights]
-    gap = 0.0 if place.stripe else GAP
-    y = place.top + (place.height - sum(boxes) - gap * (len(boxes) - 1)) / 2
-    for weight, drawn, box in zip(row.weights, heights, boxes, strict=True):
-        height = drawn.closed if place.stripe else drawn.open
-        it.at[weight.place] = (y + (box - height) / 2, height)
-        yield _weight(it, weight, number, y, box, drawn, place.stripe)
-        y += box + gap
+        return
+    boxes = [box(it.scale.solid(weight.bytes)) for weight in row.weights]
+    tall = it.heights[number]
+    opened = (tall.open - sum(each.open for each in boxes) - GAP * (len(boxes) - 1)) / 2
+    closed = (tall.closed - sum(each.closed for each in boxes)) / 2
+    for weight, each in zip(row.weights, boxes, strict=True):
+        yield _weight(it, weight, number, (opened, closed))
+        opened += each.open + GAP
+        closed += each.closed
 
 
-def _weight(it: _Map, weight: StoredWeight, row: int, y: float, box: float, drawn: Heights, stripe: bool) -> str:
-    facts, kind = it.facts, it.kinds[weight.place]
-    height = drawn.closed if stripe else drawn.open
+def _sum(it: _Map, number: int, room: int) -> str:
+    """How much is in a layer."""
+    inside = [weight for inner in it.rows[number + 1 : it.rows[number].end] for weight in inner.weights]
+    if not inside:
+        return ""
+    many = rows.number(len(inside), "weight") if len(inside) > 1 else rows.name_of(inside[0]).split("/")[-1]
+    return f"{rows.fit_end(many, room)}, {human_bytes(sum(weight.bytes for weight in inside))}"
+
+
+def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]) -> str:
+    """A weight whose box begins so far below the top of its row."""
+    facts, kind, place = it.facts, it.kinds[weight.place], it.places[number]
+    drawn = it.scale.solid(weight.bytes)
+    around = box(drawn)
+    middle = (around.open - drawn.open) / 2
+    it.at[weight.place] = (place.top + (at[1] if place.stripe else at[0] + middle), drawn.of(place.stripe))
     uses = facts.uses_of(weight)
     tied = weight.place in it.shared or any(use.tied for use in uses)
     name = rows.name_of(weight)
     if uses and not tied:  # the row beside it says the rest
         name = name.rpartition("/")[2]
     size = human_bytes(weight.bytes)
-    middle = max(drawn.open, LINE) / 2
+    y = around.open / 2
     if drawn.open >= TWO_LINES:
         room = int((LEFT - 14) / CODE)
         label = (
-            f'<text class="name" x="-9" y="{px(middle - 8)}">{text(rows.fit_path(name, room))}</text>'
-            f'<text class="note" x="-9" y="{px(middle + 9)}">{text(rows.shape(weight.shape))}, {size}</text>'
+            f'<text class="name" x="-9" y="{px(y - 8)}">{text(rows.fit_path(name, room))}</text>'
+            f'<text class="note" x="-9" y="{px(y + 9)}">{text(rows.shape(weight.shape))}, {size}</text>'
         )
     else:
         room = int((LEFT - 20 - PROSE * len(size)) / CODE)
         label = (
-            f'<text class="name" x="-9" y="{px(middle)}">{text(rows.fit_path(name, room))}'
+            f'<text class="name" x="-9" y="{px(y)}">{text(rows.fit_path(name, room))}'
             f'<tspan class="note" dx="7">{size}</tspan></text>'
         )
     classes = f"weight {CLASSES[kind]}{' tied' if tied else ''}{' shared' if weight.place in it.shared else ''}"
+    frame = _looks({"height": around.open, "rx": 2}, {"height": around.closed, "rx": 0}, now_second=place.stripe)
     return (
-        f'<g id="w{it.numbers[weight.place]}" class="{classes}" role="listitem" data-row="{row}" '
-        f'data-bytes="{weight.bytes}" data-solid="{px(drawn.open)} {px(drawn.closed)}" '
-        f'transform="translate({LEFT},{px(y)})">'
+        f'<g id="w{it.numbers[weight.place]}" class="{classes}" role="listitem" data-row="{number}" '
+        f'data-bytes="{weight.bytes}" data-at="{px(at[0])} {px(at[1])}" '
+        f'data-solid="{px(at[0] + middle)} {px(drawn.open)} {px(at[1])} {px(drawn.closed)}" '
+        f'transform="{_to(0, place.top + at[place.stripe])}">'
         f"{_title(rows.weight_facts(weight, facts, kind))}"
-        f'<rect class="box" width="{BAR}" height="{px(box)}" rx="{0 if stripe else 2}"/>'
-        f'<rect class="solid" width="{BAR}" y="{px((box - height) / 2)}" height="{px(height)}"/>'
-        f"<g{_hidden(stripe)}>{label}</g></g>"
+        f'<rect class="box" width="{BAR}" {frame}/>'
+        f'<rect class="solid" width="{BAR}" {_solid(middle, 0.0, drawn, place.stripe)}/>'
+        f"<g {_shown(place.stripe)}>{label}</g></g>"
     )
+
+
+def _solid(opened: float, closed: float, drawn: rows.Heights, stripe: bool) -> str:
+    """The top and the height of what is solid, in both looks."""
+    return _looks({"y": opened, "height": drawn.open}, {"y": closed, "height": drawn.closed}, now_second=stripe)
 
 
 def _title(lines: Sequence[str]) -> str:
@@ -228,21 +283,25 @@ def _hidden(hidden: bool) -> str:
 
 
 def _row(it: _Map, number: int) -> str:
-    row, place = it.rows[number], it.places[number]
+    row, place, heights = it.rows[number], it.places[number], it.heights[number]
     common = (
-        f'id="r{number}" data-end="{row.end}" data-height="{px(it.heights[number].open)} '
-        f'{px(it.heights[number].closed)}" transform="translate({WIDTH - RIGHT},{px(place.top)})"'
+        f'id="r{number}" data-end="{row.end}" data-height="{px(heights.open)} {px(heights.closed)}" '
+        f'transform="{_to(0, place.top)}"'
     )
     if row.heading:
         return _heading(it, number, common)
     if row.use is None:
-        return f'<g class="loose" aria-hidden="true" {common}/>'
+        return _loose(it, number, common)
     return _use(it, number, row.use, common)
 
 
+def _indented(depth: int) -> int:
+    return BAR_OF_USE + 11 + STEP * min(depth, MOST_STEPS)
+
+
 def _heading(it: _Map, number: int, common: str) -> str:
-    row, place = it.rows[number], it.places[number]
-    x = BAR_OF_USE + 9 + STEP * min(row.depth, MOST_STEPS)
+    row, place, heights = it.rows[number], it.places[number], it.heights[number]
+    x = _indented(row.depth) - 2
     room = RIGHT - x - 16
     name = rows.fit_path(row.name, int(room / CODE))
     left = room - CODE * len(name) - 8
@@ -252,67 +311,87 @@ def _heading(it: _Map, number: int, common: str) -> str:
     inner = range(number + 1, row.end)
     weights = [weight for n in inner for weight in it.rows[n].weights]
     uses = sum(it.rows[n].use is not None for n in inner)
+    size = human_bytes(sum(weight.bytes for weight in weights))
+    sized = bool(weights) and len(size) * PROSE <= left  # a narrow map has no names and sizes on the left
     said = [row.path]
     if row.kind:
         said.append(row.kind)
-    said.append(
-        f"{rows.number(uses, 'use')}; {rows.number(len(weights), 'weight')} drawn here, "
-        f"{human_bytes(sum(weight.bytes for weight in weights))}"
-    )
+    said.append(f"{rows.number(uses, 'use')}; {rows.number(len(weights), 'weight')} drawn here, {size}")
     bottom = max((it.places[n].top + it.places[n].height for n in inner), default=place.top)
-    height = place.height if row.closed else max(bottom - place.top, place.height)
+    closed = heights.closed
+    label = _looks({"transform": _to(0, HEADING / 2)}, {"transform": _to(0, closed / 2)}, now_second=row.closed)
+    hit = _looks({"height": HEADING}, {"height": closed}, now_second=row.closed)
+    # A bracket beside the stack of a closed layer; below the heading of an open one, a line along what is in it.
+    bracket = _looks({"d": ""}, {"d": f"M{x - 5} 0.5h3v{px(closed - 1)}h-3"}, now_second=row.closed)
+    guide = 0.0 if row.closed else max(bottom - place.top - HEADING + 4, 0.0)
+    sign = _looks({"d": f"M{x} -2.5l4.5 5l4.5 -5"}, {"d": f"M{x + 2} -4.5l5 4.5l-5 4.5"}, now_second=row.closed)
     return (
         f'<g class="heading" role="treeitem" aria-level="{row.depth + 1}" '
-        f'aria-expanded="{"false" if row.closed else "true"}" data-x="{x}" {common}{_hidden(place.stripe)}>'
-        f'{_title(said)}<rect class="hit" width="{RIGHT}" height="{px(place.height)}"/>'
-        f'<path class="bracket" d="{bracket(x, height, row.closed)}"/>'
-        f'<g class="label" transform="translate(0,{px(place.height / 2)})">'
-        f'<path class="sign" d="{sign(x, row.closed)}"/>'
+        f'aria-expanded="{"false" if row.closed else "true"}" data-stack="{px(it.stacks[number])}" '
+        f"{common}{_hidden(place.stripe)}>"
+        f'{_title(said)}<rect class="hit" width="{RIGHT}" {hit}/>'
+        f'<path class="bracket" {bracket}/>'
+        f'<rect class="guide" x="{x + 4}" y="{HEADING - 4:g}" width="1" height="{px(guide)}"/>'
+        f'<g class="label" {label}><path class="sign" {sign}/>'
         f'<text x="{x + 14}"><tspan class="name">{text(name)}</tspan>'
-        + (f'<tspan class="note" dx="8">{text(kind)}</tspan>' if kind else "")
+        + (f'<tspan class="note{" wide" * sized}" dx="8">{text(kind)}</tspan>' if kind else "")
+        + (f'<tspan class="note narrow" dx="8">{size}</tspan>' if sized else "")
         + "</text></g></g>"
     )
 
 
-def bracket(x: float, height: float, closed: bool) -> str:
-    """What spans the rows of a layer: beside the stack of a closed one, below the heading of an open one."""
-    if closed:
-        return f"M{px(x - 5)} 0.5h3v{px(height - 1)}h-3"
-    return f"M{px(x + 4.5)} {px(HEADING - 4)}V{px(height)}"
-
-
-def sign(x: float, closed: bool) -> str:
-    """Points to what is inside: to the right if that is closed, else down."""
-    return f"M{px(x + 2)} -4.5l5 4.5l-5 4.5" if closed else f"M{px(x)} -2.5l4.5 5l4.5 -5"
+def _loose(it: _Map, number: int, common: str) -> str:
+    """The row of a weight that stands by itself: who reads it, and where the window is narrow its name."""
+    row, place = it.rows[number], it.places[number]
+    (weight,) = row.weights
+    x, y = _indented(row.depth), px(it.heights[number].open / 2)
+    uses = it.facts.uses_of(weight)
+    readers = f"{rows.number(len(uses), 'use')}: {', '.join(use.layer for use in uses[:8])}" if uses else ""
+    size = human_bytes(weight.bytes)
+    name = rows.fit_path(rows.name_of(weight), int((RIGHT - x - 8 - PROSE * len(size)) / CODE))
+    readers = text(rows.fit_end(readers, int((RIGHT - x) / WIDE)))
+    by = f'<text class="note wide" x="{x}" y="{y}">{readers}</text>' if readers else ""
+    return (
+        f'<g class="loose" aria-hidden="true" {common}><g {_shown(place.stripe)}>{by}'
+        f'<text class="narrow" x="{x}" y="{y}"><tspan class="name">{text(name)}</tspan>'
+        f'<tspan class="note" dx="8">{size}</tspan></text></g></g>'
+    )
 
 
 def _use(it: _Map, number: int, use: UseOf, common: str) -> str:
-    row, place = it.rows[number], it.places[number]
+    row, place, heights = it.rows[number], it.places[number], it.heights[number]
     read = [it.facts.weight(at) for at in use.weights]
     kind = kind_of(use, it.facts)
-    drawn = solid(use.bytes, it.scale)
-    height = drawn.closed if place.stripe else drawn.open
-    x = BAR_OF_USE + 11 + STEP * min(row.depth, MOST_STEPS)
+    drawn = it.scale.solid(use.bytes)
+    x, middle = _indented(row.depth), heights.open / 2
     name = rows.attribute_of(use)
     shape = rows.shape(use.shape)
     room = int((RIGHT - x - PROSE * len(shape) - 8) / CODE)
     tied = use.tied or any(weight.place in it.shared for weight in read)
-    middle = it.heights[number].open / 2
+    expression = use.expression if use.tied else None
+    wide = ' class="wide"' if expression else ""
     label = (
-        f'<text x="{x}" y="{px(middle)}"><tspan class="name">{text(rows.fit_path(name, max(room, 8)))}</tspan>'
+        f'<text{wide} x="{x}" y="{px(middle)}">'
+        f'<tspan class="name">{text(rows.fit_path(name, max(room, 8)))}</tspan>'
         f'<tspan class="note" dx="8">{text(shape)}</tspan></text>'
     )
-    if use.tied and use.expression:
-        full = rows.fit_end(use.expression, MOST_OF_EXPRESSION)
-        short = rows.fit_end(full, int((WIDTH - LEFT - BAR - RIGHT - 12) / CODE))
-        label += f'<text class="expression" data-full="{text(full)}" x="-8" y="{px(middle)}">{text(short)}</text>'
+    if expression:
+        equation = rows.fit_end(f"{name} = {expression}", int((RIGHT - x) / CODE))
+        full = rows.fit_end(expression, MOST_OF_EXPRESSION)
+        short = rows.fit_end(full, int((MIDDLE - 12) / CODE))
+        label += (
+            f'<text class="name narrow" x="{x}" y="{px(middle)}">{text(equation)}</text>'
+            f'<text class="expression wide" data-full="{text(full)}" x="-8" y="{px(middle)}">{text(short)}</text>'
+        )
     names = [(rows.name_of(weight), use_kind(use, weight)) for weight in read]
+    tops = [(heights.of(closed) - drawn.of(closed)) / 2 for closed in (False, True)]
     return (
         f'<g class="use {CLASSES[kind]}{" tied" if tied else ""}" role="treeitem" aria-level="{row.depth + 1}" '
-        f'data-bytes="{use.bytes}" data-solid="{px(drawn.open)} {px(drawn.closed)}" {common}>'
+        f'data-bytes="{use.bytes}" {common} '
+        f'data-solid="{px(tops[0])} {px(drawn.open)} {px(tops[1])} {px(drawn.closed)}">'
         f"{_title(rows.use_facts(use, names))}"
-        f'<rect class="solid" width="{BAR_OF_USE}" y="{px((place.height - height) / 2)}" height="{px(height)}"/>'
-        f'<g{_hidden(place.stripe)}><rect class="hit" width="{RIGHT}" height="{px(place.height)}"/>{label}</g></g>'
+        f'<rect class="solid" width="{BAR_OF_USE}" {_solid(tops[0], tops[1], drawn, place.stripe)}/>'
+        f'<g {_shown(place.stripe)}><rect class="hit" width="{RIGHT}" height="{px(heights.open)}"/>{label}</g></g>'
     )
 
 
@@ -328,8 +407,7 @@ def _ribbons(it: _Map) -> Iterator[str]:
         if use is None:
             continue
         place = it.places[number]
-        drawn = solid(use.bytes, it.scale)
-        height = drawn.closed if place.stripe else drawn.open
+        height = it.scale.solid(use.bytes).of(place.stripe)
         top = place.top + (place.height - height) / 2
         total = sum(it.facts.weight(at).bytes for at in use.weights)
         part = 0.0
@@ -337,8 +415,9 @@ def _ribbons(it: _Map) -> Iterator[str]:
             weight = it.facts.weight(at)
             share = weight.bytes / total if total else 1 / len(use.weights)
             y, thick = it.at[at]
+            to = top + part * height
+            d = RIBBON.format(a=px(y), b=px(y + thick), c=px(to), d=px(to + share * height))
             tied = use.tied or at in it.shared
-            d = ribbon(LEFT + BAR, y, thick, WIDTH - RIGHT, top + part * height, share * height)
             (loud if tied else quiet).append(
                 f'<path class="ribbon {CLASSES[use_kind(use, weight)]}{" tied" if tied else ""}" '
                 f'data-weight="{it.numbers[at]}" data-row="{number}" data-part="{part:.4g} {share:.4g}" d="{d}"/>'
@@ -346,104 +425,3 @@ def _ribbons(it: _Map) -> Iterator[str]:
             part += share
     yield from quiet
     yield from loud
-
-
-def ribbon(x: float, y: float, height: float, to_x: float, to_y: float, to_height: float) -> str:
-    """The outline of a ribbon from the right side of a weight to the left side of a use."""
-    middle = px((x + to_x) / 2)
-    return (
-        f"M{px(x)} {px(y)}C{middle} {px(y)} {middle} {px(to_y)} {px(to_x)} {px(to_y)}V{px(to_y + to_height)}"
-        f"C{middle} {px(to_y + to_height)} {middle} {px(y + height)} {px(x)} {px(y + height)}Z"
-    )
-
-
-# --------------------------------------------------------------------------- the page
-# A map as a whole file: a page that needs nothing else, or a drawing.
-
-
-MARGIN = 24
-
-
-def page(facts: Facts, title: str) -> str:
-    """The map as one HTML file. Its policy lets it load nothing and run no script but its own."""
-    drawing = draw(facts)
-    style, script = _file("map.css") + _file("page.css"), _file("map.js")
-    sizes = {
-        "left": LEFT, "bar": BAR, "right": RIGHT, "heading": HEADING, "line": LINE, "gap": GAP, "above": ABOVE,
-        "below": BELOW, "top": drawing.top, "least": NARROWEST, "most": WIDEST, "letter": CODE,
-    }  # fmt: skip
-    totals = "\n".join(
-        f"<div><dt>{name}</dt><dd>{value} <small>{note}</small></dd></div>" for name, value, note in totals_of(facts)
-    )
-    return Template(_file("page.html")).substitute(
-        title=text(title),
-        description=text(_description(facts, title)),
-        totals=totals,
-        style=style,
-        style_hash=_hash(style),
-        script=script,
-        script_hash=_hash(script),
-        width=WIDTH,
-        height=drawing.height,
-        sizes=" ".join(f'data-{name}="{value:g}"' for name, value in sizes.items()),
-        map=drawing.svg,
-    )
-
-
-def image(facts: Facts, title: str) -> str:
-    """The map as one SVG file."""
-    drawing = draw(facts, top=84)
-    width, height = WIDTH + 2 * MARGIN, drawing.height + MARGIN
-    frame = f'x="{-MARGIN}" y="{-MARGIN // 2}" width="{width}" height="{height:g}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="map" width="{width}" height="{height:g}" '
-        f'viewBox="{-MARGIN} {-MARGIN // 2} {width} {height:g}" role="img" aria-labelledby="title desc">\n'
-        f'<title id="title">{text(title)}</title>\n<desc id="desc">{text(_description(facts, title))}</desc>\n'
-        f'<style>{_file("map.css")}</style>\n<rect class="paper" {frame}/>\n'
-        f'<text class="head" y="16">{text(rows.fit_end(title, 84))}</text>\n'
-        f"{_totals(facts)}\n{drawing.svg}\n</svg>\n"
-    )
-
-
-def _totals(facts: Facts) -> str:
-    """The totals as text of a drawing."""
-    return "\n".join(
-        f'<g transform="translate({number * WIDTH // 4},44)"><text class="note">{name}</text>'
-        f'<text class="total" y="20">{value}<tspan class="note" dx="6">{note}</tspan></text></g>'
-        for number, (name, value, note) in enumerate(totals_of(facts))
-    )
-
-
-def totals_of(facts: Facts) -> list[tuple[str, str, str]]:
-    """The totals: what of, how much, and a word on it."""
-    shared = sum(1 for _ in facts.shared())
-    note = rows.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
-    found = [("stored", human_bytes(facts.stored_bytes), note)]
-    if facts.ties:
-        saved = facts.unshared_bytes - facts.stored_bytes
-        found.append(("unshared", human_bytes(facts.unshared_bytes), "if nothing were shared"))
-        of_all = f"{abs(saved) / facts.unshared_bytes:.1%} of that" if saved else ""
-        found.append(("saved" if saved >= 0 else "added", human_bytes(abs(saved)), of_all))
-    else:
-        found.append(("unshared", "unknown", "this file does not say which layers share"))
-    if facts.optimizer:
-        found.append(("optimizer", human_bytes(facts.optimizer_bytes), "kept beside the weights"))
-    return found
-
-
-def _description(facts: Facts, title: str) -> str:
-    said = ", ".join(f"{name} {value}" for name, value, _ in totals_of(facts))
-    weights, layers = rows.number(len(facts.weights), "stored weight"), rows.number(len(facts.layers), "layer")
-    return (
-        f"{title}: {said}. On the left are {weights}, as high as their bytes; "
-        f"on the right {layers}, in the order of the model. "
-        f"A ribbon is one of {rows.number(len(facts.uses), 'use')}."
-    )
-
-
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(content: str) -> str:
-    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -5,9 +5,10 @@ const map = document.querySelector(".map");
 const tip = document.getElementById("facts");
 const search = document.getElementById("search");
 const theme = document.getElementById("theme");
-const size = Object.fromEntries(Object.entries(map.dataset).map(([key, value]) => [key, Number(value)]));
+const { ribbon: outline, ...numbers } = map.dataset;
+const size = Object.fromEntries(Object.entries(numbers).map(([key, value]) => [key, Number(value)]));
 const every = (selector) => [...map.querySelectorAll(selector)];
-const pair = (element, key) => (element.dataset[key] ?? "0 0").split(" ").map(Number);
+const list = (element, key) => (element.dataset[key] ?? "0 0 0 0").split(" ").map(Number);
 const round = (value) => Math.round(value * 100) / 100;
 const set = (element, values) => Object.entries(values).forEach(([key, value]) => element.setAttribute(key, value));
 const hide = (element, hidden) => (hidden ? set(element, { display: "none" }) : element.removeAttribute("display"));
@@ -23,136 +24,146 @@ every("title").forEach((title) => {
 });
 const named = (element) => (facts.get(element) ?? "").split("\n")[0].toLowerCase();
 
-const rows = every(".rows > g").map((element, number) => ({
-  element, number,
-  heading: element.classList.contains("heading"),
-  closed: element.getAttribute("aria-expanded") === "false",
-  end: Number(element.dataset.end),
-  heights: pair(element, "height"),
-  solids: pair(element, "solid"),
-  named: named(element),
-  weights: [], ribbons: [], sum: null, shown: true,
-}));
+const rows = every(".rows > g").map((element, number) => {
+  const heading = element.classList.contains("heading");
+  const closed = element.getAttribute("aria-expanded") === "false";
+  return {
+    element, number, heading, closed,
+    end: Number(element.dataset.end),
+    level: Number(element.getAttribute("aria-level")),
+    heights: list(element, "height"),
+    solid: list(element, "solid"),
+    guide: part(element, ".guide"),
+    named: named(element),
+    look: Number(closed), // 0 as an open row, 1 as a closed layer or as a stripe of one
+    weights: [], ribbons: [], sum: null, looks: [element], shown: true,
+  };
+});
+const inside = (row) => rows.slice(row.number + 1, row.end);
+rows.filter((row) => row.closed).flatMap(inside).forEach((row) => { if (!row.heading) row.look = 1; });
 const weights = every(".weight").map((element) => {
   const row = rows[element.dataset.row];
-  const weight = { element, row, solids: pair(element, "solid"), named: named(element), ribbons: [] };
+  const weight = { element, row, at: list(element, "at"), solid: list(element, "solid"), named: named(element), ribbons: [] };
   row.weights.push(weight);
+  row.looks.push(element);
   return weight;
 });
+every(".sum").forEach((sum) => {
+  const row = rows[sum.dataset.row];
+  row.sum = sum;
+  row.looks.push(sum);
+});
+rows.forEach((row) => { row.looks = row.looks.flatMap((element) => [...element.querySelectorAll("[data-look]")]); });
 const byId = new Map([...rows, ...weights].map((item) => [item.element.id, item]));
 const ribbons = every(".ribbon").map((element) => {
   const ribbon = {
-    element, weight: byId.get("w" + element.dataset.weight), row: rows[element.dataset.row], part: pair(element, "part"),
+    element, weight: byId.get("w" + element.dataset.weight), row: rows[element.dataset.row], part: list(element, "part"),
   };
   ribbon.weight.ribbons.push(ribbon);
   ribbon.row.ribbons.push(ribbon);
   return ribbon;
 });
-every(".sum").forEach((sum) => { rows[sum.dataset.row].sum = sum; });
-const inside = (row) => rows.slice(row.number + 1, row.end);
+const legend = { looks: every(".legend [data-look], .column[data-look]"), look: 0 };
 
-// ---- where it is drawn: what layout.py and drawing.py do, for the layers that are open and the window there is
+// Gives elements their other look: their attributes are exchanged for those that the drawing has noted beside them.
+function wear(item, look) {
+  if (item.look === look) return;
+  item.look = look;
+  for (const element of item.looks) {
+    const other = element.dataset.look.split(";").map((pair) => pair.split("="));
+    element.dataset.look = other.map(([name]) => `${name}=${element.getAttribute(name)}`).join(";");
+    set(element, Object.fromEntries(other));
+  }
+}
+
+// ---- where it is drawn: the drawing says how high everything is, open and closed; here it is added up
 
 function draw() {
-  const width = Math.max(size.least, Math.min(size.most, map.parentElement.clientWidth - 48));
-  const right = width - size.right;
-  const letters = Math.floor((right - size.left - size.bar - 12) / size.letter);
-  for (const label of every(".expression")) {
-    const { full } = label.dataset;
-    label.textContent = full.length <= letters ? full : `${full.slice(0, letters - 1).trimEnd()}…`;
-  }
   const filtering = search.value.trim() !== "";
-  let y = size.top;
-  for (let number = 0; number < rows.length;) {
+  const bottoms = [];
+  let y = legend.look ? size.narrowTop : size.top;
+  for (let number = 0; number < rows.length; bottoms[number] = y) {
     const row = rows[number];
     const closed = row.heading && row.closed && !filtering;
     number = closed ? row.end : number + 1;
     if (!row.shown) {
-      place(row, right, y, 0, "hidden");
+      place(row, y, "hidden");
       continue;
     }
     y += row.heading ? size.above : 0;
-    const stack = closed ? inside(row).reduce((sum, inner) => sum + inner.heights[1], 0) : 0;
-    const height = Math.max(row.heights[0], stack);
-    place(row, right, y, height, closed ? "closed" : "open");
+    place(row, y, closed ? "closed" : "open");
     if (closed) {
-      let at = y + (height - stack) / 2;
+      let at = y + (row.heights[1] - Number(row.element.dataset.stack)) / 2;
       for (const inner of inside(row)) {
-        place(inner, right, at, inner.heights[1], "stripe");
-        at += inner.heights[1];
+        place(inner, at, inner.heading ? "hidden" : "stripe");
+        at += inner.heading ? 0 : inner.heights[1];
       }
     }
-    y += height;
+    y += row.heights[Number(closed)];
   }
-  rows.filter((row) => row.heading && ["open", "closed"].includes(row.how)).forEach(span);
-  ribbons.forEach((ribbon) => bend(ribbon, size.left + size.bar, right));
-  const height = Math.ceil(y + size.below);
-  set(map, { width, height, viewBox: `0 0 ${width} ${height}` });
-  set(part(map, ".column.right"), { x: right });
+  for (const row of rows.filter(({ guide }) => guide)) {
+    set(row.guide, { height: row.how === "open" ? round(Math.max(bottoms[row.end] - row.y - size.heading + 4, 0)) : 0 });
+  }
+  ribbons.forEach(bend);
+  set(map, { height: Math.ceil(y + size.below) });
+  frame();
 }
 
-function place(row, x, y, height, how) {
-  Object.assign(row, { y, height, how });
-  const { element, heading } = row;
-  const stripe = how === "stripe";
-  hide(element, how === "hidden" || (heading && stripe));
-  set(element, { transform: `translate(${x},${round(y)})` });
-  if (heading) {
-    set(element, { "aria-expanded": how === "open" || (how !== "closed" && !row.closed) });
-    return;
-  }
-  const bar = part(element, ".solid");
-  if (bar) {
-    row.thick = row.solids[Number(stripe)];
-    row.top = y + (height - row.thick) / 2;
-    set(part(element, ".hit"), { height: round(height) });
-    set(bar, { y: round(row.top - y), height: round(row.thick) });
-    hide(element.lastElementChild, stripe);
-  }
-  const boxes = row.weights.map(({ solids }) => (stripe ? solids[1] : Math.max(solids[0], size.line)));
-  const gap = stripe ? 0 : size.gap;
-  let at = y + (height - boxes.reduce((sum, box) => sum + box + gap, -gap)) / 2;
-  row.weights.forEach((weight, index) => {
-    const box = boxes[index];
-    weight.thick = weight.solids[Number(stripe)];
-    weight.top = at + (box - weight.thick) / 2;
-    hide(weight.element, how === "hidden");
-    set(weight.element, { transform: `translate(${size.left},${round(at)})` });
-    set(part(weight.element, ".box"), { height: round(box), rx: stripe ? 0 : 2 });
-    set(part(weight.element, ".solid"), { y: round(weight.top - at), height: round(weight.thick) });
-    hide(weight.element.lastElementChild, stripe);
-    at += box + gap;
-  });
-}
-
-function span(row) {
-  const { element, y, height } = row;
-  const closed = row.how === "closed";
-  const x = Number(element.dataset.x);
-  const bottom = Math.max(...inside(row).filter((inner) => inner.shown).map((inner) => inner.y + inner.height), y + height);
-  set(part(element, ".hit"), { height: round(height) });
-  set(part(element, ".label"), { transform: `translate(0,${round(height / 2)})` });
-  set(part(element, ".sign"), { d: closed ? `M${x + 2} -4.5l5 4.5l-5 4.5` : `M${x} -2.5l4.5 5l4.5 -5` });
-  set(part(element, ".bracket"), {
-    d: closed ? `M${x - 5} 0.5h3v${round(height - 1)}h-3` : `M${x + 4.5} ${size.heading - 4}V${round(bottom - y)}`,
-  });
+function place(row, y, how) {
+  Object.assign(row, { y, how });
+  const hidden = how === "hidden";
+  if (!hidden) wear(row, Number(how !== "open"));
+  hide(row.element, hidden);
+  set(row.element, { transform: `translate(0,${round(y)})` });
+  if (row.heading) set(row.element, { "aria-expanded": hidden ? !row.closed : how === "open" });
   if (row.sum) {
-    hide(row.sum, !closed);
-    set(row.sum, { y: round(y + height / 2) });
+    hide(row.sum, hidden);
+    set(row.sum, { transform: `translate(0,${round(y)})` });
+  }
+  for (const { element, at } of row.weights) {
+    hide(element, hidden);
+    set(element, { transform: `translate(0,${round(y + at[row.look])})` });
   }
 }
 
-function bend({ element, weight, row, part: [start, share] }, from, to) {
+const solid = ({ solid }, { y, look }) => [y + solid[2 * look], solid[2 * look + 1]];
+
+function bend({ element, weight, row, part: [start, share] }) {
   const hidden = row.how === "hidden" || weight.row.how === "hidden";
   hide(element, hidden);
   if (hidden) return;
-  const [y, end] = [round(weight.top), round(weight.top + weight.thick)];
-  const [toY, toEnd] = [row.top + row.thick * start, row.top + row.thick * (start + share)].map(round);
-  const middle = round((from + to) / 2);
-  set(element, {
-    d: `M${from} ${y}C${middle} ${y} ${middle} ${toY} ${to} ${toY}V${toEnd}C${middle} ${toEnd} ${middle} ${end} ${from} ${end}Z`,
-  });
+  const [a, thick] = solid(weight, weight.row);
+  const [top, height] = solid(row, row);
+  const ends = { a, b: a + thick, c: top + height * start, d: top + height * (start + share) };
+  set(element, { d: outline.replaceAll(/\{(\w)\}/g, (_, end) => round(ends[end])) });
 }
+
+// ---- how wide it is: the columns move, the ribbons are stretched, nothing else changes
+
+function fit() {
+  const { paddingLeft, paddingRight } = getComputedStyle(map.parentElement);
+  const room = map.parentElement.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight);
+  const narrow = room < size.least;
+  const width = Math.max(size.leastNarrow, Math.min(size.most, room));
+  const [left, bar] = narrow ? [0, size.narrowBar] : [size.left, size.bar];
+  const middle = width - left - bar - size.right;
+  map.classList.toggle("is-narrow", narrow);
+  set(map, { width });
+  set(part(map, ".ribbons"), { transform: `translate(${left + bar},0)${middle === size.middle ? "" : ` scale(${middle / size.middle},1)`}` });
+  set(part(map, ".left"), { transform: `translate(${left},0)` });
+  set(part(map, ".right"), { transform: `translate(${width - size.right},0)` });
+  const letters = Math.floor((middle - 12) / size.letter);
+  for (const label of every(".expression")) {
+    const { full } = label.dataset;
+    label.textContent = full.length <= letters ? full : `${full.slice(0, letters - 1).trimEnd()}…`;
+  }
+  const turned = legend.look !== Number(narrow);
+  wear(legend, Number(narrow));
+  if (turned || rows[0].how === undefined) draw();
+  else frame();
+}
+
+const frame = () => set(map, { viewBox: `0 0 ${map.getAttribute("width")} ${map.getAttribute("height")}` });
 
 // ---- facts of what is under the pointer or has the focus
 
@@ -197,20 +208,20 @@ map.parentElement.addEventListener("focusout", forget);
 
 // ---- the keyboard: one stop for the weights and one for the layers; arrows go on from there
 
-const lists = [weights, rows.filter((row) => row.element.hasAttribute("role"))];
+const stopsOf = [weights, rows.filter((row) => row.element.hasAttribute("role"))];
 const canFocus = (item) => !["hidden", "stripe"].includes(item.how ?? item.row.how);
 
 function stops() {
-  for (const list of lists) {
-    const open = list.filter(canFocus);
+  for (const items of stopsOf) {
+    const open = items.filter(canFocus);
     const now = open.find((item) => item.element.tabIndex === 0) ?? open[0];
-    list.forEach((item) => set(item.element, { tabindex: item === now ? 0 : -1 }));
+    items.forEach((item) => set(item.element, { tabindex: item === now ? 0 : -1 }));
   }
 }
 
 function go(item) {
   if (!item) return;
-  lists.find((list) => list.includes(item)).forEach((other) => set(other.element, { tabindex: other === item ? 0 : -1 }));
+  stopsOf.find((items) => items.includes(item)).forEach((other) => set(other.element, { tabindex: other === item ? 0 : -1 }));
   item.element.focus();
 }
 
@@ -232,13 +243,20 @@ map.addEventListener("click", (event) => {
 map.addEventListener("keydown", (event) => {
   const item = byId.get(event.target.id);
   if (!item) return;
-  const list = lists.find((each) => each.includes(item)).filter(canFocus);
-  const steps = { ArrowDown: 1, ArrowUp: -1, Home: -list.length, End: list.length };
+  const items = stopsOf.find((each) => each.includes(item)).filter(canFocus);
+  const at = items.indexOf(item);
+  const steps = { ArrowDown: 1, ArrowUp: -1, Home: -items.length, End: items.length };
+  const opened = item.heading && item.how === "open";
   if (event.key in steps) {
-    const next = list.indexOf(item) + steps[event.key];
-    go(list[Math.max(0, Math.min(list.length - 1, next))]);
-  } else if (item.heading && ["Enter", " ", "ArrowLeft", "ArrowRight"].includes(event.key)) {
-    toggle(item, { ArrowLeft: true, ArrowRight: false }[event.key]);
+    go(items[Math.max(0, Math.min(items.length - 1, at + steps[event.key]))]);
+  } else if (item.heading && ["Enter", " "].includes(event.key)) {
+    toggle(item);
+  } else if (event.key === "ArrowRight" && item.heading) {
+    if (opened) go(items[at + 1]?.level > item.level ? items[at + 1] : null);
+    else toggle(item, false);
+  } else if (event.key === "ArrowLeft" && item.level) {
+    if (opened && !search.value.trim()) toggle(item, true);
+    else go(items.slice(0, at).findLast((other) => other.level < item.level));
   } else if (event.key === "Escape") {
     forget();
   } else {
@@ -277,13 +295,16 @@ for (const [id, closed] of [["open", false], ["close", true]]) {
 }
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.style.colorScheme || (dark.matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
+const nameTheme = () => {
+  theme.textContent = isDark() ? "Light" : "Dark";
+  set(theme, { "aria-label": `${theme.textContent} theme` });
+};
 theme.addEventListener("click", () => {
   document.documentElement.style.colorScheme = isDark() ? "light" : "dark";
   nameTheme();
 });
 dark.addEventListener("change", nameTheme);
-addEventListener("resize", draw);
+addEventListener("resize", fit);
 nameTheme();
-draw();
+fit();
 stops();

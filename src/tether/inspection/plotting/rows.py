@@ -1,10 +1,12 @@
 """What the map shows, row by row: the layers as headings, one inside the other, and under each what it reads.
 
-A weight is drawn at the row that reads it first. Weights that no layer reads have rows of their own at the end.
+A weight is drawn at the row that reads it first. Weights that no layer reads have rows of their own at the end, and in
+a model of many rows those that are shared have theirs on top.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,11 @@ from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf, human_byt
 
 
 MOST_OPEN = 34
-"""Layers are opened at first as long as the map has no more rows than these."""
+"""Layers are opened at first as long as the map has no more rows than these. A model of more is a big one: its shared
+weights stand on top, and of more layers side by side, those that are alike have one heading."""
+LEAST_ALIKE = 3
+"""Of fewer layers than these, each has its own heading."""
+SHARED = "shared weights"
 
 TRAINED, FROZEN, FROZEN_HERE, UNUSED, STATE, UNKNOWN = KINDS = (
     "trained",
@@ -56,17 +62,46 @@ class _Node:
         self.kind: str | None = None
         self.uses: list[UseOf] = []
         self.children: dict[str, _Node] = {}
+        self.tied = False
+        """Whether anything inside is tied or shared."""
+        self.alike = False
+        """Whether it stands for several layers side by side, and is no layer."""
 
-    def below(self, names: list[str]) -> _Node:
+    def below(self, names: list[str], *, tied: bool = False) -> _Node:
         """The node that names lead to."""
         node = self
         for name in names:
             node = node.children.setdefault(name, _Node(name))
+            node.tied |= tied
         return node
 
     def inner(self) -> list[_Node]:
-        """The nodes inside, the last first, as a stack wants them."""
-        return list(reversed(self.children.values()))
+        """The nodes inside, the last first, as a stack wants them. Of too many, those alike in a row are one node."""
+        nodes = list(self.children.values())
+        if len(nodes) > MOST_OPEN and not self.alike:
+            groups = itertools.groupby(nodes, key=lambda node: (node.stem, node.kind, node.tied))
+            joined = [node for _, group in groups for node in _joined(list(group))]
+            nodes = (
+                joined if len(joined) > 1 or not self.name else nodes
+            )  # a layer that has nothing else is their heading
+        return nodes[::-1]
+
+    @property
+    def stem(self) -> str:
+        """The name without the number at its end."""
+        return self.name.rstrip("0123456789")
+
+
+def _joined(nodes: list[_Node]) -> list[_Node]:
+    """One node in the place of several that are alike."""
+    first, last = nodes[0], nodes[-1]
+    if len(nodes) < LEAST_ALIKE:
+        return nodes
+    joined = _Node(f"{first.name} … {last.name.removeprefix(last.stem) or last.name}")
+    joined.kind = f"{len(nodes)} × {first.kind}" if first.kind else f"{len(nodes)} layers"
+    joined.children = {node.name: node for node in nodes}
+    joined.alike = True
+    return [joined]
 
 
 def weight_kind(weight: StoredWeight, facts: Facts) -> str:
@@ -96,24 +131,36 @@ def kind_of(use: UseOf, facts: Facts) -> str:
 
 def rows_of(facts: Facts) -> list[MapRow]:
     """The rows, with those closed that would make the map too long to begin with."""
-    rows = list(_layers(facts))
-    drawn: set[str] = set()
-    for row in rows:
+    shared = {weight.place for weight in facts.shared()}
+    layers = list(_layers(facts, shared))
+    rows: list[MapRow] = []
+    if len(layers) > MOST_OPEN:
+        _list(rows, SHARED, list(facts.shared()))
+    first, drawn = len(rows), {weight.place for row in rows for weight in row.weights}
+    for row in layers:
+        row.end += first
+        row.parent = None if row.parent is None else row.parent + first
         for place in row.use.weights if row.use else ():
             if place not in drawn:
                 drawn.add(place)
                 row.weights.append(facts.weight(place))
+    rows += layers
     left = [weight for weight in facts.weights if weight.place not in drawn]
-    for name, group in ((UNUSED, [w for w in left if not w.state]), (STATE, [w for w in left if w.state])):
-        if group:
-            heading = len(rows)
-            rows.append(MapRow(name, 0, None, heading=True, end=heading + 1 + len(group)))
-            rows += [MapRow("", 1, heading, weights=[weight], end=heading + 2 + n) for n, weight in enumerate(group)]
-    _close(rows, {weight.place for weight in facts.shared()})
+    _list(rows, UNUSED, [weight for weight in left if not weight.state])
+    _list(rows, STATE, [weight for weight in left if weight.state])
+    _close(rows, shared)
     return rows
 
 
-def _layers(facts: Facts) -> Iterator[MapRow]:
+def _list(rows: list[MapRow], name: str, weights: list[StoredWeight]) -> None:
+    """Adds a heading with a row for each of some weights, if there are any."""
+    if weights:
+        heading = len(rows)
+        rows.append(MapRow(name, 0, None, heading=True, path=name, end=heading + 1 + len(weights)))
+        rows += [MapRow("", 1, heading, weights=[weight], end=heading + 2 + n) for n, weight in enumerate(weights)]
+
+
+def _layers(facts: Facts, shared: set[str]) -> Iterator[MapRow]:
     root = _Node("")
     # The names in a file of another library's may be joined by dots.
     separator = "/" if facts.ties or any("/" in use.layer for use in facts.uses) else "."
@@ -121,31 +168,32 @@ def _layers(facts: Facts) -> Iterator[MapRow]:
         node = root.below(path.split(separator))
         node.kind = node.kind or kind
     for use in facts.uses:
-        root.below(use.layer.split(separator)).uses.append(use)
+        tied = use.tied or not shared.isdisjoint(use.weights)
+        root.below(use.layer.split(separator), tied=tied).uses.append(use)
     count = 0
     open_headings: list[MapRow] = []
-    todo: list[tuple[_Node, MapRow | None, int | None] | None] = [(child, None, None) for child in root.inner()]
+    todo: list[tuple[_Node, str, int | None] | None] = [(child, "", None) for child in root.inner()]
     while todo:
         entry = todo.pop()
         if entry is None:
             open_headings.pop().end = count
             continue
-        node, above, parent = entry
+        node, before, parent = entry
         names = [node.name]
         while not node.uses and len(node.children) == 1:  # one row for `bidirectional/forward_layer`
             (node,) = node.children.values()
             names.append(node.name)
         name = separator.join(names) or facts.name
-        path, depth = (f"{above.path}{separator}{name}", above.depth + 1) if above else (name, 0)
-        heading = MapRow(name, depth, parent, kind=node.kind, heading=True, path=path)
+        heading = MapRow(name, len(open_headings), parent, kind=node.kind, heading=True, path=before + name)
         yield heading
         number, count = count, count + 1
         for use in node.uses:
             count += 1
-            yield MapRow("", depth + 1, number, use=use, end=count)
+            yield MapRow("", heading.depth + 1, number, use=use, end=count)
         open_headings.append(heading)
         todo.append(None)
-        todo += [(child, heading, number) for child in node.inner()]
+        before = before if node.alike else f"{heading.path}{separator}"
+        todo += [(child, before, number) for child in node.inner()]
 
 
 # --------------------------------------------------------------------------- what is closed at first
@@ -154,36 +202,39 @@ def _layers(facts: Facts) -> Iterator[MapRow]:
 def _close(rows: list[MapRow], shared: set[str]) -> None:
     """Closes headings so that about `MOST_OPEN` rows are left.
 
-    Level by level, all headings are opened if there is room; if not, those with ties; if not, those where a shared
-    weight is drawn. So twelve equal blocks are open or closed together.
+    Level by level, all headings are opened if there is room. If not, from there on those with ties are, as long as
+    that shows no more than `MOST_OPEN` further rows; or only those where a shared weight is drawn. So twelve equal
+    blocks are open or closed together, and ties are open in a model of a hundred.
     """
     ties, sharing = set[int](), set[int]()
     inside: dict[int | None, list[int]] = {}
     for number, row in enumerate(rows):
         row.closed = row.heading
         inside.setdefault(row.parent, []).append(number)
-        tied = row.use is not None and (row.use.tied or not shared.isdisjoint(row.use.weights))
         draws_shared = any(weight.place in shared for weight in row.weights)
+        tied = draws_shared or (row.use is not None and (row.use.tied or not shared.isdisjoint(row.use.weights)))
         above = row.parent
-        while above is not None and (tied or draws_shared):
-            if tied:
-                ties.add(above)
+        while above is not None and tied:
+            ties.add(above)
             if draws_shared:
                 sharing.add(above)
             above = rows[above].parent
     level = list(inside.get(None, ()))
-    shown = len(level)
+    all_are, room = True, MOST_OPEN - len(level)
+
+    def more(headings: list[int]) -> int:
+        return sum(len(inside.get(number, ())) for number in headings)
+
     while level:
-        for chosen in (level, [n for n in level if n in ties], [n for n in level if n in sharing]):
-            more = sum(len(inside.get(number, ())) for number in chosen)
-            if chosen and shown + more <= MOST_OPEN:
-                break
-        else:
-            return
-        for number in chosen:
+        if all_are and more(level) > room:
+            all_are, room = False, MOST_OPEN
+        if not all_are:
+            some = ([number for number in level if number in these] for these in (ties, sharing))
+            level = next((headings for headings in some if more(headings) <= room), [])
+        for number in level:
             rows[number].closed = False
-        shown += more
-        level = [inner for number in chosen for inner in inside.get(number, ()) if rows[inner].heading]
+        room -= more(level)
+        level = [inner for number in level for inner in inside.get(number, ()) if rows[inner].heading]
 
 
 # --------------------------------------------------------------------------- words
@@ -283,7 +334,14 @@ BAR_OF_USE = 10
 STEP, MOST_STEPS = 13, 6
 """How far a layer inside another is moved in, and how often at most."""
 WIDTH, NARROWEST, WIDEST = 960, 720, 1400
-"""Of the static drawing; that of the page is as wide as its window, between the others."""
+"""Of the static drawing; that of the page is as wide as its window, between the others. In a narrower window the map
+has its narrow form: no names of weights on the left, and more is said on the right."""
+LEAST_NARROW, NARROW_BAR = 340, 18
+"""The width of the narrowest map, and of a weight in it."""
+MIDDLE = WIDTH - LEFT - BAR - RIGHT
+"""The width of the ribbons, in the static drawing."""
+RIBBON = "M0 {a}CX {a} X {c} W {c}V{d}CX {d} X {b} 0 {b}Z".replace("X", f"{MIDDLE // 2}").replace("W", f"{MIDDLE}")
+"""The outline of a ribbon: from `a` to `b` on the side of its weight, from `c` to `d` on that of its use."""
 BELOW = 12
 """Under the last row."""
 TWO_LINES = 36
@@ -301,10 +359,11 @@ def px(value: float) -> str:
 
 
 # --------------------------------------------------------------------------- layout
-# Where everything is on the map. The script of the page does the same when a layer is closed or the window changes.
+# Where everything is on the map. All of it is computed here. When a layer is closed in the page, its script adds up the
+# heights of the rows that are then open, which the drawing says, and moves each row to its place.
 #
-# Each row has a height when it is open and one when a layer around it is closed: then it is a stripe in a stack. What
-# is solid is to scale, in both.
+# Each row has a height when it is open and one when it is closed: that of a closed layer is that of the stack of what
+# is in it, that of another row is its share of the stack. What is solid is to scale, in both.
 
 
 TALL, TALLEST = 380.0, 190.0
@@ -314,7 +373,8 @@ MOST_A_BYTE = 0.5
 HEADING, LINE = 20.0, 18.0
 """The heights of a heading and of the smallest open row."""
 HAIR = 1.0
-"""What is solid is never less than this, or half of it in a closed layer."""
+"""What is solid is never less than this, or half of it in a closed layer; less if there are so many weights that their
+hairlines would be the most of the map."""
 GAP = 2.0
 """Between weights that are drawn at one row."""
 ABOVE = 4.0
@@ -323,34 +383,64 @@ ABOVE = 4.0
 
 @dataclass(frozen=True)
 class Heights:
-    """Heights of something that is drawn, open and in a closed layer."""
+    """Heights of something that is drawn, open and closed."""
 
     open: float
     closed: float
 
+    def of(self, closed: bool) -> float:
+        """One of them."""
+        return self.closed if closed else self.open
 
-def scale_of(facts: Facts) -> float:
-    """How many pixels a byte is drawn as."""
+
+@dataclass(frozen=True)
+class Scale:
+    """How high bytes are drawn."""
+
+    of_byte: float
+    """Pixels a byte."""
+    hair: float
+    """The least height in a closed layer."""
+
+    def solid(self, count: int) -> Heights:
+        """The heights of so many bytes."""
+        return Heights(max(count * self.of_byte, HAIR), max(count * self.of_byte, self.hair))
+
+
+def scale_of(facts: Facts) -> Scale:
+    """The scale on which the facts are drawn."""
     largest = max(0, *(weight.bytes for weight in facts.weights), *(use.bytes for use in facts.uses))
-    return min(TALL / max(facts.unshared_bytes, 1), TALLEST / max(largest, 1), MOST_A_BYTE)
+    of_byte = min(TALL / max(facts.unshared_bytes, 1), TALLEST / max(largest, 1), MOST_A_BYTE)
+    many = max(len(facts.weights), len(facts.uses), 1)
+    return Scale(of_byte, max(min(HAIR / 2, TALL / 2 / many), 0.01))
 
 
-def solid(count: int, scale: float) -> Heights:
-    """The heights of so many bytes."""
-    return Heights(max(count * scale, HAIR), max(count * scale, HAIR / 2))
+def box(solid: Heights) -> Heights:
+    """The heights of a weight with the room for its name."""
+    return Heights(max(solid.open, LINE), solid.closed)
 
 
-def row_heights(row: MapRow, scale: float) -> Heights:
-    """The heights of a row: its use beside the weights that are drawn at it."""
-    if row.heading:
-        return Heights(HEADING, 0.0)
-    weights = [solid(weight.bytes, scale) for weight in row.weights]
-    use = solid(row.use.bytes, scale) if row.use else Heights(0.0, 0.0)
-    boxes = [max(heights.open, LINE) for heights in weights]
-    return Heights(
-        max(sum(boxes) + GAP * (len(boxes) - 1), use.open, LINE),
-        max(sum(heights.closed for heights in weights), use.closed),
-    )
+def heights_of(rows: Sequence[MapRow], scale: Scale) -> tuple[list[Heights], list[float]]:
+    """The heights of each row, and for a heading that of the stack that it is when it is closed.
+
+    A use is beside the weights that are drawn at it.
+    """
+    heights, stacks = [], [0.0]
+    for row in rows:
+        boxes = [box(scale.solid(weight.bytes)) for weight in row.weights]
+        use = scale.solid(row.use.bytes) if row.use else Heights(0.0, 0.0)
+        heights.append(
+            Heights(
+                max(sum(each.open for each in boxes) + GAP * (len(boxes) - 1), use.open, LINE),
+                max(sum(each.closed for each in boxes), use.closed),
+            )
+        )
+        stacks.append(stacks[-1] + heights[-1].closed)
+    stack = [stacks[row.end] - stacks[number + 1] for number, row in enumerate(rows)]
+    for number, row in enumerate(rows):
+        if row.heading:
+            heights[number] = Heights(HEADING, max(HEADING, stack[number]))
+    return heights, stack
 
 
 @dataclass(frozen=True)
@@ -363,26 +453,24 @@ class Spot:
     """Whether it is a stripe of a closed layer."""
 
 
-def spots_of(rows: Sequence[MapRow], heights: Sequence[Heights], top: float) -> tuple[list[Spot], float]:
+def spots_of(
+    rows: Sequence[MapRow], heights: Sequence[Heights], stacks: Sequence[float], top: float
+) -> tuple[list[Spot], float]:
     """The place of each row, and where the last ends."""
     places: list[Spot] = []
     y, number = top, 0
     while number < len(rows):
         row = rows[number]
         y += ABOVE if row.heading else 0.0
+        height = heights[number].of(row.closed)
+        places.append(Spot(y, height, False))
+        number += 1
         if row.closed:
-            inside = range(number + 1, row.end)
-            stack = sum(heights[inner].closed for inner in inside)
-            height = max(HEADING, stack)
-            places.append(Spot(y, height, False))
-            at = y + (height - stack) / 2
-            for inner in inside:
-                places.append(Spot(at, heights[inner].closed, True))
-                at += heights[inner].closed
+            at = y + (height - stacks[number - 1]) / 2
+            for inner in range(number, row.end):
+                share = 0.0 if rows[inner].heading else heights[inner].closed
+                places.append(Spot(at, share, True))
+                at += share
             number = row.end
-        else:
-            height = heights[number].open
-            places.append(Spot(y, height, False))
-            number += 1
         y += height
     return places, y

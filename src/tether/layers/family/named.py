@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-from tether import keras_seam
-from tether.errors import TetherError, UnknownName
+from tether import keras_seam, patterns
+from tether.errors import UnknownName
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of, state_of
 from tether.layers.tying.tie import tie, weights_of
+from tether.patterns import Pattern
 from tether.weights.expression import Expression, live_weights
 from tether.weights.weight import Weight
 
@@ -36,9 +37,15 @@ class Named:
         """The shape of the weight that was found."""
         return shape_of(self.variable)
 
-    def fits(self, pattern: str) -> bool:
+    def fits(self, pattern: Pattern) -> bool:
         """Whether a name or pattern of paths means it."""
-        return any(fnmatch.fnmatchcase(known, pattern) for known in (self.path, self.name))
+        return patterns.fits(pattern, self.path, self.name)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the matrix that inputs are multiplied with, as in Dense: what `"all-linear"` means."""
+        kinds = (keras.layers.Dense, keras.layers.EinsumDense)
+        return isinstance(self.layer, kinds) and self.variable.name == "kernel" and len(self.shape) > 1
 
 
 def named_weights(root: keras.Layer) -> list[Named]:
@@ -51,36 +58,51 @@ def named_weights(root: keras.Layer) -> list[Named]:
     return list(found.values())
 
 
-def select(root: keras.Layer, weights: list[Named], pattern: str) -> list[Named]:
-    """The weights that a name or pattern means.
+ALL_LINEAR = "all-linear"
+"""The word for all kernels of Dense and EinsumDense layers, those in attention included."""
+
+
+def select(root: keras.Layer, weights: list[Named], pattern: Pattern) -> list[Named]:
+    """The weights that a name or pattern means: see `tether.patterns`.
 
     Raises:
         UnknownName: None.
     """
-    found = [weight for weight in weights if weight.fits(pattern)]
-    if not found and not any(sign in pattern for sign in "*?["):
+    each = list(patterns.parts(pattern))
+    if ALL_LINEAR in each:
+        linear = [weight for weight in weights if weight.is_linear]
+        others = [one for one in each if one != ALL_LINEAR]
+        found = [weight for weight in linear if not others or weight.fits(["*", *others])]
+    else:
+        found = [weight for weight in weights if weight.fits(pattern)]
+    if not found and patterns.is_exact(pattern):
         place = paths.locate(root, paths.split(pattern))
         found = [weight for weight in weights if weight.variable is place.variable]
     if not found:
-        listed = ", ".join(dict.fromkeys(weight.name for weight in weights[:12]))
-        raise UnknownName(f"No weight of {root.name!r} fits the pattern {pattern!r}. It has: {listed or 'none'}.")
+        missed = patterns.missed(pattern, (weight.name for weight in weights))
+        raise UnknownName(f"No weight of {root.name!r} fits the pattern {_shown(pattern)}. {missed}")
     return found
 
 
-def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[str, Any]) -> list[tuple[Named, Any]]:
-    """The weights that the names and patterns of changes mean, each with its change.
+def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[Any, Any]) -> list[tuple[Named, Any]]:
+    """The weights that the names and patterns of changes mean, each with its change; a later pattern wins.
 
     Raises:
         UnknownName: A name or pattern means none.
-        TetherError: Two changes are given for one weight.
     """
     found: dict[str, tuple[Named, Any]] = {}
     for pattern, change in changes.items():
+        if isinstance(pattern, str) and pattern.startswith("!"):
+            for weight in select(root, weights, pattern[1:]):
+                found.pop(weight.path, None)
+            continue
         for weight in select(root, weights, pattern):
-            if weight.path in found:
-                raise TetherError(f"Two changes are given for {weight.name!r}; one of them is {pattern!r}.")
             found[weight.path] = (weight, change)
     return list(found.values())
+
+
+def _shown(pattern: Pattern) -> str:
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
 
 
 # --------------------------------------------------------------------------- what trains

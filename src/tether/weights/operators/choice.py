@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -103,19 +103,26 @@ def choose(index: object, options: Sequence[Any]) -> Expression:
 
 @register
 class Adapted(Node):
-    """`base + strength · part + ...`: the operands are the base, then a strength and a part for each name."""
+    """`base + strength · part + ...`: the operands are the base, then a strength and a part for each name.
 
-    name, arity, accepts = "adapted", None, ("names",)
+    A part of strength zero adds nothing, whatever it holds: zero times an infinity would not be zero.
+    """
+
+    name, arity, accepts = "adapted", None, ("names", "order")
 
     @classmethod
     def check_parameters(cls, given: Config) -> Config:
-        """The parts' names: strings, each another one."""
-        names = given.get("names")
+        """The parts' names, each another one; and when each was added to the model: numbers that grow."""
+        names, order = given.get("names"), given.get("order")
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
             raise InvalidConfig(f"The parts that are added have names. {received(names=names)}")
         if len(set(names)) != len(names):
             raise InvalidConfig(f"Each part has another name. {received(names=names)}")
-        return {"names": tuple(names)}
+        if order is None:  # as files of version 0.1.0 have it
+            return {"names": tuple(names)}
+        if not isinstance(order, (list, tuple)) or len(order) != len(names) or not all(type(n) is int for n in order):
+            raise InvalidConfig(f"Each part has a number for when it was added. {received(names=names, order=order)}")
+        return {"names": tuple(names), "order": tuple(order)}
 
     @property
     def base(self) -> Expression:
@@ -128,6 +135,19 @@ class Adapted(Node):
         return dict(
             zip(self.parameters["names"], zip(self.operands[1::2], self.operands[2::2], strict=True), strict=True)
         )
+
+    @property
+    def order(self) -> dict[str, int]:
+        """When each part was added, by name: a later one has a larger number."""
+        names = self.parameters["names"]
+        return dict(zip(names, self.parameters.get("order", range(len(names))), strict=True))
+
+    def without(self, names: Collection[str]) -> Expression:
+        """The same without some of the parts; the base, if none is left."""
+        kept = [name for name in self.parts if name not in names]
+        if len(kept) == len(self.parts):
+            return self
+        return adapted(self.base, {name: self.parts[name] for name in kept}, self.order)
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         """That of the base; strengths are numbers, and parts must not make it larger."""
@@ -149,13 +169,8 @@ class Adapted(Node):
     def compute(self, *values: Tensor) -> Tensor:
         total = values[0]
         for strength, part in zip(values[1::2], values[2::2], strict=True):
-            total = keras_seam.add(total, keras_seam.multiply(keras.ops.cast(strength, part.dtype), part))
-        return total
-
-    def expanded(self) -> Expression:
-        total = self.base
-        for strength, part in self.parts.values():
-            total = total + strength * part
+            weighted = keras_seam.multiply(keras.ops.cast(strength, part.dtype), part)
+            total = keras_seam.add(total, _unless_zero(strength, weighted))
         return total
 
     def format(self, *terms: Term) -> Term:
@@ -167,3 +182,46 @@ class Adapted(Node):
     def operand_shape(self, shape: Shape) -> Shape | None:
         """The base has the shape of the sum."""
         return shape if all(operand.shape is not None for operand in self.operands[1:]) else None
+
+
+def adapted(
+    base: Expression, parts: Mapping[str, tuple[Expression, Expression]], order: Mapping[str, int]
+) -> Expression:
+    """A base with named parts, each a strength and what is added; the base itself if there are none.
+
+    Args:
+        base: What they are added to.
+        parts: Strength and part by name.
+        order: When each was added: a number for each name, and for others.
+    """
+    operands = [operand for pair in parts.values() for operand in pair]
+    numbers = tuple(order[name] for name in parts)
+    return Adapted(base, *operands, names=tuple(parts), order=numbers) if parts else base
+
+
+@register
+class Switched(Node):
+    """A value where a number is not zero, and zero where it is: a factor of a part of an adapter, in a plan.
+
+    A product of factors that may hold infinities is zero at strength zero only if its factors are.
+    """
+
+    name, arity = "switched", 2
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the value; what switches it is one number."""
+        if shapes[1] != ():
+            raise ShapeMismatch(f"What switches a value is one number. {received(shape=shapes[1])}")
+        return shapes[0]
+
+    def compute(self, *values: Tensor) -> Tensor:
+        value, strength = values
+        return _unless_zero(strength, value)
+
+    def format(self, *terms: Term) -> Term:
+        """As the value: the strength is a factor of the same product."""
+        return terms[0]
+
+
+def _unless_zero(strength: Tensor, value: Tensor) -> Tensor:
+    return keras.ops.where(keras.ops.equal(strength, 0), keras.ops.zeros((), value.dtype), value)

@@ -1,0 +1,341 @@
+"""The file of one adapter: safetensors, with a header that says in which weights its parts are.
+
+Weights are named as a person knows them: by the names of layers. So an adapter that was trained in a classifier goes to
+the same weights of the backbone alone, or of a classifier with another head.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Container, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import keras
+
+from tether import keras_seam, patterns
+from tether.adapters.manage import (
+    Freeze,
+    Part,
+    adapt,
+    adapted_weights,
+    check,
+    check_known,
+    check_new_name,
+    strengths,
+    taken_apart,
+)
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, received
+from tether.files.keras.archive import reading
+from tether.files.keras.load import making
+from tether.files.loading.assignment import Assignment
+from tether.files.loading.entries import Entry, entry_of
+from tether.files.loading.matching import as_offer
+from tether.files.tensors.dialects import Names
+from tether.files.tensors.peft import opened_peft, warn_of_other_users
+from tether.files.tensors.safetensors import TensorFile, write_tensors
+from tether.layers.family.named import Named, named_weights
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import weight_of
+from tether.types import AnyLayer, Config
+from tether.weights.codec import decode, encode
+from tether.weights.expression import Expression
+from tether.weights.identity import sharing
+from tether.weights.weight import Weight
+
+_VERSIONS = (1, 2)
+"""Version 1 named weights by positions in lists of layers, and tensors by the weights' ids."""
+_FORMAT = "tether.adapter"
+_MAX_HEADER = 1 << 26
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
+    """Writes one adapter, and nothing of the base, to a safetensors file.
+
+    Args:
+        model: The model.
+        name: The adapter.
+        path: Where to, with the ending `.safetensors`. Written beside and renamed.
+
+    Raises:
+        UnknownName: The model has no adapter of this name.
+        TetherError: The path has another ending, or its folder does not exist.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.save(model, "french", "french.safetensors")
+    ```
+    """
+    target = pathlib.Path(path)
+    if target.suffix != ".safetensors" or not target.parent.is_dir():
+        raise TetherError(
+            "An adapter is saved in a file that ends in '.safetensors', in a folder that exists. "
+            f"{received(path=str(path))}"
+        )
+    check_known(model, [name])
+    addresses = _addresses(named_weights(model))
+    parts, bases, where = {}, {}, {}
+    for place, expression in adapted_weights(model).items():
+        if name in expression.parts:
+            address = addresses[place]
+            _, parts[address] = expression.parts[name]
+            bases[address], where[address] = list(expression.base.weights_used()), place
+    weights: dict[str, Weight] = {}
+    for address, part in parts.items():
+        of_base = {weight.uid for weight in bases[address]}
+        weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})
+    keys: dict[str, str] = {}
+    for uid, weight in weights.items():
+        keys[uid] = keras_seam.numbered(weight.path, set(keys.values()))
+    header = {
+        "version": _VERSIONS[-1],
+        "name": name,
+        "strength": strengths(model)[name],
+        "ties": {address: encode(part) for address, part in parts.items()},
+        "positions": where,
+        "bases": {address: [weight.uid for weight in base] for address, base in bases.items()},
+        "weights": {uid: weight.get_config() for uid, weight in weights.items()},
+        "keys": keys,
+    }
+    tensors = [entry_of(weight.variable, keys[uid]) for uid, weight in weights.items()]
+    write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
+
+
+def _addresses(weights: Sequence[Named]) -> dict[str, str]:
+    """What each weight is called in a file, by its path: by the names of layers where these tell it from others."""
+    names = [weight.name for weight in weights]
+    return {weight.path: weight.name if names.count(weight.name) == 1 else weight.path for weight in weights}
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def load(
+    model: AnyLayer,
+    path: str | os.PathLike[str],
+    /,
+    *,
+    name: str | None = None,
+    names: Names = None,
+    freeze: Freeze = "adapted",
+    trainable: bool = True,
+) -> AnyLayer:
+    """Adds the adapter of a file, or of a folder of PEFT's, to a model, in place, at the strength that it had.
+
+    The weights are found by the names of their layers. The model may be a part of the one that the adapter was saved
+    from, contain it, or have another head: what counts is where the names agree, and that there is one such place.
+
+    Args:
+        model: A built model with weights of the same names and shapes as the one that it was saved from.
+        path: The file, or the folder.
+        name: What to call it here; the name in the file, or that of the folder, if left out.
+        names: What the weights are called where a folder comes from, as for `tether.files.load_peft`.
+        freeze: As for `add`.
+        trainable: Whether it trains here.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidConfig: The file is damaged, or holds no adapter.
+        Unsupported: A folder asks for what would change the values and is not read.
+        UnknownName: The model lacks weights that the adapter changes, or has several places for them.
+        ShapeMismatch: One of them has another shape.
+        TetherError: The name is taken.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.save(model, "french", "french.safetensors")
+    tether.adapters.load(model, "french.safetensors", name="fr", trainable=False)
+    ```
+    """
+    check(model, "load")
+    if pathlib.Path(path).is_dir():
+        return _load_folder(model, pathlib.Path(path), name, names, freeze=freeze, trainable=trainable)
+    header, weights = _read_file(path, {variable.path for variable in model.weights})
+    name = header["name"] if name is None else name
+    check_new_name(model, name)
+    found = _places(model, header, name)
+    parts = {place: partial(_read_part, model, place, address, header, weights) for address, place in found.items()}
+    return adapt(model, name, header["strength"], parts, freeze=freeze, trainable=trainable)
+
+
+def _load_folder(
+    model: AnyLayer, folder: pathlib.Path, name: str | None, names: Names, *, freeze: Freeze, trainable: bool
+) -> AnyLayer:
+    name = folder.resolve().name if name is None else name
+    check_new_name(model, name)
+    with opened_peft(model, folder, names) as found, Rollback.below(model):
+        warn_of_other_users(model, found.config, found.additions)
+        parts: dict[str, Part] = {path: partial(found.part, path) for path in found.additions}
+        adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
+        found.assign()
+    return model
+
+
+def _places(model: keras.Layer, header: Config, name: str) -> dict[str, str]:
+    """The path in the model of each weight that a file names.
+
+    Raises:
+        UnknownName: There is none for some, or more than one.
+    """
+    weights = named_weights(model)
+    wanted = list(header["ties"])
+    known = {weight.path: weight.path for weight in weights}
+    if header["version"] > 1:
+        known.update({address: place for place, address in _addresses(weights).items()})
+    if all(address in known for address in wanted):
+        return {address: known[address] for address in wanted}
+    moved = _below_another(wanted, known)
+    if len(moved) == 1:
+        return moved[0]
+    positions = header.get("positions", {})
+    if not moved and all(map(_was_numbered, wanted)) and all(positions.get(each) in known for each in wanted):
+        return {address: positions[address] for address in wanted}
+    if moved:
+        places = ", ".join(repr(next(iter(each.values()))) for each in moved[:4])
+        raise UnknownName(
+            f"{model.name!r} has several places for the weights of the adapter {name!r}, such as {places} for "
+            f"{wanted[0]!r}. Load it into the part that it is for: `adapters.load(model.get_layer(...), ...)`."
+        )
+    missing = [address for address in wanted if address not in known]
+    raise UnknownName(
+        f"{model.name!r} lacks {len(missing)} of the {len(wanted)} weights that the adapter {name!r} changes, such as "
+        f"{missing[0]!r}. {patterns.missed(missing[0], (weight.name for weight in weights))}"
+    )
+
+
+def _below_another(wanted: Sequence[str], known: Mapping[str, str]) -> list[dict[str, str]]:
+    """The places of weights that stand below other layers than in the file: all below one, by the same names."""
+    split = [address.split("/") for address in wanted]
+    for dropped in range(max(1, min(map(len, split)) - 1)):
+        if len({tuple(each[:dropped]) for each in split}) > 1:
+            break
+        rests = ["/".join(each[dropped:]) for each in split]
+        heads = [address.removesuffix(rests[0]) for address in known if f"/{address}".endswith(f"/{rests[0]}")]
+        fitting = [head for head in heads if all(head + rest in known for rest in rests)]
+        if fitting:
+            found = [{a: known[head + r] for a, r in zip(wanted, rests, strict=True)} for head in fitting]
+            return [each for place, each in enumerate(found) if each not in found[:place]]
+    return []
+
+
+def _was_numbered(address: str) -> bool:
+    """Whether a layer on the way to a weight has a name that Keras made up, which is another in each process."""
+    return any(re.sub(r"_\d+$", "", each) in _automatic_names() for each in address.split("/"))
+
+
+@functools.cache
+def _automatic_names() -> frozenset[str]:
+    kinds = [*vars(keras.layers).values(), *vars(keras.models).values()]
+    return frozenset(keras_seam.to_snake_case(kind.__name__) for kind in kinds if isinstance(kind, type))
+
+
+def _read_part(
+    model: keras.Layer,
+    place: str,
+    address: str,
+    header: Mapping[str, Any],
+    weights: Mapping[str, Weight],
+    base: Expression,
+) -> Expression:
+    """The part that a file has for a weight, with this base in the place of the one that it was made for."""
+    uids, own = header["bases"].get(address, []), base.weights_used()
+    steps = header["ties"][address]
+    fits = isinstance(uids, list) and all(isinstance(uid, str) for uid in uids)
+    if fits and len(uids) != len(own):  # such as a base that was quantised: it may not be named by the part
+        fits = not any(isinstance(step, dict) and step.get("weight") in uids for step in steps or ())
+    if not fits:
+        present, *_ = taken_apart(weight_of(model, place))
+        raise InvalidConfig(f"The adapter was made for another base of {address!r} than {present.notation()}.")
+    part = decode(steps, {**weights, **dict(zip(uids, own, strict=False))})
+    if part.shape != base.shape:
+        raise ShapeMismatch(f"The weight {address!r} has shape {base.shape}, the adapter's part {part.shape}.")
+    return part
+
+
+def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """Header, and weights by uid, of a file that a stranger may have written.
+
+    Args:
+        path: The file.
+        taken: Paths that its weights must not have: they get a number then.
+
+    Raises:
+        InvalidConfig: The file is damaged, or holds no adapter.
+        TetherError: There is no file.
+    """
+    target = pathlib.Path(path)
+    if not target.is_file():
+        raise TetherError(f"There is no file {str(path)!r}.")
+    with open(target, "rb", buffering=0) as opened:
+        with reading(target):
+            file = TensorFile(opened, target.name)
+            header = read_header(file.metadata, target)
+        with making(target, header["weights"], what="adapter"):
+            return header, _weights_of(header, file.entries, taken)
+
+
+def read_header(metadata: Mapping[str, str], path: pathlib.Path) -> Config:
+    """What the header of an adapter's file says.
+
+    Raises:
+        InvalidConfig: It is not that of an adapter.
+    """
+    text = metadata.get("adapter", "")
+    if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
+        raise InvalidConfig(f"{str(path)!r} holds no adapter of Tether's.")
+    header = json.loads(text)
+    kinds = {"name": str, "strength": float, "ties": dict, "bases": dict, "weights": dict}
+    if isinstance(header, dict) and header.get("version") == _VERSIONS[-1]:
+        kinds.update(positions=dict, keys=dict)
+    if (
+        not isinstance(header, dict)
+        or header.get("version") not in _VERSIONS
+        or not all(isinstance(header.get(key), kind) for key, kind in kinds.items())
+        or not header["ties"]
+        or not math.isfinite(header["strength"])
+    ):
+        raise InvalidConfig(f"{str(path)!r} holds no adapter of a version up to {_VERSIONS[-1]}.")
+    return header
+
+
+def _weights_of(header: Config, tensors: Mapping[str, Entry], taken: Container[str]) -> dict[str, Weight]:
+    keys = header.get("keys") or {uid: uid for uid in header["weights"]}
+    if set(header["weights"]) != set(keys) or sorted(map(str, keys.values())) != sorted(tensors):
+        raise InvalidConfig("The file's header names other weights than it holds.")
+    weights = {}
+    with sharing():
+        for uid, config in header["weights"].items():
+            if not isinstance(config, dict) or config.get("uid") != uid:
+                raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
+            weight = Weight.from_config(_beside_others(config, taken))
+            if weight.shape != tensors[keys[uid]].shape:
+                raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
+            weights[uid] = weight
+    plan = Assignment([as_offer(weight, tensors[keys[uid]]) for uid, weight in weights.items()], "error")
+    plan.check()
+    plan.carry_out()
+    return weights
+
+
+def _beside_others(config: Config, taken: Container[str]) -> Config:
+    """The config of a weight with a path that is not taken, and with the same number in its name."""
+    path, name = config.get("path"), config.get("name")
+    if not isinstance(path, str) or not isinstance(name, str):
+        return config
+    found = keras_seam.numbered(path, taken)
+    return {**config, "path": found, "name": name + found[len(path) :]}
+
+
+__all__ = ["load", "save"]

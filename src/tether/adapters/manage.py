@@ -1,0 +1,522 @@
+"""Adding, removing, switching and merging the adapters of a model.
+
+What an adapter is, the expressions say: each weight that it changes is `base + strength · part` (`Adapted`), and the
+strength is one stored number for all of an adapter. Nothing else is remembered, but for what `merge` puts aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import TetherError, UnknownName, received
+from tether.forms.form import AddedForm
+from tether.forms.full import full
+from tether.layers.family.inherit import changed
+from tether.layers.family.named import named_weights, select, select_all, tie_what_learns
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.state import View
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import tie, weights_of
+from tether.layers.tying.untie import untie
+from tether.patterns import Pattern
+from tether.types import AnyLayer
+from tether.weights.expression import Expression
+from tether.weights.operators.arithmetic import StopGradient
+from tether.weights.operators.choice import Adapted, adapted
+from tether.weights.weight import Weight
+
+_MERGED = "_tether_merged"
+
+Freeze = Literal["adapted", "all"] | bool | None
+Part = Callable[[Expression], Expression]
+"""Makes what is added to a weight, from the weight."""
+
+
+# --------------------------------------------------------------------------- adding and removing
+
+
+def add(
+    model: AnyLayer,
+    name: str,
+    changes: Mapping[Any, Any],
+    /,
+    *,
+    also: Pattern | None = None,
+    freeze: Freeze = "adapted",
+    trainable: bool = True,
+) -> AnyLayer:
+    """Adds a named adapter to weights of a model, in place. Its strength is 1.
+
+    What was frozen in the model stays frozen, and the adapter learns all the same. A model that has trained has to
+    be compiled again before it trains on: its optimizer does not know the new weights.
+
+    Args:
+        model: A built Keras model or layer.
+        name: What the adapter is called: no name that another adapter of the model has.
+        changes: Forms by the weight's path or a pattern (`tether.patterns`), or by `"all-linear"`:
+            `{"*/query/kernel": tether.low_rank(8)}`. Of two patterns that fit a weight the later counts, and
+            `"!head/*": None` leaves weights out. A form that is not a sum adds the difference that it makes.
+        also: Weights that are trained whole, such as a new head: `["classifier/*"]`. The adapter has them, and its
+            file too (`tether.forms.full`).
+        freeze: `"adapted"`: the weights that are adapted stop training. `"all"`: everything else in the model does.
+            `None`: nothing does.
+        trainable: Whether the adapter trains.
+
+    Returns:
+        The model.
+
+    Raises:
+        TetherError: The name is taken, the model is merged, or a change is none.
+        UnknownName: A pattern fits no weight.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)}, also="head/*", freeze="all")
+    ```
+    """
+    check(model, "add")
+    check_new_name(model, name)
+    given: Any = changes
+    if not isinstance(given, Mapping) or (not given and also is None):
+        raise TetherError(
+            "An adapter changes weights by name or pattern, as in `{'*/query/kernel': tether.low_rank(8)}`. "
+            f"{received(changes=changes)}"
+        )
+    weights = named_weights(model)
+    chosen = select_all(model, weights, changes)
+    parts: dict[str, Part] = {weight.path: partial(_delta, change, weight.name) for weight, change in chosen}
+    for weight in [] if also is None else select(model, weights, also):
+        parts[weight.path] = full().delta
+    return adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
+
+
+def remove(model: AnyLayer, name: str) -> AnyLayer:
+    """Takes an adapter off, in place. The bases stay frozen as they were under it.
+
+    Args:
+        model: The model.
+        name: The adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnknownName: The model has no adapter of this name.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.remove(model, "french")
+    assert not tether.adapters.names(model)
+    ```
+    """
+    check(model, "remove")
+    check_known(model, [name])
+    found = adapted_weights(model).items()
+    with Rollback.below(model):
+        tie(model, {path: expression.without([name]) for path, expression in found if name in expression.parts})
+    return model
+
+
+def adapt(
+    model: AnyLayer, name: str, strength: float, parts: Mapping[str, Part], *, freeze: Freeze, trainable: bool = True
+) -> AnyLayer:
+    """Adds to weights, by path, the part that a function makes of the weight, all under one strength.
+
+    Raises:
+        TetherError: `freeze` is none of its words.
+    """
+    if freeze not in ("adapted", "all", True, False, None):
+        raise TetherError(f"`freeze` is 'adapted', 'all' or None. {received(freeze=freeze)}")
+    with Rollback.below(model):
+        present = adapted_weights(model)
+        number = 1 + max((n for each in present.values() for n in each.order.values()), default=-1)
+        if freeze == "all":
+            kept = _training(model)
+            model.trainable = False
+            for weight in kept:
+                weight.trainable = True
+        found = named_weights(model)
+        factor = Weight(np.array(strength, "float32"), trainable=False, name=f"{name}.strength", role="strength")
+        ties = {}
+        bases = weights_of(model, parts)
+        for path, part in parts.items():
+            base, others, order = taken_apart(bases[path])
+            still = base if isinstance(base, StopGradient) or not freeze else base.stop_gradient()
+            ties[path] = adapted(still, {**others, name: (factor, part(still))}, {**order, name: number})
+        tie_what_learns(model, ties, found)
+        if not trainable:
+            for weight in own_weights(model)[name]:
+                weight.trainable = False
+    return model
+
+
+def _training(model: keras.Layer) -> list[Weight]:
+    """What trains of the adapters that are there."""
+    return [weight for own in own_weights(model).values() for weight in own if weight.trainable_flag]
+
+
+def _delta(change: object, name: str, base: Expression) -> Expression:
+    if isinstance(change, AddedForm):
+        return change.delta(base)
+    return changed(change, base, name) - base
+
+
+def taken_apart(expression: Expression) -> tuple[Expression, dict[str, tuple[Expression, Expression]], dict[str, int]]:
+    """The base of a weight, its parts by name, and when each was added."""
+    if isinstance(expression, Adapted):
+        return expression.base, expression.parts, expression.order
+    return expression, {}, {}
+
+
+# --------------------------------------------------------------------------- what there is
+
+
+def names(model: keras.Layer) -> list[str]:
+    """The names of a model's adapters, in the order in which they were added.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names; an empty list if it has none.
+
+    Example:
+    ```python
+    for language in ("french", "german"):
+        tether.adapters.add(model, language, {"*/query/kernel": tether.low_rank(8)})
+    assert tether.adapters.names(model) == ["french", "german"]
+    ```
+    """
+    order: dict[str, int] = {}
+    for expression in adapted_weights(model).values():
+        for name, number in expression.order.items():
+            order[name] = max(number, order.get(name, number))
+    return sorted(order, key=lambda name: order[name])
+
+
+def strengths(model: keras.Layer) -> dict[str, float]:
+    """The present strength of each adapter, in the order in which they were added.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The strengths by name: 1 is on, 0 is off.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    assert tether.adapters.strengths(model) == {"french": 1.0}
+    ```
+    """
+    found = {
+        name: strength
+        for expression in adapted_weights(model).values()
+        for name, (strength, _) in expression.parts.items()
+    }
+    return {name: float(found[name].numpy()) for name in names(model)}
+
+
+def set_strengths(model: keras.Layer, wanted: Mapping[str, float], /) -> None:
+    """Sets how strongly adapters count: 1 is on, 0 is off, several make a weighted sum. Others stay as they are.
+
+    It is one assignment: nothing is compiled again. What trains does not change: `activate` and `trainable` say that.
+
+    Args:
+        model: The model.
+        wanted: Finite numbers by the adapter's name; negative ones take an adapter off.
+
+    Raises:
+        UnknownName: The model has no adapter of a name.
+        TetherError: A strength is not a finite number, or an adapter is merged.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.set_strengths(model, {"french": 0.3})
+    assert abs(tether.adapters.strengths(model)["french"] - 0.3) < 1e-6
+    ```
+    """
+    check_known(model, wanted)
+    for name, value in wanted.items():
+        check_strength(name, value)
+        if name in _merged_names(model):
+            raise TetherError(
+                f"The adapter {name!r} of {model.name!r} is merged. Take it apart first: `unmerge(model)`."
+            )
+    for name, strength in _strength_weights(model):
+        if name in wanted:
+            strength.assign(np.asarray(wanted[name], strength.dtype))
+
+
+def activate(model: keras.Layer, *wanted: str, trainable: bool = True) -> None:
+    """Turns adapters on (strength 1) and lets them train; all others are off and frozen. Without names, all are.
+
+    What is off adds nothing, whatever it holds, and no optimizer moves it, neither by momentum nor by decay. Nothing
+    is compiled again to compute; a model whose optimizer was made for other weights asks at the next `fit` to be
+    compiled.
+
+    Args:
+        model: The model.
+        *wanted: The adapters.
+        trainable: Whether these train. Without, they compute and no adapter trains.
+
+    Raises:
+        UnknownName: The model has no adapter of a name.
+
+    Example:
+    ```python
+    for language in ("french", "german"):
+        tether.adapters.add(model, language, {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.activate(model, "french")
+    assert tether.adapters.strengths(model) == {"french": 1.0, "german": 0.0}
+    ```
+    """
+    check_known(model, wanted)
+    set_strengths(model, {name: float(name in wanted) for name in names(model) if name not in _merged_names(model)})
+    _train(model, wanted if trainable else ())
+
+
+def trainable(model: keras.Layer, *wanted: str) -> None:
+    """Lets these adapters train, and no other, whatever their strengths.
+
+    Args:
+        model: The model.
+        *wanted: The adapters. Without names, none trains.
+
+    Raises:
+        UnknownName: The model has no adapter of a name.
+
+    Example:
+    ```python
+    for language in ("french", "german"):
+        tether.adapters.add(model, language, {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.trainable(model, "german")
+    ```
+    """
+    check_known(model, wanted)
+    _train(model, wanted)
+
+
+def _train(model: keras.Layer, wanted: Sequence[str]) -> None:
+    found = own_weights(model)
+    learns = {id(weight) for name in wanted for weight in found[name]}
+    for weight in {id(weight): weight for own in found.values() for weight in own}.values():
+        weight.trainable = id(weight) in learns
+
+
+@contextlib.contextmanager
+def disabled(model: keras.Layer) -> Iterator[None]:
+    """Turns all adapters off for a block: the model computes what its base does, to the last bit.
+
+    Args:
+        model: The model.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    with tether.adapters.disabled(model):
+        reference = model.predict(x, verbose=0)
+    ```
+    """
+    before = {name: value for name, value in strengths(model).items() if name not in _merged_names(model)}
+    set_strengths(model, dict.fromkeys(before, 0.0))
+    try:
+        yield
+    finally:
+        set_strengths(model, {name: value for name, value in before.items() if name in names(model)})
+
+
+def own_weights(model: keras.Layer) -> dict[str, list[Weight]]:
+    """What each adapter may train: the weights that it was added with, but for those that a form has fixed."""
+    found: dict[str, dict[int, Weight]] = {name: {} for name in names(model)}
+    for expression in adapted_weights(model).values():
+        base = set(expression.base.weights_used())
+        for name, (_, part) in expression.parts.items():
+            own = [weight for weight in part.weights_used() if weight not in base and weight.role in ("part", None)]
+            for weight in own if any(weight.trainable_flag for weight in own) else ():
+                if not weight.trainable_flag:  # a file of version 0.1.0 says so of what a form has fixed
+                    keras_seam.set_untracked(weight, "_role", "fixed")
+            found[name].update((id(weight), weight) for weight in own if weight.role != "fixed")
+    return {name: list(own.values()) for name, own in found.items()}
+
+
+def _strength_weights(model: keras.Layer) -> list[tuple[str, Weight]]:
+    found = {}
+    for expression in adapted_weights(model).values():
+        for name, (strength, _) in expression.parts.items():
+            if isinstance(strength, Weight):
+                found[id(strength)] = (name, strength)
+    return list(found.values())
+
+
+def adapted_weights(model: keras.Layer) -> dict[str, Adapted]:
+    """The expressions with adapters, by path; those that are merged as they are apart."""
+    merged = getattr(model, _MERGED, None) or {}
+    live = {
+        weight.path: weight.variable.expression
+        for weight in named_weights(model)
+        if isinstance(weight.variable, View) and isinstance(weight.variable.expression, Adapted)
+    }
+    return {**live, **{path: expression for path, (expression, _) in merged.items()}}
+
+
+def _merged_names(model: keras.Layer) -> set[str]:
+    merged = getattr(model, _MERGED, None) or {}
+    return {name for _, done in merged.values() for name in done}
+
+
+def check_known(model: keras.Layer, wanted: Iterable[str]) -> None:
+    """Raises if the model has no adapter of one of these names.
+
+    Raises:
+        UnknownName: It has not.
+    """
+    present = names(model)
+    unknown = [name for name in wanted if name not in present]
+    if unknown:
+        raise UnknownName(f"{model.name!r} has no adapter {unknown[0]!r}. It has: {', '.join(present) or 'none'}.")
+
+
+def check(model: keras.Layer, function: str) -> None:
+    """Raises if adapters of a model cannot be changed now.
+
+    Raises:
+        TetherError: It is no built layer, or its adapters are merged.
+    """
+    refuse_layer(f"adapters.{function}", model)
+    if not model.built:
+        raise TetherError(f"{model.name!r} is not built yet. Call it on data first, or `build` it.")
+    if getattr(model, _MERGED, None):
+        raise TetherError(f"The adapters of {model.name!r} are merged. Take them apart first: `unmerge(model)`.")
+
+
+def check_new_name(model: keras.Layer, name: object) -> None:
+    """Raises if a new adapter cannot have this name.
+
+    Raises:
+        TetherError: It is no name, or another adapter has it.
+    """
+    present = names(model)
+    if not isinstance(name, str) or not name or name in present:
+        listed = ", ".join(present) or "none"
+        raise TetherError(f"An adapter has a name of its own; the model has: {listed}. {received(name=name)}")
+
+
+def check_strength(name: str, value: object) -> None:
+    """Raises if a strength is not a finite number.
+
+    Raises:
+        TetherError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+        raise TetherError(f"A strength is a finite number. {received(**{name: value})}")
+
+
+# --------------------------------------------------------------------------- merging
+
+
+def merge(model: AnyLayer, names: Sequence[str] | None = None) -> AnyLayer:
+    """Gives the weights with adapters plain variables of their present values, in place, until `unmerge`.
+
+    Nothing that is stored is written to, so merging and taking apart loses not a bit, however often. For a plain
+    copy of the whole model use `tether.materialize`.
+
+    Args:
+        model: The model.
+        names: Which adapters to merge; the others stay on top and can be switched. Left out, all.
+
+    Returns:
+        The model, which computes what it did, as fast as without these adapters.
+
+    Raises:
+        UnknownName: The model has no adapter of a name.
+        TetherError: Adapters are merged already.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.merge(model)
+    model.predict(x, verbose=0)
+    tether.adapters.unmerge(model)
+    ```
+    """
+    check(model, "merge")
+    if isinstance(names, str):
+        raise TetherError(f"`names` is a list of adapters. {received(names=names)}")
+    if names is not None:
+        check_known(model, names)
+    whole: list[str] = []
+    ties: dict[str, Expression] = {}
+    merged: dict[str, tuple[Adapted, tuple[str, ...]]] = {}
+    for path, expression in adapted_weights(model).items():
+        done = [name for name in expression.parts if names is None or name in names]
+        rest = {name: part for name, part in expression.parts.items() if name not in done}
+        if not done:
+            continue
+        merged[path] = (expression, tuple(done))
+        if not rest:
+            whole.append(path)
+            continue
+        value = expression.without(rest).numpy()
+        base = Weight(value, trainable=False, name=f"{path.replace('/', '.')}.merged", dtype=expression.dtype)
+        ties[path] = adapted(base, rest, expression.order)
+    if merged:
+        with Rollback.below(model):
+            if whole:
+                untie(model, *whole)
+            if ties:
+                tie(model, ties)
+            keras_seam.set_untracked(model, _MERGED, merged)
+    return model
+
+
+def unmerge(model: AnyLayer) -> AnyLayer:
+    """Makes the expressions again that `merge` replaced, in place.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The model.
+
+    Raises:
+        TetherError: The model is not merged.
+
+    Example:
+    ```python
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.adapters.merge(model)
+    tether.adapters.unmerge(model)
+    assert tether.adapters.names(model) == ["french"]
+    ```
+    """
+    merged = getattr(model, _MERGED, None)
+    if not merged:
+        raise TetherError(f"The adapters of {model.name!r} are not merged.")
+    with Rollback.below(model):
+        tie(model, {path: expression for path, (expression, _) in merged.items()})
+        keras_seam.set_untracked(model, _MERGED, {})
+    return model
+
+
+__all__ = [
+    "activate",
+    "add",
+    "disabled",
+    "merge",
+    "names",
+    "remove",
+    "set_strengths",
+    "strengths",
+    "trainable",
+    "unmerge",
+]

@@ -1,0 +1,82 @@
+"""The patterns by which weights are chosen, the same in every function that takes some.
+
+- A string is a shell pattern over the whole path: `*` stands for anything, slashes too, `?` for one character, `[ab]`
+  for one of these. `"encoder/*/query/kernel"`, `"*kernel"`.
+- `"!head/*"` leaves out what the rest of it fits.
+- `re.compile(...)` is a regular expression that has to fit the whole path.
+- A list goes through its patterns in order, and the last one that fits decides: `["*/kernel", "!head/*"]`. One that
+  begins by leaving out begins with all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from tether.errors import TetherError, received
+
+Pattern: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
+"""What chooses weights by their paths."""
+
+
+def fits(pattern: Pattern, *names: str) -> bool:
+    """Whether a pattern chooses what has these names.
+
+    Raises:
+        TetherError: It is no pattern.
+    """
+    each = list(parts(pattern))
+    chosen = bool(each) and isinstance(each[0], str) and each[0].startswith("!")
+    for one in each:
+        if isinstance(one, re.Pattern):
+            chosen = chosen or any(one.fullmatch(name) for name in names)
+        elif one.startswith("!"):
+            chosen = chosen and not any(fnmatch.fnmatchcase(name, one[1:]) for name in names)
+        else:
+            chosen = chosen or any(fnmatch.fnmatchcase(name, one) for name in names)
+    return chosen
+
+
+def parts(pattern: object) -> Iterable[str | re.Pattern[str]]:
+    """The patterns of a list, or the one pattern.
+
+    Raises:
+        TetherError: It is neither.
+    """
+    found = [pattern] if isinstance(pattern, (str, re.Pattern)) else pattern
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(p, (str, re.Pattern)) for p in found):
+        raise TetherError(
+            "Weights are chosen by a path, a pattern such as '*/query/kernel', `re.compile(...)`, or a list of these. "
+            f"{received(pattern=pattern)}"
+        )
+    return found
+
+
+def is_exact(pattern: object) -> bool:
+    """Whether a pattern can only mean one name."""
+    return isinstance(pattern, str) and not pattern.startswith("!") and not any(sign in pattern for sign in "*?[")
+
+
+def missed(pattern: object, names: Iterable[str]) -> str:
+    """What to say of a pattern that fits none of these names: the nearest of them, and how many there are."""
+    known = list(dict.fromkeys(names))
+    if not known:
+        return "It has no weights."
+    words = pattern if isinstance(pattern, str) else " ".join(str(getattr(p, "pattern", p)) for p in parts(pattern))
+    near = _nearest(words.strip("!*?"), known)
+    meant = f"Did you mean {', '.join(map(repr, near))}? " if near else ""
+    listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+    return f"{meant}It has {len(known)} weight{'s' if len(known) > 1 else ''}: {listed}."
+
+
+def _nearest(word: str, known: list[str]) -> list[str]:
+    tails = {name[-len(word) - 2 :] if word else name: name for name in reversed(known)}
+    whole = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    ends = difflib.get_close_matches(word, tails, n=3, cutoff=0.7)
+    return list(dict.fromkeys([*whole, *(tails[end] for end in ends)]))[:3]
+
+
+__all__ = ["Pattern", "fits", "is_exact", "missed", "parts"]
