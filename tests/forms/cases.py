@@ -111,6 +111,26 @@ CASES = {
         "magnitude(w_magnitude, w.stop_gradient() + w_lora_a @ w_lora_b)",
         LORA | {"magnitude"},
     ),
+    "low_rank, olora": Case(
+        lambda: forms.low_rank(2, start="olora"),
+        lambda w, lora_a, lora_b, pissa_a, pissa_b: w + lora_a @ lora_b - pissa_a @ pissa_b,
+        "w.stop_gradient() + w_lora_a @ w_lora_b - w_pissa_a @ w_pissa_b",
+        LORA,
+        frozenset({"pissa_a", "pissa_b"}),
+    ),
+    "full": Case(
+        forms.full,
+        lambda w, full: w + (full - w),
+        "w.stop_gradient() + 1.0 * (w_full - w.stop_gradient())",
+        frozenset({"full"}),
+    ),
+    "rows": Case(
+        lambda: forms.rows([4, 1]),
+        lambda w, rows: np.stack([rows[{4: 0, 1: 1}[n]] if n in (4, 1) else row for n, row in enumerate(w)]),
+        "where(rows([[1.0], [1.0]], [4, 1]), rows(w_rows, [4, 1]), w.stop_gradient())",
+        frozenset({"rows"}),
+        any_axes=False,
+    ),
     "vera": Case(
         lambda: forms.vera(3, seed=1),
         lambda w, vera_d, vera_b, a, b: w + (a * vera_d) @ (b * vera_b),

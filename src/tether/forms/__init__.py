@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tether.forms.form import Form as Form
     from tether.forms.form import LayerForm as LayerForm
     from tether.forms.form import ScalingForm as ScalingForm
+    from tether.forms.full import full as full
     from tether.forms.gate import gate as gate
     from tether.forms.hadamard import hadamard as hadamard
     from tether.forms.kronecker import kronecker as kronecker
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tether.forms.masked import masked as masked
     from tether.forms.orthogonal import orthogonal as orthogonal
     from tether.forms.positive import positive as positive
+    from tether.forms.rows import rows as rows
     from tether.forms.scale import scale as scale
     from tether.forms.spectral_norm import spectral_norm as spectral_norm
     from tether.forms.symmetric import symmetric as symmetric

@@ -10,7 +10,8 @@ from __future__ import annotations
 from tether.forms.form import AddedForm, as_dtype, base_expression, part, shape_of_base, start_value
 from tether.forms.low_rank import stored_behind
 from tether.weights.expression import Expression
-from tether.weights.operators.arithmetic import Subtract
+from tether.weights.leaves import Constant
+from tether.weights.operators.arithmetic import Multiply, Subtract
 from tether.weights.weight import Weight
 
 __all__ = ["full"]
@@ -26,11 +27,14 @@ class Full(AddedForm):
         """The own value minus the base's."""
         base = base_expression(self, base)
         shape_of_base(self, base)
-        return part(base, "full", start_value(base), dtype=self.stored) - base
+        own = part(base, "full", start_value(base), dtype=self.stored)
+        return 1.0 * (own - base)  # as one part: in `base + own - base` nothing would tell which weight is the base
 
 
 def whole_of(part: Expression) -> Weight | None:
     """The stored value of a part that was trained whole, alone or less its base; `None` if it is something else."""
+    if isinstance(part, Multiply) and isinstance(part.operands[0], Constant) and isinstance(part.operands[1], Subtract):
+        part = part.operands[1]
     own = stored_behind(part.operands[0] if isinstance(part, Subtract) else part)
     return own if own is not None and own.role == "part" and own.shape == part.shape else None
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from tether import ops
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
-from tether.forms.form import AddedForm, as_dtype, base_expression, part, shape_of_base, start_value
+from tether.forms.form import Form, as_dtype, base_expression, part, shape_of_base, start_value
 from tether.forms.low_rank import stored_behind
 from tether.types import Config, Tensor
-from tether.weights.expression import Expression, Node, Shape, Term, register
+from tether.weights.expression import Expression, Node, Shape, Term, as_expression, register
 from tether.weights.operators.arithmetic import Subtract
+from tether.weights.operators.structure import Where
 from tether.weights.weight import Weight
 
 __all__ = ["rows"]
@@ -59,6 +60,10 @@ class Placed(Node):
         places = np.asarray(self.parameters["rows"], "int32")[:, None]
         return keras.ops.scatter(places, values[0], (self.parameters["size"], *values[0].shape[1:]))
 
+    def inverse(self, value: Tensor) -> list[Tensor | None] | None:
+        """The rows that were placed."""
+        return [keras.ops.take(value, np.asarray(self.parameters["rows"], "int32"), axis=0)]
+
     def format(self, *terms: Term) -> Term:
         """The rows by number, as far as they are few."""
         places = self.parameters["rows"]
@@ -66,7 +71,7 @@ class Placed(Node):
         return Term(f"rows({terms[0].text}, [{listed}])")
 
 
-class Rows(AddedForm):
+class Rows(Form):
     """What `tether.forms.rows` makes: the expression, and a weight of its own."""
 
     def __init__(self, indices: Sequence[int], dtype: str | None) -> None:
@@ -75,29 +80,34 @@ class Rows(AddedForm):
             raise TetherError(f"`indices` are the numbers of rows, each once. {received(indices=indices)}")
         self.indices, self.stored = tuple(int(index) for index in found), as_dtype(dtype)
 
-    def delta(self, base: Expression) -> Expression:
-        """The own rows minus the base's, at their places."""
+    def __call__(self, base: Expression) -> Expression:
+        """The own rows at their places, and the base, which gets no gradient, elsewhere."""
         base = base_expression(self, base)
         size = shape_of_base(self, base)[0]
         wrong = [index for index in self.indices if not 0 <= index < size]
         if wrong:
             raise ShapeMismatch(f"{base.notation()} has the rows 0 to {size - 1}. {received(indices=wrong)}")
         own = part(base, "rows", start_value(base)[list(self.indices)], dtype=self.stored)
-        return Placed(own - ops.take(base, self.indices, axis=0), rows=self.indices, size=size)
+        ones = as_expression(np.ones((len(self.indices), *(1 for _ in shape_of_base(self, base)[1:])), "float32"))
+        mask, placed = (Placed(each, rows=self.indices, size=size) for each in (ones, own))
+        return ops.where(mask, placed, base.stop_gradient())
 
 
 def rows_of(part: Expression) -> tuple[Weight, tuple[int, ...]] | None:
-    """The stored rows of a part, and their places; `None` if it is something else."""
-    if not isinstance(part, Placed) or not isinstance(part.operands[0], Subtract):
+    """The stored rows of a weight, or of what is added to one, and their places; `None` if it is something else."""
+    if isinstance(part, Subtract):
+        part = part.operands[0]
+    placed = part.operands[1] if isinstance(part, Where) else None
+    if not isinstance(placed, Placed):
         return None
-    own = stored_behind(part.operands[0].operands[0])
-    return None if own is None else (own, part.parameters["rows"])
+    own = stored_behind(placed.operands[0])
+    return None if own is None else (own, placed.parameters["rows"])
 
 
 def rows(indices: Sequence[int], *, dtype: str | None = None) -> Rows:
-    """Trained rows of a table, to be added to a frozen one: the rest of it stays as it is.
+    """Trained rows of a table: the rest of it is the base's, and stays as it is.
 
-    The weight of its own has one row for each index and starts at the base's rows, so the sum starts equal to the
+    The weight of its own has one row for each index and starts at the base's rows, so the result starts equal to the
     base. Only these rows are stored and trained.
 
     Args:
@@ -105,7 +115,7 @@ def rows(indices: Sequence[int], *, dtype: str | None = None) -> Rows:
         dtype: In which the rows are stored; left out, the base's dtype, but float32 for one of 16 bits.
 
     Returns:
-        The form, to be added to a weight.
+        The form.
 
     Raises:
         TetherError: The indices are no whole numbers, or one comes twice.

@@ -87,7 +87,7 @@ class _Switches:
             value, (known, changes, is_off) = keras_seam.stored_value(strength.variable), self.read[place]
             now = keras_seam.mutations(value)
             if value is not known or now != changes:
-                is_off = not float(value)
+                is_off = not keras_seam.on_host(value)
                 self.read[place] = (value, now, is_off)
             if is_off:
                 found.append(name)

@@ -47,6 +47,7 @@ from tether.weights.expression import Expression, Stored
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import Add, Multiply, StopGradient, Subtract
 from tether.weights.operators.choice import Adapted
+from tether.weights.operators.structure import Where
 from tether.weights.weight import Weight
 
 _PREFIX = "base_model.model."
@@ -287,16 +288,14 @@ def _without_part(expression: Expression, name: str) -> Expression:
     """What an adapter is added to: the expression, without a part of an adapter that it may have."""
     if isinstance(expression, StopGradient):
         return _without_part(expression.operands[0], name)
-    if isinstance(expression, Magnitude):
+    if _lengths_of(expression) is not None and isinstance(expression, Magnitude):
         return _without_part(expression.operands[0], name)
-    found = split_sum(expression) if isinstance(expression, (Add, Subtract, Multiply, Adapted)) else None
+    if rows_of(expression) is not None and isinstance(expression, Where):
+        return _without_part(expression.operands[2], name)
+    found = split_sum(expression) if isinstance(expression, (Add, Subtract, Adapted)) else None
     if found is None:
         return expression
-    if not isinstance(expression, Adapted) and all(
-        weight.role in ("part", "fixed") or weight in found.base.weights_used()
-        for added in found.added
-        for weight in added.weights_used()
-    ):
+    if not isinstance(expression, Adapted) and len(found.added) == 1 and _is_lora(found.added[0]):
         return _without_part(found.base, name)
     raise Unsupported(f"{name} = {expression.notation()} has an adapter of another kind. Remove it first.")
 
@@ -421,7 +420,10 @@ class _Writing:
         self.tensors += self.shifts.values()
 
     def _write(self, place: Place, expression: Expression) -> None:
-        for added, strength in self._added(expression):
+        found = self._added(expression)
+        if len(found) > 1:
+            raise _not_written(place, expression, 1.0)
+        for added, strength in found:
             module = place.modules[0]
             low = factors_of(added)
             lengths = _lengths_of(added)
@@ -441,12 +443,7 @@ class _Writing:
                 name = f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
                 self.tensors.append(entry_of(rows[0].variable, name))
             else:
-                at = "" if strength == 1 else f" at strength {strength:g}"
-                raise Unsupported(
-                    f"{place.named.name} = {expression.notation()} has a part{at} that a LoRA folder of PEFT's cannot "
-                    "hold: it holds low-rank parts at any strength, and at strength 1 DoRA, weights trained whole and "
-                    "rows. Save it as safetensors: `tether.files.save_safetensors`, or `tether.adapters.save`."
-                )
+                raise _not_written(place, expression, strength)
 
     def _added(self, expression: Expression) -> list[tuple[Expression, float]]:
         """What is added to the base, each by which strength."""
@@ -462,17 +459,12 @@ class _Writing:
             return [(added, float(strength.numpy()))]
         if self.adapter is not None:
             return []
-        if isinstance(expression, Magnitude):
+        if isinstance(expression, Magnitude) or rows_of(expression) is not None:
             return [(expression, 1.0)]
         if isinstance(expression, Weight):
             return [(expression, 1.0)] if expression.role == "part" else []
         found = split_sum(expression) if isinstance(expression, (Add, Subtract)) else None
-        if found is None:
-            return []
-        known = set(found.base.weights_used())
-        made = all(weight.role or weight in known for added in found.added for weight in added.weights_used())
-        are_factors = all(factors_of(added) is not None for added in found.added)
-        return [(added, 1.0) for added in found.added] if made or are_factors else []
+        return [] if found is None else [(added, 1.0) for added in found.added]
 
     def _low_rank(self, place: Place, module: str, scale: float, a: Weight, b: Weight) -> None:
         table = isinstance(place.named.layer, keras.layers.Embedding)
@@ -517,6 +509,20 @@ class _Writing:
             "modules_to_save": sorted(self.saved) or None,
             "trainable_token_indices": self.tokens or None,
         }
+
+
+def _not_written(place: Place, expression: Expression, strength: float) -> Unsupported:
+    at = "" if strength == 1 else f" at strength {strength:g}"
+    return Unsupported(
+        f"{place.named.name} = {expression.notation()} has a part{at} that a LoRA folder of PEFT's cannot hold: for "
+        "each weight it holds one low-rank part at any strength, or at strength 1 a DoRA, a weight trained whole, or "
+        "rows. Save it as safetensors: `tether.files.save_safetensors`, or `tether.adapters.save`."
+    )
+
+
+def _is_lora(added: Expression) -> bool:
+    """Whether a part is one of those that a LoRA folder may have."""
+    return any(of(added) is not None for of in (factors_of, _lengths_of, whole_of, rows_of, _shift_of))
 
 
 def _shift_of(added: Expression) -> Weight | None:

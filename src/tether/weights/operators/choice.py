@@ -198,9 +198,10 @@ def adapted(
     return Adapted(base, *operands, names=tuple(parts), order=numbers) if parts else base
 
 
-@register
 class Switched(Node):
     """A value where a number is not zero, and zero where it is: a factor of a part of an adapter, in a plan.
+
+    Plans alone have it, so files know nothing of it.
 
     A product of factors that may hold infinities is zero at strength zero only if its factors are.
     """
