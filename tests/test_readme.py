@@ -8,6 +8,7 @@ WITH_CODE = [
     "README.md",
     "docs/tour.md",
     "docs/semantics.md",
+    "docs/adapters.md",
     "docs/inheriting.md",
     "docs/planning.md",
     "docs/saving.md",

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import keras
@@ -222,3 +223,15 @@ def test_loading_twice_replaces_what_was_loaded():
         assert len(tether.files.load_peft(model, FOLDERS / name).loaded) == count
         close(predict(model, x), right)
         assert len(model.variables) == stored
+
+
+def test_the_docs_say_what_becomes_of_each_field():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    table = text[text.index("| field | becomes |") :].split("\n\n")[0]
+    words = {"honoured": "honoured", "the tensors": "tensors", "acts in training": "training", "no effect": "no effect"}
+    said = {}
+    for row in table.splitlines()[2:]:
+        fields, fate = row.strip("| ").split(" | ")
+        kind = next((kind for start, kind in words.items() if fate.startswith(start)), "refused")
+        said.update(dict.fromkeys(re.findall(r"`(\w+)`", fields), kind))
+    assert said == FIELDS["LORA"]
