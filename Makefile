@@ -136,12 +136,12 @@ endef
 
 ifeq ($(origin BACKEND),command line)
 test: $(VENV)/.test-stamp
-	$(call on_each_backend)
+	$(call on_each_backend,--spread)
 test-all: $(VENV)/.test-stamp browser pyright
 	$(call on_each_backend,--run-slow)
 else
 test: lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## lint, types, contracts, tests on three backends and two Keras (BACKEND=jax: one backend's tests only)
-	$(call on_each_backend)
+	$(call on_each_backend,--spread)
 	$(call on_the_oldest_keras)
 test-all: browser pyright lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
 	$(call on_each_backend,--run-slow)

@@ -1,5 +1,6 @@
-"""What all tests share: slow ones on request, a fixed seed, quiet backends."""
+"""What all tests share: slow ones on request, tables spread over the backends, a fixed seed, quiet backends."""
 
+import collections
 import gc
 
 import keras
@@ -8,16 +9,36 @@ import pytest
 
 from tether.keras_seam import census
 
+BACKENDS = ("jax", "torch", "tensorflow")
+
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--spread", action="store_true", help="run each test marked spread on some of the backends only")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--run-slow"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        leave_out(config, items, {item for item in items if item.get_closest_marker("slow")})
+    if config.getoption("--spread"):
+        leave_out(config, items, set(elsewhere(items)))
+
+
+def leave_out(config, items, these):
+    config.hook.pytest_deselected(items=list(these))
+    items[:] = [item for item in items if item not in these]
+
+
+def elsewhere(items):
+    """The tests of spread modules that other backends run: neighbours in a module go to different backends."""
+    places, mine = collections.Counter(), BACKENDS.index(keras.backend.backend())
+    for item in items:
+        marker = item.get_closest_marker("spread")
+        if marker is not None:
+            places[item.path] += 1
+            count = marker.args[0] if marker.args else 1
+            if (mine - places[item.path]) % len(BACKENDS) >= count:
+                yield item
 
 
 def pytest_collection_finish():

@@ -12,6 +12,8 @@ from tests.support import numpy
 from tether import adapters
 from tether.errors import TetherError, UnknownName
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 MATRICES = ("dense", "einsum_dense", "embedding", "conv1d", "conv2d", "depthwise", "lstm", "gru", "attention", "block")
 FORMS = {

@@ -26,6 +26,8 @@ from tether.files.exporting import exporter
 from tether.inspection.checking.finding import RULES, Finding, Findings
 from tether_cli import app, commands, console, doctor, models, sarif
 
+pytestmark = pytest.mark.spread
+
 MY_LAYERS = """
 import keras
 

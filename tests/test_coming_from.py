@@ -6,6 +6,8 @@ import pytest
 
 from tests.documents import BLOCK, ROOT
 
+pytestmark = pytest.mark.spread
+
 PAGE = "docs/coming-from.md"
 SECTIONS = re.split(r"^## ", (ROOT / PAGE).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
 

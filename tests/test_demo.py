@@ -10,6 +10,8 @@ from rich.console import Console
 import tether
 from tether import demo
 
+pytestmark = pytest.mark.spread
+
 TINY = demo.Setting(digits=60, epochs=2)
 
 

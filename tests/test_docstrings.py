@@ -8,6 +8,8 @@ import pytest
 import tether
 from tests.documents import ROOT, python_blocks, run
 
+pytestmark = pytest.mark.spread
+
 MODULES = ("", "ops", "forms", "transfer", "planning", "files", "adapters", "inspection", "weights", "errors")
 PAGE = "docs/reference.md"
 SECTION = re.compile(r"^(\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)

@@ -6,6 +6,8 @@ import keras
 import pytest
 from benchmarks import growth
 
+pytestmark = pytest.mark.spread
+
 SMALL, LARGE = 30, 120
 MOST = 1.08
 """The exponent between them; what is quadratic in a tenth of the work at the smaller size is above 1.15."""

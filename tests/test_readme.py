@@ -4,6 +4,8 @@ import pytest
 
 from tests.documents import ROOT, broken_links, python_blocks, run
 
+pytestmark = pytest.mark.spread
+
 WITH_CODE = [
     "README.md",
     "docs/tour.md",

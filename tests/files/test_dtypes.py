@@ -306,7 +306,7 @@ def host(variable):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_an_adapter_of_every_dtype_is_written_as_it_is_and_read(dtype, rng, tmp_path):
     model, path = plain(dtype), tmp_path / "a.safetensors"
-    tether.adapters.add(model, "style", {"enc/kernel": tether.low_rank(2)})
+    tether.adapters.add(model, "style", {"enc/kernel": tether.low_rank(2, dtype=dtype)})
     for variable in model.trainable_variables:
         variable.assign(rng.normal(size=variable.shape))
     tether.adapters.save(model, "style", path)
@@ -327,7 +327,7 @@ def plain_weights(model):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_peft_folder_of_every_dtype_is_written_as_it_is_and_read(dtype, rng, tmp_path):
     base = plain(dtype)
-    child = tether.inherit(base, {"enc/kernel": tether.low_rank(2, alpha=4)})
+    child = tether.inherit(base, {"enc/kernel": tether.low_rank(2, alpha=4, dtype=dtype)})
     for variable in child.trainable_variables:
         if "lora" in variable.path:
             variable.assign(rng.normal(size=variable.shape))

@@ -13,6 +13,8 @@ from tether.errors import TetherError, Unsupported
 from tether.files.exporting import exporter
 from tether.files.exporting.model import Asked
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 WIDTH = 896
 """Of the kernels: 3 MB each, beside which headers do not count."""

@@ -15,6 +15,8 @@ import tether
 from tests.fixtures import models
 from tests.fixtures.models import AUTOENCODER_USES, CASES, read, stored_in
 
+pytestmark = pytest.mark.spread
+
 ARCHIVES = sorted((pathlib.Path(__file__).parents[1] / "fixtures").glob("*/*.zip"))
 
 

@@ -20,6 +20,8 @@ from tests.support import numpy
 from tether.errors import InvalidConfig, TetherError
 from tether.files.keras.archive import contents
 
+pytestmark = pytest.mark.spread
+
 READERS = {"load_model": tether.files.load_model, "facts": tether.inspection.facts}
 FILE = "model.keras"
 

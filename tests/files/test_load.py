@@ -12,6 +12,8 @@ import tether
 from tests.support import assert_close, numpy
 from tether.errors import InvalidConfig, LostTie, TetherError
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

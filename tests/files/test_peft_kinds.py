@@ -15,6 +15,8 @@ from tether import adapters
 from tether.errors import InvalidConfig, TetherError, Unsupported
 from tether.files.tensors.peft_config import FIELDS
 
+pytestmark = pytest.mark.spread
+
 FOLDERS = pathlib.Path(__file__).parent.parent / "fixtures" / "peft"
 KINDS = sorted(path.name for path in FOLDERS.iterdir() if (path / "values.npz").is_file())
 WRITTEN = [

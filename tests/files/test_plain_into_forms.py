@@ -32,7 +32,7 @@ WAYS = {
     "load_untied": lambda model, folder: tether.files.load_untied(model, folder / "plain.weights.h5"),
     "load_safetensors": lambda model, folder: tether.files.load_safetensors(model, folder / "plain.safetensors"),
 }
-FOLLOWING = {"own", "magnitude", "g", "before", "u", "v"}
+FOLLOWING = {"own", "magnitude", "g", "before", "u", "v", "full", "rows"}
 """The weights of forms that follow from the value that the whole is given."""
 ways = pytest.mark.parametrize("way", WAYS)
 
@@ -44,9 +44,7 @@ def test_a_layer_with_a_form_computes_with_what_the_plain_layer_had(name, way, r
     value = (case.good or (lambda rng, shape: rng.normal(size=shape)))(rng, case.shape).astype("float32")
     base, kernel = expression_of(name)
     own = own_weights(kernel, base)
-    added = {
-        key: weight.numpy() for key, weight in own.items() if key not in ("own", "magnitude", "g", "before", "u", "v")
-    }
+    added = {key: weight.numpy() for key, weight in own.items() if key not in FOLLOWING}
     model = in_a_model(kernel, case.shape[1], case.shape[0])
     WAYS[way](model, checkpoint(value, tmp_path))
     np.testing.assert_allclose(numpy(model(np.eye(case.shape[0], dtype="float32"))), value, rtol=2e-5, atol=2e-5)

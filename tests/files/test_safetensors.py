@@ -18,6 +18,8 @@ from tests.files.models import autoencoder, randomize, stack, state
 from tests.support import assert_close, numpy
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, ValueConflict
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 INPUTS = {autoencoder: np.ones((2, 5), "float32"), stack: np.array([[1, 2, 6, 0]], "int32")}
 every_model = pytest.mark.parametrize("make", [autoencoder, stack], ids=lambda f: f.__name__)

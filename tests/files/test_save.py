@@ -10,6 +10,8 @@ import tether
 from tests.support import assert_close
 from tether.errors import LostTie, TetherError
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

@@ -14,6 +14,8 @@ from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, ValueConflict
 from tether.layers.family.named import named_weights
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

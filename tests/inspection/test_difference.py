@@ -11,6 +11,8 @@ from tests.inspection import models
 from tests.inspection.models import fitted, values
 from tether.inspection import Change, Difference, diff, facts
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

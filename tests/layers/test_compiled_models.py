@@ -14,6 +14,8 @@ from tests.support import assert_close, numpy, slot_count
 from tether import TetherError
 from tether.keras_seam import census
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

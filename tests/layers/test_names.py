@@ -8,6 +8,8 @@ import tether
 from tests.support import numpy
 from tether import adapters, forms
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 on_torch = pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch registers parameters by path")
 

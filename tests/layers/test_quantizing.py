@@ -19,6 +19,8 @@ from tether.layers.quantization import matrices
 from tether.layers.tying.state import View
 from tether.planning.plan import Integers
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 MODES = ("int8", "int4")
 modes = pytest.mark.parametrize("mode", MODES)

@@ -13,6 +13,8 @@ from tests.support import numpy
 from tether.errors import LostTie
 from tether.layers.records.verification import unrecorded
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

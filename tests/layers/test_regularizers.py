@@ -7,6 +7,8 @@ import pytest
 import tether
 from tests.support import gradients, numpy
 
+pytestmark = pytest.mark.spread
+
 L2 = 0.1
 
 

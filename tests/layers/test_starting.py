@@ -11,6 +11,8 @@ import pytest
 import tether
 from tests.support import assert_close, numpy
 
+pytestmark = pytest.mark.spread
+
 SMALL = np.array([[1, -2], [3, 4]])
 LARGE = np.random.default_rng(0).integers(-100, 100, (600, 600))
 VALUES = {

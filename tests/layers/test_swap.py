@@ -7,6 +7,8 @@ import pytest
 import tether
 from tests.support import numpy
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

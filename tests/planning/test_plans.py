@@ -17,6 +17,8 @@ from tether.layers.tying.state import weights_below
 from tether.planning.alternatives import Search
 from tether.planning.control import recording
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 BACKEND = keras.backend.backend()
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -679,7 +681,7 @@ def of_many_rows(equation=None):
     rng = np.random.default_rng(0)
     w, a, b = (
         tether.Weight(0.1 * rng.normal(size=shape).astype("float32"), name=name)
-        for name, shape in (("w", (256, 256)), ("a", (256, 2)), ("b", (2, 256)))
+        for name, shape in (("w", (256, 256)), ("a", (256, 16)), ("b", (16, 256)))
     )
     total = w.stop_gradient() + a @ b
     if equation is None:

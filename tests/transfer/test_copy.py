@@ -9,6 +9,8 @@ import tether
 from tests.support import assert_close, numpy
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, UnknownName, ValueConflict
 
+pytestmark = pytest.mark.spread
+
 copy = tether.transfer.copy
 
 

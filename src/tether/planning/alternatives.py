@@ -116,6 +116,9 @@ def _convolution(
 # The search for a plan: which terms of a sum are built into one weight, and in which order the others are applied.
 
 
+KEPT = 1.05
+"""How many times faster a weight that is built has to be in training: each layer keeps its own until the gradient has
+been computed, so that all of them take the memory of a second model."""
 MAX_MERGED = 5
 """A sum of more terms is built whole or applied whole."""
 
@@ -154,7 +157,7 @@ def make_plan(
         found = [entry for entry in found if entry[0].name == mode]
     if not found:
         return replace(MATERIALIZE, alternatives=alternatives)
-    best, draft, output = min(found, key=lambda entry: entry[0].seconds)
+    best, draft, output = min(found, key=lambda entry: _preference(entry[0], problem))
     if best.name == "materialize":
         return replace(MATERIALIZE, seconds=best.seconds, alternatives=alternatives)
     factors = tuple(search.places)
@@ -163,6 +166,11 @@ def make_plan(
         trained = tuple(place for place, factor in enumerate(factors) if live(factor))
         plan = replace(plan, gradient=mixed[-1], trained=trained)
     return plan
+
+
+def _preference(alternative: Alternative, problem: Problem) -> float:
+    """The seconds, and a little more for what takes memory: in training, built weights live until the gradient."""
+    return alternative.seconds * (KEPT if problem.training and alternative.merged else 1.0)
 
 
 def _described(name: str, merged: tuple[int, ...], draft: Draft) -> Alternative:

@@ -7,6 +7,8 @@ import tether
 from tests.inspection.checking.faults import FAULTS
 from tether.inspection.checking.rules import RULES
 
+pytestmark = pytest.mark.spread
+
 each_fault = pytest.mark.parametrize("name", list(FAULTS))
 
 

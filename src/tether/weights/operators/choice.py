@@ -117,8 +117,8 @@ class Adapted(Node):
             raise InvalidConfig(f"The parts that are added have names. {received(names=names)}")
         if len(set(names)) != len(names):
             raise InvalidConfig(f"Each part has another name. {received(names=names)}")
-        if order is None:  # as files of version 0.1.0 have it
-            return {"names": tuple(names)}
+        if order is None or (isinstance(order, (list, tuple)) and list(order) == list(range(len(names)))):
+            return {"names": tuple(names)}  # as files of version 0.1.0 have it
         if not isinstance(order, (list, tuple)) or len(order) != len(names) or not all(type(n) is int for n in order):
             raise InvalidConfig(f"Each part has a number for when it was added. {received(names=names, order=order)}")
         return {"names": tuple(names), "order": tuple(order)}

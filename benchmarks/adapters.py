@@ -1,0 +1,183 @@
+"""Adapters beside peft on the same transformer: `KERAS_BACKEND=torch python -m benchmarks.adapters`, with peft installed.
+
+Width 512, 4 layers, batch 8 × 128, all six projections of each layer adapted with rank 8. Both sides run the same
+PyTorch functions in between (attention, norms, GELU) and the same `torch.optim.AdamW`, so what differs is how adapted
+projections are computed. Each pair is measured in turn in one process; a ratio below 1 means that Tether is faster.
+"""
+
+import copy
+import pathlib
+import tempfile
+import time
+
+import keras
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.nn import functional
+
+import tether
+from benchmarks._measure import compare, compare_made, write
+
+WIDTH, LAYERS, HEADS, BATCH, LENGTH, RANK = 512, 4, 8, 8, 128, 8
+NAMES = ("query", "key", "value", "output", "up", "down")
+
+
+def mixed(q, k, v):
+    """Attention over heads."""
+    q, k, v = (each.view(BATCH, -1, HEADS, WIDTH // HEADS).transpose(1, 2) for each in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(BATCH, -1, WIDTH)
+
+
+def block(x, of):
+    """One layer of a transformer whose projections are `of[name]`."""
+    h = functional.layer_norm(x, (WIDTH,))
+    x = x + of["output"](mixed(of["query"](h), of["key"](h), of["value"](h)))
+    h = functional.layer_norm(x, (WIDTH,))
+    return x + of["down"](functional.gelu(of["up"](h)))
+
+
+def sizes(name):
+    return {"up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}.get(name, (WIDTH, WIDTH))
+
+
+class Theirs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({name: torch.nn.Linear(*sizes(name)) for name in NAMES}) for _ in range(LAYERS)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = block(x, layer)
+        return x
+
+
+class Ours(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = [{name: keras.layers.Dense(sizes(name)[1], name=name) for name in NAMES} for _ in range(LAYERS)]
+
+    def build(self, shape):
+        for layer in self.blocks:
+            for name in NAMES:
+                layer[name].build((None, None, sizes(name)[0]))
+
+    def call(self, x):
+        for layer in self.blocks:
+            x = block(x, layer)
+        return x
+
+
+def pair(adapters=("one",), dora=False):
+    """Both models with the same base and adapters, the first of them active."""
+    torch.manual_seed(0)
+    theirs = Theirs()
+    ours = Ours()
+    ours.build((BATCH, LENGTH, WIDTH))
+    for layer, other in zip(ours.blocks, theirs.layers, strict=True):
+        for name in NAMES:
+            layer[name].kernel.assign(other[name].weight.detach().T.numpy())
+            layer[name].bias.assign(other[name].bias.detach().numpy())
+    ours.trainable = False
+    form = tether.forms.dora if dora else tether.low_rank
+    for name in adapters:
+        tether.adapters.add(ours, name, {"*/kernel": form(RANK, alpha=16)})
+    tether.adapters.activate(ours, adapters[0])
+    config = LoraConfig(r=RANK, lora_alpha=16, target_modules=list(NAMES), use_dora=dora, lora_dropout=0.0)
+    theirs = get_peft_model(theirs, config, adapter_name=adapters[0])
+    for name in adapters[1:]:
+        theirs.add_adapter(name, copy.deepcopy(config))
+    theirs.set_adapter(adapters[0])
+    return ours, theirs
+
+
+X = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def forward(model):
+    def run():
+        with torch.no_grad():
+            return model(X)
+
+    return run
+
+
+def step(model):
+    """Forward, backward and AdamW over what trains."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def run():
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+
+    return run
+
+
+def saved_bytes(model):
+    """What a step keeps for its backward pass, each piece of memory once, without the parameters."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(X).square().mean()
+    loss.backward()
+    return sum(kept.values())
+
+
+CASES = {
+    "one active": {},
+    "eight loaded, one active": {"adapters": tuple(f"a{n}" for n in range(8))},
+    "DoRA": {"dora": True},
+}
+
+
+def main():
+    if keras.backend.backend() != "torch":
+        print("peft is for PyTorch: KERAS_BACKEND=torch")
+        return
+    rows = []
+    for case, how in CASES.items():
+        trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in pair(**how)]
+        assert trained[0] == trained[1], trained
+        for what, run in (("forward", forward), ("step", step)):
+
+            def made(run=run, how=how):
+                return [run(model) for model in pair(**how)]
+
+            rows.append({"case": f"{case}, {what}", **compare_made(made, pairs=3, budget=24.0)})
+        ours, theirs = map(saved_bytes, pair(**how))
+        rows.append({"case": f"{case}, kept for the gradient", "ours_mb": ours / 1e6, "theirs_mb": theirs / 1e6, "ratio": ours / theirs})
+    ours, theirs = pair(adapters=("one", "two"))
+    switch = compare(
+        lambda: [tether.adapters.activate(ours, name) for name in ("two", "one")],
+        lambda: [theirs.set_adapter(name) for name in ("two", "one")],
+        noise=False,
+    )
+    rows.append({"case": "two switches", **switch})
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "one.safetensors"
+        tether.adapters.save(ours, "one", path)
+        tether.adapters.remove(ours, "one")
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            tether.adapters.load(ours, path)
+            times.append(time.perf_counter() - start)
+            tether.adapters.remove(ours, "one")
+        times.sort()
+        read = compare(lambda: load_file(path), lambda: load_file(path), noise=False)["ours_ms"]
+        rows.append({"case": "load of an adapter, beside reading its bytes", "ours_ms": 1e3 * times[4], "theirs_ms": read, "ratio": 1e3 * times[4] / read})
+    write("adapters", rows)
+
+
+if __name__ == "__main__":
+    main()
