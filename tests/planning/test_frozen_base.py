@@ -206,10 +206,12 @@ def test_only_the_first_call_of_a_kind_is_planned(rng):
         layer(x[:7]), layer(x[:7])
         assert plans.call_count == first + 1
         layer(x, training=True), layer(x, training=True)
-        assert plans.call_count == first + 2
+        # PyTorch records a gradient of every call, unless it is told not to.
+        training = first + 1 if keras.backend.backend() == "torch" else first + 2
+        assert plans.call_count == training
         with planning.force("factored"):
             layer(x), layer(x)
-        assert plans.call_count == first + 3
+        assert plans.call_count == training + 1
         assert forms.call_count == 1
 
 

@@ -21,7 +21,7 @@ from tether.forms.full import full
 from tether.layers.family.inherit import changed
 from tether.layers.family.named import named_weights, select, select_all, tie_what_learns
 from tether.layers.tying.fit import refuse_layer
-from tether.layers.tying.state import View
+from tether.layers.tying.state import View, slots_of
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, weights_of
 from tether.layers.tying.untie import untie
@@ -194,8 +194,12 @@ def names(model: keras.Layer) -> list[str]:
     assert tether.adapters.names(model) == ["french"]
     ```
     """
+    return _names(_expressions(model))
+
+
+def _names(expressions: Iterable[Adapted]) -> list[str]:
     order: dict[str, int] = {}
-    for expression in adapted_weights(model).values():
+    for expression in expressions:
         for name, number in expression.order.items():
             order[name] = max(number, order.get(name, number))
     return sorted(order, key=lambda name: order[name])
@@ -216,12 +220,9 @@ def strengths(model: keras.Layer) -> dict[str, float]:
     assert tether.adapters.strengths(model) == {"french": 1.0}
     ```
     """
-    found = {
-        name: strength
-        for expression in adapted_weights(model).values()
-        for name, (strength, _) in expression.parts.items()
-    }
-    return {name: float(found[name].numpy()) for name in names(model)}
+    expressions = _expressions(model)
+    found = {name: strength for each in expressions for name, (strength, _) in each.parts.items()}
+    return {name: float(found[name].numpy()) for name in _names(expressions)}
 
 
 def set_strengths(model: keras.Layer, wanted: Mapping[str, float], /) -> None:
@@ -244,16 +245,26 @@ def set_strengths(model: keras.Layer, wanted: Mapping[str, float], /) -> None:
     assert abs(tether.adapters.strengths(model)["french"] - 0.3) < 1e-6
     ```
     """
-    check_known(model, wanted)
+    expressions = _expressions(model)
+    _check_known(model, expressions, wanted)
+    merged = _merged_names(model)
     for name, value in wanted.items():
         check_strength(name, value)
-        if name in _merged_names(model):
+        if name in merged:
             raise TetherError(
                 f"The adapter {name!r} of {model.name!r} is merged. Take it apart first: `unmerge(model)`."
             )
-    for name, strength in _strength_weights(model):
-        if name in wanted:
-            strength.assign(np.asarray(wanted[name], strength.dtype))
+    _set_strengths(expressions, wanted)
+
+
+def _set_strengths(expressions: Iterable[Adapted], wanted: Mapping[str, float]) -> None:
+    found = {}
+    for expression in expressions:
+        for name, (strength, _) in expression.parts.items():
+            if isinstance(strength, Weight) and name in wanted:
+                found[id(strength)] = (name, strength)
+    for name, strength in found.values():
+        strength.assign(np.asarray(wanted[name], strength.dtype))
 
 
 def activate(model: keras.Layer, *wanted: str, trainable: bool = True) -> None:
@@ -278,9 +289,10 @@ def activate(model: keras.Layer, *wanted: str, trainable: bool = True) -> None:
     tether.adapters.activate(model, "french")
     ```
     """
-    check_known(model, wanted)
-    set_strengths(model, {name: float(name in wanted) for name in names(model) if name not in _merged_names(model)})
-    _train(model, wanted if trainable else ())
+    expressions, merged = _expressions(model), _merged_names(model)
+    _check_known(model, expressions, wanted)
+    _set_strengths(expressions, {name: float(name in wanted) for name in _names(expressions) if name not in merged})
+    _train(expressions, wanted if trainable else ())
 
 
 def trainable(model: keras.Layer, *wanted: str) -> None:
@@ -300,12 +312,13 @@ def trainable(model: keras.Layer, *wanted: str) -> None:
     assert not model.trainable_variables or model.trainable
     ```
     """
-    check_known(model, wanted)
-    _train(model, wanted)
+    expressions = _expressions(model)
+    _check_known(model, expressions, wanted)
+    _train(expressions, wanted)
 
 
-def _train(model: keras.Layer, wanted: Sequence[str]) -> None:
-    found = own_weights(model)
+def _train(expressions: Sequence[Adapted], wanted: Sequence[str]) -> None:
+    found = _own_weights(expressions)
     learns = {id(weight) for name in wanted for weight in found[name]}
     for weight in {id(weight): weight for own in found.values() for weight in own}.values():
         weight.trainable = id(weight) in learns
@@ -335,8 +348,12 @@ def disabled(model: keras.Layer) -> Iterator[None]:
 
 def own_weights(model: keras.Layer) -> dict[str, list[Stored]]:
     """What each adapter may train: the weights that it was added with, but for those that a form has fixed."""
-    found: dict[str, dict[int, Stored]] = {name: {} for name in names(model)}
-    for expression in adapted_weights(model).values():
+    return _own_weights(_expressions(model))
+
+
+def _own_weights(expressions: Sequence[Adapted]) -> dict[str, list[Stored]]:
+    found: dict[str, dict[int, Stored]] = {name: {} for name in _names(expressions)}
+    for expression in expressions:
         base = set(expression.base.weights_used())
         for name, (_, part) in expression.parts.items():
             own = [weight for weight in part.weights_used() if weight not in base and weight.role in ("part", None)]
@@ -347,13 +364,26 @@ def own_weights(model: keras.Layer) -> dict[str, list[Stored]]:
     return {name: list(own.values()) for name, own in found.items()}
 
 
-def _strength_weights(model: keras.Layer) -> list[tuple[str, Weight]]:
-    found = {}
-    for expression in adapted_weights(model).values():
-        for name, (strength, _) in expression.parts.items():
-            if isinstance(strength, Weight):
-                found[id(strength)] = (name, strength)
-    return list(found.values())
+def _expressions(model: keras.Layer) -> list[Adapted]:
+    """The expressions with adapters; those that are merged as they are apart."""
+    merged = getattr(model, _MERGED, None) or {}
+    apart = {id(expression): expression for expression, _ in merged.values()}
+    names = _merged_names(model)
+    for layer in keras_seam.contained_layers(model):
+        for slot in slots_of(layer):
+            expression = slot.view.expression
+            if isinstance(expression, Adapted) and not (names and _is_left_of(expression, apart.values())):
+                apart.setdefault(id(expression), expression)
+    return list(apart.values())
+
+
+def _is_left_of(expression: Adapted, others: Iterable[Adapted]) -> bool:
+    """Whether an expression is what a merge has left of another one: with the same parts."""
+    parts = expression.parts
+    return any(
+        all(name in other.parts and other.parts[name][1] is part for name, (_, part) in parts.items())
+        for other in others
+    )
 
 
 def adapted_weights(model: keras.Layer) -> dict[str, Adapted]:
@@ -378,7 +408,11 @@ def check_known(model: keras.Layer, wanted: Iterable[str]) -> None:
     Raises:
         UnknownName: It has not.
     """
-    present = names(model)
+    _check_known(model, _expressions(model), wanted)
+
+
+def _check_known(model: keras.Layer, expressions: Iterable[Adapted], wanted: Iterable[str]) -> None:
+    present = _names(expressions)
     unknown = [name for name in wanted if name not in present]
     if unknown:
         raise UnknownName(f"{model.name!r} has no adapter {unknown[0]!r}. It has: {', '.join(present) or 'none'}.")

@@ -183,10 +183,22 @@ def is_differentiated(*values: object) -> bool:
 
     Keras's stateless calls do not tell layers without a `training` argument that they train; the tracer does.
     """
-    return TRACES_GRADIENTS and any(type(value).__name__ in _GRADIENT_TRACERS for value in values)
+    return any(map(_is_differentiated, values))
 
 
-TRACES_GRADIENTS = _backend.backend() == "jax"
+def _make_is_differentiated() -> Callable[[Any], bool]:
+    name = _backend.backend()
+    if name == "torch":
+        import torch
+
+        return lambda value: torch.is_grad_enabled() and getattr(value, "requires_grad", False)
+    if name == "jax":
+        return lambda value: type(value).__name__ in _GRADIENT_TRACERS
+    return lambda value: False
+
+
+_is_differentiated = _make_is_differentiated()
+TRACES_GRADIENTS = _backend.backend() in ("jax", "torch")
 _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
 
 

@@ -149,7 +149,7 @@ def own_trainable_flag(layer: keras.Layer) -> bool:
 
 
 def set_own_trainable_flag(layer: keras.Layer, value: bool) -> None:
-    layer._trainable = value
+    object.__setattr__(layer, "_trainable", value)  # a flag is nothing to track, and Keras's look at it takes longer
 
 
 def untrack_layer(layer: keras.Layer, sublayer: object) -> None:

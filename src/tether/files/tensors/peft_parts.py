@@ -334,11 +334,12 @@ def _drawn(seed: int, *shapes: tuple[int, int]) -> list[Array]:
 
     Its generator is the Mersenne twister, and a float32 has the lower 24 bits of a draw.
     """
-    bits = np.random.MT19937()
-    bits._legacy_seeding(seed & 0xFFFFFFFF)
+    random = np.random.RandomState(seed & 0xFFFFFFFF)
     found = []
     for shape in shapes:
-        draws = (bits.random_raw(math.prod(shape)) & ((1 << 24) - 1)).astype("float32") * np.float32(2.0**-24)
+        draws = (random.randint(0, 1 << 32, math.prod(shape), "uint32") & ((1 << 24) - 1)).astype(
+            "float32"
+        ) * np.float32(2.0**-24)
         bound = math.sqrt(3.0) * math.sqrt(2.0) / math.sqrt(shape[1])
         found.append((draws * np.float32(2 * bound) - np.float32(bound)).reshape(shape))
     return found
