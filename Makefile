@@ -178,6 +178,7 @@ contracts: $(VENV)/.test-stamp ## the house's direction: who may import whom
 	@$(PY) scripts/check_circles.py
 	@$(PY) scripts/check_seam.py
 	@$(PY) scripts/check_seam.py src/tether_cli
+	@$(PY) scripts/check_seam.py src/tether_pytest
 
 format: $(VENV)/.test-stamp ## let ruff mend what it can
 	@$(VENV)/bin/ruff check --fix .

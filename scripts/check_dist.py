@@ -29,7 +29,7 @@ DATA = {
 }
 """What is in the package and is no Python: it runs without some of it, until somebody asks for a map."""
 
-TESTS = ("__init__", "conftest", "support", "documents", "test_smoke", "test_readme")
+TESTS = ("__init__", "conftest", "support", "documents", "fake_hub", "test_smoke", "test_readme")
 RUN = ("tests/test_smoke.py", "tests/test_readme.py::test_the_python_blocks_run[README.md]")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

@@ -17,7 +17,7 @@ PICTURE = ROOT / "docs/house.svg"
 WIDTH, BOX, GAP, LINE = 940, 46, 34, 17
 INSIDE = {
     "layers": ("tying", "records", "family"),
-    "files": ("keras", "tensors", "loading", "exporting"),
+    "files": ("keras", "tensors", "loading", "exporting", "publishing"),
     "weights": ("operators",),
     "inspection": ("checking", "plotting"),
 }

@@ -6,6 +6,7 @@ import re
 import pytest
 
 import tether
+from tests import fake_hub
 from tests.documents import ROOT, python_blocks, run
 
 pytestmark = pytest.mark.spread
@@ -68,6 +69,7 @@ def test_a_function_says_what_it_takes_returns_and_raises(name):
 @pytest.mark.parametrize("name", WITH_EXAMPLE)
 def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    fake_hub.install(monkeypatch, tmp_path / "hub")
     namespace = {"__name__": name}
     ((line, code),) = python_blocks(PAGE)
     run(PAGE, code, line, namespace)

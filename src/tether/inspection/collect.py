@@ -9,6 +9,7 @@ import keras
 from tether.errors import TetherError, received
 from tether.inspection.facts import Difference, Facts, difference
 from tether.inspection.live import live_facts
+from tether.layers.tying.state import from_above
 
 
 def facts(source: object) -> Facts:
@@ -67,3 +68,6 @@ def diff(before: object, after: object) -> Difference:
     ```
     """
     return difference(facts(before), facts(after))
+
+
+from_above.update(facts=facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -62,9 +62,25 @@ def _by_tf2onnx(asked: Asked, held: list[keras.Variable]) -> onnx.ModelProto:
     function, names = traced(asked, held)
     with quiet("tf2onnx"):
         model, _ = tf2onnx.convert.from_function(
-            function, input_signature=function.input_signature, opset=asked.options.get("opset_version", OPSET)
+            function,
+            input_signature=function.input_signature,
+            opset=asked.options.get("opset_version", OPSET),
+            custom_op_handlers={"Erfc": (_one_minus_erf, [])},
         )
     return with_initializers(model, names, held)
+
+
+def _one_minus_erf(graph: Any, node: Any, name: str, arguments: object) -> None:
+    """Puts `1 - Erf(x)` in the place of TensorFlow's `Erfc(x)`, which the exact GELU is made of and ONNX lacks."""
+    import tf2onnx
+
+    dtype, shape = graph.get_dtype(node.output[0]), graph.get_shape(node.output[0])
+    one = graph.make_const(f"{name}/one", np.ones((), tf2onnx.utils.map_onnx_to_numpy_type(dtype)))
+    graph.remove_node(name)
+    erf = graph.make_node("Erf", list(node.input), dtypes=[dtype], shapes=[shape], name=f"{name}/erf")
+    graph.make_node(
+        "Sub", [one.output[0], erf.output[0]], outputs=list(node.output), dtypes=[dtype], shapes=[shape], name=name
+    )
 
 
 def with_initializers(model: onnx.ModelProto, names: list[str], held: list[keras.Variable]) -> onnx.ModelProto:

@@ -220,7 +220,7 @@ def stored_variables(variable: keras.Variable) -> list[keras.Variable]:
 
 from_above: dict[str, Function] = {}
 """What a module asks of one that stands above it, which puts it here when it is imported: `revive` and `unpickle` of a
-tied layer, and `refuse_to_lose` a tie before a file is written."""
+tied layer, `refuse_to_lose` a tie before a file is written, and the `facts` of a model for its card."""
 
 STATE = "_tether"
 WEIGHTS = "_tether_weights"
