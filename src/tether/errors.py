@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -73,6 +75,18 @@ def received(**values: object) -> str:
     return "Received: " + ", ".join(f"{name}={_short.repr(value)}" for name, value in values.items()) + "."
 
 
+def did_you_mean(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """` Did you mean 'kernel'?`, of the names that are like a word; nothing where none is."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=cutoff) if isinstance(word, str) else []
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def not_there(module: str, name: str, names: Iterable[str]) -> str:
+    """What to say of a name that a module does not have."""
+    known = list(names)
+    return f"`{module}` has no {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}."
+
+
 # --------------------------------------------------------------------------- checks of what a caller or a file gave
 # Values that a caller or a file gave, made what they have to be.
 
@@ -108,5 +122,7 @@ def as_dtype(value: object) -> str:
     except (ValueError, TypeError):
         dtype = None
     if dtype not in NUMERIC or dtype is None:
-        raise InvalidConfig(f"A dtype is one of {sorted(NUMERIC)}. {received(dtype=value)}")
+        raise InvalidConfig(
+            f"A dtype is one of {', '.join(sorted(NUMERIC))}.{did_you_mean(value, NUMERIC)} {received(dtype=value)}"
+        )
     return dtype
