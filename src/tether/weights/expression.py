@@ -159,7 +159,8 @@ class Expression(NoTensor):
             "rows are expressions too: `[w[0], w[1]]`, and `w.numpy()` is an array."
         )
 
-    __contains__ = __iter__
+    def __contains__(self, other: object) -> bool:
+        return bool(self.__iter__())
 
     def _refuse_comparing(self, other: object) -> NoReturn:
         raise NotATensor(
@@ -573,22 +574,26 @@ def _is_expression(value: object) -> bool:
     return True
 
 
-def instead_of(value: object) -> str:
-    """What to write in the place of what is no expression, as a sentence; nothing where that cannot be said."""
+def instead_of(value: object, name: str = "kernel") -> str:
+    """What to write in the place of what is no expression, as a sentence; nothing where that cannot be said.
+
+    Args:
+        value: What was given.
+        name: What the weight may be called that was meant.
+    """
     if isinstance(value, keras.layers.Layer):
-        return f" Of a layer say which weight: `tether.weight_of({_variable_name(value.name)}, 'kernel')`."
+        return f" Of a layer say which weight: `tether.weight_of({_variable_name(value.name)}, {name!r})`."
     if isinstance(value, NoTensor):
         return (
             " A form is called with a weight, or added to one: "
-            "`tether.weight_of(layer, 'kernel') + tether.low_rank(8)`, `tether.forms.dora(8)(w)`."
+            f"`tether.weight_of(layer, {name!r}) + tether.low_rank(8)`, `tether.forms.dora(8)(w)`."
         )
     if isinstance(value, str):
         return f" A weight has to be looked up: `tether.weight_of(layer, {value!r})`."
     if isinstance(value, (types.FunctionType, type)):
-        name = getattr(value, "__name__", "")
         if str(getattr(value, "__module__", "")).startswith("tether"):
-            return f" `{name}` has to be called first, as in `tether.low_rank(8)`, and its result goes to a weight."
-        return " A function is called with the weight: `function(tether.weight_of(layer, 'kernel'))`."
+            return f" `{value.__name__}` has to be called first, as in `tether.low_rank(8)`, and that with a weight."
+        return f" A function is called with the weight: `function(tether.weight_of(layer, {name!r}))`."
     return ""
 
 
