@@ -255,6 +255,11 @@ MISTAKES = [
     Mistake("A", "tether.adapters.unmerge(adapted())", r"'reader' are not merged.*`tether\.adapters\.merge\(model\)`"),
     Mistake("B", "tether.adapters.save(adapted(), 'a', folder / 'a.keras')", r"ends in '\.safetensors'.*a\.keras"),
     Mistake("B", "tether.adapters.load(attention(), folder)", r"adapter_config\.json.*folder="),
+    Mistake(
+        "B",
+        "tether.adapters.load(two(), peft(folder))",
+        r"'net'.*'attention\.query' of the adapter.*`names=\.\.\.`.*hidden",
+    ),
     # ---- calls
     Mistake("A", "tether.route(dense(), kernel=[w, 2 * w])(x, choice=5)", r"'choice' is one of: 0.*choice=5"),
     Mistake("A", "tether.route(dense(), kernel=[w, 2 * w])(x, choice=0.5)", r"'choice' is one of: 0.*choice=0\.5"),
@@ -378,6 +383,12 @@ def adapted():
     return tether.adapters.add(attention(), "a", {"*/query/kernel": tether.low_rank(2)})
 
 
+def peft(folder: Path):
+    """A folder as PEFT writes it, of an adapter of another model."""
+    tether.files.save_peft(adapted(), folder / "peft")
+    return folder / "peft"
+
+
 def names(folder: Path):
     """What the code of a mistake may name."""
     (folder / "model.keras").write_bytes(b"")
@@ -391,7 +402,7 @@ def names(folder: Path):
         "folder": folder,
         "tie": tether.tie,
     }
-    makers = (Custom, adapted, attention, custom, dense, einsum, two)
+    makers = (Custom, adapted, attention, custom, dense, einsum, peft, two)
     return {
         **made,
         **{maker.__name__: maker for maker in makers},

@@ -153,38 +153,42 @@ class Expression(NoTensor):
         here = "" if known not in _ways else f"`tether.ops.{known}` makes an expression. "
         raise NotATensor(f"NumPy's `{name}` makes an array. {here}{self._instead()}")
 
-    def __iter__(self) -> Any:
-        raise NotATensor(
-            f"{self.notation()} was iterated over, or searched by `in`, or unpacked. An expression has no entries; "
-            "rows are expressions too: `[w[0], w[1]]`, and `w.numpy()` is an array."
-        )
+    if TYPE_CHECKING:  # what a type checker refuses, with its own words
+        __iter__: ClassVar[None] = None
+    else:
 
-    def __contains__(self, other: object) -> bool:
-        return bool(self.__iter__())
+        def __iter__(self) -> Any:
+            raise NotATensor(
+                f"{self.notation()} was iterated over, or searched by `in`, or unpacked. An expression has no entries; "
+                "rows are expressions too: `[w[0], w[1]]`, and `w.numpy()` is an array."
+            )
 
-    def _refuse_comparing(self, other: object) -> NoReturn:
-        raise NotATensor(
-            f"{self.notation()} was compared with {_noted(other)} by size, and an expression has no value yet. Write "
-            "`w.numpy() > 0` for its present value, or in an expression `tether.ops.maximum(w, 0)`, or "
-            "`tether.ops.apply(keras.ops.greater, w, 0)` as the condition of `tether.ops.where`."
-        )
+        def __contains__(self, other: object) -> bool:
+            return bool(self.__iter__())
 
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse_comparing
+        def _refuse_comparing(self, other: object) -> NoReturn:
+            raise NotATensor(
+                f"{self.notation()} was compared with {_noted(other)} by size, and an expression has no value yet. "
+                "Write `w.numpy() > 0` for its present value, or in an expression `tether.ops.maximum(w, 0)`, or "
+                "`tether.ops.apply(keras.ops.greater, w, 0)` as the condition of `tether.ops.where`."
+            )
 
-    def __setitem__(self, key: object, value: object) -> NoReturn:
-        raise NotATensor(
-            f"Entries of {self.notation()} were set, and an expression is immutable. Store a whole value by "
-            "`w.assign(value)`, or write another expression: `tether.ops.where(condition, value, w)`, "
-            "`tether.ops.concatenate([w[:2], new])`."
-        )
+        __lt__ = __le__ = __gt__ = __ge__ = _refuse_comparing
 
-    def _refuse_number(self) -> NoReturn:
-        raise NotATensor(
-            f"{self.notation()} was used where a number is expected, and has shape {self.shape}. Write "
-            "`float(w.numpy())` for the present value of one number, or `w.sum()` for an expression."
-        )
+        def __setitem__(self, key: object, value: object) -> NoReturn:
+            raise NotATensor(
+                f"Entries of {self.notation()} were set, and an expression is immutable. Store a whole value by "
+                "`w.assign(value)`, or write another expression: `tether.ops.where(condition, value, w)`, "
+                "`tether.ops.concatenate([w[:2], new])`."
+            )
 
-    __float__ = __int__ = __complex__ = _refuse_number
+        def _refuse_number(self) -> NoReturn:
+            raise NotATensor(
+                f"{self.notation()} was used where a number is expected, and has shape {self.shape}. Write "
+                "`float(w.numpy())` for the present value of one number, or `w.sum()` for an expression."
+            )
+
+        __float__ = __int__ = __complex__ = _refuse_number
 
     @property
     def shape(self) -> Shape | None:
@@ -211,9 +215,11 @@ class Expression(NoTensor):
         """The tensor, computed now from what is stored, on the backend in use."""
         return _ways["evaluate"](self)
 
-    @value.setter
-    def value(self, value: object) -> None:
-        raise NotATensor(f"The value of {self.notation()} is stored by a method: `w.assign(value)`.")
+    if not TYPE_CHECKING:
+
+        @value.setter
+        def value(self, value: object) -> None:
+            raise NotATensor(f"The value of {self.notation()} is stored by a method: `w.assign(value)`.")
 
     def numpy(self) -> Array:
         """The value as a NumPy array (a copy)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import keras
 import numpy as np
@@ -174,9 +174,11 @@ class Weight(Storage):
         """The stored tensor, under the caller's stateless and autocast scopes."""
         return self.variable.value if self._became is None else self._became.value
 
-    @value.setter
-    def value(self, value: object) -> None:
-        raise NotATensor(f"The value of the weight {self.name!r} is stored by a method: `w.assign(value)`.")
+    if not TYPE_CHECKING:
+
+        @value.setter
+        def value(self, value: object) -> None:
+            raise NotATensor(f"The value of the weight {self.name!r} is stored by a method: `w.assign(value)`.")
 
     def assign(self, value: Tensor) -> None:
         """Stores a value of the weight's shape.
