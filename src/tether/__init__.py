@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from tether import inspection, ops, weights
-from tether.errors import TetherError
+from tether.errors import TetherError, not_there
 from tether.layers import Lambda, call, materialize, route, tie, untie, weight_of
 from tether.weights import Expression, Weight, expression, sharing
 
@@ -77,7 +77,7 @@ if not TYPE_CHECKING:  # or every name would pass a type checker
     def __getattr__(name: str) -> object:
         """Imports what is asked for the first time."""
         if name not in _LATER:
-            raise AttributeError(f"module 'tether' has no attribute {name!r}")
+            raise AttributeError(not_there("tether", name, __all__))
         module = importlib.import_module(_LATER[name])
         found = module if module.__name__ == f"tether.{name}" else getattr(module, name)
         globals()[name] = found

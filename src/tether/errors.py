@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
+import os
+import pathlib
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -73,6 +77,44 @@ def received(**values: object) -> str:
     return "Received: " + ", ".join(f"{name}={_short.repr(value)}" for name, value in values.items()) + "."
 
 
+def did_you_mean(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """` Did you mean 'kernel'?`, of the names that are like a word; nothing where none is."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=cutoff) if isinstance(word, str) else []
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def not_there(module: str, name: str, names: Iterable[str]) -> str:
+    """What to say of a name that a module does not have."""
+    known = list(names)
+    return f"`{module}` has no {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}."
+
+
+def no_file(path: str | os.PathLike[str]) -> str:
+    """What to say of the path of a file that is none: whether it is a folder, and what there is beside it."""
+    target = pathlib.Path(path)
+    said = f"There is no file {str(path)!r}."
+    if target.is_dir():
+        return f"{said} It is a folder: name a file in it. It has: {_listed(target)}."
+    if not target.parent.is_dir():
+        return f"{said} There is no folder {str(target.parent)!r} either; the present one is {os.getcwd()!r}."
+    near = did_you_mean(target.name, sorted(each.name for each in target.parent.iterdir()), cutoff=0.5)
+    return f"{said}{near} Its folder has: {_listed(target.parent)}."
+
+
+def _listed(folder: pathlib.Path) -> str:
+    names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+def no_folder(path: str | os.PathLike[str]) -> str:
+    """What to say of the path of a file to be written into a folder that does not exist."""
+    parent = os.path.dirname(os.fspath(path))
+    return (
+        f"There is no folder {parent!r} to write {os.path.basename(os.fspath(path))!r} to. Make it first: "
+        f"`os.makedirs({parent!r})`."
+    )
+
+
 # --------------------------------------------------------------------------- checks of what a caller or a file gave
 # Values that a caller or a file gave, made what they have to be.
 
@@ -108,5 +150,7 @@ def as_dtype(value: object) -> str:
     except (ValueError, TypeError):
         dtype = None
     if dtype not in NUMERIC or dtype is None:
-        raise InvalidConfig(f"A dtype is one of {sorted(NUMERIC)}. {received(dtype=value)}")
+        raise InvalidConfig(
+            f"A dtype is one of {', '.join(sorted(NUMERIC))}.{did_you_mean(value, NUMERIC)} {received(dtype=value)}"
+        )
     return dtype

@@ -355,6 +355,16 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
         tether.files.export(small(), tmp_path / "model.onnx", "onnx")
 
 
+@pytest.mark.skipif("tf_saved_model" not in HERE, reason="refused for the backend before that")
+def test_a_saved_model_without_tensorflow_names_it(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(Unsupported, match=r"on the \w+ backend too.*`pip install tensorflow`"):
+        tether.files.export(small(), tmp_path / "saved", "tf_saved_model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_runtime_that_is_missing_is_named(tmp_path, monkeypatch):
     import sys
 

@@ -106,6 +106,8 @@ CASES = [
         lambda x: ops.take(x.t, np.array([3, 1]), axis=-1),
         lambda x: x.t[..., [3, 1]],
     ),
+    ("t.transpose(0, 2, 1)", lambda x: x.t.transpose((0, 2, 1))),
+    ("t.transpose(0, 2, 1)", lambda x: x.t.transpose([0, 2, 1])),
     # ---- arithmetic
     ("a + b", lambda x: x.a + x.b),
     ("a - b", lambda x: x.a - x.b),
@@ -151,6 +153,47 @@ CASES = [
     ("a / b", lambda x: ops.divide(x.a, x.b), lambda x: x.a / x.b),
     ("a @ m", lambda x: ops.matmul(x.a, x.m), lambda x: x.a @ x.m),
     ("-a", lambda x: ops.negative(x.a), lambda x: -x.a),
+    # ---- functions of each number, and along axes
+    ("a ** 2", lambda x: x.a**2),
+    ("a ** 2", lambda x: x.a**2.0),
+    ("a ** 0.5", lambda x: x.a ** np.float64(0.5), lambda x: x.a**0.5),
+    ("a ** -1", lambda x: ops.power(x.a, -1), lambda x: 1 / x.a),
+    ("-a ** 3", lambda x: -(x.a**3)),
+    ("(-a) ** 3", lambda x: (-x.a) ** 3),
+    ("(a ** 2) ** 3", lambda x: (x.a**2) ** 3),
+    ("(a ** 2).T", lambda x: (x.a**2).T),
+    ("(2.0 * a ** 2) @ m", lambda x: 2.0 * x.a**2 @ x.m),
+    ("a.astype(int32) ** 2", lambda x: x.a.astype("int32") ** 2),
+    (
+        "(a.astype(int32) + 1) ** -1",
+        lambda x: (x.a.astype("int32") + 1) ** -1,
+        lambda x: (1 / (x.a.astype("int32") + 1)).astype("float32"),
+    ),
+    ("a.astype(float16) ** 2", lambda x: x.a.astype("float16") ** 2),
+    ("abs(a - 1.0)", lambda x: abs(x.a - 1.0)),
+    ("abs(1 - a)", lambda x: ops.abs(1 - x.a), lambda x: abs(1 - x.a)),
+    ("abs(a.astype(int32) - 1)", lambda x: abs(x.a.astype("int32") - 1)),
+    ("exp(a)", lambda x: ops.exp(x.a), lambda x: np.exp(x.a)),
+    ("log(a)", lambda x: ops.log(x.a), lambda x: np.log(x.a)),
+    ("sqrt(a + b)", lambda x: ops.sqrt(x.a + x.b), lambda x: np.sqrt(x.a + x.b)),
+    (
+        "exp(a.astype(int32))",
+        lambda x: ops.exp(x.a.astype("int32")),
+        lambda x: np.exp(x.a.astype("int32")).astype("float32"),
+    ),
+    ("maximum(a, v)", lambda x: ops.maximum(x.a, x.v), lambda x: np.maximum(x.a, x.v)),
+    ("minimum(1.0, a)", lambda x: ops.minimum(1.0, x.a), lambda x: np.minimum(1, x.a)),
+    ("sum(a)", lambda x: x.a.sum(), lambda x: x.a.sum()),
+    ("sum(a, axis=0)", lambda x: x.a.sum(0)),
+    ("sum(t, axis=(0, -1))", lambda x: x.t.sum((0, -1))),
+    ("sum(t, axis=(2, 0), keepdims=True)", lambda x: ops.sum(x.t, [2, 0], True), lambda x: x.t.sum((2, 0), keepdims=1)),
+    ("sum(s)", lambda x: x.s.sum(), lambda x: x.s),
+    ("sum(a.astype(int8))", lambda x: x.a.astype("int8").sum(), lambda x: x.a.astype("int8").sum(dtype="int32")),
+    ("mean(a, axis=-1)", lambda x: x.a.mean(-1)),
+    ("mean(a.astype(int32))", lambda x: x.a.astype("int32").mean(), lambda x: np.float32(x.a.astype("int32").mean())),
+    ("max(t, axis=1)", lambda x: x.t.max(1)),
+    ("min(a, axis=0, keepdims=True)", lambda x: ops.min(x.a, 0, keepdims=True), lambda x: x.a.min(0, keepdims=True)),
+    ("(a - mean(a, axis=0)).T", lambda x: (x.a - x.a.mean(0)).T),
     # ---- several made one
     ("concatenate([a, b], axis=0)", lambda x: ops.concatenate([x.a, x.b]), lambda x: np.concatenate([x.a, x.b])),
     (
@@ -383,6 +426,8 @@ def test_different_expressions_differ(weights):
         ops.take(x.a, [0], 1), x.a * Argument("k"), x.a * Argument("j"), x.a * Argument("k", (4,)),
         ops.einsum("ij->ij", x.a), ops.einsum("ij->ji", x.a), ops.apply(keras.ops.tanh, x.a),
         x.a[-1], x.a[-2], ops.take(x.a, [-1]), ops.take(x.a, [-2]),  # Python's hashes of -1 and -2 are equal
+        x.a ** 2, x.a ** 3, x.a ** 0.5, ops.exp(x.a), ops.log(x.a), ops.maximum(x.a, x.b), ops.minimum(x.a, x.b),
+        x.a.sum(), x.a.sum(0), x.a.sum((0,)), x.a.sum(0, keepdims=True), x.a.mean(0), x.a.max(0),
         ops.apply(keras.ops.exp, x.a), (x.a + x.b) + x.a, x.a + (x.b + x.a), 1, "a + b", None,
     ]  # fmt: skip
     for place, one in enumerate(different):
@@ -401,6 +446,64 @@ def test_equal_parts_are_computed_once(weights):
 def test_transposing_back_gives_the_very_expression(weights):
     assert weights.a.T.T is weights.a
     assert weights.a.stop_gradient().stop_gradient() == weights.a.stop_gradient()
+
+
+def test_axes_are_exchanged_as_in_numpy(weights, blank):
+    for axes in [(0, 1), (-1, 0), (1, 2), (1, 1)]:
+        expression = weights.t.swapaxes(*axes)
+        np.testing.assert_array_equal(expression.numpy(), VALUES["t"].swapaxes(*axes))
+        assert expression == ops.swapaxes(weights.t, *axes)
+    np.testing.assert_array_equal(weights.t.mT.numpy(), VALUES["t"].swapaxes(1, 2))
+    assert weights.a.mT == weights.a.T
+    assert weights.t.swapaxes(2, -1) is weights.t
+    with pytest.raises(tether.TetherError, match=r"The shape of t is not known"):
+        blank.t.swapaxes(0, 1)
+
+
+def test_what_has_an_inverse_takes_values_and_refuses_those_that_it_cannot_have():
+    for make, value, wrong in [
+        (ops.exp, [[1.0, 2.0]], [[1.0, 0.0]]),
+        (ops.log, [[-1.0, 2.0]], None),
+        (ops.sqrt, [[0.0, 3.0]], [[1.0, -1.0]]),
+        (lambda w: w**3, [[-8.0, 27.0]], None),
+        (lambda w: w**-1, [[-2.0, 4.0]], [[0.0, 1.0]]),
+        (lambda w: w**0.5, [[0.0, 3.0]], [[-1.0, 1.0]]),
+        (lambda w: 2.0 * ops.exp(w).T + 1.0, [[2.0], [3.0]], [[1.0], [2.0]]),
+    ]:
+        w = tether.Weight(np.ones((1, 2), "float32"), name="w")
+        expression = make(w)
+        expression.assign(np.array(value, "float32"))
+        np.testing.assert_allclose(expression.numpy(), value, rtol=1e-5)
+        if wrong is not None:
+            with pytest.raises(NotInvertible, match=r"takes only numbers"):
+                expression.assign(np.array(wrong, "float32"))
+            np.testing.assert_allclose(expression.numpy(), value, rtol=1e-5)
+    for expression in (w**2, w**0, abs(w), w.sum(), w.max(0), ops.maximum(w, 0.0), w.astype("int32") ** 3):
+        with pytest.raises(NotInvertible, match="has no inverse"):
+            expression.assign(np.ones(expression.shape))
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("power", {"exponent": "2"}),
+        ("power", {"exponent": True}),
+        ("power", {"exponent": float("nan")}),
+        ("power", {"exponent": 1 << 4000}),
+        ("elementwise", {"function": "eval"}),
+        ("elementwise", {"function": ["abs"]}),
+        ("elementwise", {}),
+        ("extreme", {"function": "abs"}),
+        ("reduction", {"function": "prod", "axis": 0, "keepdims": False}),
+        ("reduction", {"function": "sum", "axis": "0", "keepdims": False}),
+        ("reduction", {"function": "sum", "axis": [0.5], "keepdims": False}),
+        ("reduction", {"function": "sum", "axis": 0, "keepdims": 1}),
+    ],
+)
+def test_parameters_of_functions_are_checked(name, wrong, weights):
+    operands = [weights.a] * (OPERATORS[name].arity or 1)
+    with pytest.raises(InvalidConfig):
+        OPERATORS[name](*operands, **wrong)
 
 
 def test_weights_used_lists_each_once_in_the_order_of_writing(weights):
@@ -530,6 +633,12 @@ MISFITS = [
     (lambda x: x.a.transpose(0, 2), "a.transpose(0, 2)", "2 axes", "(0, 2)"),
     (lambda x: x.a.transpose(0, 0), "a.transpose(0, 0)", "2 axes", "(0, 0)"),
     (lambda x: x.a.transpose(0), "a.transpose(0)", "2 axes", "(0,)"),
+    (lambda x: x.a.swapaxes(0, 2), "a", "(3, 4)", "axis2=2"),
+    (lambda x: x.v.mT, "v", "1 axes", "axis1=-2"),
+    (lambda x: x.a.sum(2), "sum(a, axis=2)", "(3, 4)", "axis=2"),
+    (lambda x: x.a.mean((0, -2)), "mean(a, axis=(0, -2))", "(3, 4)", "(0, -2)"),
+    (lambda x: x.a[:, :0].max(1), "max(a[:, :0], axis=1)", "no numbers", "(3, 0)"),
+    (lambda x: ops.maximum(x.a, x.m), "maximum(a, m)", "(3, 4)", "(4, 5)"),
     (lambda x: x.a[3], "a[3]", "(3, 4)", "3"),
     (lambda x: x.a[0, 0, 0], "a[0, 0, 0]", "(3, 4)", ""),
     (lambda x: ops.take(x.a, [0, 3]), "a", "3 entries", "index=3"),
@@ -563,10 +672,37 @@ def test_becoming_an_array_is_refused(convert, make, weights):
         convert(make(weights))
 
 
-@pytest.mark.parametrize("function", [np.sum, np.exp, np.add.reduce, float, int])
-def test_numpy_does_not_compute_with_expressions(function, weights):
-    with pytest.raises(TypeError):
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (np.sum, r"`tether\.ops\.sum`"),
+        (np.exp, r"`tether\.ops\.exp`"),
+        (np.add.reduce, r"array"),
+        (np.tanh, r"`tanh`"),
+        (np.concatenate, r"."),
+        (lambda e: np.add(e, 1, out=np.zeros((3, 4))), r"`add`"),
+        (lambda e: np.add(e, 1, dtype="float64"), r"`add`"),
+        (lambda e: np.float32(1) < e, r"`less`"),
+        (float, r"number"),
+        (int, r"number"),
+    ],
+)
+def test_numpy_does_not_compute_with_expressions(function, said, weights):
+    with pytest.raises(TypeError, match=said):
         function(weights.a + weights.b)
+
+
+def test_an_array_and_an_expression_are_not_equal(weights):
+    for array in (BIG, np.float32(1)):
+        assert (array == weights.a) is False
+        assert (array != weights.a) is True
+
+
+def test_a_name_of_an_array_that_an_expression_is_added_to_means_an_expression_then(weights):
+    array = kept = BIG.copy()
+    array += weights.a
+    assert array == BIG + weights.a
+    np.testing.assert_array_equal(kept, BIG)
 
 
 @pytest.mark.parametrize("make", [lambda x: x.a, lambda x: x.a + x.b])

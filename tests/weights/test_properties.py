@@ -250,6 +250,40 @@ def cast_to_the_same(pool):
     return x.astype(keras.config.floatx()), fx
 
 
+def powered(pool, x, shape):
+    exponent = pool.draw(st.sampled_from([2, 3, 1, 0]))
+    return x**exponent, lambda value: value**exponent
+
+
+def of_each(pool, x, shape):
+    """A function of each number, kept away from where it has no gradient."""
+    name = pool.draw(st.sampled_from(["abs", "exp", "log", "sqrt"]))
+    if name == "abs":
+        return abs(x * x + 0.5), lambda value: np.abs(value**2 + 0.5)
+    if name == "exp":
+        return ops.exp(0.1 * x / (x * x + 1.0)), lambda value: np.exp(0.1 * value / (value**2 + 1.0))
+    return getattr(ops, name)(x * x + 0.5), lambda value: getattr(np, name)(value**2 + 0.5)
+
+
+def limited(pool, x, shape):
+    """The larger or smaller of two numbers that are never equal."""
+    name = pool.draw(st.sampled_from(["maximum", "minimum"]))
+    return getattr(ops, name)(x, x * x + 2.0), lambda value: getattr(np, name)(value, value**2 + 2.0)
+
+
+def reduced(pool, x, shape):
+    name = pool.draw(st.sampled_from(["sum", "mean", "max", "min"]))
+    axes = pool.draw(st.one_of(st.none(), st.sets(st.integers(0, len(shape) - 1)) if shape else st.just(set())))
+    kept = pool.draw(st.booleans())
+    axes = None if axes is None else tuple(axis - len(shape) * pool.draw(st.booleans()) for axis in sorted(axes))
+    assume(0 not in shape)
+    if name in ("max", "min"):  # what the gradient is for equal numbers, backends choose differently
+        assume(int(np.prod([shape[axis] for axis in (range(len(shape)) if axes is None else axes)])) == 1)
+    return getattr(x, name)(axes, keepdims=kept), lambda value: np.asarray(
+        getattr(np, name)(value, axis=axes, keepdims=kept)
+    )
+
+
 STEPS = [
     binary("+", lambda x, y: x + y, np.add),
     binary("-", lambda x, y: x - y, np.subtract),
@@ -260,6 +294,10 @@ STEPS = [
     unary(transposed),
     unary(reshaped),
     unary(indexed),
+    unary(powered),
+    unary(of_each),
+    unary(limited),
+    unary(reduced),
     taken,
     joined(ops.concatenate, np.concatenate),
     joined(ops.stack, np.stack),
@@ -396,6 +434,8 @@ def integers(x):
 
 NAMES = {
     **{name: getattr(ops, name) for name in ("take", "concatenate", "stack", "where", "einsum")},
+    **{name: getattr(ops, name) for name in ("abs", "exp", "log", "sqrt", "maximum", "minimum")},
+    **{name: getattr(ops, name) for name in ("sum", "mean", "max", "min")},
     "tanh": lambda x: ops.apply(keras.ops.tanh, x),
     "mean_of_both": lambda x, y: ops.apply(mean_of_both, x, y),
     "unpack": lambda x, axis, size: Unpack(integers(x), axis=axis, size=size),

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from tether.adapters.manage import Part, adapt, adapted_weights, check, check_known, check_new_name, check_strength
-from tether.errors import TetherError, received
+from tether.errors import TetherError, did_you_mean, received
 from tether.forms.form import part, rows_and_columns, start_value
 from tether.forms.low_rank import factors_of, low_rank
 from tether.types import Array
@@ -105,7 +105,8 @@ def _check_arguments(
     for name, value in adapters.items():
         check_strength(name, value)
     if method not in METHODS:
-        raise TetherError(f"`method` is one of {', '.join(map(repr, METHODS))}. {received(method=method)}")
+        near = did_you_mean(method, METHODS)
+        raise TetherError(f"`method` is one of {', '.join(map(repr, METHODS))}.{near} {received(method=method)}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise TetherError(f"`rank` is a whole number of 1 or more, or None for an exact sum. {received(rank=rank)}")
     if method == "svd" and rank is None:

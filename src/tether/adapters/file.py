@@ -30,7 +30,7 @@ from tether.adapters.manage import (
     strengths,
     taken_apart,
 )
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, received
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, no_file, received
 from tether.files.keras.archive import reading
 from tether.files.keras.load import making
 from tether.files.loading.assignment import Assignment
@@ -277,7 +277,7 @@ def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tupl
     """
     target = pathlib.Path(path)
     if not target.is_file():
-        raise TetherError(f"There is no file {str(path)!r}.")
+        raise TetherError(no_file(path))
     with open(target, "rb", buffering=0) as opened:
         with reading(target):
             file = TensorFile(opened, target.name)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import TetherError, UnknownName, received
+from tether.errors import TetherError, UnknownName, did_you_mean, received
 from tether.forms.form import AddedForm
 from tether.forms.full import full
 from tether.layers.family.inherit import changed
@@ -86,8 +86,8 @@ def add(
     given: Any = changes
     if not isinstance(given, Mapping) or (not given and also is None):
         raise TetherError(
-            "An adapter changes weights by name or pattern, as in `{'*/query/kernel': tether.low_rank(8)}`. "
-            f"{received(changes=changes)}"
+            "An adapter changes weights by name or pattern, as in "
+            f"`{{{_as_pattern(given)}: tether.low_rank(8)}}`. {received(changes=changes)}"
         )
     weights = named_weights(model)
     chosen = select_all(model, weights, changes)
@@ -95,6 +95,12 @@ def add(
     for weight in [] if also is None else select(model, weights, also):
         parts[weight.path] = full().delta
     return adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
+
+
+def _as_pattern(given: object) -> str:
+    """The pattern that a list of modules stands for elsewhere, `["query", "value"]`."""
+    first = given[0] if isinstance(given, (list, tuple)) and given else given
+    return repr(f"*/{first}/kernel" if isinstance(first, str) and first.isidentifier() else "*/query/kernel")
 
 
 def remove(model: AnyLayer, name: str) -> AnyLayer:
@@ -166,6 +172,11 @@ def _training(model: keras.Layer) -> list[Stored]:
 def _delta(change: object, name: str, base: Expression) -> Expression:
     if isinstance(change, AddedForm):
         return change.delta(base)
+    if isinstance(change, (int, float)):
+        raise TetherError(
+            f"What an adapter makes of {name!r} is a form, or a function of the weight, and no number. For a low-rank "
+            f"part of that rank write `tether.low_rank({change})`. {received(change=change)}"
+        )
     return changed(change, base, name) - base
 
 
@@ -245,6 +256,12 @@ def set_strengths(model: keras.Layer, wanted: Mapping[str, float], /) -> None:
     assert abs(tether.adapters.strengths(model)["french"] - 0.3) < 1e-6
     ```
     """
+    given: object = wanted
+    if not isinstance(given, Mapping):
+        raise TetherError(
+            f"Strengths are given by the adapters' names, as in `set_strengths(model, {{'french': 0.3}})`. "
+            f"{received(strengths=given)}"
+        )
     expressions = _expressions(model)
     _check_known(model, expressions, wanted)
     merged = _merged_names(model)
@@ -415,7 +432,10 @@ def _check_known(model: keras.Layer, expressions: Iterable[Adapted], wanted: Ite
     present = _names(expressions)
     unknown = [name for name in wanted if name not in present]
     if unknown:
-        raise UnknownName(f"{model.name!r} has no adapter {unknown[0]!r}. It has: {', '.join(present) or 'none'}.")
+        near = did_you_mean(unknown[0], present)
+        raise UnknownName(
+            f"{model.name!r} has no adapter {unknown[0]!r}.{near} It has: {', '.join(present) or 'none'}."
+        )
 
 
 def check(model: keras.Layer, function: str) -> None:
@@ -426,7 +446,10 @@ def check(model: keras.Layer, function: str) -> None:
     """
     refuse_layer(f"adapters.{function}", model)
     if not model.built:
-        raise TetherError(f"{model.name!r} is not built yet. Call it on data first, or `build` it.")
+        raise TetherError(
+            f"`adapters.{function}` needs a model that has its weights, and {model.name!r} is not built. Call it on "
+            f"data, or build it: `{model.name}.build(input_shape)`."
+        )
     if getattr(model, _MERGED, None):
         raise TetherError(f"The adapters of {model.name!r} are merged. Take them apart first: `unmerge(model)`.")
 
@@ -440,7 +463,10 @@ def check_new_name(model: keras.Layer, name: object) -> None:
     present = names(model)
     if not isinstance(name, str) or not name or name in present:
         listed = ", ".join(present) or "none"
-        raise TetherError(f"An adapter has a name of its own; the model has: {listed}. {received(name=name)}")
+        raise TetherError(
+            f"An adapter has a name of its own, a string; {model.name!r} has: {listed}. Take another, or the old one "
+            f"off: `remove(model, name)`. {received(name=name)}"
+        )
 
 
 def check_strength(name: str, value: object) -> None:
@@ -450,7 +476,9 @@ def check_strength(name: str, value: object) -> None:
         TetherError: It is not.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
-        raise TetherError(f"A strength is a finite number. {received(**{name: value})}")
+        raise TetherError(
+            f"The strength of the adapter {name!r} is a finite number: 1 is on, 0 is off. {received(**{name: value})}"
+        )
 
 
 # --------------------------------------------------------------------------- merging
@@ -483,7 +511,7 @@ def merge(model: AnyLayer, names: Sequence[str] | None = None) -> AnyLayer:
     """
     check(model, "merge")
     if isinstance(names, str):
-        raise TetherError(f"`names` is a list of adapters. {received(names=names)}")
+        raise TetherError(f"`names` is a list of adapters, as in `merge(model, [{names!r}])`. {received(names=names)}")
     if names is not None:
         check_known(model, names)
     whole: list[str] = []
@@ -532,7 +560,10 @@ def unmerge(model: AnyLayer) -> AnyLayer:
     """
     merged = getattr(model, _MERGED, None)
     if not merged:
-        raise TetherError(f"The adapters of {model.name!r} are not merged.")
+        raise TetherError(
+            f"The adapters of {model.name!r} are not merged, so there is nothing to take apart: `unmerge` follows "
+            f"`tether.adapters.merge(model)`. It has: {', '.join(names(model)) or 'none'}."
+        )
     with Rollback.below(model):
         tie(model, {path: expression for path, (expression, _) in merged.items()})
         keras_seam.set_untracked(model, _MERGED, {})

@@ -17,6 +17,8 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from tether.errors import not_there
+
 if TYPE_CHECKING:
     from tether.forms.compose import compose as compose
     from tether.forms.concatenate import concatenate as concatenate
@@ -47,3 +49,10 @@ for _module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
     for _name in _loaded.__all__:
         globals()[_name] = getattr(_loaded, _name)  # the function takes the place of the module of its name
         __all__ += [_name]
+
+if not TYPE_CHECKING:  # or every name would pass a type checker
+
+    def __getattr__(name: str) -> object:
+        """Says which forms there are."""
+        lora = " LoRA is `tether.low_rank(8)`." if "lora" in name.lower() else ""
+        raise AttributeError(not_there("tether.forms", name, __all__) + lora)

@@ -25,7 +25,7 @@ class Dora(Form):
     def __call__(self, base: Expression) -> Expression:
         """`m · V / ‖V‖`, where V is the low-rank sum."""
         base = base_expression(self, base)
-        rows, _ = rows_and_columns(shape_of_base(self, base), self.direction.split)
+        rows, _ = rows_and_columns(shape_of_base(self, base), self.direction.split, of=base.notation())
         direction = self.direction(base)
         lengths = part(base, "magnitude", norms_of(start_value(direction), len(rows)), dtype=self.direction.stored)
         return Magnitude(direction, lengths, rows=len(rows), detached=1)

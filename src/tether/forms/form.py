@@ -227,7 +227,7 @@ def shape_of_base(form: object, base: Expression) -> Shape:
     return base.shape
 
 
-def rows_and_columns(shape: Shape, split: object = None) -> tuple[Shape, Shape]:
+def rows_and_columns(shape: Shape, split: object = None, *, of: str = "") -> tuple[Shape, Shape]:
     """How a kernel of any number of axes is a matrix from inputs (rows) to outputs (columns).
 
     Args:
@@ -235,12 +235,17 @@ def rows_and_columns(shape: Shape, split: object = None) -> tuple[Shape, Shape]:
         split: How many leading axes are inputs. Left out: all but the last (a convolution's window and channels
             are inputs), but of three axes, as the projections of attention have them, the split that makes the
             sum of rows and columns the smallest.
+        of: What has the shape, for the error.
 
     Raises:
         TetherError: The shape has fewer than two axes, or the split leaves one side empty.
     """
     if len(shape) < 2:
-        raise TetherError(f"A matrix form needs a weight of two or more axes. {received(shape=shape)}")
+        raise TetherError(
+            f"A matrix form needs a weight of two or more axes, and {of or 'this one'} has {len(shape)}. Leave it out, "
+            "as by the pattern '*kernel', or train it whole: `tether.forms.full()`. "
+            f"{received(shape=shape)}"
+        )
     if split is None:
         split = len(shape) - 1
         if len(shape) == 3:
@@ -326,7 +331,13 @@ def as_rank(rank: object, name: str = "rank") -> int:
         TetherError: It is not.
     """
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
-        raise TetherError(f"`{name}` is a whole number of 1 or more. {received(**{name: rank})}")
+        called = isinstance(rank, (Expression, keras.layers.Layer))
+        hint = (
+            " A form is called twice: `tether.low_rank(8)` makes it, and that is called with the weight."
+            if called
+            else ""
+        )
+        raise TetherError(f"`{name}` is a whole number of 1 or more.{hint} {received(**{name: rank})}")
     return int(rank)
 
 
@@ -356,6 +367,10 @@ def kaiming(seed: int | None = None, nth: int = 0) -> Any:
 # many.
 
 
+_BY_HAND = {"compose": "w @ own", "concatenate": "tether.ops.concatenate([w, own], -1)"}
+"""What each form of units makes of a kernel whose outputs are its last axis."""
+
+
 def units_of(form: str, parent: keras.Layer) -> int:
     """How many outputs a layer has on the last axis of its kernel.
 
@@ -366,9 +381,10 @@ def units_of(form: str, parent: keras.Layer) -> int:
     setting = KINDS.get(cls, Kind()).units  # of the class itself: a subclass may compute otherwise
     if not setting:
         raise Unsupported(
-            f"`{form}` knows where the outputs are in Dense, EinsumDense, Conv1D, Conv2D and Conv3D. For another layer "
-            "write the expressions yourself: `tether.tie(layer, kernel=tether.ops.concatenate([w, own], -1))`. "
-            f"{received(layer=type(parent).__name__)}"
+            f"`{form}` knows where the outputs are in Dense, EinsumDense, Conv1D, Conv2D and Conv3D. For another make "
+            f"the child yourself, with its units, and tie it: `tether.tie(child, kernel={_BY_HAND[form]})`, where "
+            f"`w = tether.weight_of({getattr(parent, 'name', 'parent')}, 'kernel')` and `own` is a `tether.Weight` of "
+            f"the shape of what is new. {received(layer=type(parent).__name__)}"
         )
     if parent.quantization_mode is not None or getattr(parent, "lora_enabled", False):
         raise Unsupported(

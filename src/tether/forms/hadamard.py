@@ -35,7 +35,7 @@ class Hadamard(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`s · (A₁ B₁) ∘ (A₂ B₂)`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
         n, m = math.prod(rows), math.prod(columns)
         a1 = part(base, "loha_a1", kaiming(self.seed, 0), (n, self.rank), dtype=self.stored)
         b1 = part(base, "loha_b1", kaiming(self.seed, 1), (self.rank, m), dtype=self.stored)

@@ -53,7 +53,7 @@ class Kronecker(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`s · C ⊗ D`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
         n, m = math.prod(rows), math.prod(columns)
         (n1, n2), (m1, m2) = _divided(n, self.factor), _divided(m, self.factor)
         small = part(base, "lokr_c", "zeros", (n1, m1), dtype=self.stored)

@@ -102,7 +102,7 @@ class LowRank(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`s · A B`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
         if isinstance(self.start, str) and self.start in _RANDOM:
             a = part(base, "lora_a", _RANDOM[self.start](self.seed), (*rows, self.rank), dtype=self.stored)
             b = part(base, "lora_b", "zeros", (self.rank, *columns), dtype=self.stored)

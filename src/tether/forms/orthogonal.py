@@ -155,7 +155,7 @@ class Orthogonal(Form):
         base = base_expression(self, base)
         if base.shape is None and self.map == "householder":
             return Householder(base)  # a matrix, whose sizes the tie will tell
-        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
         matrix = as_matrix(base, rows, columns)
         if self.map == "householder":
             return from_matrix(Householder(matrix), rows, columns)

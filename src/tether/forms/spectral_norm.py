@@ -109,7 +109,7 @@ class SpectralNormForm(Form):
     def __call__(self, base: Expression) -> Expression:
         """The base divided by its largest singular value."""
         base = base_expression(self, base)
-        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
         n, m = math.prod(rows), math.prod(columns)
         matrix = start_value(base).reshape(n, m)
         if not np.any(matrix):

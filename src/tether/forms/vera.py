@@ -43,7 +43,7 @@ class Vera(AddedForm):
 
     def delta(self, base: Expression) -> Expression:
         """`(A · d) @ (B · b)`, in the base's shape."""
-        rows, columns = rows_and_columns(shape_of_base(self, base), self.split)
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
         n, m = math.prod(rows), math.prod(columns)
         a, b = self._slices(base, n, m)
         inner = part(base, "vera_d", np.full(self.rank, 0.1), dtype=self.stored)

@@ -111,7 +111,7 @@ class WeightNorm(Form):
         """`g · V / ‖V‖`, where V is the base."""
         base = base_expression(self, base)
         shape = shape_of_base(self, base)
-        rows = len(rows_and_columns(shape, len(shape) - 1)[0])
+        rows = len(rows_and_columns(shape, len(shape) - 1, of=base.notation())[0])
         return Magnitude(base, part(base, "g", norms_of(start_value(base), rows)), rows=rows, detached=0)
 
 

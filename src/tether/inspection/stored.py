@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from tether.errors import InvalidConfig, Unsupported, received
+from tether.errors import InvalidConfig, Unsupported, no_file, received
 from tether.files.keras.archive import opened_archive, opened_values, reading
 from tether.files.tensors.safetensors import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
@@ -29,7 +29,7 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
     path = Path(path)
     reader = next((reader for suffix, reader in _READERS.items() if path.name.endswith(suffix)), None)
     if not path.exists():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+        raise FileNotFoundError(no_file(path))
     if reader is None or not path.is_file():
         raise Unsupported(
             f"Facts are read from files that end with {', '.join(_READERS)}. {received(path=str(path))} "

@@ -184,6 +184,8 @@ class Summary:
         if hidden := [weight for weight in facts.weights if weight not in listed]:
             size = human_bytes(sum(weight.bytes for weight in hidden))
             found.append(f"{_count(len(hidden), 'weight')} with no use but the layer's own ({size}) not listed.")
+        if not facts.weights:
+            found.append("No weights: a model or layer that is not built has none yet. Call it on data, or build it.")
         if not facts.ties:
             found.append(
                 "This file does not tell of every use of its weights, so nothing is said of what sharing saves. "

@@ -7,7 +7,8 @@ The modules above this one provide what its methods and operators do (`provide`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
@@ -134,9 +135,60 @@ class Expression(NoTensor):
     stops_gradient: ClassVar[bool] = False
     """Whether no gradient flows through it to what it is made of."""
 
-    # NumPy must hand `array * expression` to the expression instead of looping over it.
-    __array_ufunc__: ClassVar[None] = None
-    __iter__: ClassVar[None] = None
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: object, **kwargs: object) -> Any:
+        # NumPy hands `array * expression` over here instead of looping over it. What is no operator is refused.
+        name = getattr(ufunc, "__name__", "")
+        if name in ("equal", "not_equal"):
+            return name == "not_equal"
+        in_place = {"out": inputs[:1]}  # `array += expression` makes the name `array` mean the expression
+        if method == "__call__" and name in _UFUNCS and (not kwargs or kwargs == in_place):
+            return _arithmetic(_UFUNCS[name], *inputs)
+        self._refuse_numpy(name)
+
+    def __array_function__(self, function: Any, types: object, args: object, kwargs: object) -> NoReturn:
+        self._refuse_numpy(getattr(function, "__name__", ""))
+
+    def _refuse_numpy(self, name: str) -> NoReturn:
+        known = {"absolute": "abs", "amax": "max", "amin": "min"}.get(name, name)
+        here = "" if known not in _ways else f"`tether.ops.{known}` makes an expression. "
+        raise NotATensor(f"NumPy's `{name}` makes an array. {here}{self._instead()}")
+
+    if TYPE_CHECKING:  # what a type checker refuses, with its own words
+        __iter__: ClassVar[None] = None
+    else:
+
+        def __iter__(self) -> Any:
+            raise NotATensor(
+                f"{self.notation()} was iterated over, or searched by `in`, or unpacked. An expression has no entries; "
+                "rows are expressions too: `[w[0], w[1]]`, and `w.numpy()` is an array."
+            )
+
+        def __contains__(self, other: object) -> bool:
+            return bool(self.__iter__())
+
+        def _refuse_comparing(self, other: object) -> NoReturn:
+            raise NotATensor(
+                f"{self.notation()} was compared with {_noted(other)} by size, and an expression has no value yet. "
+                "Write `w.numpy() > 0` for its present value, or in an expression `tether.ops.maximum(w, 0)`, or "
+                "`tether.ops.apply(keras.ops.greater, w, 0)` as the condition of `tether.ops.where`."
+            )
+
+        __lt__ = __le__ = __gt__ = __ge__ = _refuse_comparing
+
+        def __setitem__(self, key: object, value: object) -> NoReturn:
+            raise NotATensor(
+                f"Entries of {self.notation()} were set, and an expression is immutable. Store a whole value by "
+                "`w.assign(value)`, or write another expression: `tether.ops.where(condition, value, w)`, "
+                "`tether.ops.concatenate([w[:2], new])`."
+            )
+
+        def _refuse_number(self) -> NoReturn:
+            raise NotATensor(
+                f"{self.notation()} was used where a number is expected, and has shape {self.shape}. Write "
+                "`float(w.numpy())` for the present value of one number, or `w.sum()` for an expression."
+            )
+
+        __float__ = __int__ = __complex__ = _refuse_number
 
     @property
     def shape(self) -> Shape | None:
@@ -163,6 +215,12 @@ class Expression(NoTensor):
         """The tensor, computed now from what is stored, on the backend in use."""
         return _ways["evaluate"](self)
 
+    if not TYPE_CHECKING:
+
+        @value.setter
+        def value(self, value: object) -> None:
+            raise NotATensor(f"The value of {self.notation()} is stored by a method: `w.assign(value)`.")
+
     def numpy(self) -> Array:
         """The value as a NumPy array (a copy)."""
         return np.array(keras.ops.convert_to_numpy(self.value))
@@ -186,11 +244,29 @@ class Expression(NoTensor):
         """The value with its axes reversed."""
         return self.transpose()
 
-    def transpose(self, *axes: int) -> Expression:
+    @property
+    def mT(self) -> Expression:
+        """The value with its last two axes exchanged."""
+        return self.swapaxes(-2, -1)
+
+    def swapaxes(self, axis1: int, axis2: int) -> Expression:
+        """The value with two axes exchanged.
+
+        Args:
+            axis1: The number of an axis.
+            axis2: That of the other one.
+
+        Raises:
+            UnknownShape: A weight in it has no shape yet.
+            ShapeMismatch: There is no such axis.
+        """
+        return _ways["swapaxes"](self, axis1, axis2)
+
+    def transpose(self, *axes: int | Sequence[int]) -> Expression:
         """The value with its axes permuted, reversed if no axes are given.
 
         Args:
-            *axes: The number of the axis that each axis of the result is, as in NumPy.
+            *axes: The number of the axis that each axis of the result is, one by one or in a tuple, as in NumPy.
 
         Raises:
             ShapeMismatch: They are no permutation of the axes.
@@ -222,6 +298,44 @@ class Expression(NoTensor):
             InvalidConfig: There is no such dtype.
         """
         return _ways["cast"](self, dtype)
+
+    # ------------------------------------------------------------------ along axes
+
+    def sum(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
+        """The sum of its numbers: see `tether.ops.sum`.
+
+        Args:
+            axis: An axis, or several; left out, all.
+            keepdims: Whether the axes stay, with the size 1.
+        """
+        return _ways["sum"](self, axis, keepdims)
+
+    def mean(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
+        """The mean of its numbers: see `tether.ops.mean`.
+
+        Args:
+            axis: An axis, or several; left out, all.
+            keepdims: Whether the axes stay, with the size 1.
+        """
+        return _ways["mean"](self, axis, keepdims)
+
+    def max(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
+        """The largest of its numbers: see `tether.ops.max`.
+
+        Args:
+            axis: An axis, or several; left out, all.
+            keepdims: Whether the axes stay, with the size 1.
+        """
+        return _ways["max"](self, axis, keepdims)
+
+    def min(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
+        """The smallest of its numbers: see `tether.ops.min`.
+
+        Args:
+            axis: An axis, or several; left out, all.
+            keepdims: Whether the axes stay, with the size 1.
+        """
+        return _ways["min"](self, axis, keepdims)
 
     # ------------------------------------------------------------------ gradient
 
@@ -272,8 +386,17 @@ class Expression(NoTensor):
     def __rmatmul__(self, other: object) -> Expression:
         return _arithmetic("matmul", other, self)
 
+    def __pow__(self, other: object) -> Expression:
+        return _ways["power"](self, other)
+
+    def __rpow__(self, other: object) -> Expression:
+        return _ways["power"](other, self)
+
     def __neg__(self) -> Expression:
         return _arithmetic("negative", self)
+
+    def __abs__(self) -> Expression:
+        return _arithmetic("abs", self)
 
     # ------------------------------------------------------------------ what must not happen silently
 
@@ -422,12 +545,66 @@ class Stored(Expression, _TrackedByKeras):
     """A leaf that owns storage; `tether.Weight` is the only one. What is below that class knows it by this name."""
 
 
+_UFUNCS = {
+    "add": "add", "subtract": "subtract", "multiply": "multiply", "divide": "divide", "true_divide": "divide",
+    "matmul": "matmul", "negative": "negative", "power": "power",
+}  # fmt: skip
+"""NumPy's functions that its arrays call for an operator, and the operator."""
+
+
+def _noted(value: object) -> str:
+    return value.notation() if isinstance(value, Expression) else type(value).__name__ if value is None else repr(value)
+
+
 def _arithmetic(operator: str, *operands: object) -> Any:
     try:
         expressions = [as_expression(operand) for operand in operands]
     except TypeError:
+        wrong = next(operand for operand in operands if not _is_expression(operand))
+        hint = "" if isinstance(wrong, NoTensor) else instead_of(wrong)  # a form hands itself over
+        if hint:
+            others = ", ".join(each.notation() for each in operands if isinstance(each, Expression))
+            raise NotATensor(
+                f"{others} was combined with what is no weight, expression, number or array.{hint} "
+                f"{received(operand=wrong)}"
+            ) from None
         return NotImplemented
     return _ways[operator](*expressions)
+
+
+def _is_expression(value: object) -> bool:
+    try:
+        as_expression(value)
+    except TypeError:
+        return False
+    return True
+
+
+def instead_of(value: object, name: str = "kernel") -> str:
+    """What to write in the place of what is no expression, as a sentence; nothing where that cannot be said.
+
+    Args:
+        value: What was given.
+        name: What the weight may be called that was meant.
+    """
+    if isinstance(value, keras.layers.Layer):
+        return f" Of a layer say which weight: `tether.weight_of({_variable_name(value.name)}, {name!r})`."
+    if isinstance(value, NoTensor):
+        return (
+            " A form is called with a weight, or added to one: "
+            f"`tether.weight_of(layer, {name!r}) + tether.low_rank(8)`, `tether.forms.dora(8)(w)`."
+        )
+    if isinstance(value, str):
+        return f" A weight has to be looked up: `tether.weight_of(layer, {value!r})`."
+    if isinstance(value, (types.FunctionType, type)):
+        if str(getattr(value, "__module__", "")).startswith("tether"):
+            return f" `{value.__name__}` has to be called first, as in `tether.low_rank(8)`, and that with a weight."
+        return f" A function is called with the weight: `function(tether.weight_of(layer, {name!r}))`."
+    return ""
+
+
+def _variable_name(name: str) -> str:
+    return name if name.isidentifier() else "layer"
 
 
 def as_expression(value: object) -> Expression:
@@ -519,7 +696,11 @@ class Node(Expression):
             object.__setattr__(self, "_dtype", self.infer_dtype(*(dtype for dtype in dtypes if dtype is not None)))
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Expressions are immutable. {received(attribute=name)}")
+        raise AttributeError(
+            f"{self.notation()} is an expression, which is immutable. What trains is said of its weights, "
+            f"`w.trainable = False`, or by `.stop_gradient()`; a value is stored by `.assign(value)`. "
+            f"{received(attribute=name)}"
+        )
 
     # ------------------------------------------------------------------ what an operator defines
 

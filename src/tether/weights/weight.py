@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import keras
 import numpy as np
@@ -13,11 +13,13 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import (
     InvalidConfig,
+    NotATensor,
     ShapeMismatch,
     TetherError,
     UnknownShape,
     Unsupported,
     as_dtype,
+    did_you_mean,
     received,
 )
 from tether.types import Config, Function, Tensor
@@ -27,9 +29,9 @@ from tether.weights.identity import born, fresh_uid, mark, scope_of
 from tether.weights.storage import Copy, Storage, Use, path_of
 
 _FOR_PEOPLE = (
-    "T", "assign", "astype", "constraint", "dtype", "get_config", "initializer", "is_built", "name", "notation",
-    "numpy", "path", "quantize", "regularizer", "reshape", "role", "scale_gradient", "shape", "stop_gradient",
-    "trainable", "transpose", "uses", "value", "variable", "weights_used",
+    "T", "assign", "astype", "constraint", "dtype", "get_config", "initializer", "is_built", "mT", "mean", "name",
+    "notation", "numpy", "path", "quantize", "regularizer", "reshape", "role", "scale_gradient", "shape",
+    "stop_gradient", "sum", "trainable", "transpose", "uses", "value", "variable", "weights_used",
 )  # fmt: skip
 """What `dir` names: of expressions, and of a stored weight."""
 
@@ -80,12 +82,13 @@ class Weight(Storage):
         role: str | None = None,
     ) -> None:
         shape, initializer, start = read_start(shape, initializer, dtype)
-        dtype = None if dtype is None else keras.backend.standardize_dtype(dtype)
+        dtype = None if dtype is None else as_dtype(dtype)
+        check_flags(name, trainable)
         # Keras would read the name of a dtype such as int8 as a policy that quantises.
         super().__init__(name=name, dtype=dtype if dtype in ("float16", "bfloat16", "float32", "float64") else None)
         self.initializer = initializer
-        self.regularizer = keras.regularizers.get(regularizer)
-        self.constraint = keras.constraints.get(constraint)
+        self.regularizer = read_named("regularizer", regularizer)
+        self.constraint = read_named("constraint", constraint)
         if dtype is None and start is not None:
             dtype = keras.backend.standardize_dtype(start.dtype)
         self.__dict__.update(  # none of it is for Keras to track, and looking whether it is takes longer than the rest
@@ -170,6 +173,12 @@ class Weight(Storage):
     def value(self) -> Tensor:
         """The stored tensor, under the caller's stateless and autocast scopes."""
         return self.variable.value if self._became is None else self._became.value
+
+    if not TYPE_CHECKING:
+
+        @value.setter
+        def value(self, value: object) -> None:
+            raise NotATensor(f"The value of the weight {self.name!r} is stored by a method: `w.assign(value)`.")
 
     def assign(self, value: Tensor) -> None:
         """Stores a value of the weight's shape.
@@ -375,13 +384,51 @@ def read_start(shape: Any, initializer: object, dtype: object) -> tuple[Shape | 
         if start.dtype == np.int64 and dtype is None and np.array_equal(start.astype("int32"), start):
             start = start.astype("int32")
         return None, None, start
-    initializer = keras.initializers.get(initializer)
+    if isinstance(shape, int) and isinstance(initializer, int):
+        raise TetherError(
+            f"The sizes of a weight are given in one tuple: `tether.Weight(({shape}, {initializer}))`. "
+            f"{received(shape=shape, initializer=initializer)}"
+        )
+    initializer = read_named("initializer", initializer)
     if dtype is not None and keras_seam.is_random(initializer) and not keras_seam.is_float(as_dtype(dtype)):
         raise TetherError(
             f"{type(initializer).__name__} draws floats, and the weight is to store {as_dtype(dtype)}. Give it its "
             "values, or 'zeros'."
         )
     return None if shape is None else check_shape(shape), initializer, None
+
+
+def check_flags(name: object, trainable: object) -> None:
+    """Refuses what is no name, or no flag.
+
+    Raises:
+        TetherError: It is none.
+    """
+    if name is not None and (not isinstance(name, str) or not name or "/" in name):
+        raise TetherError(
+            f"A weight's name is a string without '/'; a dot stands for one, as in 'encoder.kernel'. "
+            f"{received(name=name)}"
+        )
+    if not isinstance(trainable, (bool, np.bool_)):
+        raise TetherError(f"`trainable` of a weight is True or False. {received(trainable=trainable)}")
+
+
+def read_named(kind: str, value: object) -> Any:
+    """Keras's initializer, regularizer or constraint of a name, a config, an object or a function.
+
+    Raises:
+        TetherError: Keras knows none.
+    """
+    module = getattr(keras, f"{kind}s")
+    try:
+        return module.get(value)
+    except (ValueError, TypeError) as error:
+        names = [name for name in dir(module) if name[0].islower() and name not in ("get", "serialize", "deserialize")]
+        known = ", ".join(name for name in names if callable(getattr(module, name)))
+        raise TetherError(
+            f"A weight's {kind} is a Keras {kind}, or the name of one.{did_you_mean(value, names, cutoff=0.5)} "
+            f"Keras has: {known or error}. {received(**{kind: value})}"
+        ) from error
 
 
 def _is_array(value: object) -> bool:
@@ -397,7 +444,12 @@ def check_shape(shape: object) -> Shape:
     if not isinstance(shape, (tuple, list)) or not all(
         isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in shape
     ):
-        raise TetherError(f"A shape is a tuple of integers. {received(shape=shape)}")
+        hint = " A size that the layer determines is not written: leave the shape out."
+        if isinstance(shape, str):
+            hint = f" A name is given by keyword: `tether.Weight(name={shape!r})`."
+        elif isinstance(shape, keras.layers.Layer):
+            hint = f" To share a layer's weight: `tether.weight_of({shape.name}, 'kernel')`."
+        raise TetherError(f"A weight's shape is a tuple of integers, as in (784, 64).{hint} {received(shape=shape)}")
     if any(n < 0 for n in shape) or math.prod(int(n) for n in shape) > MAX_ELEMENTS or len(shape) > 32:
         raise TetherError(
             f"A shape has sizes of 0 or more, and at most {MAX_ELEMENTS:,} elements. {received(shape=shape)}"

@@ -78,7 +78,11 @@ def test_check_is_public():
 def test_a_layer_can_be_checked_too(rng):
     model, _ = tied_pair(rng)
     assert not tether.check(model.layers[0])
-    assert not tether.check(keras.layers.Dense(3))
+    layer = keras.layers.Dense(3, name="alone")
+    with pytest.raises(TetherError, match="'alone' is not built"):
+        tether.check(layer)
+    layer.build((None, 2))
+    assert not tether.check(layer)
 
 
 def test_only_the_rules_that_are_asked_for_answer(rng):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
+from tether.errors import Unsupported
 from tether.files.exporting.model import Asked, Runner, quiet
 from tether.types import Array, Function, Tensor
 
@@ -20,7 +22,18 @@ FOLDS = False
 
 
 def write(asked: Asked, path: pathlib.Path, held: list[keras.Variable]) -> None:
-    """Writes the folder. A SavedModel reads variables where it runs, so there is nothing to hold out."""
+    """Writes the folder. A SavedModel reads variables where it runs, so there is nothing to hold out.
+
+    Raises:
+        Unsupported: TensorFlow is not installed.
+    """
+    try:
+        importlib.import_module("tensorflow")
+    except ImportError as error:
+        raise Unsupported(
+            f"A SavedModel is written with the package 'tensorflow', on the {keras.backend.backend()} backend too, and "
+            f"it cannot be imported ({error}). Install it: `pip install tensorflow`."
+        ) from error
     archive = keras.export.ExportArchive()
     archive.track_and_add_endpoint("serve", asked.model, asked.signature, **asked.options)
     keras_seam.store_each_variable_once(archive)

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import NUMERIC, InvalidConfig, TetherError, Unsupported, received
+from tether.errors import NUMERIC, InvalidConfig, TetherError, Unsupported, no_file, received
 from tether.types import Array, Config
 from tether.weights.leaves import numpy_dtype
 
@@ -265,7 +265,7 @@ def contents(path: str | os.PathLike[str], *, whole: bool = False) -> Contents:
     """
     source = pathlib.Path(path)
     if not source.is_file():
-        raise TetherError(f"There is no file {str(path)!r}.")
+        raise TetherError(no_file(path))
     with reading(source), opened_archive(source, whole=whole) as archive, archive.values() as values:
         return Contents(archive.config(), _shapes(values, source.stat().st_size), archive.written_by())
 
@@ -394,6 +394,12 @@ def opened_archive(path: str | os.PathLike[str], *, whole: bool = False) -> Iter
         InvalidConfig: It is damaged, an entry would be put elsewhere, or it would unpack to far more than it is.
     """
     source = pathlib.Path(path)
+    if source.suffix in (".h5", ".hdf5"):
+        raise InvalidConfig(
+            f"{str(path)!r} is no '.keras' file. If it holds weights: `model.load_weights(path)`, or "
+            "`tether.files.load_untied(model, path)` for those of an untied model; if it is a whole model of an "
+            "earlier Keras: `keras.saving.load_model(path)`."
+        )
     with open(source, "rb") as file, zipfile.ZipFile(file) as archive:
         _check_entries(archive, source)
         damaged = archive.testzip() if whole else None

@@ -19,7 +19,7 @@ from typing import IO, TypeVar
 import h5py
 import numpy as np
 
-from tether.errors import InvalidConfig, TetherError, Unsupported, received
+from tether.errors import InvalidConfig, TetherError, Unsupported, no_file, received
 from tether.files.keras.archive import VALUES, dtype_of, objects, opened_archive, read_npz, reading, refuse_bomb
 from tether.files.loading.entries import Entry, StoredTie, stored_ties
 from tether.types import Array, Config
@@ -65,7 +65,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Values]:
     """
     target = pathlib.Path(path)
     if not target.is_file():
-        raise TetherError(f"There is no file {str(path)!r}.")
+        raise TetherError(no_file(path))
     reader = next((reader for suffix, reader in _READERS.items() if target.name.endswith(suffix)), None)
     if reader is None:
         raise Unsupported(

@@ -13,7 +13,7 @@ import keras
 
 from tether import keras_seam
 from tether.atomic import written_beside
-from tether.errors import TetherError, Unsupported, received
+from tether.errors import TetherError, Unsupported, no_folder, received
 from tether.files.keras.archive import contents, places_of, with_config
 from tether.layers.records.verification import record_further_out
 from tether.layers.tying.tied import base_class
@@ -47,9 +47,12 @@ def save_model(model: keras.Model, path: str | os.PathLike[str]) -> None:
     """
     target = pathlib.Path(path)
     if target.suffix != ".keras":
-        raise TetherError(f"A model is saved in a file that ends in '.keras'. {received(path=str(path))}")
+        raise TetherError(
+            f"A model is saved in a file that ends in '.keras', as in {target.stem + '.keras'!r}. Its values alone: "
+            f"`save_safetensors`, or Keras's `model.save_weights('model.weights.h5')`. {received(path=str(path))}"
+        )
     if not target.parent.is_dir():
-        raise TetherError(f"The folder of the file does not exist. {received(path=str(path))}")
+        raise TetherError(no_folder(target))
     record_further_out(model)
     with written_beside(target) as beside:
         keras.saving.save_model(model, beside)

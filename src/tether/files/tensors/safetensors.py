@@ -20,7 +20,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.atomic import written_beside
-from tether.errors import InvalidConfig, TetherError, Unsupported, received
+from tether.errors import InvalidConfig, TetherError, Unsupported, no_file, received
 from tether.files.keras.archive import reading
 from tether.files.loading.assignment import Resolve, assign_offers, check_resolve
 from tether.files.loading.entries import Conflict, Entry, Report, StoredTie, entry_of, stored_ties
@@ -154,7 +154,7 @@ def opened_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Ent
     """
     target = pathlib.Path(path)
     if not target.is_file():
-        raise TetherError(f"There is no file {str(path)!r}.")
+        raise TetherError(no_file(path))
     with contextlib.ExitStack() as stack:
         with reading(target):
             paths = _files(target)

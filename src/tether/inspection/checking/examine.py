@@ -78,7 +78,13 @@ def _context(source: object, data: object) -> Context:
                 "`model.build(input_shape)`, and check it then."
             )
         batch = Batch(*data) if isinstance(data, tuple) and len(data) == 2 else Batch(data)
-    return Context(facts(source), model=source, data=batch)
+    found = facts(source)
+    if not found.weights and not source.built:
+        raise TetherError(
+            f"{source.name!r} is not built, so it has no weights yet to be checked. Call it on data, or build it: "
+            f"`{source.name}.build(input_shape)`."
+        )
+    return Context(found, model=source, data=batch)
 
 
 def _named(names: Iterable[str]) -> list[str]:

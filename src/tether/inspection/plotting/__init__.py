@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from tether.atomic import written_beside
-from tether.errors import TetherError, Unsupported, received
+from tether.errors import TetherError, Unsupported, no_folder, received
 from tether.inspection.collect import facts
 from tether.inspection.plotting.pages import image, page
 
@@ -94,7 +94,7 @@ def plot(
         )
     target = WeightMap(path if path is not None else f"{_file_name(found.name)}-weights.html")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(target.parent)!r} to write {target.name!r} to.")
+        raise FileNotFoundError(no_folder(target))
     content = _KINDS[target.suffix.lower()](found, shown, f"Weights of {found.name}" if title is None else title)
     with written_beside(target) as beside:
         beside.write_text(content, encoding="utf-8", newline="\n")

@@ -13,11 +13,11 @@ import keras
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
 from tether.layers.tying import paths
-from tether.layers.tying.fit import refuse_layer, refuse_unsupported
+from tether.layers.tying.fit import given_twice, refuse_layer, refuse_unsupported
 from tether.layers.tying.state import View, shape_of, state_of, view_like
 from tether.layers.tying.tie import tie
 from tether.types import AnyLayer, Config, Function, Tensor
-from tether.weights.expression import Expression, known_shape
+from tether.weights.expression import Expression, NoTensor, known_shape
 from tether.weights.leaves import Argument, bind
 from tether.weights.operators.choice import choose
 from tether.weights.storage import Use
@@ -67,9 +67,10 @@ def call(
     twice = set(weights or {}) & set(by_name)
     if twice or not given:
         raise TetherError(
-            f"The weight {sorted(twice)[0]!r} is given twice."
+            given_twice(twice)
             if twice
-            else "`call` needs weights: `call(layer, x, kernel=t)`."
+            else f"`call` needs weights of layer {layer.name!r}, as in `call(layer, x, kernel=tensor)`. Without any, "
+            "call the layer itself: `layer(x)`."
         )
     if any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten([inputs, list(given.values())])):
         part = WithWeights(layer, list(given))
@@ -246,7 +247,10 @@ def route(
     """
     given = {**(options or {}), **by_name}
     if not given:
-        raise TetherError("`route` needs options, as in `route(layer, kernel=[parent, own])`.")
+        raise TetherError(
+            "`route` needs options for at least one weight, as in `route(layer, kernel=[parent, own])`. "
+            f"{received(layer=layer)}"
+        )
     listed = {path: _listed(path, found) for path, found in given.items()}
     names = next(iter(listed.values()))[0]
     for path, (others, _) in listed.items():
@@ -323,16 +327,20 @@ class Lambda(keras.layers.Layer):
         trainable: bool = True,
         **by_name: object,
     ) -> None:
-        if not callable(function):
-            raise TetherError(f"`tether.Lambda` takes a function. {received(function=function)}")
+        asked: object = function
+        if not callable(asked) or isinstance(asked, NoTensor):
+            raise TetherError(
+                "`tether.Lambda` takes a function, and weights by name: `tether.Lambda(lambda x, w: x @ w, w=weight)`. "
+                f"{received(function=function)}"
+            )
         super().__init__(name=name, dtype=dtype, trainable=trainable)
         self.function = function
         parameters = inspect.signature(function).parameters
         self._passes_training = "training" in parameters
         self._names: tuple[str, ...] = ()
         given = {**(weights or {}), **by_name}
+        _check_parameters(function, parameters, given)
         if given:
-            _check_parameters(function, parameters, given)
             tie(self, given)
 
     def build(self, input_shape: object) -> None:
@@ -346,6 +354,17 @@ class Lambda(keras.layers.Layer):
             setattr(self, f"weight_{name}", view)
             names.append(name)
         self._names = tuple(names)
+        parameters = list(inspect.signature(self.function).parameters.values())[1:]
+        needed = [
+            p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        missing = [name for name in needed if name not in (*names, "training")]
+        if missing:
+            raise TetherError(
+                f"The function of the tether.Lambda {self.name!r} needs {', '.join(missing)}, and it was given "
+                f"{', '.join(names) or 'no weights'}. Name the weights: "
+                f"`tether.Lambda(function, {', '.join(f'{name}=...' for name in needed)})`."
+            )
 
     def call(self, inputs: object, training: bool | None = None) -> Tensor:
         """Calls the function with the weights' present tensors."""

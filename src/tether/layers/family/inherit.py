@@ -23,7 +23,7 @@ from tether.layers.family.named import (
     take_flags,
     train_only,
 )
-from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.fit import given_twice, refuse_layer
 from tether.layers.tying.state import View, numpy_of, weights_below
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, weight_of, weights_of
@@ -153,11 +153,12 @@ def _asked(changes: object, by_name: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(changes, Mapping):
         raise TetherError(
             "The changes are given by name or pattern, as in `inherit(parent, kernel=tether.low_rank(8))` or "
-            f"`inherit(parent, {{'*/kernel': tether.low_rank(8)}})`. {received(changes=changes)}"
+            f"`inherit(parent, {{'*/kernel': tether.low_rank(8)}})`; a form of the whole layer is called first: "
+            f"`inherit(parent, tether.forms.compose(10))`. {received(changes=changes)}"
         )
     twice = set(changes) & set(by_name)
     if twice:
-        raise TetherError(f"The weight {sorted(twice)[0]!r} is given twice.")
+        raise TetherError(given_twice(twice))
     return {**changes, **by_name}
 
 
@@ -175,9 +176,11 @@ def changed(change: object, base: Expression, path: str) -> Expression:
 
 
 def _no_change(path: str, change: object, made: object) -> TetherError:
+    whole = isinstance(change, LayerForm)
+    hint = " This form changes the whole layer: give it without a name, `inherit(parent, form)`." if whole else ""
     return TetherError(
         f"The change of {path!r} is a function from the parent's expression to the child's, a form such as "
-        f"`tether.low_rank(8)`, an expression, a number or an array. {received(change=change, result=made)}"
+        f"`tether.low_rank(8)`, an expression, a number or an array.{hint} {received(change=change, result=made)}"
     )
 
 
@@ -248,7 +251,8 @@ class _Heir:
         if isinstance(share, bool):
             return set(self.sources) if share else set()
         if isinstance(share, str) or not isinstance(share, Sequence):
-            raise TetherError(f"`share` is True, False or a list of names. {received(share=share)}")
+            one = f", as in `share=[{share!r}]`" if isinstance(share, str) else ""
+            raise TetherError(f"`share` is True, False or a list of names{one}. {received(share=share)}")
         wanted = {weight.path for pattern in share for weight in select(self.child, self.mine, pattern)}
         alone = sorted(wanted - set(self.sources))
         if alone:
@@ -432,12 +436,22 @@ def _instance(into: object, parent: keras.Layer) -> keras.Layer:
             return cls.from_config(config)
         except Exception as error:
             raise TetherError(
-                f"A {cls.__name__} cannot be made from the config of {parent.name!r}: {error} Give the child itself: "
-                f"`inherit(parent, into={cls.__name__}(...))`."
+                f"A {cls.__name__} cannot be made from the config of the {type(parent).__name__} {parent.name!r}. Give "
+                f"the child itself, with arguments of its own: `inherit(parent, into={cls.__name__}(...))`. "
+                f"{_last_words(error)}"
             ) from error
     if not isinstance(into, keras.layers.Layer) or isinstance(into, Weight) or into is parent:
-        raise TetherError(f"`into` is another layer, or a layer class. {received(into=into)}")
+        raise TetherError(
+            f"`into` is another layer than the parent, or a layer class, as in `into=keras.layers.Dense`. "
+            f"{received(into=into)}"
+        )
     return into
+
+
+def _last_words(error: BaseException) -> str:
+    """What an error of Keras says, without the config that it repeats."""
+    said = str(error).rpartition("Exception encountered:")[2].strip()
+    return f"Its constructor says: {said[:200]}{'…' if len(said) > 200 else ''}"
 
 
 def build_like(child: keras.Layer, parent: keras.Layer) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -14,7 +17,7 @@ from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.types import Function, Tensor
 from tether.weights.algebra import invert, is_invertible, solve_shape
-from tether.weights.expression import Expression, Stored, known_shape
+from tether.weights.expression import Expression, Shape, Stored, known_shape
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
 
@@ -28,13 +31,25 @@ from tether.weights.weight import Weight
 def misfit(layer: keras.Layer, name: str, shape: tuple[int, ...], expression: Expression) -> TetherError:
     """The error of an expression whose shape is not that of the weight."""
     given = expression.shape
-    hint = ""
-    if given is not None and tuple(reversed(given)) == shape:
-        hint = f" Did you mean `{name}={expression.T.notation()}`?"
+    mended = None if given is None else _mended(expression, given, shape)
+    key = name if name.isidentifier() else "kernel"
+    hint = "" if mended is None else f" Did you mean `{key}={mended.notation()}`?"
     return ShapeMismatch(
         f"The weight {name!r} of layer {layer.name!r} ({type(layer).__name__}) has shape {shape}, but "
         f"{expression.notation()} has shape {given}.{hint}"
     )
+
+
+def _mended(expression: Expression, given: Shape, wanted: Shape) -> Expression | None:
+    """An expression of the wanted shape: another order of the axes, the first numbers of each, or another shape."""
+    if tuple(reversed(given)) == wanted:
+        return expression.T
+    if sorted(given) == sorted(wanted) and len(given) <= 5:
+        orders = itertools.permutations(range(len(given)))
+        return expression.transpose(*next(o for o in orders if tuple(given[axis] for axis in o) == wanted))
+    if len(given) == len(wanted) and all(a >= b for a, b in zip(given, wanted, strict=True)):
+        return expression[tuple(slice(None) if a == b else slice(b) for a, b in zip(given, wanted, strict=True))]
+    return expression.reshape(wanted) if math.prod(given) == math.prod(wanted) else None
 
 
 def start_from_values(layer: keras.Layer, name: str, expression: Expression, variable: keras.Variable) -> None:
@@ -153,7 +168,17 @@ def _is_the_class_default(layer: keras.Layer, described: tuple[str, str]) -> boo
 def refuse_layer(function: str, layer: keras.Layer) -> None:
     """Refuses what is no layer or model."""
     if not isinstance(layer, keras.layers.Layer) or isinstance(layer, Weight):
-        raise TetherError(f"`{function}` takes a Keras layer or model. {received(layer=layer)}")
+        given: object = layer
+        hint = ""
+        if isinstance(given, type):
+            hint = f" Make one of the class first: `{given.__name__}(...)`."
+        elif isinstance(given, (list, tuple)):
+            hint = " For several layers, call it for each."
+        elif isinstance(given, str):
+            hint = f" Look it up: `model.get_layer({given!r})`."
+        elif isinstance(given, Weight):
+            hint = f" The weight {given.name!r} is what a layer is tied to: `tether.tie(layer, kernel=w)`."
+        raise TetherError(f"`{function}` takes a Keras layer or model.{hint} {received(layer=layer)}")
     if keras_seam.is_nnx_enabled():
         raise Unsupported(
             "Keras's NNX mode fixes a layer's class and state when it is made, so its weights cannot be tied. "
@@ -186,8 +211,17 @@ def refuse_twice(layer: keras.Layer, places: dict[str, paths.Place]) -> None:
     for path, place in places.items():
         key = id(place.variable) if place.variable is not None else (id(place.layer), place.leaf)
         if key in seen:
-            raise TetherError(f"{seen[key]!r} and {path!r} are the same weight of layer {layer.name!r}.")
+            raise TetherError(
+                f"{seen[key]!r} and {path!r} are the same weight of layer {layer.name!r}, which reads one expression. "
+                f"Give one of them, or both in one expression, as in `tie(layer, kernel=a + b)`."
+            )
         seen[key] = path
+
+
+def given_twice(names: Iterable[str]) -> str:
+    """What to say of weights that are given in a dict and by keyword too."""
+    first = sorted(names)[0]
+    return f"The weight {first!r} is given twice, in the dict and by keyword. Give it once: `{{{first!r}: w}}`."
 
 
 def refuse_tie(layer: keras.Layer, name: str, variable: keras.Variable, expression: Expression) -> None:

@@ -92,7 +92,7 @@ def locate(root: keras.Layer, path: Path, holdings: Holdings | None = None) -> P
         if not rest:
             raise UnknownName(
                 f"The path {'/'.join(path)!r} of layer {root.name!r} names a layer, not a weight. "
-                f"It has: {', '.join(weight_paths(child)) or 'no weights yet'}."
+                f"It has: {', '.join('/'.join((*path, name)) for name in weight_paths(child)) or 'no weights yet'}."
             )
         layer = child
 
@@ -432,7 +432,8 @@ def nothing_there(root: keras.Layer, path: Path, layer: keras.Layer, rest: Path)
     """Says that a path from `root` names no weight: what is left of it at `layer`, and what there is."""
     names = weight_paths(root)
     wanted = "/".join(path)
-    close = difflib.get_close_matches(wanted, names, n=3)
+    within = [name for name in names if f"/{wanted}/" in f"/{name}/"]
+    close = within[:3] or difflib.get_close_matches(wanted.replace(".", "/"), names, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     listed = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     at = f" ({'/'.join(rest)!r} at {layer.name!r})" if layer is not root else ""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # What a tied layer holds in the place of a variable: no storage, an expression read at every access.
 
 
+_OF_EXPRESSIONS = {"T", "mT", "transpose", "swapaxes", "reshape", "astype", "sum", "mean", "stop_gradient"}
+"""What people look for at a view, since the expression in it has it."""
 views: weakref.WeakValueDictionary[int, View] = weakref.WeakValueDictionary()
 """By number: what `torch.compile` runs itself gets plain values only."""
 _numbers = itertools.count()
@@ -169,6 +171,17 @@ class View(keras_seam.Variable):
             self.use.live = live
             for weight in self.expression.weights_used():
                 weight.refresh(self.use)
+
+    if not TYPE_CHECKING:  # or every name would pass a type checker
+
+        def __getattr__(self, name: str) -> object:
+            """Says how to write what only an expression has."""
+            if name in _OF_EXPRESSIONS:
+                raise AttributeError(
+                    f"{self.path} is what a layer reads, and has no {name!r}. For an expression, to be tied elsewhere, "
+                    f"write `tether.weight_of(layer, {self.name!r}).{name}`; for a tensor, `layer.{self.name}.value`."
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"<View {self.path} = {self.expression.notation()}, shape={tuple(self.shape)}, dtype={self.dtype}>"

@@ -13,13 +13,13 @@ import keras
 from tether import keras_seam
 from tether.errors import TetherError, received
 from tether.layers.tying import paths
-from tether.layers.tying.fit import refuse_layer, refuse_tie, refuse_twice
+from tether.layers.tying.fit import given_twice, refuse_layer, refuse_tie, refuse_twice
 from tether.layers.tying.penalty import ALIVE, Penalty, Stated
 from tether.layers.tying.state import Tie, View, arguments_in, hang_weights, state_of, weights_below
 from tether.layers.tying.swap import Rollback, swapped
 from tether.layers.tying.tied import become_tied, replace, take_arguments, takes_arguments
 from tether.types import AnyLayer
-from tether.weights.expression import Expression, Stored, as_expression, resolved
+from tether.weights.expression import Expression, Stored, as_expression, instead_of, resolved
 from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
 
@@ -140,10 +140,13 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
     given = dict(weights or {})
     twice = set(given) & set(by_name)
     if twice:
-        raise TetherError(f"The weight {sorted(twice)[0]!r} is given twice.")
+        raise TetherError(given_twice(twice))
     given.update(by_name)
     if not given:
-        raise TetherError("`tie` needs at least one weight, as in `tie(layer, kernel=w)`.")
+        raise TetherError(
+            f"`tie` needs at least one weight of layer {layer.name!r}, as in `tie(layer, kernel=w)`, and none came. It "
+            f"has: {', '.join(paths.weight_paths(layer)) or 'none yet'}."
+        )
     wanted = {}
     for path, value in given.items():
         try:
@@ -151,7 +154,8 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
         except TypeError:
             raise TetherError(
                 f"The weight {path!r} of layer {layer.name!r} can be tied to a `tether.Weight`, an expression, a "
-                f"number or an array. {received(type=type(value).__name__)}"
+                f"number or an array.{instead_of(value, path.rpartition('/')[2])} "
+                f"{received(type=type(value).__name__)}"
             ) from None
     return wanted
 

@@ -91,7 +91,11 @@ def _asked_for(layer: keras.Layer, name: str, place: paths.Place) -> tuple[paths
     if state is not None and place.variable is None and place.leaf in state.pending:
         return place, state.pending[place.leaf], None
     if state is None or not isinstance(place.variable, View):
-        raise UnknownName(f"The weight {name!r} of layer {layer.name!r} is not tied.")
+        tied = ["/".join(names) for _, names, _, variable in paths.walk(layer) if isinstance(variable, View)]
+        raise UnknownName(
+            f"The weight {name!r} of layer {layer.name!r} is not tied: it has a variable of its own already. Tied are: "
+            f"{', '.join(tied) or 'none'}; `untie(layer)` without names ends all."
+        )
     slot = next(slot for slot in state.slots if slot.view is place.variable)
     return place, slot.tie, slot
 
@@ -131,6 +135,11 @@ def materialize(layer: AnyLayer) -> AnyLayer:
     ```
     """
     refuse_layer("materialize", layer)
+    if not layer.built:
+        raise TetherError(
+            f"`materialize` needs a layer or model that is built, and {layer.name!r} is not, so there are no values to "
+            f"copy. Call it on data, or build it: `{layer.name}.build(input_shape)`."
+        )
     for below in keras_seam.contained_layers(layer):
         if isinstance(below, Lambda):
             raise Unsupported(

@@ -9,9 +9,27 @@ from types import EllipsisType
 import keras
 import numpy as np
 
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_dtype, as_int, as_ints, received
+from tether.errors import (
+    InvalidConfig,
+    NotATensor,
+    ShapeMismatch,
+    TetherError,
+    as_dtype,
+    as_int,
+    as_ints,
+    received,
+)
 from tether.types import Config, Tensor
-from tether.weights.expression import Expression, Node, Shape, Term, as_expression, provide, register
+from tether.weights.expression import (
+    Expression,
+    Node,
+    Shape,
+    Term,
+    as_expression,
+    known_shape,
+    provide,
+    register,
+)
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import result_type
 
@@ -88,7 +106,8 @@ class Reshape(Node):
             wanted = tuple(count // known if size == -1 else size for size in wanted)
         if -1 in wanted or math.prod(wanted) != count:
             raise ShapeMismatch(
-                f"{self.operands[0].notation()} has shape {shapes[0]} ({count} elements) and cannot be reshaped. "
+                f"{self.operands[0].notation()} has shape {shapes[0]} ({count} elements), and another shape has as "
+                f"many; one size may be left to -1, as in `reshape({shapes[0][0] if shapes[0] else 1}, -1)`. "
                 f"{received(shape=self.parameters['shape'])}"
             )
         return wanted
@@ -285,7 +304,45 @@ def transpose(x: object, axes: Sequence[int] | None = None) -> Expression:
     x = as_expression(x)
     if isinstance(x, Transpose) and axes is None and x.parameters["axes"] is None:
         return x.operands[0]
-    return Transpose(x, axes=None if axes is None else tuple(axes))
+    if axes is not None and not isinstance(axes, (int, str)):
+        axes = tuple(axes)
+        if len(axes) == 1 and isinstance(axes[0], (tuple, list)):  # `w.transpose((1, 0))`, as in NumPy
+            axes = tuple(axes[0])
+    return Transpose(x, axes=axes)
+
+
+def swapaxes(x: object, axis1: int, axis2: int) -> Expression:
+    """`x` with two axes exchanged; also the method `x.swapaxes(axis1, axis2)`.
+
+    Args:
+        x: A weight, an expression, a number or an array. Its shape has to be known.
+        axis1: The number of an axis; from the end if it is below zero.
+        axis2: That of the other one.
+
+    Returns:
+        The expression: a shape `(a, b, c)` becomes `(a, c, b)` for the axes 1 and 2.
+
+    Raises:
+        UnknownShape: A weight in it has no shape yet.
+        ShapeMismatch: `x` has no such axis.
+
+    Example:
+    ```python
+    heads = tether.Weight((16, 2, 8), name="heads")
+    assert tether.ops.swapaxes(heads, 0, 1).shape == heads.swapaxes(0, 1).shape == (2, 16, 8)
+    ```
+    """
+    x = as_expression(x)
+    shape = known_shape(x)
+    rank = len(shape)
+    first, second = as_int(axis1, "axis1"), as_int(axis2, "axis2")
+    if not (-rank <= first < rank and -rank <= second < rank):
+        raise ShapeMismatch(f"{x.notation()} has {rank} axes, shape {shape}. {received(axis1=axis1, axis2=axis2)}")
+    axes = list(range(rank))
+    axes[first], axes[second] = axes[second], axes[first]
+    if axes == sorted(axes):
+        return x
+    return transpose(x, None if axes == sorted(axes, reverse=True) else axes)
 
 
 def reshape(x: object, newshape: Sequence[int]) -> Expression:
@@ -477,12 +534,18 @@ class Einsum(Node):
         """An equation of letters, with explicit output."""
         equation = given.get("equation")
         if not isinstance(equation, str) or equation.count("->") != 1:
-            raise InvalidConfig(f"An equation reads like 'ij,jk->ik'. {received(equation=equation)}")
+            raise InvalidConfig(
+                "An equation comes first, and has the axes of each operand and after '->' those of the result, as in "
+                f"`tether.ops.einsum('ij,jk->ik', a, b)`. {received(equation=equation)}"
+            )
         equation = equation.replace(" ", "")
         inputs, output = equation.split("->")
         labels = set(inputs) - {","}
         if not all(label.isascii() and label.isalpha() for label in labels | set(output)) or len(labels) > MAX_LABELS:
-            raise InvalidConfig(f"An equation has letters, commas and '->'. {received(equation=equation)}")
+            raise InvalidConfig(
+                "An equation has letters, commas and '->', a letter for each axis and no '...', as in 'ij,jk->ik'. "
+                f"{received(equation=equation)}"
+            )
         if not set(output) <= labels or len(set(output)) != len(output):
             raise InvalidConfig(
                 f"The output has each label once, and all stand on the left. {received(equation=equation)}"
@@ -504,8 +567,10 @@ class Einsum(Node):
                 if sizes.setdefault(label, size) != size:
                     raise ShapeMismatch(f"In {self.notation()}, axis {label!r} has sizes {sizes[label]} and {size}.")
         if len(terms) != len(shapes):
+            given = ", ".join(operand.notation() for operand in self.operands)
             raise ShapeMismatch(
-                f"{self.parameters['equation']!r} names {len(terms)} operands. {received(operands=len(shapes))}"
+                f"{self.parameters['equation']!r} names {len(terms)} operands, separated by commas, and {len(shapes)} "
+                f"came: {given}. {received(operands=len(shapes))}"
             )
         return tuple(sizes[label] for label in output)
 
@@ -540,7 +605,7 @@ def concatenate(xs: Iterable[object], axis: int = 0) -> Expression:
     layer = tether.tie(keras.layers.Embedding(103, 16), embeddings=tether.ops.concatenate([old, new]))
     ```
     """
-    return Concatenate(*map(as_expression, xs), axis=axis)
+    return Concatenate(*_several("concatenate", xs), axis=axis)
 
 
 def stack(xs: Iterable[object], axis: int = 0) -> Expression:
@@ -564,7 +629,17 @@ def stack(xs: Iterable[object], axis: int = 0) -> Expression:
     assert kernel.shape == (16, 2, 8)
     ```
     """
-    return Stack(*map(as_expression, xs), axis=axis)
+    return Stack(*_several("stack", xs), axis=axis)
+
+
+def _several(function: str, xs: object) -> list[Expression]:
+    """The expressions of a list."""
+    if isinstance(xs, Expression) or not isinstance(xs, Iterable):
+        raise NotATensor(
+            f"`{function}` takes a list of weights and expressions, and then the axis: "
+            f"`tether.ops.{function}([a, b], axis=0)`. {received(xs=xs)}"
+        )
+    return [as_expression(x) for x in xs]
 
 
 def where(condition: object, x1: object, x2: object) -> Expression:
@@ -588,6 +663,12 @@ def where(condition: object, x1: object, x2: object) -> Expression:
     assert (np.triu(lower.numpy(), 1) == 0).all()
     ```
     """
+    if isinstance(condition, bool):
+        raise TetherError(
+            "The condition of `where` is one truth value for all numbers. An expression is compared with `==` as a "
+            "whole; number by number write `tether.ops.apply(keras.ops.equal, w, 0)`. "
+            f"{received(condition=condition)}"
+        )
     return Where(as_expression(condition), as_expression(x1), as_expression(x2))
 
 
@@ -613,7 +694,9 @@ def einsum(subscripts: str, *operands: object) -> Expression:
     assert kernel.shape == (8, 4, 2)
     ```
     """
-    return Einsum(*map(as_expression, operands), equation=subscripts)
+    if isinstance(subscripts, str):
+        return Einsum(*map(as_expression, operands), equation=subscripts)
+    return Einsum(as_expression(0), equation=subscripts)  # which says how an equation reads
 
 
-provide(transpose=transpose, reshape=reshape, index=index, cast=cast)
+provide(transpose=transpose, swapaxes=swapaxes, reshape=reshape, index=index, cast=cast)
