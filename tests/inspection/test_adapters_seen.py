@@ -118,7 +118,7 @@ def test_an_adapter_makes_nothing_shared(model):
     assert "(read by 2 uses)" in body(model)[1]  # the strength of french
 
 
-def test_a_base_that_others_read_is_shared(model):
+def test_a_base_that_others_read_is_shared(model, tmp_path):
     tether.adapters.add(model, "table", {"embed/embeddings": tether.low_rank(2)})
     _, table, totals = body(model, shared_only=True)
     assert [line.split()[0] for line in table.splitlines()[2:]] == [
@@ -129,7 +129,8 @@ def test_a_base_that_others_read_is_shared(model):
     assert "table_lora" not in "".join(line.split("=")[0] for line in table.splitlines())
     kept = facts(model).shared_only()
     assert {place for use in kept.uses for place in use.weights} <= {weight.place for weight in kept.weights}
-    assert tether.plot(model, shared_only=True) is not None
+    tether.plot(model, tmp_path / "map.svg", shared_only=True)
+    assert "table.strength" in (tmp_path / "map.svg").read_text(encoding="utf-8")
 
 
 def test_a_weight_that_is_combined_with_anothers_is_listed():
