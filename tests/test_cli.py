@@ -21,9 +21,11 @@ from typer.testing import CliRunner
 import tether
 from tests import documents
 from tests.documents import ROOT
+from tests.support import numpy
 from tether import demo
 from tether.files.exporting import exporter
 from tether.inspection.checking.finding import RULES, Finding, Findings
+from tether_cli import adapters as cli_adapters
 from tether_cli import app, commands, console, doctor, models, sarif
 
 pytestmark = pytest.mark.spread
@@ -60,6 +62,16 @@ def made(tmp_path_factory):
     tether.materialize(model).save(folder / "untied.keras")
     a, b = tether.Weight((3, 2), "zeros", name="a"), tether.Weight((2, 5), "zeros", name="b")
     autoencoder(delta=a @ b).save(folder / "dead.keras")
+    plain = tether.materialize(model)
+    plain.save(folder / "base.keras")
+    for name in ("french", "german"):
+        tether.adapters.add(plain, name, {"*/kernel": tether.low_rank(2)})
+        for weight in tether.adapters.manage.own_weights(plain)[name]:
+            weight.assign(np.random.default_rng(len(name)).normal(size=weight.shape).astype("float32"))
+    tether.adapters.set_strengths(plain, {"german": 0.5})
+    tether.adapters.save(plain, "french", folder / "french.safetensors")
+    tether.files.save_peft(plain, folder / "french-peft", adapter="french")
+    plain.save(folder / "adapted.keras")
     return folder
 
 
@@ -101,18 +113,23 @@ def refused(*arguments):
 COMMANDS = ["summary", "check", "plot", "diff", "explain", "materialize", "export", "doctor", "completion", "demo"]
 
 
+OF_ADAPTERS = ["list", "combine", "convert"]
+
+
 def test_every_command_has_help_with_examples():
-    listed = done("--help")
+    listed, of_adapters = done("--help"), done("adapters", "--help")
     assert [command.callback.__name__ for command in app.registered_commands] == COMMANDS
-    for name in COMMANDS:
-        assert name in listed
-        text = done(name, "--help")
+    assert [command.callback.__name__.strip("_") for command in cli_adapters.group.registered_commands] == OF_ADAPTERS
+    for name in (*COMMANDS, *(f"adapters {each}" for each in OF_ADAPTERS)):
+        assert name.rpartition(" ")[2] in (of_adapters if " " in name else listed)
+        text = done(*name.split(), "--help")
         assert "Examples:" in text
         assert f"tether {name}" in text
 
 
 def examples():
-    found = [line.strip() for command in app.registered_commands for line in command.epilog.splitlines()[2:]]
+    registered = [*app.registered_commands, *cli_adapters.group.registered_commands]
+    found = [line.strip() for command in registered for line in command.epilog.splitlines()[2:]]
     assert len(found) > 12
     return found
 
@@ -125,6 +142,8 @@ def test_the_examples_of_the_help_run(example, folder, monkeypatch):
         shutil.copy("model.keras", name)
     command = example.partition(" | ")[0].partition(" > ")[0].replace('"Before tying"', "Before")
     command = command.removeprefix('eval "$(').removesuffix(')"')
+    if "-o french-peft" in command:
+        shutil.rmtree("french-peft")
     result = run(*command.split()[1:])
     assert result.exit_code == 0, result.output
 
@@ -157,7 +176,7 @@ def test_the_commands_of_the_guide_run(tmp_path, monkeypatch):
             assert program == "tether"
             assert result.exit_code == expected, (command, result.output)
             told.append(arguments[0])
-    assert set(told) == set(COMMANDS) - {"demo"}
+    assert set(told) == {*COMMANDS, "adapters"} - {"demo"}
     assert (tmp_path / "model-weights.html").exists()
 
 
@@ -596,6 +615,62 @@ def test_a_name_that_says_no_format_is_refused(folder):
     assert "The name 'm.bin' says no format" in refused("export", "model.keras", "-o", "m.bin")
 
 
+# --------------------------------------------------------------------------- adapters
+
+
+def test_adapters_are_listed(folder):
+    text = done("adapters", "list", "adapted.keras")
+    assert re.search(r"^french +1 +2 +2 weights +32 ", text, re.M)
+    assert re.search(r"^german +0\.5 +2 +2 weights +32 ", text, re.M)
+    assert "?" in done("summary", "adapted.keras", "--adapters")
+    for file, names in (("adapted.keras", ["french", "german"]), ("french.safetensors", ["french"])):
+        told = json.loads(done("adapters", "list", file, "--json"))["adapters"]
+        assert [adapter["name"] for adapter in told] == names
+        assert told[0]["strength"] == 1 and told[0]["ranks"] == [2] and told[0]["numbers"] == 32
+        assert told[0]["changes"] == ["encode/kernel", "decode/kernel"]
+    assert "There are no adapters" in done("adapters", "list", "base.keras")
+    tether.files.save_safetensors(keras.saving.load_model("base.keras"), "whole.safetensors")
+    assert "holds no adapter" in refused("adapters", "list", "whole.safetensors")
+
+
+def test_adapters_are_combined(folder):
+    command = ("adapters", "combine", "adapted.keras", "--into", "both", "-o", "both.keras", "--weights")
+    text = done(*command, "french=2, german=-0.5")
+    assert text == "Wrote both.keras: both changes 2 weights, nothing is lost\n"
+    model, x = keras.saving.load_model("both.keras"), np.ones((2, 5), "float32")
+    assert tether.adapters.names(model) == ["french", "german", "both"]
+    tether.adapters.activate(model, "both")
+    made = numpy(model(x))
+    tether.adapters.set_strengths(model, {"both": 0, "french": 2, "german": -0.5})
+    assert np.abs(made - numpy(model(x))).max() < 1e-4
+    assert np.abs(made - numpy(keras.saving.load_model("base.keras")(x))).max() > 0.1
+    assert "both.keras is there already" in refused(*command, "french=1")
+    assert re.search(r"at most \d+\.\d% of a weight's sum is lost", done(*command, "french=1", "--rank", 1, "--force"))
+    for wrong in ("french", "french=x", "=1", "french=1,french=2", ""):
+        assert "expected a number for each adapter" in refused(*command, wrong, "--force")
+    assert "has no adapter 'dutch'" in refused(*command, "dutch=1", "--force")
+
+
+def test_adapters_are_converted_both_ways(folder):
+    shutil.rmtree("french-peft")
+    told = done("adapters", "convert", "french.safetensors", "-o", "french-peft", "--model", "base.keras")
+    assert told == "Wrote french-peft: french changes 2 weights\n"
+    assert json.loads((folder / "french-peft/adapter_config.json").read_text())["r"] == 2
+    done("adapters", "convert", "french-peft", "-o", "copy.safetensors", "--model", "base.keras")
+    x, made = np.ones((2, 5), "float32"), []
+    for file in ("french.safetensors", "copy.safetensors"):
+        model = keras.saving.load_model("base.keras")
+        tether.adapters.load(model, file)
+        made.append(numpy(model(x)))
+    assert np.abs(made[0] - made[1]).max() < 1e-5
+    assert np.abs(made[0] - numpy(keras.saving.load_model("base.keras")(x))).max() > 0.1
+    convert = ("adapters", "convert", "french.safetensors", "--model", "base.keras", "-o")
+    assert "french-peft is there already" in refused(*convert, "french-peft")
+    assert "becomes a folder" in refused(*convert, "again.safetensors")
+    assert "`names` is" in refused(*convert, "other", "--names", "berd")
+    assert not (folder / "other").exists() and not (folder / "again.safetensors").exists()
+
+
 # --------------------------------------------------------------------------- doctor, completion
 
 
@@ -661,6 +736,7 @@ def completed(*words, folder):
 
 def test_bash_completes_commands_options_choices_and_files(folder):
     (folder / "my model.keras").touch()
+    (folder / "copy.safetensors").touch()
     assert set(completed("", folder=folder)) > set(COMMANDS)
     assert completed("ex", folder=folder) == ["explain", "export"]
     assert completed("--traceback", "sum", folder=folder) == ["summary"]
@@ -670,14 +746,17 @@ def test_bash_completes_commands_options_choices_and_files(folder):
     assert completed("export", "model.keras", "-o", "my", folder=folder) == ["my model.keras"]
     assert completed("completion", "", folder=folder) == ["bash", "zsh", "fish"]
     assert completed("export", "--tolerance", "", folder=folder) == [""]
+    assert sorted(completed("adapters", "co", folder=folder)) == ["combine", "convert", "copy.safetensors"]
+    assert completed("adapters", "combine", "--meth", folder=folder) == ["--method"]
+    assert completed("adapters", "combine", "--method", "t", folder=folder) == ["ties"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_script_names_every_command_and_option(shell):
     text = done("completion", shell)
     options = {"bash": "{}", "zsh": "*{}[", "fish": "-l {}"}[shell]
-    for name in COMMANDS:
-        assert re.search(rf"\b{name}\b", text)
+    for name in (*COMMANDS, "adapters", *OF_ADAPTERS):
+        assert re.search(rf"(\b|\\n){name}\b", text)
     for option in ("--input-shape", "--no-verify", "--shared-only", "--traceback"):
         assert options.format(option if shell != "fish" else option.removeprefix("--")) in text
     if shutil.which(shell):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from dataclasses import asdict
@@ -11,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from tether_cli import adapters
 from tether_cli.console import Commands, Failed
+from tether_cli.options import Custom, File, Force, InputShapes, Json, Load, Model, examples, print_json
 
 app = typer.Typer(
     name="tether",
@@ -22,33 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A .keras, .weights.h5 or .safetensors file.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A .keras file.")]
-Custom = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="MODULE[:CLASS]",
-        help="Import a module of your own that registers its classes with Keras, or a class by name. Repeatable.",
-    ),
-]
-Load = Annotated[
-    bool, typer.Option("--load", help="Load the model, in Keras's safe mode, instead of reading its file.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
-InputShapes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input-shape",
-        metavar="[NAME=]SIZES[:DTYPE]",
-        help="Sizes of one example: 28,28,1 or none,64 or words=128:int32. Once for each input.",
-    ),
-]
-
-
-def _examples(*lines: str) -> str:
-    return "\n  ".join(("\b\nExamples:", *lines))  # \b: typer leaves the lines as they are
+app.add_typer(adapters.group)
 
 
 @app.callback()
@@ -77,7 +52,7 @@ def _version(asked: bool) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "tether summary model.keras",
         "tether summary model.keras --shared-only",
         "tether summary model.keras --json | jq .totals",
@@ -86,6 +61,7 @@ def _version(asked: bool) -> None:
 def summary(
     file: File,
     shared_only: Annotated[bool, typer.Option("--shared-only", help="Leave out weights with one use.")] = False,
+    adapters: Annotated[bool, typer.Option("--adapters", help="List the adapters instead of the weights.")] = False,
     width: Annotated[int | None, typer.Option(help="Columns; left out, those of the terminal.")] = None,
     load: Load = False,
     custom: Custom = None,
@@ -97,13 +73,13 @@ def summary(
     """
     package, source = _source(file, load, custom)
     if as_json:
-        _print_json(package.inspection.facts(source).to_json())
+        print_json(package.inspection.facts(source).to_json())
     else:
-        package.summary(source, shared_only=shared_only, width=width)
+        package.summary(source, shared_only=shared_only, adapters=adapters, width=width)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "tether check model.keras",
         "tether check model.keras --load --custom my_layers",
         "tether check model.keras --ignore equal-weights --json",
@@ -141,11 +117,11 @@ def check(
         with busy(f"Checking {file.name}"):
             found[file] = package.check(source, ignore=ignore or ())
     if format == "sarif":
-        _print_json(_sarif(found, package.__version__))
+        print_json(_sarif(found, package.__version__))
     elif as_json or format == "json":
         told = [findings.to_json() for findings in found.values()]
         several = {"version": 1, "files": {str(file): data for file, data in zip(found, told, strict=True)}}
-        _print_json(several if len(found) > 1 else told[0])
+        print_json(several if len(found) > 1 else told[0])
     else:
         named = len(found) > 1
         typer.echo("\n\n".join(f"{file}\n{findings}" if named else str(findings) for file, findings in found.items()))
@@ -167,7 +143,7 @@ def _sarif(found: dict[Path, Any], version: str) -> dict[str, Any]:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "tether plot model.keras",
         'tether plot model.keras -o weights.svg --title "Before tying"',
         "tether plot model.keras -o shared.html --shared-only",
@@ -200,9 +176,7 @@ def plot(
     typer.echo(f"Wrote {output or final.name}")
 
 
-@app.command(
-    epilog=_examples("tether diff before.keras after.keras", "tether diff model.keras model.weights.h5 --json")
-)
+@app.command(epilog=examples("tether diff before.keras after.keras", "tether diff model.keras model.weights.h5 --json"))
 def diff(before: File, after: File, as_json: Json = False) -> None:
     """Shows what differs in storing and sharing between two files.
 
@@ -213,14 +187,14 @@ def diff(before: File, after: File, as_json: Json = False) -> None:
     require(before, after)
     found = start().inspection.diff(before, after)
     if as_json:
-        _print_json({"version": 1, "differ": bool(found), "changes": [asdict(change) for change in found.changes]})
+        print_json({"version": 1, "differ": bool(found), "changes": [asdict(change) for change in found.changes]})
     else:
         typer.echo(str(found))
     raise typer.Exit(1 if found else 0)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "tether explain model.keras",
         "tether explain model.keras --batch 4096 --training",
         "tether explain model.keras --input-shape 5",
@@ -250,7 +224,7 @@ def explain(
     typer.echo(str(found))
 
 
-@app.command(epilog=_examples("tether materialize model.keras -o plain.keras"))
+@app.command(epilog=examples("tether materialize model.keras -o plain.keras"))
 def materialize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The .keras file to write.")],
@@ -279,7 +253,7 @@ def materialize(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "tether export model.keras -o out.onnx",
         "tether export model.keras -o out.onnx --format onnx --tolerance 1e-3",
         "tether export model.keras -o out.onnx --input-shape 5",
@@ -341,7 +315,7 @@ def _format_of(output: Path) -> Literal["tf_saved_model", "onnx", "litert", "tor
     return named[output.suffix]
 
 
-@app.command(epilog=_examples("tether doctor", "tether doctor --json | jq .problems"))
+@app.command(epilog=examples("tether doctor", "tether doctor --json | jq .problems"))
 def doctor(as_json: Json = False) -> None:
     """Shows what is installed, which backend is chosen, and what is missing.
 
@@ -351,14 +325,14 @@ def doctor(as_json: Json = False) -> None:
 
     report = examine()
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         typer.echo(str(report))
     raise typer.Exit(1 if report.problems else 0)
 
 
 @app.command(
-    epilog=_examples('eval "$(tether completion bash)"', "tether completion fish > tether.fish"),
+    epilog=examples('eval "$(tether completion bash)"', "tether completion fish > tether.fish"),
 )
 def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
@@ -369,7 +343,7 @@ def completion(
     typer.echo(script(app, shell), nl=False)
 
 
-@app.command(epilog=_examples("tether demo", "tether demo --seeds 1"))
+@app.command(epilog=examples("tether demo", "tether demo --seeds 1"))
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Average over so many seeds.")] = 3,
     output: Annotated[Literal["linear", "sigmoid"], typer.Option(help="The output's activation.")] = "linear",
@@ -401,10 +375,6 @@ def _source(file: Path, load_it: bool, custom: list[str] | None, *, compile: boo
         raise Failed("--custom is for a model that is loaded: add --load, or leave it out.")
     package = start()
     return package, load(file, import_custom(custom), compile=compile) if load_it else file
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A command with its options, and the words that may be its argument; without any, files are."""
+    """A command with its options, the words that may be its argument, and whether files may be."""
 
     name: str
     help: str
@@ -49,6 +49,8 @@ def script(app: typer.Typer, shell: str) -> str:
 
 
 def _command(name: str, command: Any) -> Command:
+    if hasattr(command, "commands"):
+        return _group(name, command)
     hints = get_type_hints(command.callback)
     options = [each for each in command.params if each.param_type_name == "option"]
     arguments = [each for each in command.params if each.param_type_name == "argument"]
@@ -60,6 +62,13 @@ def _command(name: str, command: Any) -> Command:
         words,
         files=bool(arguments) and not words,
     )
+
+
+def _group(name: str, group: Any) -> Command:
+    """A group of commands as one: their names are its words, and it has the options of all of them."""
+    inner = [_command(each, command) for each, command in group.commands.items()]
+    options = {option.names[0]: option for command in inner for option in command.options if option != HELP}
+    return Command(name, _first_sentence(group.help), [*options.values(), HELP], [each.name for each in inner], True)
 
 
 def _option(option: Any, hint: Any) -> Option:
@@ -115,10 +124,9 @@ def _bash(own: list[Option], commands: list[Command]) -> str:
     lines += ["    esac", '    case "$command $word" in', f'        " "*) {first} ;;']
     for command in commands:
         lines.append(f'        "{command.name} -"*) {_words(_names(command.options))} ;;')
-        if command.files:
-            lines.append(f'        "{command.name} "*) {FILES} ;;')
-        elif command.words:
-            lines.append(f'        "{command.name} "*) {_words(command.words)} ;;')
+        if command.files or command.words:
+            what = _words(command.words, files=command.files) if command.words else FILES
+            lines.append(f'        "{command.name} "*) {what} ;;')
     lines += ["    esac", "}", f"complete -o filenames -F _{PROGRAM} {PROGRAM}", ""]
     return "\n".join(lines)
 
@@ -126,9 +134,9 @@ def _bash(own: list[Option], commands: list[Command]) -> str:
 FILES = 'COMPREPLY=($(compgen -f -- "$word"))'
 
 
-def _words(words: list[str]) -> str:
+def _words(words: list[str], *, files: bool = False) -> str:
     listed = "\\n".join(words)
-    return f"COMPREPLY=($(compgen -W $'{listed}' -- \"$word\"))"
+    return f"COMPREPLY=($(compgen {'-f ' if files else ''}-W $'{listed}' -- \"$word\"))"
 
 
 # --------------------------------------------------------------------------- zsh
@@ -151,7 +159,8 @@ def _zsh(own: list[Option], commands: list[Command]) -> str:
         '            case "${line[1]}" in',
     ]
     for command in commands:
-        rest = f"'*:word:({' '.join(command.words)})'" if command.words else "'*:file:_files'" if command.files else ""
+        words = f"'{'1' if command.files else '*'}:word:({' '.join(command.words)})'" if command.words else ""
+        rest = f"{words} '*:file:_files'".strip() if command.files else words
         lines.append(f"                {command.name}) _arguments {' '.join(_zsh_options(command.options))} {rest} ;;")
     lines += ["            esac ;;", "    esac", "}", f"compdef _{PROGRAM} {PROGRAM}", ""]
     return "\n".join(lines)
@@ -182,9 +191,9 @@ def _fish(own: list[Option], commands: list[Command]) -> str:
     for command in commands:
         within = f"__fish_seen_subcommand_from {command.name}"
         lines.append(f"complete -c {PROGRAM} -n {shlex.quote(first)} -a {command.name} -d {_fish_quoted(command.help)}")
-        if not command.files:
+        if command.words or not command.files:
             words = f" -a {_fish_quoted(' '.join(command.words))}" if command.words else ""
-            lines.append(f"complete -c {PROGRAM} -n {shlex.quote(within)} -f{words}")
+            lines.append(f"complete -c {PROGRAM} -n {shlex.quote(within)}{'' if command.files else ' -f'}{words}")
         lines += [_fish_option(option, within) for option in command.options]
     return "\n".join([*lines, ""])
 

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,8 @@ from tether.files.loading.matching import as_offer
 from tether.files.tensors.dialects import Names
 from tether.files.tensors.peft import opened_peft, warn_of_other_users
 from tether.files.tensors.safetensors import TensorFile, write_tensors
+from tether.inspection.adapted import Adapters
+from tether.inspection.facts import Facts, StoredWeight
 from tether.layers.family.named import Named, named_weights
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
@@ -286,6 +289,29 @@ def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tupl
             return header, _weights_of(header, file.entries, taken)
 
 
+def file_facts(path: str | os.PathLike[str]) -> Facts:
+    """The facts of an adapter's file: the weights that it holds, and the adapter.
+
+    Raises:
+        InvalidConfig: The file is damaged, or holds no adapter.
+        TetherError: There is no file.
+    """
+    header, weights = _read_file(path)
+    keys = header.get("keys") or {uid: uid for uid in weights}
+    places: dict[Stored, str] = {weight: keys[uid] for uid, weight in weights.items()}
+    stored = [
+        StoredWeight(keys[uid], tuple(w.shape or ()), str(w.dtype), path=w.path, trainable=w.trainable_flag)
+        for uid, w in weights.items()
+    ]
+    seen = Adapters()
+    with making(path, header["ties"], what="adapter"):
+        for address, steps in header["ties"].items():
+            bases = {uid: Weight(name="base") for uid in header["bases"].get(address, ())}
+            seen.add(header["name"], address, None, decode(steps, {**weights, **bases}), set(bases.values()))
+    (found,) = seen.found(stored, lambda weight: places.get(weight))
+    return Facts(header["name"], tuple(stored), (), adapters=(replace(found, strength=header["strength"]),), ties=False)
+
+
 def read_header(metadata: Mapping[str, str], path: pathlib.Path) -> Config:
     """What the header of an adapter's file says.
 
@@ -338,4 +364,4 @@ def _beside_others(config: Config, taken: Container[str]) -> Config:
     return {**config, "path": found, "name": name + found[len(path) :]}
 
 
-__all__ = ["load", "save"]
+__all__ = ["file_facts", "load", "save"]

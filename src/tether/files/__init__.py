@@ -6,12 +6,13 @@ from tether.files.keras.save import save_model
 from tether.files.loading.entries import Report
 from tether.files.loading.untied import load_untied, retie
 from tether.files.publishing import card, pull, push
-from tether.files.tensors.dialects import Tensor
+from tether.files.tensors.guessing import Guess, guess_names
 from tether.files.tensors.peft import load_peft, save_peft
 from tether.files.tensors.safetensors import load_safetensors, save_safetensors
+from tether.files.tensors.tables import Table, Tensor
 from tether.layers.resize import resize
 
 __all__ = [
-    "Exported", "Report", "Tensor", "card", "export", "load_model", "load_peft", "load_safetensors", "load_untied",
-    "pull", "push", "resize", "retie", "save_model", "save_peft", "save_safetensors",
+    "Exported", "Guess", "Report", "Table", "Tensor", "card", "export", "guess_names", "load_model", "load_peft",
+    "load_safetensors", "load_untied", "pull", "push", "resize", "retie", "save_model", "save_peft", "save_safetensors",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ from tether.forms.form import (
     start_value,
 )
 from tether.types import Array
-from tether.weights.expression import Expression, Shape
+from tether.weights.expression import Expression, Shape, program
 from tether.weights.leaves import Constant
 from tether.weights.operators.arithmetic import MatMul, Multiply
 from tether.weights.operators.structure import Cast, Reshape
@@ -54,6 +54,17 @@ def factors_of(part: Expression) -> tuple[float, Weight, Weight] | None:
     if a is None or b is None or (a.shape or ())[-1:] != (b.shape or ())[:1]:
         return None
     return scale, a, b
+
+
+def ranks_of(part: Expression) -> set[int]:
+    """The ranks of the products of two stored factors that an expression has in it."""
+    found = set()
+    for step in program(part):
+        if isinstance(step.expression, MatMul):
+            a, b = map(stored_behind, step.expression.operands)
+            if a is not None and b is not None and a.shape and a.shape[-1:] == (b.shape or ())[:1]:
+                found.add(int(a.shape[-1]))
+    return found
 
 
 def stored_behind(expression: Expression) -> Weight | None:

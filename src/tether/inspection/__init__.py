@@ -3,13 +3,16 @@
 import importlib
 
 from tether.inspection.collect import diff, facts
-from tether.inspection.facts import Change, Difference, Facts, Slot, StoredWeight, UseOf, shown_by
+from tether.inspection.count import Count, count
+from tether.inspection.facts import AdapterOf, Change, Difference, Facts, Slot, StoredWeight, UseOf, shown_by
 from tether.inspection.gradients import Gradients, UseGradient, WeightGradient, gradients
 from tether.inspection.live import Aliases, aliases, unique
 
 __all__ = [
+    "AdapterOf",
     "Aliases",
     "Change",
+    "Count",
     "Difference",
     "Facts",
     "Gradients",
@@ -19,6 +22,7 @@ __all__ = [
     "UseOf",
     "WeightGradient",
     "aliases",
+    "count",
     "diff",
     "facts",
     "gradients",

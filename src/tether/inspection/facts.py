@@ -99,6 +99,8 @@ class UseOf:
     """Whether a gradient flows through this use."""
     stopped: tuple[str, ...] | None = None
     """The places of its weights that get no gradient through this use: all of them, or those under `stop_gradient`."""
+    kept_still: bool = False
+    """Whether it is a tie that reads one weight as it is, under `stop_gradient`: how a part of a layer is frozen."""
 
     @property
     def where(self) -> str:
@@ -118,6 +120,27 @@ class UseOf:
 
 
 @dataclass(frozen=True)
+class AdapterOf:
+    """One adapter: a named part on some weights, `base + strength · part`."""
+
+    name: str
+    strength: float | None
+    """`None` in the facts of a model's file, of which no value is read."""
+    ranks: tuple[int, ...]
+    """The ranks of its products of two factors, each once, from small to large; empty for other forms."""
+    changes: tuple[str, ...]
+    """The layers and attributes that it changes, as `UseOf.where` has them."""
+    weights: tuple[str, ...]
+    """The places of the weights that it has brought, its strength among them."""
+    numbers: int
+    """How many numbers it has to train, whether they train now or not."""
+    bytes: int
+    """What its weights take."""
+    trains: bool | None
+    """Whether any of them trains now."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """The facts of a model or of a file.
 
@@ -128,6 +151,8 @@ class Facts:
         optimizer: What the optimizer keeps.
         layers: The layers that have or use weights, in the order of the model, with their classes.
         ties: Whether the uses tell of every tie. A file of weights without Tether's notes does not.
+        adapters: The named adapters (`tether.adapters`) that are on the model's weights, in the order in which they
+            were added. One that is merged is none for as long.
     """
 
     name: str
@@ -136,6 +161,7 @@ class Facts:
     optimizer: tuple[Slot, ...] = ()
     layers: tuple[tuple[str, str | None], ...] = ()
     ties: bool = True
+    adapters: tuple[AdapterOf, ...] = ()
 
     @cached_property
     def _weights(self) -> dict[str, StoredWeight]:
@@ -169,19 +195,52 @@ class Facts:
         return self._slots.get(weight.place, ())
 
     def shared(self) -> Iterator[StoredWeight]:
-        """The weights with more than one use."""
-        return (weight for weight in self.weights if len(self.uses_of(weight)) > 1)
+        """The weights with more than one use, but for those that an adapter has brought: they are the adapter's."""
+        return (w for w in self.weights if len(self.uses_of(w)) > 1 and w.place not in self._of_adapters)
+
+    def of_adapters(self) -> tuple[StoredWeight, ...]:
+        """What adapters have brought, strengths included, and nobody else reads."""
+        return tuple(weight for weight in self.weights if weight.place in self._of_adapters)
 
     def is_plain(self, weight: StoredWeight) -> bool:
         """Whether one layer owns the weight and nobody else reads it."""
         uses = self.uses_of(weight)
-        return not weight.again and len(uses) <= 1 and not any(use.expression for use in uses)
+        return not weight.again and len(uses) <= 1 and not any(use.expression and not use.kept_still for use in uses)
+
+    @cached_property
+    def _of_adapters(self) -> set[str]:
+        """The places of what adapters have brought, and nobody else reads."""
+        own = {place for adapter in self.adapters for place in adapter.weights}
+        return own - {place for use in self.uses if not self._is_adapted(use) for place in use.weights}
+
+    @cached_property
+    def _changed(self) -> set[str]:
+        return {where for adapter in self.adapters for where in adapter.changes}
+
+    def _is_adapted(self, use: UseOf) -> bool:
+        return use.expression is not None and use.where in self._changed
+
+    def is_shared_or_combined(self, weight: StoredWeight) -> bool:
+        """Whether the weight has several uses, or one in an expression that makes something else of it.
+
+        What an adapter has brought is the adapter's, and a base under it that nobody else reads has one use.
+        """
+        if weight.place in self._of_adapters:
+            return False
+        uses = self.uses_of(weight)
+        if weight.again or len(uses) != 1 or not self._is_adapted(uses[0]):
+            return not self.is_plain(weight)
+        return any(place != weight.place and place not in self._of_adapters for place in uses[0].weights)
 
     def shared_only(self) -> Facts:
-        """The facts of what is shared or combined: without weights that have one use, by the layer that owns them."""
-        weights = tuple(weight for weight in self.weights if not self.is_plain(weight))
-        places = {weight.place for weight in weights}
-        uses = tuple(use for use in self.uses if not places.isdisjoint(use.weights))
+        """The facts of what is shared or combined: without weights that have one use, by the layer that owns them.
+
+        Adapters alone make nothing shared (`is_shared_or_combined`).
+        """
+        kept = {weight.place for weight in self.weights if self.is_shared_or_combined(weight)}
+        uses = tuple(use for use in self.uses if not kept.isdisjoint(use.weights))
+        places = kept | {place for use in uses for place in use.weights}
+        weights = tuple(weight for weight in self.weights if weight.place in places)
         names = {name for use in uses for name in accumulate(use.layer.split("/"), "{}/{}".format)}
         layers = tuple(layer for layer in self.layers if layer[0] in names)
         return replace(self, weights=weights, uses=uses, layers=layers)
@@ -233,6 +292,7 @@ class Facts:
                 optimizer=tuple(Slot(**_tuples(entry)) for entry in data["optimizer"]),
                 layers=tuple((path, kind) for path, kind in data["layers"]),
                 ties=bool(data["ties"]),
+                adapters=tuple(AdapterOf(**_tuples(entry)) for entry in data.get("adapters", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidConfig(f"These facts are not what `to_json` writes: {error}.") from error

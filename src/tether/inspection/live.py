@@ -1,4 +1,4 @@
-"""The facts of a live model. No value is read, so nothing is copied."""
+"""The facts of a live model. No value is read but the strengths of adapters, so nothing is copied."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import keras
 
 from tether import keras_seam
+from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
 from tether.layers.tying.paths import holders
 from tether.layers.tying.state import shape_of, slots_of, stored_variables
 from tether.layers.tying.tied import base_class
 from tether.types import Config, Tensor
+from tether.weights.algebra import is_kept_still
+from tether.weights.expression import Stored
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- the facts of a model
@@ -74,6 +77,7 @@ def live_facts(model: object) -> Facts:
     layers = [layer for layer in _in_order(model) if not isinstance(layer, Weight)]
     uses: list[UseOf] = []
     kinds: dict[str, str] = {}
+    adapters = Adapters()
     for layer in layers:
         path = layer_path(at[id(layer)], names) if id(layer) in at else layer.name
         kind = base_class(type(layer)).__name__
@@ -81,12 +85,20 @@ def live_facts(model: object) -> Facts:
         uses += found
         if found:
             kinds.setdefault(path, kind)
+        for slot in slots_of(layer):
+            adapters.see(f"{path}/{slot.view.use.name}" if path else slot.view.use.name, slot.view.expression)
+    weights = tuple(_weights(variables, places, state))
+
+    def place_of(weight: Stored) -> str | None:
+        return next(iter(places.get(id(weight.variable), ())), None) if weight.is_built else None
+
     return Facts(
         name=getattr(model, "name", type(model).__name__),
-        weights=tuple(_weights(variables, places, state)),
+        weights=weights,
         uses=tuple(uses),
         optimizer=tuple(_slots(getattr(model, "optimizer", None), variables, places)),
         layers=tuple(kinds.items()),
+        adapters=adapters.found(weights, place_of, values=True),
     )
 
 
@@ -169,6 +181,7 @@ def _uses(layer: keras.Layer, path: str, kind: str, places: dict[int, list[str]]
             tied=True,
             trains=any(view.use.reaches(weight) and weight.trainable for weight in view.expression.weights_used()),
             stopped=tuple(place for variable in stopped for place in places.get(id(variable), ())[:1]),
+            kept_still=is_kept_still(view.expression),
         )
         found.append((slot.store, slot.index, use))
     for store in keras_seam.STORES:

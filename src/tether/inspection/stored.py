@@ -12,6 +12,7 @@ from tether.files.keras.archive import opened_archive, opened_values, reading
 from tether.files.tensors.safetensors import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
 from tether.inspection.stored_layers import NOTE, StoredValues, noted_ties, stored_facts, stored_layers
+from tether.weights.algebra import is_kept_still
 from tether.weights.codec import decode
 from tether.weights.expression import Stored, known_shape
 from tether.weights.identity import sharing
@@ -80,12 +81,12 @@ def _ties_over(weights: dict[str, StoredWeight], note: str, name: str) -> dict[s
     with sharing():
         known = {uid: Weight(weights[key].shape, dtype=weights[key].dtype, name=key) for uid, key in named.items()}
     places: dict[Stored, str] = {known[uid]: key for uid, key in named.items()}
-    found = {}
+    found: dict[str, UseOf] = {}
     for where, tie in ties.items():
         expression = decode(tie["steps"], known)
         reads = tuple(places[weight] for weight in expression.weights_used())
         use = _named_use(where, reads, known_shape(expression), tie["dtype"], True)
-        found[where] = replace(use, expression=expression.notation(), tied=True)
+        found[where] = replace(use, expression=expression.notation(), tied=True, kept_still=is_kept_still(expression))
     return found
 
 

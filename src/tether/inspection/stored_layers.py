@@ -14,12 +14,14 @@ import h5py
 from tether import keras_seam
 from tether.errors import InvalidConfig, Unsupported, received
 from tether.files.keras.archive import dtype_of, objects
+from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, Shape, Slot, StoredWeight, UseOf, itemsize
 from tether.inspection.live import OPTIMIZER, layer_path
 from tether.layers.records.record import Record, read_record
 from tether.layers.tying.state import WEIGHTS
 from tether.layers.tying.tied import KEY
 from tether.types import Config
+from tether.weights.algebra import is_kept_still
 from tether.weights.codec import decode
 from tether.weights.expression import Expression, Stored, known_shape, live_weights
 from tether.weights.identity import sharing
@@ -290,6 +292,7 @@ class _Reading:
         """The places of layers that hold weights as attributes, the attribute and the weight."""
         self.weights: dict[str, Stored] = {}
         """The weights that ties name, by their places."""
+        self.adapters = Adapters()
 
     def facts(self, name: str) -> Facts:
         values = self.values
@@ -305,13 +308,16 @@ class _Reading:
                 by_place.setdefault(place, []).append(use)
         at = {use.layer: place for place, _, use in reversed(self.uses)}
         untold = any(_hangs(place) and place not in self.weights for place in held)
+        weights = tuple(self._weight(place, by_place.get(place, [])) for place in held)
+        found = {weight: place for place, weight in self.weights.items()}
         return Facts(
             name=name,
-            weights=tuple(self._weight(place, by_place.get(place, [])) for place in held),
+            weights=weights,
             uses=uses,
             optimizer=tuple(Slot(place, *values.tensors[place]) for place in places if place.startswith(OPTIMIZER)),
             layers=tuple((layer, self._kind(at[layer])) for layer in dict.fromkeys(use.layer for use in uses)),
             ties=bool(self.layers or values.notes) and not untold,
+            adapters=self.adapters.found(weights, found.get),
         )
 
     def _rank(self, place: str) -> tuple[object, ...]:
@@ -476,8 +482,10 @@ class _Reading:
             tied=True,
             trains=None if flag is None and reached else bool(flag and reached),
             stopped=None if flag is None else stopped,
+            kept_still=is_kept_still(expression),
         )
         self.uses.append((place, number, use))
+        self.adapters.see(use.where, expression)
 
     def _own_numbers(self, place: str) -> set[int]:
         """The numbers that a layer's own variables have in the file; ties have left out theirs."""

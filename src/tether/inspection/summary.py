@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections import Counter
@@ -16,7 +15,8 @@ from rich.cells import cell_len
 
 from tether.errors import TetherError, received
 from tether.inspection.collect import facts as facts_of
-from tether.inspection.facts import Facts, StoredWeight, UseOf, human_bytes
+from tether.inspection.count import count_of
+from tether.inspection.facts import AdapterOf, Facts, StoredWeight, UseOf, human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -25,6 +25,7 @@ WIDTH = 100
 """Columns of plain text where there is no terminal that has a width."""
 
 TITLE = "weight, and what reads it"
+ADAPTERS_TITLE = "adapter"
 _STYLES = {"trained": "green", "frozen": "blue", "?": "dim"}
 
 
@@ -32,6 +33,7 @@ def summary(
     source: object,
     *,
     shared_only: bool = False,
+    adapters: bool = False,
     width: int | None = None,
     print_fn: Callable[[str], object] | None = None,
 ) -> Summary:
@@ -42,7 +44,10 @@ def summary(
     Args:
         source: A model or layer, the path of a `.keras`, `.weights.h5` or `.safetensors` file, or facts. A file is
             read without making the model; no value is read.
-        shared_only: Whether to leave out weights that have one use, by the layer that owns them.
+        shared_only: Whether to leave out weights that have one use, by the layer that owns them. Adapters are one line
+            then: a base under them that nobody else reads has one use.
+        adapters: Whether to list the adapters (`tether.adapters`) instead of the weights: their strengths, ranks, how
+            many weights they change, what they have to train, and whether they do.
         width: The columns of the text; left out, those of the terminal, or 100 where there is none.
         print_fn: What to call with each line instead of printing.
 
@@ -58,13 +63,15 @@ def summary(
     model.save("model.keras")
     tether.summary(model)
     tether.summary("model.keras", shared_only=True)
+    tether.adapters.add(model, "french", {"*/query/kernel": tether.low_rank(8)})
+    tether.summary(model, adapters=True)
     ```
     """
     if width is not None and width < NARROWEST:
         raise TetherError(f"The width is a number of columns, {NARROWEST} or more. {received(width=width)}")
     if print_fn is not None and not callable(print_fn):
         raise TetherError(f"`print_fn` is called with each line of text. {received(print_fn=print_fn)}")
-    found = Summary(facts_of(source), shared_only=shared_only, width=width)
+    found = Summary(facts_of(source), shared_only=shared_only, adapters=adapters, width=width)
     if print_fn is not None:
         for line in str(found).splitlines():
             print_fn(line)
@@ -85,16 +92,25 @@ class Summary:
         facts: What it is a view of.
     """
 
-    def __init__(self, facts: Facts, *, shared_only: bool = False, width: int | None = None) -> None:
+    def __init__(
+        self, facts: Facts, *, shared_only: bool = False, adapters: bool = False, width: int | None = None
+    ) -> None:
         self.facts = facts
         self._shared_only = shared_only
+        self._adapters = adapters
         self._width = width
 
     # ------------------------------------------------------------------ what it says
 
+    @property
+    def _title(self) -> str:
+        return ADAPTERS_TITLE if self._adapters else TITLE
+
     @cached_property
     def _columns(self) -> tuple[Column, ...]:
         """The columns after the first."""
+        if self._adapters:
+            return ADAPTER_COLUMNS
         kept = (Column("optimizer", number=True, label="optimizer"),) if self._slots_are_known else ()
         return (Column("shape"), Column("dtype"), Column("bytes", number=True), Column("trains"), *kept)
 
@@ -105,13 +121,22 @@ class Summary:
 
     @cached_property
     def _rows(self) -> tuple[SummaryRow, ...]:
-        """A row for each weight, under it those of its uses; one row for a weight that only its layer reads."""
+        """A row for each weight, under it those of its uses; one row for a weight that only its layer reads.
+
+        Or a row for each adapter.
+        """
+        if self._adapters:
+            return tuple(map(_row_of_adapter, self.facts.adapters))
         names = Counter(map(self._name, self.facts.weights))
         return tuple(row for weight in self._listed for row in self._rows_of(weight, names))
 
     @cached_property
     def _listed(self) -> tuple[StoredWeight, ...]:
-        return tuple(w for w in self.facts.weights if not self._shared_only or not self.facts.is_plain(w))
+        return tuple(w for w in self.facts.weights if not self._shared_only or self.facts.is_shared_or_combined(w))
+
+    @cached_property
+    def _shared(self) -> frozenset[StoredWeight]:
+        return frozenset(self.facts.shared())
 
     def _name(self, weight: StoredWeight) -> str:
         """The path, or in a file that has none the names of the layers and the entry."""
@@ -132,7 +157,9 @@ class Summary:
         ]  # fmt: skip
         if self._slots_are_known:
             cells.append((human_bytes(kept) if kept else "", ""))
-        note = f"(shared by {len(uses)} uses)" if len(uses) > 1 else ""
+        note = ""
+        if len(uses) > 1:
+            note = f"({'shared' if weight in self._shared else 'read'} by {len(uses)} uses)"
         if not uses and not weight.state and self.facts.ties:
             note = "(not used)"
         yield SummaryRow((name, "bold" if note else ""), tuple(cells), note)
@@ -160,15 +187,17 @@ class Summary:
         """What is stored, what it would take unshared, what that saves, and what an optimizer keeps."""
         facts = self.facts
         weights = [weight for weight in facts.weights if not weight.state]
-        shared = [len(facts.uses_of(weight)) for weight in facts.shared()]
-        numbers = _numbers(weights)
-        held = f"{_count(len(weights), 'weight')}, {_count(numbers, 'parameter')}"
-        if weights and all(weight.trainable is not None for weight in weights):
-            frozen = _numbers([weight for weight in weights if not weight.trainable])
-            held += f" ({numbers - frozen:,} trained, {frozen:,} frozen)"
+        shared = [len(facts.uses_of(weight)) for weight in self._shared]
+        numbers = count_of(facts)
+        held = f"{_count(len(weights), 'weight')}, {_count(numbers.total, 'parameter')}"
+        if weights and numbers.trained is not None:
+            held += f" ({numbers.trained:,} trained, {numbers.frozen:,} frozen)"
         if state := len(facts.weights) - len(weights):
             held += f", {_count(state, 'entry')} of state"
         found = [("stored", human_bytes(facts.stored_bytes), held)]
+        if facts.adapters:
+            size = sum(weight.bytes for weight in facts.of_adapters())
+            found.append(("adapters", human_bytes(size), _of_adapters(facts.adapters)))
         if facts.ties:
             saved = facts.unshared_bytes - facts.stored_bytes
             found.append(("unshared", human_bytes(facts.unshared_bytes), "if every use were a variable of its layer"))
@@ -181,6 +210,12 @@ class Summary:
     def _notes(self) -> tuple[str, ...]:
         """What a reader has to know of what is not said."""
         facts, listed, found = self.facts, set(self._listed), []
+        if self._adapters:
+            if not facts.adapters:
+                return (f"There are no adapters on {facts.name!r}, or they are merged.",)
+            unknown = any(adapter.strength is None or adapter.trains is None for adapter in facts.adapters)
+            return ("?: the file is read without its values; the model has them.",) if unknown else ()
+        listed.update(facts.of_adapters())
         if hidden := [weight for weight in facts.weights if weight not in listed]:
             size = human_bytes(sum(weight.bytes for weight in hidden))
             found.append(f"{_count(len(hidden), 'weight')} with no use but the layer's own ({size}) not listed.")
@@ -207,7 +242,7 @@ class Summary:
         yield from ([(part, "bold")] for part in fold(literal(self.facts.name, encoding), width))
         yield []
         if rows:
-            yield from lay_out(TITLE, self._columns, rows, width)
+            yield from lay_out(self._title, self._columns, rows, width)
             yield []
         label, number = (max(len(total[place]) for total in self._totals) for place in (0, 1))
         start = label + number + 4
@@ -236,7 +271,7 @@ class Summary:
 
     def _repr_html_(self) -> str:
 
-        return as_html(self.facts.name, TITLE, self._columns, self._rows, self._totals, self._notes)
+        return as_html(self.facts.name, self._title, self._columns, self._rows, self._totals, self._notes)
 
 
 def _equation(use: UseOf) -> str:
@@ -249,8 +284,24 @@ def _trains(flag: bool | None) -> str:
     return "?" if flag is None else "trained" if flag else "frozen"
 
 
-def _numbers(weights: list[StoredWeight]) -> int:
-    return sum(math.prod(weight.shape) for weight in weights)
+def _row_of_adapter(adapter: AdapterOf) -> SummaryRow:
+    ranks = sorted({*adapter.ranks[:1], *adapter.ranks[-1:]})
+    trains = _trains(adapter.trains)
+    cells = (
+        "?" if adapter.strength is None else f"{adapter.strength:g}",
+        " to ".join(map(str, ranks)),
+        _count(len(adapter.changes), "weight"),
+        f"{adapter.numbers:,}",
+        human_bytes(adapter.bytes),
+    )
+    return SummaryRow((adapter.name, "bold"), (*((cell, "") for cell in cells), (trains, _STYLES.get(trains, ""))))
+
+
+def _of_adapters(adapters: Sequence[AdapterOf]) -> str:
+    """What there is of adapters, in one line."""
+    changed = {where for adapter in adapters for where in adapter.changes}
+    names = ", ".join(adapter.name for adapter in adapters)
+    return f"{_count(len(adapters), 'adapter')} on {_count(len(changed), 'weight')}: {names}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -315,6 +366,16 @@ class SummaryRow:
     def whole(self) -> str:
         """The name with the note."""
         return f"{self.name[0]} {self.note}" if self.note else self.name[0]
+
+
+ADAPTER_COLUMNS = (
+    Column("strength", number=True, label="strength"),
+    Column("rank", number=True, label="rank"),
+    Column("changes", number=True, label="changes"),
+    Column("parameters", number=True, label="parameters"),
+    Column("bytes", number=True),
+    Column("trains"),
+)
 
 
 def literal(text: str, encoding: str = "utf-8") -> str:

@@ -290,6 +290,11 @@ def as_it_is(expression: Expression) -> Stored | None:
     return found if isinstance(found, Stored) and found.became is None else None
 
 
+def is_kept_still(expression: Expression) -> bool:
+    """Whether an expression is a stored weight as it is, to which no gradient flows."""
+    return isinstance(expression, StopGradient) and as_it_is(expression) is not None
+
+
 def base_of(expression: Expression) -> Stored | None:
     """The weight to which all else in an expression was added: `w` of `w.stop_gradient() + a @ b`, or of `w` itself.
 
@@ -358,4 +363,4 @@ def is_added(weight: Stored) -> bool:
 provide(assign=assign)
 
 
-__all__ = ["MADE", "Split", "added_weights", "as_it_is", "base_of", "is_added", "put", "split_sum"]
+__all__ = ["MADE", "Split", "added_weights", "as_it_is", "base_of", "is_added", "is_kept_still", "put", "split_sum"]

@@ -268,7 +268,17 @@ class _Reading:
                 f"{self.model.name!r} has no weight for the module {module!r} of the adapter (its {leaf}). Say what "
                 f"its weights are called: `names=...`. Known modules: {known}."
             )
+        _refuse_pieces(place)
         return place
+
+
+def _refuse_pieces(place: Place) -> None:
+    """Refuses a module whose parameter is another than one weight of the model, inputs and outputs apart."""
+    if not place.whole:
+        raise Unsupported(
+            f"{place.modules[0]!r} has {place.named.name!r} in a layout that adapters cannot be taken over from or to: "
+            "several weights in one tensor, or axes in another order."
+        )
 
 
 def _places(model: keras.Layer, names: Names) -> list[Place]:
@@ -280,7 +290,7 @@ def _places(model: keras.Layer, names: Names) -> list[Place]:
             split = [each.rpartition(".") for each in tensor.names]
             leaf = _LEAVES.get(split[0][2], split[0][2])
             modules = tuple(dict.fromkeys(module for module, _, _ in naming.ordered(split)))
-            places.append(Place(named, modules, leaf, tensor.inputs))
+            places.append(Place(named, modules, leaf, tensor.leading_inputs, tensor.is_whole))
     return places
 
 
@@ -423,6 +433,8 @@ class _Writing:
         found = self._added(expression)
         if len(found) > 1:
             raise _not_written(place, expression, 1.0)
+        if found:
+            _refuse_pieces(place)
         for added, strength in found:
             module = place.modules[0]
             low = factors_of(added)

@@ -61,6 +61,8 @@ class Place:
     modules: tuple[str, ...]
     leaf: str
     inputs: int | None
+    whole: bool = True
+    """Whether the parameter is the weight and nothing else: not so where query, key and value are one tensor."""
 
     @property
     def is_convolution(self) -> bool:

@@ -34,8 +34,8 @@ from tether.files.loading.matching import (
     tied_names,
     wanted,
 )
-from tether.files.tensors import dialects
 from tether.files.tensors.dialects import Names, Naming, to_file
+from tether.files.tensors.presets import TIED
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import weights_below
 from tether.types import Array, Config
@@ -244,7 +244,7 @@ PLAN = "tether"
 MAX_PLAN = 1 << 26
 _PART = 1 << 20
 _PAIRS = (
-    dialects.TIED,
+    TIED,
     ("model.embed_tokens.weight", "lm_head.weight"),
     ("transformer.wte.weight", "lm_head.weight"),
 )
@@ -262,9 +262,10 @@ def save_safetensors(model: keras.Model, path: str | os.PathLike[str], *, names:
     Args:
         model: A built Keras model or layer.
         path: Where to, with the ending `.safetensors`.
-        names: What the weights are called in the file: a mapping from the model's names, a function of a name, or
-            `"bert"` for Hugging Face's names. It gives a name, a `Tensor` that says how it is laid out, or `None` to
-            leave the weight out.
+        names: What the weights are called in the file: a mapping from the model's names, a function of a name, a
+            `Table`, or the word of an architecture for Hugging Face's names: `"bert"`, `"distilbert"`, `"gemma"`,
+            `"gpt2"`, `"llama"`, `"mistral"`, `"qwen2"`, `"roberta"`. It gives a name, a `Tensor` that says how it is
+            laid out, or `None` to leave the weight out.
 
     Raises:
         TetherError: The path has another ending, its folder does not exist, or two weights get one name.
