@@ -137,13 +137,13 @@ endef
 ifeq ($(origin BACKEND),command line)
 test: $(VENV)/.test-stamp
 	$(call on_each_backend,--spread)
-test-all: $(VENV)/.test-stamp browser pyright
+test-all: $(VENV)/.test-stamp browser pyright docs
 	$(call on_each_backend,--run-slow)
 else
 test: lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## lint, types, contracts, tests on three backends and two Keras (BACKEND=jax: one backend's tests only)
 	$(call on_each_backend,--spread)
 	$(call on_the_oldest_keras)
-test-all: browser pyright lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
+test-all: browser pyright docs lint types contracts $(OLDEST)/.stamp-$(OLDEST_KERAS) ## the same with the slow tests
 	$(call on_each_backend,--run-slow)
 	$(call on_the_oldest_keras,--run-slow)
 endif

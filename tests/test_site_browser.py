@@ -1,9 +1,9 @@
-"""The site's search in pages that were opened as files: its worker runs in a frame. In headless Chromium."""
+"""The site in headless Chromium: the search in pages that were opened as files, and whether everyone can use it."""
 
 import pytest
 
 from tests.documents import ROOT
-from tests.inspection.test_plotting_browser import chromium  # noqa: F401
+from tests.inspection.test_plotting_browser import axe, chromium, serious  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -34,5 +34,19 @@ def test_a_worker_answers_in_a_page_that_is_a_file(chromium, tmp_path):  # noqa:
     try:
         page.goto((tmp_path / "page.html").as_uri())
         page.wait_for_function("document.title === 'un unknown'", timeout=10_000)
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", ["index.html", "adapters.html", "reference/forms.html", "weight-map.html"])
+def test_axe_finds_nothing_serious_on_a_page(name, width, chromium):  # noqa: F811
+    path = ROOT / "site" / name
+    assert path.is_file(), "the site is not built: make docs"
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    try:
+        page.goto(path.as_uri())
+        page.evaluate(axe())
+        assert serious(page) == set()
     finally:
         page.close()

@@ -265,12 +265,8 @@ def test_left_and_right_close_open_and_move_as_in_any_tree(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_axe_finds_nothing_serious(scheme, width, visit):
-    try:
-        axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
-    except ModuleNotFoundError:
-        pytest.fail("The page is judged by axe, which is not installed: make browser")
     page = visit(tied_blocks(6, tied=(3, 5)), width=width, scheme=scheme)
-    page.evaluate(axe)
+    page.evaluate(axe())
     page.evaluate("document.body.append(Object.assign(document.createElement('img'), { src: 'data:,' }))")
     assert "image-alt" in serious(page)  # axe does find what is wrong
     page.evaluate("document.querySelector('img').remove()")
@@ -280,6 +276,14 @@ def test_axe_finds_nothing_serious(scheme, width, visit):
     assert serious(page) == set()
     page.fill("#search", "block_5")
     assert serious(page) == set()
+
+
+def axe():
+    """The program that judges whether a page can be used by everyone."""
+    try:
+        return importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    except ModuleNotFoundError:
+        pytest.fail("The page is judged by axe, which is not installed: make browser")
 
 
 def serious(page):

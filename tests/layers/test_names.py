@@ -1,5 +1,7 @@
 """The path of a weight is a function of the model: not of what else lives, nor of how often it was copied."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import tether
 from tests.support import numpy
 from tether import adapters, forms
+from tether.errors import UnknownName
 
 pytestmark = pytest.mark.spread
 
@@ -387,3 +390,41 @@ def test_what_pytorch_trains_is_every_one_of_them():
     model(np.ones((2, 3), "float32")).square().sum().backward()
     optimizer.step()
     assert all(not np.array_equal(one, two) for one, two in zip(before, model.get_weights(), strict=True))
+
+
+def two_blocks():
+    x = keras.Input((4,))
+    h = keras.layers.Dense(4, name="first")(x)
+    return keras.Model(x, keras.layers.Dense(4, name="second")(keras.layers.Dense(4, name="third")(h)))
+
+
+@pytest.mark.parametrize(
+    ("given", "tied"),
+    [
+        (lambda w: {"*/kernel": w}, {"first", "second", "third"}),
+        (lambda w: {"*/kernel": w, "!first/*": None}, {"second", "third"}),
+        (lambda w: {("*/kernel", "!s*"): w}, {"first", "third"}),
+        (lambda w: {re.compile("(first|second)/kernel"): w}, {"first", "second"}),
+        (
+            lambda w: {"*/kernel": 2 * w, "first/kernel": w, "second/kernel": w, "third/kernel": w.T},
+            {"first", "second"},
+        ),
+    ],
+)
+def test_a_pattern_ties_several_weights_at_once(given, tied, tmp_path):
+    model, w = two_blocks(), tether.Weight((4, 4), "glorot_uniform", name="shared")
+    tether.tie(model, given(w))
+    found = {layer.name for layer in model.layers if getattr(getattr(layer, "kernel", None), "expression", None) is w}
+    assert found == tied
+    again = keras.models.clone_model(model)
+    assert again.count_params() == model.count_params()
+
+
+def test_a_pattern_that_misses_ties_nothing():
+    model = two_blocks()
+    with pytest.raises(UnknownName, match=r"'\*/kernle'.*6 weights"):
+        tether.tie(model, {"first/kernel": tether.Weight((4, 4), "ones"), "*/kernle": 1.0})
+    assert all(type(layer) is keras.layers.Dense for layer in model.layers[1:])
+    names = tether.inspection.aliases(model)
+    assert len(names.find("*/kernel")) == len(names.find(re.compile(r".*kernel"))) == len(names.find("kernel$")) == 3
+    assert names.find(["*/kernel", "!third/*"]) == [model.get_layer(n).kernel for n in ("first", "second")][:2]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import keras
 
-from tether import keras_seam
+from tether import keras_seam, patterns
 from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
 from tether.layers.tying.paths import holders
 from tether.layers.tying.state import shape_of, slots_of, stored_variables
 from tether.layers.tying.tied import base_class
+from tether.patterns import Pattern
 from tether.types import Config, Tensor
 from tether.weights.algebra import is_kept_still
 from tether.weights.expression import Stored
@@ -234,6 +236,10 @@ def _dtype(value: keras.Variable | Tensor) -> str:
 # Every name of a stored weight: its own path, and the path of each use.
 
 
+_SHELL = re.compile(r"!?(?=.*[*?\[])(?!.*\.\*)[^^$|\\+(){}]*")
+"""A string that is a shell pattern, and no regular expression."""
+
+
 class Aliases(Mapping[str, tuple[str, ...]]):
     """The names of each stored variable, by its path; `find` searches all of them."""
 
@@ -250,10 +256,20 @@ class Aliases(Mapping[str, tuple[str, ...]]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def find(self, pattern: str) -> list[keras.Variable]:
-        """The stored variables of which some name matches a regular expression (searched, not anchored)."""
-        search = re.compile(pattern).search
-        return [self._variables[path] for path, names in self._names.items() if any(map(search, names))]
+    def find(self, pattern: Pattern) -> list[keras.Variable]:
+        """The stored variables of which some name fits a pattern (`tether.patterns`).
+
+        A string without `*`, `?` and `[`, or with signs that only regular expressions have, is searched for as one,
+        at any place of the name, as an optimizer's `exclude_from_weight_decay` does.
+        """
+        fits: Callable[..., bool] = partial(patterns.fits, pattern)
+        if isinstance(pattern, str) and not _SHELL.fullmatch(pattern):
+            search = re.compile(pattern).search
+
+            def fits(*names: str) -> bool:
+                return any(map(search, names))
+
+        return [self._variables[path] for path, names in self._names.items() if fits(*names)]
 
     def __repr__(self) -> str:
         return f"Aliases({self._names!r})"

@@ -5,13 +5,15 @@ Nothing is changed before everything is known to fit, and a failure half way is 
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import keras
 
-from tether import keras_seam
-from tether.errors import TetherError, received
+from tether import keras_seam, patterns
+from tether.errors import TetherError, UnknownName, received
 from tether.layers.tying import paths
 from tether.layers.tying.fit import given_twice, refuse_layer, refuse_tie, refuse_twice
 from tether.layers.tying.penalty import ALIVE, Penalty, Stated
@@ -30,7 +32,8 @@ def tie(layer: AnyLayer, weights: Mapping[str, object] | None = None, /, **by_na
     Args:
         layer: A Keras layer or model, built or not.
         weights: Expressions by path, for names that are not identifiers: `{"query/kernel": w}`. A path
-            is made of attributes, indices and names of sub-layers, and ends in a weight's name.
+            is made of attributes, indices and names of sub-layers, and ends in a weight's name. Below a built layer it
+            may be a pattern for several (`tether.patterns`): `{"*/query/kernel": w}`; a later one counts.
         **by_name: Expressions by the weight's name or attribute: `kernel=codec.T`. A number or an
             array is a constant.
 
@@ -148,7 +151,7 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
             f"has: {', '.join(paths.weight_paths(layer)) or 'none yet'}."
         )
     wanted = {}
-    for path, value in given.items():
+    for path, value in _by_path(layer, given).items():
         try:
             wanted[path] = resolved(as_expression(value))
         except TypeError:
@@ -158,6 +161,27 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
                 f"{received(type=type(value).__name__)}"
             ) from None
     return wanted
+
+
+def _by_path(layer: keras.Layer, given: Mapping[Any, Any]) -> dict[str, Any]:
+    """What is given by path, where patterns may stand for several."""
+    if all(patterns.is_exact(key) or not isinstance(key, (str, re.Pattern, tuple)) for key in given):
+        return dict(given)
+    names = {"/".join(path): "/".join(name) for path, name, _, _ in paths.walk(layer)}
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        leaves_out = isinstance(key, str) and key.startswith("!")
+        pattern = key[1:] if leaves_out else key
+        chosen = [path for path, name in names.items() if patterns.fits(pattern, path, name)]
+        if not chosen and not patterns.is_exact(key):
+            raise UnknownName(
+                f"No weight of {layer.name!r} fits the pattern {key!r}. {patterns.missed(pattern, names.values())}"
+            )
+        for path in chosen or [key]:
+            found.pop(path, None)
+            if not leaves_out:
+                found[path] = value
+    return found
 
 
 def _places(layer: keras.Layer, wanted: dict[str, Expression]) -> dict[str, paths.Place]:
