@@ -242,7 +242,7 @@ def two_branches():
         ({("!right/*", "!*/bias"): 1}, {"left", "head"}),
         ({"left/kernel": 1, "*/kernel": 2}, {"left", "right", "head"}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_patterns_choose_weights(changes, chosen):
     model = two_branches()
