@@ -520,3 +520,33 @@ def test_the_dtype_of_parts_can_be_chosen():
     assert {variable.dtype for variable in model.trainable_variables} == {"bfloat16"}
     with pytest.raises(TetherError, match="float dtype"):
         tether.low_rank(1, dtype="int8")
+
+
+def test_a_file_of_version_1_names_weights_by_positions():
+    """Written by the code of version 0.1.0 for `low_rank(2, start="pissa")` on three kernels, below a backbone."""
+    import json
+    import pathlib
+
+    from safetensors import safe_open
+
+    path = pathlib.Path(__file__).parent / "fixtures" / "0.1.0" / "adapter.safetensors"
+    x, y = keras.Input((4,)), keras.Input((4,))
+    body = keras.Model(x, layers.Dense(4, name="query")(layers.Dense(4)(x)), name="backbone")
+    model = keras.Model(y, layers.Dense(2, name="logits")(body(y)))
+    before = {name: tether.weight_of(model, name).numpy() for name in ("backbone/query/kernel", "logits/kernel")}
+    adapters.load(model, path)
+    with safe_open(path, "np") as file:
+        header = json.loads(file.metadata()["adapter"])
+        held = {header["weights"][uid]["path"]: file.get_tensor(uid) for uid in file.keys()}  # noqa: SIM118
+    assert header["version"] == 1 and "layers/1/layers/2/kernel" in header["ties"]
+    for name, short in (("backbone/query/kernel", "query/kernel"), ("logits/kernel", "logits/kernel")):
+        a, b, c, d = (held[f"{short}_{end}"] for end in ("lora_a", "lora_b", "pissa_a", "pissa_b"))
+        np.testing.assert_allclose(
+            tether.weight_of(model, name).numpy(), before[name] + a @ b - c @ d, rtol=1e-4, atol=1e-5
+        )
+    adapters.activate(model)
+    adapters.activate(model, "a")
+    trained = {
+        variable.name.rpartition("_lora")[0] for variable in model.trainable_variables if "lora" in variable.name
+    }
+    assert trained == {"kernel"} and not any("pissa" in variable.path for variable in model.trainable_variables)
