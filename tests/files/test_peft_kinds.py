@@ -237,3 +237,95 @@ def test_the_docs_say_what_becomes_of_each_field():
         kind = next((kind for start, kind in words.items() if fate.startswith(start)), "refused")
         said.update(dict.fromkeys(re.findall(r"`(\w+)`", fields), kind))
     assert said == FIELDS["LORA"]
+
+
+def attention_folder(tmp_path, tensors, **fields):
+    """A folder of PEFT's for an attention whose projections PyTorch folds into matrices."""
+    folder = tmp_path / "attention"
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["query"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.{key}": np.ascontiguousarray(v) for key, v in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+def test_projections_to_heads_are_matrices_there(rng, tmp_path):
+    x = keras.Input((3, 8))
+    model = keras.Model(x, keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x))
+    before = {
+        name: tether.weight_of(model, f"attention/{name}").numpy()
+        for name in ("query/kernel", "attention_output/kernel", "value/bias")
+    }
+    tensors = {
+        "attention.query.lora_A.weight": rng.normal(size=(2, 8)).astype("float32"),
+        "attention.query.lora_B.weight": rng.normal(size=(8, 2)).astype("float32"),
+        "attention.query.lora_B.bias": rng.normal(size=8).astype("float32"),
+        "attention.key.lora_A.weight": rng.normal(size=(2, 8)).astype("float32"),
+        "attention.key.lora_B.weight": rng.normal(size=(8, 2)).astype("float32"),
+        "attention.key.lora_B.bias": rng.normal(size=8).astype("float32"),
+        "attention.attention_output.weight": rng.normal(size=(8, 8)).astype("float32"),
+        "attention.value.bias": rng.normal(size=8).astype("float32"),
+    }
+    folder = attention_folder(tmp_path, tensors, lora_bias=True, bias="all", modules_to_save=["attention_output"])
+    tether.files.load_peft(model, folder)
+    a, b = tensors["attention.query.lora_A.weight"], tensors["attention.query.lora_B.weight"]
+    close(
+        tether.weight_of(model, "attention/query/kernel").numpy(),
+        before["query/kernel"] + 3 * (b @ a).T.reshape(8, 2, 4),
+    )
+    close(
+        tether.weight_of(model, "attention/query/bias").numpy(),
+        3 * tensors["attention.query.lora_B.bias"].reshape(2, 4),
+    )
+    close(
+        tether.weight_of(model, "attention/attention_output/kernel").numpy(),
+        tensors["attention.attention_output.weight"].T.reshape(2, 4, 8),
+    )
+    close(tether.weight_of(model, "attention/value/bias").numpy(), tensors["attention.value.bias"].reshape(2, 4))
+    tether.files.save_peft(model, tmp_path / "out")
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(ours) == {f"base_model.model.{key}" for key in tensors}
+    for key, value in tensors.items():
+        close(ours[f"base_model.model.{key}"], value)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("tying", [False, True])
+def test_logits_of_a_tied_table_follow_if_the_folder_says_so(tying, named, tmp_path):
+    right = values("lora_embedding")
+    x = keras.Input((5,), dtype="int32")
+    h = keras.layers.Dense(4, name="first")(keras.layers.Embedding(9, 4, name="table")(x))
+    model = keras.Model(x, keras.layers.Dense(9, use_bias=False, name="logits")(h))
+    model.get_layer("table").embeddings.assign(right["base/table.weight"])
+    tether.tie(model, {"logits/kernel": 2.0 * tether.weight_of(model, "table/embeddings").T})
+    tensors = dict(load_file(FOLDERS / "lora_embedding" / "adapter_model.safetensors"))
+    tensors = {key: value for key, value in tensors.items() if "table" in key}
+    folder = changed(tmp_path, "lora_embedding", tensors, ensure_weight_tying=tying)
+    (adapters.load if named else tether.files.load_peft)(model, folder)
+    a, b = (tensors[f"base_model.model.table.lora_embedding_{k}"] for k in "AB")
+    table = right["base/table.weight"] + 3 * (b @ a).T
+    close(tether.weight_of(model, "table/embeddings").numpy(), table)
+    close(tether.weight_of(model, "logits/kernel").numpy(), 2 * (table if tying else right["base/table.weight"]).T)
+    tether.files.save_model(model, tmp_path / "m.keras")
+    again = tether.files.load_model(tmp_path / "m.keras")
+    close(tether.weight_of(again, "logits/kernel").numpy(), tether.weight_of(model, "logits/kernel").numpy())
+    if named:
+        adapters.activate(model)
+        close(tether.weight_of(model, "logits/kernel").numpy(), 2 * right["base/table.weight"].T)
+
+
+def test_a_layer_that_computes_the_logits_with_its_table_is_warned_of():
+    right = values("lora_embedding")
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            keras.layers.ReversibleEmbedding(9, 4, name="table"),
+            keras.layers.Dense(6, name="first"),
+        ]
+    )
+    model.get_layer("table").embeddings.assign(right["base/table.weight"])
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        tether.files.load_peft(model, FOLDERS / "lora_embedding")

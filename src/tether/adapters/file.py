@@ -22,7 +22,6 @@ import keras
 from tether import keras_seam, patterns
 from tether.adapters.manage import (
     Freeze,
-    Part,
     adapt,
     adapted_weights,
     check,
@@ -180,8 +179,7 @@ def _load_folder(
     check_new_name(model, name)
     with opened_peft(model, folder, names) as found, Rollback.below(model):
         warn_of_other_users(model, found.config, found.additions)
-        parts: dict[str, Part] = {path: partial(found.part, path) for path in found.additions}
-        adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
+        adapt(model, name, 1.0, found.parts(model), freeze=freeze, trainable=trainable)
         found.assign()
     return model
 

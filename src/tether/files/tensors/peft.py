@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -29,7 +30,7 @@ from tether.files.loading.matching import check_built, dotted
 from tether.files.tensors import peft_parts
 from tether.files.tensors.dialects import Names, Naming
 from tether.files.tensors.peft_config import CONFIG, FIELDS, TENSORS, PeftConfig, read_config
-from tether.files.tensors.peft_parts import Addition, Place, as_stored
+from tether.files.tensors.peft_parts import Addition, Made, Place, as_stored
 from tether.files.tensors.safetensors import opened_tensors, write_tensors
 from tether.forms.form import part, start_value
 from tether.forms.full import whole_of
@@ -105,8 +106,8 @@ def load_peft(model: keras.Model, folder: str | os.PathLike[str], *, names: Name
         warn_of_other_users(model, found.config, found.additions)
         bases = {path: _without_part(base, path) for path, base in weights_of(model, found.additions).items()}
         ties = {path: found.applied(path, base.stop_gradient()) for path, base in bases.items()}
-        if found.config["ensure_weight_tying"]:
-            ties.update(_of_other_users(model, bases, ties))
+        others = other_users(model, bases) if found.config["ensure_weight_tying"] else {}
+        ties.update({path: _with(expression, bases, ties) for path, expression in others.items()})
         tie_what_learns(model, ties, named_weights(model))
         return found.assign()
 
@@ -118,6 +119,22 @@ class OpenedFolder:
     config: PeftConfig
     additions: dict[str, Addition]
     offers: list[Offer] = field(default_factory=list)
+    made: dict[str, Expression] = field(default_factory=dict)
+    """What was added to which weight."""
+
+    def parts(self, model: keras.Layer) -> dict[str, Made]:
+        """What makes the part of each weight: of those in the folder, and if it asks for it of those tied to them."""
+        found: dict[str, Callable[[Expression], Expression]] = {
+            path: partial(self.part, path) for path in self.additions
+        }
+        if self.config["ensure_weight_tying"]:
+            bases = weights_of(model, self.additions)
+            found.update({path: partial(self._part_of_other, bases) for path in other_users(model, bases)})
+        return found
+
+    def _part_of_other(self, bases: Mapping[str, Expression], base: Expression) -> Expression:
+        """What is added to a weight that is computed from weights of the folder."""
+        return _with(base, bases, {path: of + self.made[path] for path, of in bases.items()}) - base
 
     def applied(self, path: str, base: Expression) -> Expression:
         """What a weight becomes, of its base."""
@@ -131,6 +148,7 @@ class OpenedFolder:
         addition = self.additions[path]
         made = addition.form.delta(base) if hasattr(addition.form, "delta") else addition.form(base) - base
         self._offer(addition, made, base)
+        self.made[path] = made
         return made
 
     def _offer(self, addition: Addition, made: Expression, base: Expression) -> None:
@@ -310,23 +328,26 @@ def _without_part(expression: Expression, name: str) -> Expression:
     raise Unsupported(f"{name} = {expression.notation()} has an adapter of another kind. Remove it first.")
 
 
-def _of_other_users(
-    model: keras.Layer, bases: Mapping[str, Expression], ties: Mapping[str, Expression]
-) -> dict[str, Expression]:
-    """The expressions of other uses of the weights that are adapted, with what they become (`ensure_weight_tying`)."""
-    new: dict[str, Any] = {}
+def other_users(model: keras.Layer, bases: Mapping[str, Expression]) -> dict[str, Expression]:
+    """The expressions of other weights that are computed from stored weights which a folder changes."""
+    changed = {stored for stored in map(as_it_is, bases.values()) if stored is not None}
+    return {
+        named.path: named.variable.expression
+        for named in named_weights(model)
+        if isinstance(named.variable, View)
+        and named.path not in bases
+        and changed & set(named.variable.expression.weights_used())
+    }
+
+
+def _with(expression: Expression, bases: Mapping[str, Expression], new: Mapping[str, Expression]) -> Expression:
+    """An expression with other expressions in the places of stored weights."""
+    found: dict[str, Any] = {weight.uid: weight for weight in expression.weights_used()}
     for path, base in bases.items():
         stored = as_it_is(base)
         if stored is not None:
-            new[stored.uid] = ties[path]
-    found = {}
-    for named in named_weights(model):
-        if isinstance(named.variable, View) and named.path not in ties:
-            expression = named.variable.expression
-            uids = {weight.uid: weight for weight in expression.weights_used()}
-            if uids.keys() & new.keys():
-                found[named.path] = decode(encode(expression), {**uids, **new})
-    return found
+            found[stored.uid] = new[path]
+    return decode(encode(expression), found)
 
 
 def warn_of_other_users(model: keras.Layer, config: PeftConfig, additions: Mapping[str, Addition]) -> None:

@@ -24,6 +24,7 @@ from tether.forms.hadamard import hadamard
 from tether.forms.low_rank import low_rank
 from tether.forms.rows import rows
 from tether.forms.vera import Vera, vera
+from tether.kinds import letters_of
 from tether.layers.family.named import Named
 from tether.types import Array
 from tether.weights.expression import Expression, Shape
@@ -82,6 +83,14 @@ class Place:
         return fits[0] if self.inputs is None else self.inputs
 
 
+def _leading_inputs(layer: keras.Layer) -> int | None:
+    """How many leading axes of the kernel of an EinsumDense are inputs, as its equation says."""
+    if not isinstance(layer, keras.layers.EinsumDense):
+        return None
+    _, kernel, outputs = letters_of(layer.equation)
+    return sum(letter not in outputs for letter in kernel) or None
+
+
 def _is_convolution(layer: keras.Layer) -> bool:
     return isinstance(layer, (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D))
 
@@ -98,7 +107,7 @@ def as_stored(place: Place) -> tuple[Shape, Callable[[Array], Array], Callable[[
         back = (window + 1, window, *range(window))
         stored = tuple(shape[axis] for axis in back)
         return stored, lambda array: array.transpose(order), lambda array: np.ascontiguousarray(array.transpose(back))
-    inputs = place.inputs or len(shape) - 1
+    inputs = place.inputs or _leading_inputs(place.named.layer) or len(shape) - 1
     stored = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
     return (
         stored,
