@@ -34,10 +34,15 @@ def fits(pattern: Pattern, *names: str) -> bool:
         if isinstance(one, re.Pattern):
             chosen = chosen or any(one.fullmatch(name) for name in names)
         elif one.startswith("!"):
-            chosen = chosen and not any(fnmatch.fnmatchcase(name, one[1:]) for name in names)
+            chosen = chosen and not _is_one(one[1:], names)
         else:
-            chosen = chosen or any(fnmatch.fnmatchcase(name, one) for name in names)
+            chosen = chosen or _is_one(one, names)
     return chosen
+
+
+def _is_one(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a shell pattern fits one of several names, or is one: a layer may be called `[a]`."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def parts(pattern: object) -> Iterable[str | re.Pattern[str]]:

@@ -13,8 +13,6 @@ from tests import support
 from tether.layers.tying import paths as layer_paths
 from tether.layers.tying.state import View
 
-pytestmark = pytest.mark.spread(2)
-
 L = keras.layers
 SMALL = {
     "vocabulary_size": 50, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 32,

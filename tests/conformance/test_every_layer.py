@@ -17,8 +17,6 @@ from tests.conformance.catalogue import NOT_MADE, NOT_TIED, WITH_WEIGHTS, WITHOU
 from tether.layers.tying import paths as layer_paths
 from tether.layers.tying.state import View
 
-pytestmark = pytest.mark.spread(2)
-
 EXCEPTIONS = {
     ("Normalization", "mean"): "it computes with constants that it derives from its weights",
     ("Normalization", "variance"): "it computes with constants that it derives from its weights",

@@ -150,7 +150,7 @@ class TestKerasFiles:
             wanted["sizes"],
         )
         shared = (wanted["stored weights that two uses share"] > 0).sum() > len(case.uses)
-        assert any(True for _ in facts.shared()) or not shared
+        assert any(True for _ in facts.shared()) or not shared or facts.adapters  # whose strengths are no sharing
         assert not tether.check(archive / f"{name}.keras").errors
 
 

@@ -14,8 +14,6 @@ import tether
 from tests.support import as_zero, gradients, numpy
 from tether import forms
 
-pytestmark = pytest.mark.spread
-
 RECORDED = json.loads((pathlib.Path(__file__).parent / "parity" / "peft.json").read_text())
 
 # The form, and PEFT's names of what are the form's own weights here; all are transposed.

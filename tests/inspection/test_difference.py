@@ -11,8 +11,6 @@ from tests.inspection import models
 from tests.inspection.models import fitted, values
 from tether.inspection import Change, Difference, diff, facts
 
-pytestmark = pytest.mark.spread
-
 layers = keras.layers
 
 

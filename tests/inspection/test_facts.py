@@ -14,8 +14,6 @@ from tether.errors import InvalidConfig
 from tether.inspection import Facts, facts
 from tether.inspection.summary import Summary
 
-pytestmark = pytest.mark.spread
-
 layers = keras.layers
 
 

@@ -12,8 +12,6 @@ from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError
 from tether.inspection.gradients import shares
 
-pytestmark = pytest.mark.spread
-
 layers = keras.layers
 
 

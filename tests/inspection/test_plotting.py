@@ -25,8 +25,6 @@ from tether.inspection import Slot, plotting
 from tether.inspection.plotting import rows
 from tether.inspection.plotting.rows import HAIR, LINE, SHARED, TALL
 
-pytestmark = pytest.mark.spread
-
 MODELS = {"autoencoder": lambda: demo.autoencoder(demo.TIED, 1), "low rank": low_rank_child, "bert": bert}
 
 

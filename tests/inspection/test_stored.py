@@ -22,8 +22,6 @@ from tether.errors import InvalidConfig, Unsupported
 from tether.inspection import diff, facts
 from tether.layers.tying.state import from_above
 
-pytestmark = pytest.mark.spread
-
 layers = keras.layers
 IN_NO_CONFIG = {"ties_itself"}
 WRITES_TWICE = {"private_sharing"}

@@ -24,8 +24,6 @@ from tether.inspection import Facts, StoredWeight, UseOf, facts
 from tether.inspection.facts import human_bytes
 from tether.inspection.summary import NARROWEST, fold, literal
 
-pytestmark = pytest.mark.spread
-
 layers = keras.layers
 TITLE = r"weight, and what reads it +shape"
 SILENT = {"print_fn": lambda line: None}

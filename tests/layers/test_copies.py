@@ -10,8 +10,6 @@ import pytest
 import tether
 from tests.support import numpy
 
-pytestmark = pytest.mark.spread(2)
-
 layers = keras.layers
 
 

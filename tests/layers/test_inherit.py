@@ -9,8 +9,6 @@ from tests import kinds
 from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported
 
-pytestmark = pytest.mark.spread(2)
-
 layers = keras.layers
 ops = keras.ops
 

@@ -18,8 +18,6 @@ import pytest
 import tether
 from tests.support import assert_close, numpy
 
-pytestmark = pytest.mark.spread(2)
-
 
 def autoencoder(width=3, size=5, compiled=False):
     codec = tether.Weight(name="codec")

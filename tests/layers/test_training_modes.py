@@ -7,8 +7,6 @@ import pytest
 import tether
 from tests.support import assert_close, gradients, numpy, slot_count
 
-pytestmark = pytest.mark.spread(2)
-
 
 def pair(rng, dtype="float32"):
     """A tied model and a subclassed one that uses the same variable by hand."""

@@ -17,8 +17,6 @@ from tether.planning.alternatives import make_plan
 from tether.planning.control import recording
 from tether.planning.products import products
 
-pytestmark = pytest.mark.spread
-
 layers = keras.layers
 BACKEND = keras.backend.backend()
 N, M, RANK, ROWS = 256, 192, 4, 64

@@ -17,8 +17,6 @@ from tether.layers.tying.state import weights_below
 from tether.planning.alternatives import Search
 from tether.planning.control import recording
 
-pytestmark = pytest.mark.spread
-
 layers = keras.layers
 BACKEND = keras.backend.backend()
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

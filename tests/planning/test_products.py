@@ -15,8 +15,6 @@ from tether.planning.products import MAX_FACTORS, MAX_TERMS, products
 from tether.weights import Argument, bind
 from tether.weights.operators.arithmetic import ScaleGradient, StopGradient
 
-pytestmark = pytest.mark.spread
-
 
 def value_of(form):
     """The value of a form by its definition: for each term one einsum of its factors, with the labels as letters."""

@@ -9,8 +9,6 @@ import tether
 from tests.support import assert_close, numpy
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, UnknownName, ValueConflict
 
-pytestmark = pytest.mark.spread
-
 copy = tether.transfer.copy
 
 

@@ -25,8 +25,6 @@ from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, leave
 from tether.weights.operators.choice import Adapted
 from tether.weights.operators.quantized import Dequantize, Unpack
 
-pytestmark = pytest.mark.spread
-
 ops = tether.ops
 BACKEND = keras.backend.backend()
 

@@ -7,8 +7,6 @@ import tether
 from tests.inspection.checking.faults import FAULTS
 from tether.inspection.checking.rules import RULES
 
-pytestmark = pytest.mark.spread
-
 each_fault = pytest.mark.parametrize("name", list(FAULTS))
 
 

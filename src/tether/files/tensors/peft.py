@@ -124,9 +124,7 @@ class OpenedFolder:
 
     def parts(self, model: keras.Layer) -> dict[str, Made]:
         """What makes the part of each weight: of those in the folder, and if it asks for it of those tied to them."""
-        found: dict[str, Callable[[Expression], Expression]] = {
-            path: partial(self.part, path) for path in self.additions
-        }
+        found: dict[str, Made] = {path: partial(self.part, path) for path in self.additions}
         if self.config["ensure_weight_tying"]:
             bases = weights_of(model, self.additions)
             found.update({path: partial(self._part_of_other, bases) for path in other_users(model, bases)})

@@ -14,6 +14,7 @@ from tether.inspection.checking.context import Batch, Context
 from tether.inspection.checking.finding import Findings
 from tether.inspection.checking.rules import RULES, Rule
 from tether.inspection.collect import facts
+from tether.layers.liveness import is_tied
 
 
 def check(
@@ -79,7 +80,7 @@ def _context(source: object, data: object) -> Context:
             )
         batch = Batch(*data) if isinstance(data, tuple) and len(data) == 2 else Batch(data)
     found = facts(source)
-    if not found.weights and not source.built:
+    if not found.weights and not source.built and not is_tied(source):
         raise TetherError(
             f"{source.name!r} is not built, so it has no weights yet to be checked. Call it on data, or build it: "
             f"`{source.name}.build(input_shape)`."
