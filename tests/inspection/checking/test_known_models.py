@@ -11,8 +11,6 @@ import pytest
 
 import tether
 
-pytestmark = pytest.mark.spread(3)  # some are left out on one backend
-
 pytestmark = pytest.mark.slow
 
 APPLICATIONS = sorted(name for name in dir(keras.applications) if name[0].isupper())
