@@ -13,13 +13,15 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from tether.errors import TetherError, received
 
 Pattern: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 """What chooses weights by their paths."""
+
+Value = TypeVar("Value")
 
 
 def fits(pattern: Pattern, *names: str) -> bool:
@@ -60,6 +62,24 @@ def parts(pattern: object) -> Iterable[str | re.Pattern[str]]:
     return found
 
 
+def spread(given: Mapping[Any, Value], choose: Callable[[Any], Iterable[str]]) -> dict[str, Value]:
+    """What is given by patterns, for each name that they choose: a later one counts, `"!..."` leaves out.
+
+    Args:
+        given: Values by pattern.
+        choose: The names that a pattern means.
+    """
+    found: dict[str, Value] = {}
+    for pattern, value in given.items():
+        leaves_out = isinstance(pattern, str) and pattern.startswith("!")
+        for name in choose(pattern[1:] if leaves_out else pattern):
+            if leaves_out:
+                found.pop(name, None)
+            else:
+                found[name] = value
+    return found
+
+
 def is_exact(pattern: object) -> bool:
     """Whether a pattern can only mean one name."""
     return isinstance(pattern, str) and not pattern.startswith("!") and not any(sign in pattern for sign in "*?[")
@@ -84,4 +104,4 @@ def _nearest(word: str, known: list[str]) -> list[str]:
     return list(dict.fromkeys([*whole, *(tails[end] for end in ends)]))[:3]
 
 
-__all__ = ["Pattern", "fits", "is_exact", "missed", "parts"]
+__all__ = ["Pattern", "fits", "is_exact", "missed", "parts", "spread"]

@@ -133,9 +133,7 @@ def _summed(given: list[tuple[float, Expression]], of: Adapted, base: Expression
                 scale, a, b = found
                 lefts.append(_wide(a))
                 rights.append(weight * scale * _wide(b))
-        inputs = lefts[0].ndim - 1
-        left, right = np.concatenate(lefts, axis=-1), np.concatenate(rights, axis=0)
-        return _product(base, left.reshape(*left.shape[:inputs], -1), right, inputs)
+        return _product(base, np.concatenate(lefts, axis=-1), np.concatenate(rights, axis=0))
     total: Expression | None = None
     for weight, made in given:
         term = _copied(made, of.base, base)
@@ -150,10 +148,9 @@ def _wide(weight: Weight) -> Array:
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(weight.value, "float32")), "float64")
 
 
-def _product(base: Expression, left: Array, right: Array, inputs: int) -> Expression:
+def _product(base: Expression, left: Array, right: Array) -> Expression:
     """A low-rank part with these factors."""
-    form = low_rank(left.shape[-1], split=inputs if len(base.shape or ()) > 1 else None)
-    made = form.delta(base)
+    made = low_rank(left.shape[-1], split=left.ndim - 1).delta(base)
     found = factors_of(made)
     if found is None:
         raise TypeError("A low-rank form has made something else than a product of two factors.")
@@ -215,9 +212,8 @@ def _cut(target: Array, rank: int | None) -> tuple[Part, float]:
     root = np.sqrt(s[:kept])
     left, right = (u[:, :kept] * root).reshape(*rows, kept), (v[:kept] * root[:, None]).reshape(kept, *columns)
     norm = float(np.linalg.norm(s))
-    return partial(_product, left=left, right=right, inputs=len(rows)), float(
-        np.linalg.norm(s[kept:])
-    ) / norm if norm else 0.0
+    lost = float(np.linalg.norm(s[kept:])) / norm if norm else 0.0
+    return partial(_product, left=left, right=right), lost
 
 
 __all__ = ["combine"]

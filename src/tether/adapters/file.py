@@ -41,7 +41,7 @@ from tether.files.tensors.peft import opened_peft, warn_of_other_users
 from tether.files.tensors.safetensors import TensorFile, write_tensors
 from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, StoredWeight
-from tether.layers.family.named import Named, named_weights
+from tether.layers.family.named import named_weights, names_apart
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
 from tether.types import AnyLayer, Config
@@ -84,7 +84,7 @@ def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
             f"{received(path=str(path))}"
         )
     check_known(model, [name])
-    addresses = _addresses(named_weights(model))
+    addresses = names_apart(named_weights(model))
     parts, bases, where = {}, {}, {}
     for place, expression in adapted_weights(model).items():
         if name in expression.parts:
@@ -96,8 +96,10 @@ def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
         of_base = {weight.uid for weight in bases[address]}
         weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})
     keys: dict[str, str] = {}
+    taken: set[str] = set()
     for uid, weight in weights.items():
-        keys[uid] = keras_seam.numbered(weight.path, set(keys.values()))
+        keys[uid] = keras_seam.numbered(weight.path, taken)
+        taken.add(keys[uid])
     header = {
         "version": _VERSIONS[-1],
         "name": name,
@@ -110,12 +112,6 @@ def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
     }
     tensors = [entry_of(weight.variable, keys[uid]) for uid, weight in weights.items()]
     write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
-
-
-def _addresses(weights: Sequence[Named]) -> dict[str, str]:
-    """What each weight is called in a file, by its path: by the names of layers where these tell it from others."""
-    names = [weight.name for weight in weights]
-    return {weight.path: weight.name if names.count(weight.name) == 1 else weight.path for weight in weights}
 
 
 # --------------------------------------------------------------------------- reading
@@ -194,7 +190,7 @@ def _places(model: keras.Layer, header: Config, name: str) -> dict[str, str]:
     wanted = list(header["ties"])
     known = {weight.path: weight.path for weight in weights}
     if header["version"] > 1:
-        known.update({address: place for place, address in _addresses(weights).items()})
+        known.update({address: place for place, address in names_apart(weights).items()})
     if all(address in known for address in wanted):
         return {address: known[address] for address in wanted}
     moved = _below_another(wanted, known)

@@ -16,7 +16,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, UnknownName, did_you_mean, received
-from tether.forms.form import AddedForm
+from tether.forms.form import Form
 from tether.forms.full import full
 from tether.layers.family.inherit import changed
 from tether.layers.family.named import named_weights, select, select_all, tie_what_learns
@@ -170,7 +170,7 @@ def _training(model: keras.Layer) -> list[Stored]:
 
 
 def _delta(change: object, name: str, base: Expression) -> Expression:
-    if isinstance(change, AddedForm):
+    if isinstance(change, Form):
         return change.delta(base)
     if isinstance(change, (int, float)):
         raise TetherError(
@@ -355,12 +355,14 @@ def disabled(model: keras.Layer) -> Iterator[None]:
         reference = model.predict(x, verbose=0)
     ```
     """
-    before = {name: value for name, value in strengths(model).items() if name not in _merged_names(model)}
+    merged = _merged_names(model)
+    before = {name: value for name, value in strengths(model).items() if name not in merged}
     set_strengths(model, dict.fromkeys(before, 0.0))
     try:
         yield
     finally:
-        set_strengths(model, {name: value for name, value in before.items() if name in names(model)})
+        present = names(model)
+        set_strengths(model, {name: value for name, value in before.items() if name in present})
 
 
 def own_weights(model: keras.Layer) -> dict[str, list[Stored]]:

@@ -38,6 +38,10 @@ class Form(NoTensor):
         """The expression of the child's weight; the base's shape must be known."""
         raise TypeError(f"{type(self).__name__} does not say what it makes of a base.")
 
+    def delta(self, base: Expression) -> Expression:
+        """What the form's result has more than the base: what an adapter with the form adds."""
+        return self(base) - base
+
     def _instead(self) -> str:
         return f"{self!r} is a form, not a value: add it to a weight or call it with one, and read `.value` of that."
 

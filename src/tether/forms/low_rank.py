@@ -48,23 +48,22 @@ def factors_of(part: Expression) -> tuple[float, Weight, Weight] | None:
         scale, part = float(numbers[0] or 0.0), others[0]
     if isinstance(part, Reshape):
         part = part.operands[0]
-    if not isinstance(part, MatMul):
+    pair = _pair_of(part)
+    return None if pair is None else (scale, *pair)
+
+
+def _pair_of(product: Expression) -> tuple[Weight, Weight] | None:
+    """The two stored factors of a product; `None` if it is something else."""
+    if not isinstance(product, MatMul):
         return None
-    a, b = map(stored_behind, part.operands)
-    if a is None or b is None or (a.shape or ())[-1:] != (b.shape or ())[:1]:
-        return None
-    return scale, a, b
+    a, b = map(stored_behind, product.operands)
+    return (a, b) if a is not None and b is not None and (a.shape or ())[-1:] == (b.shape or ())[:1] else None
 
 
 def ranks_of(part: Expression) -> set[int]:
     """The ranks of the products of two stored factors that an expression has in it."""
-    found = set()
-    for step in program(part):
-        if isinstance(step.expression, MatMul):
-            a, b = map(stored_behind, step.expression.operands)
-            if a is not None and b is not None and a.shape and a.shape[-1:] == (b.shape or ())[:1]:
-                found.add(int(a.shape[-1]))
-    return found
+    pairs = (_pair_of(step.expression) for step in program(part))
+    return {int(pair[0].shape[-1]) for pair in pairs if pair is not None and pair[0].shape}
 
 
 def stored_behind(expression: Expression) -> Weight | None:

@@ -9,7 +9,6 @@ from keras import Sequential
 from keras.config import is_nnx_enabled
 
 from tether.keras_seam.calls import (
-    TRACES_GRADIENTS,
     call_owners,
     call_parameters,
     can_read_numbers,
@@ -20,6 +19,7 @@ from tether.keras_seam.calls import (
     is_sparse,
     is_traced,
     is_training_call,
+    may_differentiate,
     mutations,
     refresh_call_signature,
     refuse_to_be_looked_into,
@@ -183,7 +183,6 @@ __all__ = [
     "SHARED_ID",
     "STORES",
     "TIED_NAME",
-    "TRACES_GRADIENTS",
     "AutocastScope",
     "Functional",
     "KerasSaveable",
@@ -261,6 +260,7 @@ __all__ = [
     "maker",
     "mark_like",
     "matmul",
+    "may_differentiate",
     "mend_tf2onnx",
     "multiply",
     "mutations",

@@ -179,7 +179,7 @@ is_sparse = _make_is_sparse()
 
 
 def is_differentiated(*values: object) -> bool:
-    """Whether JAX is differentiating with respect to one of these tensors.
+    """Whether JAX is differentiating with respect to one of these tensors, or PyTorch records what is done with one.
 
     Keras's stateless calls do not tell layers without a `training` argument that they train; the tracer does.
     """
@@ -189,16 +189,26 @@ def is_differentiated(*values: object) -> bool:
 def _make_is_differentiated() -> Callable[[Any], bool]:
     name = _backend.backend()
     if name == "torch":
-        import torch
-
-        return lambda value: torch.is_grad_enabled() and getattr(value, "requires_grad", False)
+        return lambda value: getattr(value, "requires_grad", False)
     if name == "jax":
         return lambda value: type(value).__name__ in _GRADIENT_TRACERS
     return lambda value: False
 
 
 _is_differentiated = _make_is_differentiated()
-TRACES_GRADIENTS = _backend.backend() in ("jax", "torch")
+
+
+def _make_may_differentiate() -> Callable[[], bool]:
+    name = _backend.backend()
+    if name == "torch":
+        from torch import is_grad_enabled
+
+        return is_grad_enabled
+    return lambda: name == "jax"
+
+
+may_differentiate = _make_may_differentiate()
+"""Whether `is_differentiated` is worth asking now: PyTorch records nothing where gradients are off."""
 _GRADIENT_TRACERS = {"JVPTracer", "LinearizeTracer"}
 
 

@@ -124,7 +124,7 @@ def _kind_of_call(
     training = control.assumed_training()
     if training is None:
         training = keras_seam.is_training_call()
-        if not training and keras_seam.TRACES_GRADIENTS:
+        if not training and keras_seam.may_differentiate():
             stored = [keras_seam.raw_value(weight.variable) for weight in weights]
             training = keras_seam.is_differentiated(x, *stored)
     # JAX has symbols for sizes that are not known yet, which cannot be compared.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from tether import keras_seam
 from tether.errors import TetherError, Unsupported
 from tether.files.loading.assignment import Offer, Wanted
 from tether.files.loading.entries import Entry, StoredTie
-from tether.layers.family.named import Named, named_weights
+from tether.layers.family.named import Named, named_weights, names_apart
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import View, ordered_variables, state_of, stored_variables, weights_below
 from tether.layers.tying.tied import own_entries
@@ -121,8 +120,8 @@ def tied_names(model: keras.Model, named: Sequence[Named] | None = None) -> dict
 
 def _position_names(found: Sequence[Named]) -> list[tuple[Named, str]]:
     """The weights of layers, by the names that people gave to the layers where these tell them apart."""
-    counts = Counter(named.name for named in found)
-    return [(named, dotted(named.name if counts[named.name] == 1 else named.path)) for named in found]
+    names = names_apart(found)
+    return [(named, dotted(names[named.path])) for named in found]
 
 
 def dotted(path: str) -> str:

@@ -32,7 +32,7 @@ from tether.files.tensors.dialects import Names, Naming
 from tether.files.tensors.peft_config import CONFIG, FIELDS, TENSORS, PeftConfig, read_config
 from tether.files.tensors.peft_parts import Addition, Made, Place, as_stored
 from tether.files.tensors.safetensors import opened_tensors, write_tensors
-from tether.forms.form import part, start_value
+from tether.forms.form import Form, part, start_value
 from tether.forms.full import whole_of
 from tether.forms.low_rank import factors_of, stored_behind
 from tether.forms.rows import rows_of
@@ -144,7 +144,8 @@ class OpenedFolder:
     def part(self, path: str, base: Expression) -> Expression:
         """What is added to a weight."""
         addition = self.additions[path]
-        made = addition.form.delta(base) if hasattr(addition.form, "delta") else addition.form(base) - base
+        form = addition.form
+        made = form.delta(base) if isinstance(form, Form) else form(base) - base
         self._offer(addition, made, base)
         self.made[path] = made
         return made

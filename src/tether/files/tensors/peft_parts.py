@@ -122,7 +122,7 @@ def as_stored(place: Place) -> tuple[Shape, Callable[[Array], Array], Callable[[
 def lora(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
     """`W + s · B A`, and with lengths `m · (W + s · B A) / ‖W + s · B A‖`."""
     table = "embedding_A" in found
-    a, b = _pair(found, module, ("embedding_A", "embedding_B") if table else ("A", "B"))
+    a, b = (_named(found, module, name) for name in (("embedding_A", "embedding_B") if table else ("A", "B")))
     window = a.shape[2:]
     rank = config.rank(module)
     if not a.shape[0] == b.shape[1] == rank or math.prod(b.shape[2:]) != 1:
@@ -311,11 +311,9 @@ def vera_family(
     for module, (place, found) in modules.items():
         split = place.rows(*sizes[module])
         form = forms.setdefault(split, vera(rank, size=(n, m), split=split))
-        if len(forms) > 1:
-            form._bases = next(iter(forms.values()))._bases
         d, b = _named(found, module, "vera_lambda_d"), _named(found, module, "vera_lambda_b")
         additions[place.named.path] = Addition(
-            _sharing(form, forms),
+            _OfFamily(form, forms),
             (
                 bases[0],
                 Value(d, (rank,), lambda array: array),
@@ -330,14 +328,15 @@ def _drawn_value(name: str, array: Array) -> Value:
     return Value(Entry(name, array.shape, "float32", lambda: array), array.shape, lambda array: array.T)
 
 
-def _sharing(form: Vera, family: Mapping[int, Vera]) -> Made:
-    """Applies one of several forms that share their random matrices: each splits weights at another axis."""
+class _OfFamily(AddedForm):
+    """One of several forms that share their random matrices: each splits weights at another axis."""
 
-    def made(base: Expression) -> Expression:
-        form._bases = next((each._bases for each in family.values() if each._bases is not None), None)
-        return form(base)
+    def __init__(self, form: Vera, family: Mapping[int, Vera]) -> None:
+        self.form, self.family = form, family
 
-    return made
+    def delta(self, base: Expression) -> Expression:
+        self.form._bases = next((each._bases for each in self.family.values() if each._bases is not None), None)
+        return self.form.delta(base)
 
 
 def _drawn(seed: int, *shapes: tuple[int, int]) -> list[Array]:
@@ -354,10 +353,6 @@ def _drawn(seed: int, *shapes: tuple[int, int]) -> list[Array]:
         bound = math.sqrt(3.0) * math.sqrt(2.0) / math.sqrt(shape[1])
         found.append((draws * np.float32(2 * bound) - np.float32(bound)).reshape(shape))
     return found
-
-
-def _pair(found: Mapping[str, Entry], module: str, names: Sequence[str]) -> list[Entry]:
-    return [_named(found, module, name) for name in names]
 
 
 def _named(found: Mapping[str, Entry], module: str, name: str) -> Entry:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -58,6 +59,12 @@ def named_weights(root: keras.Layer) -> list[Named]:
     return list(found.values())
 
 
+def names_apart(weights: Sequence[Named]) -> dict[str, str]:
+    """What each weight is called, by its path: by the names of layers where these tell it from others, or its path."""
+    counts = Counter(weight.name for weight in weights)
+    return {weight.path: weight.name if counts[weight.name] == 1 else weight.path for weight in weights}
+
+
 ALL_LINEAR = "all-linear"
 """The word for all kernels of Dense and EinsumDense layers, those in attention included."""
 
@@ -93,15 +100,9 @@ def select_all(root: keras.Layer, weights: list[Named], changes: Mapping[Any, Ch
     Raises:
         UnknownName: A name or pattern means none.
     """
-    found: dict[str, tuple[Named, Change]] = {}
-    for pattern, change in changes.items():
-        if isinstance(pattern, str) and pattern.startswith("!"):
-            for weight in select(root, weights, pattern[1:]):
-                found.pop(weight.path, None)
-            continue
-        for weight in select(root, weights, pattern):
-            found[weight.path] = (weight, change)
-    return list(found.values())
+    by_path = {weight.path: weight for weight in weights}
+    chosen = patterns.spread(changes, lambda pattern: [weight.path for weight in select(root, weights, pattern)])
+    return [(by_path[path], change) for path, change in chosen.items()]
 
 
 def _shown(pattern: Pattern) -> str:

@@ -168,20 +168,16 @@ def _by_path(layer: keras.Layer, given: Mapping[Any, Any]) -> dict[str, Any]:
     if all(patterns.is_exact(key) or not isinstance(key, (str, re.Pattern, tuple)) for key in given):
         return dict(given)
     names = {"/".join(path): "/".join(name) for path, name, _, _ in paths.walk(layer)}
-    found: dict[str, Any] = {}
-    for key, value in given.items():
-        leaves_out = isinstance(key, str) and key.startswith("!")
-        pattern = key[1:] if leaves_out else key
+
+    def choose(pattern: Any) -> list[str]:
         chosen = [path for path, name in names.items() if patterns.fits(pattern, path, name)]
-        if not chosen and not patterns.is_exact(key):
+        if not chosen and not patterns.is_exact(pattern):
             raise UnknownName(
-                f"No weight of {layer.name!r} fits the pattern {key!r}. {patterns.missed(pattern, names.values())}"
+                f"No weight of {layer.name!r} fits the pattern {pattern!r}. {patterns.missed(pattern, names.values())}"
             )
-        for path in chosen or [key]:
-            found.pop(path, None)
-            if not leaves_out:
-                found[path] = value
-    return found
+        return chosen or [pattern]
+
+    return patterns.spread(given, choose)
 
 
 def _places(layer: keras.Layer, wanted: dict[str, Expression]) -> dict[str, paths.Place]:
