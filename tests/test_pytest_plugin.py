@@ -11,7 +11,7 @@ import pytest
 import tether
 from tests.documents import ROOT
 from tether.errors import TetherError, UnknownName
-from tether_pytest.ties import assert_tied
+from tether_pytest.assertion import assert_tied
 
 layers = keras.layers
 

@@ -14,6 +14,6 @@ import pytest
 @pytest.fixture
 def assert_tied() -> Callable[[object, str, str], None]:
     """A function of a model and two names of weights, which fails unless both read the same stored weight."""
-    from tether_pytest.ties import assert_tied
+    from tether_pytest.assertion import assert_tied
 
     return assert_tied

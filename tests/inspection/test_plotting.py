@@ -22,8 +22,8 @@ from tests.inspection.maps import Map, bert, facts_of, line_of, low_rank_child, 
 from tether import demo
 from tether.errors import TetherError, Unsupported
 from tether.inspection import Slot, plotting
-from tether.inspection.plotting import rows
-from tether.inspection.plotting.rows import HAIR, LINE, SHARED, TALL
+from tether.inspection.plotting import layout
+from tether.inspection.plotting.layout import HAIR, LINE, SHARED, TALL
 
 MODELS = {"autoencoder": lambda: demo.autoencoder(demo.TIED, 1), "low rank": low_rank_child, "bert": bert}
 
@@ -223,12 +223,12 @@ def test_colours_tell_trained_frozen_unused_and_state(tmp_path):
         ("1", "d"): "frozen",
         ("4", "e"): "unknown",
     }
-    assert drawn.words("legend")[: len(rows.KINDS)] == list(rows.KINDS)
+    assert drawn.words("legend")[: len(layout.KINDS)] == list(layout.KINDS)
 
 
 def test_the_legend_names_only_what_there_is(tmp_path):
     words = plotted(facts_of([stored("w")], [reads("a", "w", trains=True)]), tmp_path).words("legend")
-    assert [text for text in words if text in rows.KINDS] == ["trained"]
+    assert [text for text in words if text in layout.KINDS] == ["trained"]
     assert not any("shared" in text for text in words)
     tied = plotted(facts_of([stored("w")], [reads("a", "w", tied=True), reads("b", "w", tied=True)]), tmp_path)
     assert any("shared" in text for text in tied.words("legend"))
@@ -275,7 +275,7 @@ def test_twelve_blocks_are_closed_and_the_tie_is_open(tmp_path):
     assert expanded["logits"]
     assert "token_embedding.embeddings.T" in drawn.words()
     shown = [g for g in drawn.rows if is_shown(g)]
-    assert len(shown) <= rows.MOST_OPEN
+    assert len(shown) <= layout.MOST_OPEN
 
 
 def expanded(drawn):
@@ -370,9 +370,9 @@ def test_only_what_is_shared_is_drawn_and_the_totals_are_those_of_the_whole(suff
     assert sorted(use.split("/")[0] for _, use in drawn.connections()) == ["block_3", "block_5", "embedding", "head"]
     assert {"block_3", "block_5/mlp"} - set(drawn.headings) == {"block_3"}  # names that only lead on
     assert not any(name.startswith("block_4") for name in drawn.headings)
-    stored_bytes = rows.human_bytes(made.stored_bytes)
+    stored_bytes = layout.human_bytes(made.stored_bytes)
     assert stored_bytes in whole.text and stored_bytes in drawn.text
-    hidden = rows.human_bytes(made.stored_bytes - made.shared_only().stored_bytes)
+    hidden = layout.human_bytes(made.stored_bytes - made.shared_only().stored_bytes)
     assert "70 weights not shared" in drawn.text and hidden in drawn.text
     assert "not drawn" not in whole.text
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -37,6 +38,17 @@ _MERGED = "_tether_merged"
 Freeze = Literal["adapted", "all"] | bool | None
 Part = Callable[[Expression], Expression]
 """Makes what is added to a weight, from the weight."""
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A weight whose adapters were merged."""
+
+    apart: Adapted
+    names: tuple[str, ...]
+    """Which of its adapters were."""
+    left: Expression | None = None
+    """What it is since, with the others on top; `None` if it is a plain variable."""
 
 
 # --------------------------------------------------------------------------- adding and removing
@@ -385,40 +397,35 @@ def _own_weights(expressions: Sequence[Adapted]) -> dict[str, list[Stored]]:
 
 def _expressions(model: keras.Layer) -> list[Adapted]:
     """The expressions with adapters; those that are merged as they are apart."""
-    merged = getattr(model, _MERGED, None) or {}
-    apart = {id(expression): expression for expression, _ in merged.values()}
-    names = _merged_names(model)
+    merged = _merged(model)
+    left = {id(each.left) for each in merged.values()}
+    apart = {id(each.apart): each.apart for each in merged.values()}
     for layer in keras_seam.contained_layers(model):
         for slot in slots_of(layer):
             expression = slot.view.expression
-            if isinstance(expression, Adapted) and not (names and _is_left_of(expression, apart.values())):
+            if isinstance(expression, Adapted) and id(expression) not in left:
                 apart.setdefault(id(expression), expression)
     return list(apart.values())
 
 
-def _is_left_of(expression: Adapted, others: Iterable[Adapted]) -> bool:
-    """Whether an expression is what a merge has left of another one: with the same parts."""
-    parts = expression.parts
-    return any(
-        all(name in other.parts and other.parts[name][1] is part for name, (_, part) in parts.items())
-        for other in others
-    )
-
-
 def adapted_weights(model: keras.Layer) -> dict[str, Adapted]:
     """The expressions with adapters, by path; those that are merged as they are apart."""
-    merged = getattr(model, _MERGED, None) or {}
     live = {
         weight.path: weight.variable.expression
         for weight in named_weights(model)
         if isinstance(weight.variable, View) and isinstance(weight.variable.expression, Adapted)
     }
-    return {**live, **{path: expression for path, (expression, _) in merged.items()}}
+    return {**live, **{path: each.apart for path, each in _merged(model).items()}}
+
+
+def _merged(model: keras.Layer) -> dict[str, _Merged]:
+    """What of the model's weights is merged, by path."""
+    found: dict[str, _Merged] = getattr(model, _MERGED, {})
+    return found
 
 
 def _merged_names(model: keras.Layer) -> set[str]:
-    merged = getattr(model, _MERGED, None) or {}
-    return {name for _, done in merged.values() for name in done}
+    return {name for each in _merged(model).values() for name in each.names}
 
 
 def check_known(model: keras.Layer, wanted: Iterable[str]) -> None:
@@ -452,7 +459,7 @@ def check(model: keras.Layer, function: str) -> None:
             f"`adapters.{function}` needs a model that has its weights, and {model.name!r} is not built. Call it on "
             f"data, or build it: `{model.name}.build(input_shape)`."
         )
-    if getattr(model, _MERGED, None):
+    if _merged(model):
         raise TetherError(f"The adapters of {model.name!r} are merged. Take them apart first: `unmerge(model)`.")
 
 
@@ -518,19 +525,20 @@ def merge(model: AnyLayer, names: Sequence[str] | None = None) -> AnyLayer:
         check_known(model, names)
     whole: list[str] = []
     ties: dict[str, Expression] = {}
-    merged: dict[str, tuple[Adapted, tuple[str, ...]]] = {}
+    merged: dict[str, _Merged] = {}
     for path, expression in adapted_weights(model).items():
         done = [name for name in expression.parts if names is None or name in names]
         rest = {name: part for name, part in expression.parts.items() if name not in done}
         if not done:
             continue
-        merged[path] = (expression, tuple(done))
         if not rest:
+            merged[path] = _Merged(expression, tuple(done))
             whole.append(path)
             continue
         value = expression.without(rest).numpy()
         base = Weight(value, trainable=False, name=f"{path.replace('/', '.')}.merged", dtype=expression.dtype)
         ties[path] = adapted(base, rest, expression.order)
+        merged[path] = _Merged(expression, tuple(done), ties[path])
     if merged:
         with Rollback.below(model):
             if whole:
@@ -560,14 +568,14 @@ def unmerge(model: AnyLayer) -> AnyLayer:
     tether.adapters.unmerge(model)
     ```
     """
-    merged = getattr(model, _MERGED, None)
+    merged = _merged(model)
     if not merged:
         raise TetherError(
             f"The adapters of {model.name!r} are not merged, so there is nothing to take apart: `unmerge` follows "
             f"`tether.adapters.merge(model)`. It has: {', '.join(names(model)) or 'none'}."
         )
     with Rollback.below(model):
-        tie(model, {path: expression for path, (expression, _) in merged.items()})
+        tie(model, {path: each.apart for path, each in merged.items()})
         keras_seam.set_untracked(model, _MERGED, {})
     return model
 

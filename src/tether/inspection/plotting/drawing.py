@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tether.inspection.facts import Facts, StoredWeight, UseOf, human_bytes
-from tether.inspection.plotting import rows
-from tether.inspection.plotting.rows import (
+from tether.inspection.plotting import layout
+from tether.inspection.plotting.layout import (
     BAR,
     BAR_OF_USE,
     BELOW,
@@ -222,8 +222,8 @@ def _sum(it: _Map, number: int, room: int) -> str:
     inside = [weight for inner in it.rows[number + 1 : it.rows[number].end] for weight in inner.weights]
     if not inside:
         return ""
-    many = rows.number(len(inside), "weight") if len(inside) > 1 else rows.name_of(inside[0]).split("/")[-1]
-    return f"{rows.fit_end(many, room)}, {human_bytes(sum(weight.bytes for weight in inside))}"
+    many = layout.number(len(inside), "weight") if len(inside) > 1 else layout.name_of(inside[0]).split("/")[-1]
+    return f"{layout.fit_end(many, room)}, {human_bytes(sum(weight.bytes for weight in inside))}"
 
 
 def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]) -> str:
@@ -235,7 +235,7 @@ def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]
     it.at[weight.place] = (place.top + (at[1] if place.stripe else at[0] + middle), drawn.of(place.stripe))
     uses = facts.uses_of(weight)
     tied = weight.place in it.shared or any(use.tied for use in uses)
-    name = rows.name_of(weight)
+    name = layout.name_of(weight)
     if uses and not tied:  # the row beside it says the rest
         name = name.rpartition("/")[2]
     size = human_bytes(weight.bytes)
@@ -243,13 +243,13 @@ def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]
     if drawn.open >= TWO_LINES:
         room = int((LEFT - 14) / CODE)
         label = (
-            f'<text class="name" x="-9" y="{px(y - 8)}">{text(rows.fit_path(name, room))}</text>'
-            f'<text class="note" x="-9" y="{px(y + 9)}">{text(rows.shape(weight.shape))}, {size}</text>'
+            f'<text class="name" x="-9" y="{px(y - 8)}">{text(layout.fit_path(name, room))}</text>'
+            f'<text class="note" x="-9" y="{px(y + 9)}">{text(layout.shape(weight.shape))}, {size}</text>'
         )
     else:
         room = int((LEFT - 20 - PROSE * len(size)) / CODE)
         label = (
-            f'<text class="name" x="-9" y="{px(y)}">{text(rows.fit_path(name, room))}'
+            f'<text class="name" x="-9" y="{px(y)}">{text(layout.fit_path(name, room))}'
             f'<tspan class="note" dx="7">{size}</tspan></text>'
         )
     classes = f"weight {CLASSES[kind]}{' tied' if tied else ''}{' shared' if weight.place in it.shared else ''}"
@@ -259,14 +259,14 @@ def _weight(it: _Map, weight: StoredWeight, number: int, at: tuple[float, float]
         f'data-bytes="{weight.bytes}" data-at="{px(at[0])} {px(at[1])}" '
         f'data-solid="{px(at[0] + middle)} {px(drawn.open)} {px(at[1])} {px(drawn.closed)}" '
         f'transform="{_to(0, place.top + at[place.stripe])}">'
-        f"{_title(rows.weight_facts(weight, facts, kind))}"
+        f"{_title(layout.weight_facts(weight, facts, kind))}"
         f'<rect class="box" width="{BAR}" {frame}/>'
         f'<rect class="solid" width="{BAR}" {_solid(middle, 0.0, drawn, place.stripe)}/>'
         f"<g {_shown(place.stripe)}>{label}</g></g>"
     )
 
 
-def _solid(opened: float, closed: float, drawn: rows.Heights, stripe: bool) -> str:
+def _solid(opened: float, closed: float, drawn: layout.Heights, stripe: bool) -> str:
     """The top and the height of what is solid, in both looks."""
     return _looks({"y": opened, "height": drawn.open}, {"y": closed, "height": drawn.closed}, now_second=stripe)
 
@@ -303,11 +303,11 @@ def _heading(it: _Map, number: int, common: str) -> str:
     row, place, heights = it.rows[number], it.places[number], it.heights[number]
     x = _indented(row.depth) - 2
     room = RIGHT - x - 16
-    name = rows.fit_path(row.name, int(room / CODE))
+    name = layout.fit_path(row.name, int(room / CODE))
     left = room - CODE * len(name) - 8
     kind = row.kind or ""
     if len(kind) * PROSE > left:  # wide letters must fit too, since nothing may stand beyond the edge
-        kind = rows.fit_end(kind, int(left / WIDE)) if left > 6 * WIDE else ""
+        kind = layout.fit_end(kind, int(left / WIDE)) if left > 6 * WIDE else ""
     inner = range(number + 1, row.end)
     weights = [weight for n in inner for weight in it.rows[n].weights]
     uses = sum(it.rows[n].use is not None for n in inner)
@@ -316,7 +316,7 @@ def _heading(it: _Map, number: int, common: str) -> str:
     said = [row.path]
     if row.kind:
         said.append(row.kind)
-    said.append(f"{rows.number(uses, 'use')}; {rows.number(len(weights), 'weight')} drawn here, {size}")
+    said.append(f"{layout.number(uses, 'use')}; {layout.number(len(weights), 'weight')} drawn here, {size}")
     bottom = max((it.places[n].top + it.places[n].height for n in inner), default=place.top)
     closed = heights.closed
     label = _looks({"transform": _to(0, HEADING / 2)}, {"transform": _to(0, closed / 2)}, now_second=row.closed)
@@ -346,10 +346,10 @@ def _loose(it: _Map, number: int, common: str) -> str:
     (weight,) = row.weights
     x, y = _indented(row.depth), px(it.heights[number].open / 2)
     uses = it.facts.uses_of(weight)
-    readers = f"{rows.number(len(uses), 'use')}: {', '.join(use.layer for use in uses[:8])}" if uses else ""
+    readers = f"{layout.number(len(uses), 'use')}: {', '.join(use.layer for use in uses[:8])}" if uses else ""
     size = human_bytes(weight.bytes)
-    name = rows.fit_path(rows.name_of(weight), int((RIGHT - x - 8 - PROSE * len(size)) / CODE))
-    readers = text(rows.fit_end(readers, int((RIGHT - x) / WIDE)))
+    name = layout.fit_path(layout.name_of(weight), int((RIGHT - x - 8 - PROSE * len(size)) / CODE))
+    readers = text(layout.fit_end(readers, int((RIGHT - x) / WIDE)))
     by = f'<text class="note wide" x="{x}" y="{y}">{readers}</text>' if readers else ""
     return (
         f'<g class="loose" aria-hidden="true" {common}><g {_shown(place.stripe)}>{by}'
@@ -364,32 +364,32 @@ def _use(it: _Map, number: int, use: UseOf, common: str) -> str:
     kind = kind_of(use, it.facts)
     drawn = it.scale.solid(use.bytes)
     x, middle = _indented(row.depth), heights.open / 2
-    name = rows.attribute_of(use)
-    shape = rows.shape(use.shape)
+    name = layout.attribute_of(use)
+    shape = layout.shape(use.shape)
     room = int((RIGHT - x - PROSE * len(shape) - 8) / CODE)
     tied = use.tied or any(weight.place in it.shared for weight in read)
     expression = use.expression if use.tied else None
     wide = ' class="wide"' if expression else ""
     label = (
         f'<text{wide} x="{x}" y="{px(middle)}">'
-        f'<tspan class="name">{text(rows.fit_path(name, max(room, 8)))}</tspan>'
+        f'<tspan class="name">{text(layout.fit_path(name, max(room, 8)))}</tspan>'
         f'<tspan class="note" dx="8">{text(shape)}</tspan></text>'
     )
     if expression:
-        equation = rows.fit_end(f"{name} = {expression}", int((RIGHT - x) / CODE))
-        full = rows.fit_end(expression, MOST_OF_EXPRESSION)
-        short = rows.fit_end(full, int((MIDDLE - 12) / CODE))
+        equation = layout.fit_end(f"{name} = {expression}", int((RIGHT - x) / CODE))
+        full = layout.fit_end(expression, MOST_OF_EXPRESSION)
+        short = layout.fit_end(full, int((MIDDLE - 12) / CODE))
         label += (
             f'<text class="name narrow" x="{x}" y="{px(middle)}">{text(equation)}</text>'
             f'<text class="expression wide" data-full="{text(full)}" x="-8" y="{px(middle)}">{text(short)}</text>'
         )
-    names = [(rows.name_of(weight), use_kind(use, weight)) for weight in read]
+    names = [(layout.name_of(weight), use_kind(use, weight)) for weight in read]
     tops = [(heights.of(closed) - drawn.of(closed)) / 2 for closed in (False, True)]
     return (
         f'<g class="use {CLASSES[kind]}{" tied" if tied else ""}" role="treeitem" aria-level="{row.depth + 1}" '
         f'data-bytes="{use.bytes}" {common} '
         f'data-solid="{px(tops[0])} {px(drawn.open)} {px(tops[1])} {px(drawn.closed)}">'
-        f"{_title(rows.use_facts(use, names))}"
+        f"{_title(layout.use_facts(use, names))}"
         f'<rect class="solid" width="{BAR_OF_USE}" {_solid(tops[0], tops[1], drawn, place.stripe)}/>'
         f'<g {_shown(place.stripe)}><rect class="hit" width="{RIGHT}" height="{px(heights.open)}"/>{label}</g></g>'
     )

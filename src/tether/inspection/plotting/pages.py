@@ -9,9 +9,9 @@ from importlib import resources
 from string import Template
 
 from tether.inspection.facts import Facts, human_bytes
-from tether.inspection.plotting import rows
+from tether.inspection.plotting import layout
 from tether.inspection.plotting.drawing import draw
-from tether.inspection.plotting.rows import (
+from tether.inspection.plotting.layout import (
     ABOVE,
     BAR,
     BELOW,
@@ -77,7 +77,7 @@ def image(whole: Facts, shown: Facts, title: str) -> str:
         f'viewBox="{-MARGIN} {-MARGIN // 2} {width} {height:g}" role="img" aria-labelledby="title desc">\n'
         f'<title id="title">{text(title)}</title>\n<desc id="desc">{text(_description(shown, title, totals))}</desc>\n'
         f'<style>{_file("map.css")}</style>\n<rect class="paper" {frame}/>\n'
-        f'<text class="head" y="16">{text(rows.fit_end(title, 84))}</text>\n'
+        f'<text class="head" y="16">{text(layout.fit_end(title, 84))}</text>\n'
         f"{_totals(totals)}\n{drawing.svg}\n</svg>\n"
     )
 
@@ -98,7 +98,7 @@ def _totals(totals: Sequence[Total]) -> str:
 def totals_of(facts: Facts, shown: Facts) -> list[Total]:
     """The totals of facts, and of what of them is not shown."""
     shared = sum(1 for _ in facts.shared())
-    note = rows.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
+    note = layout.number(len(facts.weights), "weight") + (f", {shared:,} shared" if shared else "")
     found = [("stored", human_bytes(facts.stored_bytes), note)]
     if facts.ties:
         saved = facts.unshared_bytes - facts.stored_bytes
@@ -111,17 +111,17 @@ def totals_of(facts: Facts, shown: Facts) -> list[Total]:
         found.append(("optimizer", human_bytes(facts.optimizer_bytes), "kept beside the weights"))
     if hidden := len(facts.weights) - len(shown.weights):
         size = human_bytes(facts.stored_bytes - shown.stored_bytes)
-        found.append(("not drawn", size, f"{rows.number(hidden, 'weight')} not shared"))
+        found.append(("not drawn", size, f"{layout.number(hidden, 'weight')} not shared"))
     return found
 
 
 def _description(facts: Facts, title: str, totals: Sequence[Total]) -> str:
     said = ", ".join(f"{name} {value}" for name, value, _ in totals)
-    weights, layers = rows.number(len(facts.weights), "stored weight"), rows.number(len(facts.layers), "layer")
+    weights, layers = layout.number(len(facts.weights), "stored weight"), layout.number(len(facts.layers), "layer")
     return (
         f"{title}: {said}. On the left are {weights}, as high as their bytes; "
         f"on the right {layers}, in the order of the model. "
-        f"A ribbon is one of {rows.number(len(facts.uses), 'use')}."
+        f"A ribbon is one of {layout.number(len(facts.uses), 'use')}."
     )
 
 
