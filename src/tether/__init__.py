@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tether import inspection, ops, weights
 from tether.errors import TetherError, not_there
-from tether.layers import Lambda, call, materialize, route, tie, untie, weight_of
+from tether.layers import Lambda, Repeat, bank, call, materialize, route, tie, unbank, untie, weight_of
 from tether.weights import Expression, Weight, expression, sharing
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ __all__ = [
     "CheckCallback",
     "Expression",
     "Lambda",
+    "Repeat",
     "TetherError",
     "Weight",
     "adapters",
+    "bank",
     "call",
     "check",
     "extend",
@@ -48,6 +50,7 @@ __all__ = [
     "summary",
     "tie",
     "transfer",
+    "unbank",
     "untie",
     "weight_of",
     "weights",

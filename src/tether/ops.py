@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import keras
 
 from tether.errors import not_there
+from tether.weights.integers import integers
 from tether.weights.operators.arithmetic import (
     add,
     divide,
@@ -29,6 +30,7 @@ from tether.weights.operators.arithmetic import (
 from tether.weights.operators.choice import choose
 from tether.weights.operators.elementwise import abs, exp, log, max, maximum, mean, min, minimum, power, sqrt, sum
 from tether.weights.operators.function import apply
+from tether.weights.operators.indexing import take
 from tether.weights.operators.structure import (
     cast,
     concatenate,
@@ -36,15 +38,14 @@ from tether.weights.operators.structure import (
     reshape,
     stack,
     swapaxes,
-    take,
     transpose,
     where,
 )
 
 __all__ = [
-    "abs", "add", "apply", "cast", "choose", "concatenate", "divide", "einsum", "exp", "log", "matmul", "max",
-    "maximum", "mean", "min", "minimum", "multiply", "negative", "power", "reshape", "scale_gradient", "sqrt", "stack",
-    "stop_gradient", "subtract", "sum", "swapaxes", "take", "transpose", "where",
+    "abs", "add", "apply", "cast", "choose", "concatenate", "divide", "einsum", "exp", "integers", "log", "matmul",
+    "max", "maximum", "mean", "min", "minimum", "multiply", "negative", "power", "reshape", "scale_gradient", "sqrt",
+    "stack", "stop_gradient", "subtract", "sum", "swapaxes", "take", "transpose", "where",
 ]  # fmt: skip
 
 

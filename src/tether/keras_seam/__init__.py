@@ -19,6 +19,7 @@ from tether.keras_seam.calls import (
     is_sparse,
     is_traced,
     is_training_call,
+    mask_of,
     may_differentiate,
     mutations,
     refresh_call_signature,
@@ -93,6 +94,7 @@ from tether.keras_seam.layers import (
     untrack_layer,
     variable_lists,
 )
+from tether.keras_seam.loops import compiled, is_traced_for_a_compiler, scan
 from tether.keras_seam.memory import (
     Snapshot,
     is_concrete,
@@ -205,6 +207,7 @@ __all__ = [
     "calls_of",
     "can_read_numbers",
     "class_reference",
+    "compiled",
     "config_with_ids",
     "contained_layers",
     "copies_begun",
@@ -250,6 +253,7 @@ __all__ = [
     "is_sparse",
     "is_stored_in",
     "is_traced",
+    "is_traced_for_a_compiler",
     "is_training_call",
     "layout_map",
     "list_parameters_again",
@@ -259,6 +263,7 @@ __all__ = [
     "losses_scope",
     "maker",
     "mark_like",
+    "mask_of",
     "matmul",
     "may_differentiate",
     "mend_tf2onnx",
@@ -298,6 +303,7 @@ __all__ = [
     "save_to",
     "saved_objects",
     "saving_scope",
+    "scan",
     "see",
     "set_build_shapes",
     "set_by_a_container",

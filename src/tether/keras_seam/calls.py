@@ -14,6 +14,7 @@ from tether.keras_seam.private import of_this_thread, private
 from tether.types import Function, Tensor
 
 _set_keras_mask = private("keras.src.backend.common.masking.set_keras_mask", "A mask from an Embedding applied by plan")
+_get_keras_mask = private("keras.src.backend.common.masking.get_keras_mask", "A mask in a Repeat")
 
 
 def call_owners() -> list[object]:
@@ -42,6 +43,11 @@ def is_training_call() -> bool:
 def set_mask(tensor: Tensor, mask: object) -> None:
     """Hands a mask on with a tensor, as a layer does that computes one in its `call`."""
     _set_keras_mask(tensor, mask)
+
+
+def mask_of(tensor: Tensor) -> Tensor:
+    """The mask that a tensor carries, or `None`."""
+    return _get_keras_mask(tensor)
 
 
 def refresh_call_signature(layer: keras.Layer) -> None:

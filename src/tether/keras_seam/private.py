@@ -129,15 +129,21 @@ class ThreadScope(threading.local):
     Reading one is something that `torch.compile` knows: a `ContextVar` would end its graph.
     """
 
+    def __init__(self) -> None:
+        for name in type(self).__annotations__:  # each thread has its own from the start, as `torch.compile` expects
+            setattr(self, name, getattr(type(self), name))
+
     @contextlib.contextmanager
     def set(self, **values: Any) -> Iterator[None]:
         """Other values within this scope."""
         before = {name: getattr(self, name) for name in values}
-        vars(self).update(values)
+        for name, value in values.items():  # a dict that is changed would end the graph of `torch.compile`
+            setattr(self, name, value)
         try:
             yield
         finally:
-            vars(self).update(before)
+            for name, value in before.items():
+                setattr(self, name, value)
 
 
 # --------------------------------------------------------------------------- classes

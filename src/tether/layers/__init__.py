@@ -2,7 +2,9 @@
 
 from tether import keras_seam
 from tether.layers import liveness, quantization
+from tether.layers.family.bank import bank, unbank
 from tether.layers.family.call import Lambda, call, route
+from tether.layers.family.repeat import Repeat
 from tether.layers.records import reader, verification
 from tether.layers.tying.tie import tie, weight_of
 from tether.layers.tying.untie import materialize, untie
@@ -14,4 +16,4 @@ keras_seam.answers.update(
 _FROM_ABOVE = (quantization, reader, verification)
 """Imported for what they tell those below them."""
 
-__all__ = ["Lambda", "call", "materialize", "route", "tie", "untie", "weight_of"]
+__all__ = ["Lambda", "Repeat", "bank", "call", "materialize", "route", "tie", "unbank", "untie", "weight_of"]

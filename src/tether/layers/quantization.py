@@ -20,8 +20,8 @@ from tether import keras_seam
 from tether.errors import Unsupported, received
 from tether.kinds import kind_of
 from tether.layers.tying import paths
-from tether.layers.tying.state import View, hang_weights, slots_of, users
-from tether.layers.tying.swap import swapped
+from tether.layers.tying.state import View, slots_of, users
+from tether.layers.tying.swap import become_all
 from tether.layers.tying.tie import weight_of
 from tether.planning.products import products
 from tether.weights.algebra import MADE, split_sum
@@ -269,16 +269,9 @@ def _axes_of(shape: Shape, labels: list[tuple[int, int]], wanted: set[int]) -> s
 def _carry_out(found: dict[Weight, Rounded]) -> None:
     """Gives each weight up for its integers."""
     new = {weight: each.expression(weight, str(weight.dtype)) for weight, each in found.items()}
-    layers = {id(layer): layer for weight in new for layer in users(weight)}
-    keras_seam.before_change([*new, *layers.values()])
-    with swapped([*layers.values(), *new]):
-        for weight, expression in new.items():
-            weight.become(expression)
-        for layer in layers.values():
-            for slot in slots_of(layer):
-                slot.tie.expression = slot.view.expression
-                slot.tie.quantized = slot.tie.made_by_code and bool(_modes(slot.view.expression))
-            hang_weights(layer)
+    for layer in become_all(new):
+        for slot in slots_of(layer):
+            slot.tie.quantized = slot.tie.made_by_code and bool(_modes(slot.view.expression))
 
 
 def _modes(expression: Expression) -> set[str]:

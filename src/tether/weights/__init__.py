@@ -5,14 +5,14 @@
 This package knows no layer that uses a weight.
 """
 
-from tether.weights import algebra, codec, evaluation, operators
+from tether.weights import algebra, codec, evaluation, integers, operators
 from tether.weights.expression import Expression, Node, StatefulNode, Term
 from tether.weights.identity import sharing
 from tether.weights.leaves import Argument, Constant, bind
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
 
-_WAYS = (codec, evaluation, operators, algebra)
+_WAYS = (codec, evaluation, operators, algebra, integers)
 """What an expression is written, computed and changed by: imported, they provide it."""
 
 __all__ = ["Argument", "Constant", "Expression", "Node", "StatefulNode", "Term", "Use", "Weight", "bind", "sharing"]

@@ -23,6 +23,7 @@ from tether.weights.expression import (
     program,
     provide,
 )
+from tether.weights.leaves import write_lent
 from tether.weights.operators.arithmetic import (
     Add,
     Divide,
@@ -49,6 +50,8 @@ def assign(expression: Expression, value: Tensor) -> None:
         raise ShapeMismatch(
             f"A value for {expression.notation()} has shape {shape}. Received: shape={tuple(value.shape)}."
         )
+    if write_lent(expression, value):
+        return
     for weight, part in invert(expression, value).items():
         weight.assign(part)
 

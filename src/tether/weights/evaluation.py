@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
+
+import keras
 
 from tether import keras_seam
 from tether.types import Tensor
-from tether.weights.expression import Expression, Node, StatefulNode, Stored, is_view, program, provide
-from tether.weights.leaves import Argument, Constant, bindings
+from tether.weights.expression import Expression, Node, StatefulNode, Step, Stored, is_view, program, provide
+from tether.weights.leaves import Argument, Constant, bindings, lent, lent_value
 from tether.weights.operators.choice import Adapted
 
 _CACHE = "_tether_values"
@@ -31,8 +33,16 @@ Held = tuple[Cache, object]
 Made = TypeVar("Made")
 
 
+class _Turn:
+    """One turn of a loop within an outer call, and the nodes that have been advanced in it."""
+
+    def __init__(self) -> None:
+        self.advanced: set[StatefulNode] = set()
+
+
 class _Scope(keras_seam.ThreadScope):
     memory: dict[object, tuple[list[keras_seam.Snapshot], Tensor]] | None = None
+    turn: _Turn | None = None
 
 
 _scope = _Scope()
@@ -46,7 +56,9 @@ def evaluate(expression: Expression) -> Tensor:
     if is_view(expression) or keras_seam.is_compiling():  # a graph has equal parts once
         return _compute(expression)
     caches = _call_caches()
-    key = (expression, autocast_dtype())
+    key: tuple[object, ...] = (expression, autocast_dtype())
+    if _scope.turn is not None and _has_state(expression):
+        key = (*key, _scope.turn)
     memory = _scope.memory
     if memory is not None and remembers() and keras_seam.is_plain_eager():
         return _remembered(memory, expression, key)
@@ -60,10 +72,14 @@ def evaluate(expression: Expression) -> Tensor:
         if entry[1] is _HELD or (cache is caches[0] and entry[1] == keras_seam.trace_token()):
             return entry[2]
     value = _compute(expression)
-    if any(isinstance(step.expression, StatefulNode) for step in program(expression)):
+    if _has_state(expression):
         fingerprint = _fingerprint(expression)
     caches[0][key] = (fingerprint, keras_seam.trace_token(), value)
     return value
+
+
+def _has_state(expression: Expression) -> bool:
+    return any(isinstance(step.expression, StatefulNode) for step in program(expression))
 
 
 # --------------------------------------------------------------------------- what is off
@@ -205,9 +221,13 @@ def _same(before: Fingerprint, now: Fingerprint) -> bool:
 
 def _compute(expression: Expression) -> Tensor:
     values: list[Tensor] = []
-    for step in program(expression):
+    steps = program(expression)
+    given, needed = _lent(steps) if lent.values else ({}, None)
+    for place, step in enumerate(steps):
         current = step.expression
-        if isinstance(current, Node):
+        if needed is not None and (place in given or place not in needed):
+            values.append(cast_to_scope(given[place]) if place in given else None)
+        elif isinstance(current, Node):
             values.append(_apply(current, [values[place] for place in step.operands]))
         elif isinstance(current, Stored):
             values.append(keras_seam.plain_tensor(current.value))
@@ -219,6 +239,21 @@ def _compute(expression: Expression) -> Tensor:
     return values[-1]
 
 
+def _lent(steps: tuple[Step, ...]) -> tuple[dict[int, Tensor], set[int]]:
+    """The values that steps of a program are lent, and the places of what is needed beside them."""
+    given: dict[int, Tensor] = {}
+    needed = {len(steps) - 1}
+    for place in range(len(steps) - 1, -1, -1):
+        if place not in needed:
+            continue
+        value = lent_value(steps[place].expression) if isinstance(steps[place].expression, Node) else None
+        if value is None:
+            needed.update(steps[place].operands)
+        else:
+            given[place] = value
+    return given, needed
+
+
 def _apply(node: Node, values: list[Tensor]) -> Tensor:
     """Computes one node. An index that is a plain number stays one for a node that chooses by it."""
     for place, operand in enumerate(node.operands):
@@ -228,16 +263,24 @@ def _apply(node: Node, values: list[Tensor]) -> Tensor:
         for weight, value in node.advance(*values).items():
             weight.store(value)
             for place, operand in enumerate(node.operands):
-                if operand is weight:
-                    values[place] = keras_seam.plain_tensor(weight.value)
+                if operand is weight:  # the tensor itself: PyTorch's variable is written to again at the next turn
+                    values[place] = keras.ops.cast(value, keras_seam.plain_tensor(weight.value).dtype)
     return node.compute(*values)
+
+
+@contextlib.contextmanager
+def once_more() -> Iterator[None]:
+    """Lets nodes with a state be advanced inside the block as in an outer call: once at each turn of a loop."""
+    with _scope.set(turn=_Turn()):
+        yield
 
 
 def _advances_now(node: StatefulNode) -> bool:
     """Whether a training call is running in which this node has not been advanced yet."""
     if not keras_seam.is_training_call():
         return False
-    done = _of_this_call(keras_seam.call_owners()[-1], _ADVANCED, set)
+    turn = _scope.turn
+    done = _of_this_call(keras_seam.call_owners()[-1], _ADVANCED, set) if turn is None else turn.advanced
     if node in done:
         return False
     done.add(node)

@@ -225,6 +225,51 @@ def bindings() -> dict[Key, Tensor | int]:
     return getattr(_bound, "values", {})
 
 
+# --------------------------------------------------------------------------- values that a loop has at hand
+# A loop over depths is handed the entries of stacked weights one by one: in its body they are the value of the node
+# that reads them. What the body assigns to such a node it hands back to the loop.
+
+
+class Lent(keras_seam.ThreadScope):
+    """The values of nodes that are at hand on this thread."""
+
+    values: tuple[tuple[Expression, Tensor], ...] = ()
+    written: dict[Expression, Tensor] | None = None
+
+
+lent = Lent()
+
+
+@contextlib.contextmanager
+def lend(values: Mapping[Expression, Tensor]) -> Iterator[dict[Expression, Tensor]]:
+    """Lets expressions have these values inside the block, instead of what is stored.
+
+    Yields:
+        What was assigned to them inside the block.
+    """
+    written: dict[Expression, Tensor] = {}
+    with lent.set(values=(*lent.values, *values.items()), written=written):
+        yield written
+
+
+def lent_value(expression: Expression) -> Tensor | None:
+    """The value that is lent to an expression, if one is."""
+    for known, value in reversed(lent.values):
+        if known is expression or known == expression:
+            return value
+    return None
+
+
+def write_lent(expression: Expression, value: Tensor) -> bool:
+    """Takes a value for an expression that is lent one; whether it is."""
+    written = lent.written
+    if written is None or lent_value(expression) is None:
+        return False
+    written[expression] = value
+    lent.values = (*lent.values, (expression, value))
+    return True
+
+
 # --------------------------------------------------------------------------- constants
 # Numbers and arrays in an expression: they are part of its text, not of what is stored or trained.
 

@@ -129,6 +129,13 @@ class Storage(Stored):
         self._beside.add(f"{self.path}_{found}")
         return found
 
+    def forget_unused_parts(self) -> None:
+        """Frees the paths of what was made to stand beside the weight, and is in none of its uses."""
+        self._beside.clear()
+        self._numbers.clear()
+        for use in self._uses:
+            self._beside.update(_made_for_others(use))
+
     def store(self, value: Tensor) -> None:
         """Stores a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
         with keras_seam.AutocastScope(None):
@@ -142,6 +149,11 @@ class Storage(Stored):
         if self._variable is None:
             self._wanted_path = self._wanted_path or path or ""
             self._create(self.initializer or initializer, self._given_shape or shape, self._given_dtype or dtype)
+
+    def start_at(self, values: Array, *, path: str) -> None:
+        """Makes the variable of a weight of a known shape and dtype, under a path, with these values."""
+        self._wanted_path = path
+        self._create(Copy(values), tuple(values.shape), self._given_dtype)
 
     def find_path(self) -> None:
         """Gives up the path that its name says: it will have that of the first variable that it stands for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -18,7 +18,19 @@ import keras
 from tether import keras_seam
 from tether.errors import UnknownName
 from tether.layers.tying import paths
-from tether.layers.tying.state import STATE, State, Tie, View, ViewSlot, hang_weights, ordered_variables, weights_below
+from tether.layers.tying.state import (
+    STATE,
+    State,
+    Tie,
+    View,
+    ViewSlot,
+    hang_weights,
+    ordered_variables,
+    slots_of,
+    users,
+    weights_below,
+)
+from tether.weights.expression import Expression
 from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- exchanging
@@ -85,6 +97,27 @@ def _put(layer: keras.Layer, path: tuple[str, ...], value: object) -> None:
     else:
         with keras_seam.unlocked(layer):
             setattr(layer, path[0], value)
+
+
+def become_all(new: Mapping[Weight, Expression]) -> list[keras.Layer]:
+    """Lets weights be expressions of other weights from now on, which store their values, wherever they are used.
+
+    Args:
+        new: The expression of each, of its shape and dtype.
+
+    Returns:
+        The layers that use them.
+    """
+    layers = {id(layer): layer for weight in new for layer in users(weight)}
+    keras_seam.before_change([*new, *layers.values()])
+    with swapped([*layers.values(), *new]):
+        for weight, expression in new.items():
+            weight.become(expression)
+        for layer in layers.values():
+            for slot in slots_of(layer):
+                slot.tie.expression = slot.view.expression
+            hang_weights(layer)
+    return list(layers.values())
 
 
 # --------------------------------------------------------------------------- undoing
@@ -198,4 +231,4 @@ class Rollback:
         )
 
 
-__all__ = ["exchange", "swapped"]
+__all__ = ["become_all", "exchange", "swapped"]

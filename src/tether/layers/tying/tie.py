@@ -151,7 +151,7 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
             f"has: {', '.join(paths.weight_paths(layer)) or 'none yet'}."
         )
     wanted = {}
-    for path, value in _by_path(layer, given).items():
+    for path, value in by_path(layer, given).items():
         try:
             wanted[path] = resolved(as_expression(value))
         except TypeError:
@@ -163,7 +163,7 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
     return wanted
 
 
-def _by_path(layer: keras.Layer, given: Mapping[Any, Any]) -> dict[str, Any]:
+def by_path(layer: keras.Layer, given: Mapping[Any, Any]) -> dict[str, Any]:
     """What is given by path, where patterns may stand for several."""
     if all(patterns.is_exact(key) or not isinstance(key, (str, re.Pattern, tuple)) for key in given):
         return dict(given)
@@ -306,4 +306,4 @@ def drop_void_penalties(layers: list[keras.Layer]) -> None:
                 detach_penalty(penalty, [layer])
 
 
-__all__ = ["restore", "tie", "weight_of", "weights_of"]
+__all__ = ["by_path", "restore", "tie", "weight_of", "weights_of"]

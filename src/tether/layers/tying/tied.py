@@ -50,6 +50,8 @@ from tether.layers.tying.state import (
 from tether.layers.tying.swap import exchange, swapped
 from tether.types import Config, Function, Saveable, Store, Tensor
 from tether.weights.expression import Expression, resolved
+from tether.weights.leaves import bind
+from tether.weights.operators.indexing import readings
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
 
@@ -193,7 +195,9 @@ class Tied:
             pair = (use.expression, repr(keras.regularizers.serialize(use.regularizer)))
             if use.regularizer is not None and pair not in counted:
                 counted.add(pair)
-                losses.append(use.regularizer(slot.view.value))
+                for given in readings(use.expression):
+                    with bind(given):
+                        losses.append(use.regularizer(slot.view.value))
         for penalty in state.penalties:
             if penalty.recorder() is self and penalty.counts:
                 losses.append(penalty.value())

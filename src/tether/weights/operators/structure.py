@@ -248,38 +248,6 @@ class Cast(Node):
         return [keras.ops.cast(value, self.operands[0].dtype or value.dtype)]
 
 
-@register
-class Take(Node):
-    """Chosen rows, in any order, more than once if wanted."""
-
-    name, accepts = "take", ("indices", "axis")
-
-    @classmethod
-    def check_parameters(cls, given: Config) -> Config:
-        """Integers: the entries' numbers, and the axis."""
-        return {"indices": as_ints(given.get("indices"), "indices"), "axis": as_int(given.get("axis", 0), "axis")}
-
-    def infer_shape(self, *shapes: Shape) -> Shape:
-        """As many entries along the axis as there are numbers."""
-        indices, axis = self.parameters["indices"], self.parameters["axis"]
-        rank = len(shapes[0])
-        if not -rank <= axis < rank:
-            raise ShapeMismatch(f"{self.operands[0].notation()} has {rank} axes. {received(axis=axis)}")
-        size = shapes[0][axis]
-        outside = [index for index in indices if not -size <= index < size]
-        if outside:
-            raise ShapeMismatch(
-                f"{self.operands[0].notation()} has {size} entries on axis {axis}. {received(index=outside[0])}"
-            )
-        axis %= rank
-        return (*shapes[0][:axis], len(indices), *shapes[0][axis + 1 :])
-
-    def compute(self, *values: Tensor) -> Tensor:
-        size = values[0].shape[self.parameters["axis"]]
-        indices = np.array([index % size for index in self.parameters["indices"]], dtype="int32")
-        return keras.ops.take(values[0], indices, axis=self.parameters["axis"])
-
-
 def transpose(x: object, axes: Sequence[int] | None = None) -> Expression:
     """`x` with its axes permuted, reversed if `axes` is left out; transposing back gives `x` itself.
 
@@ -399,31 +367,6 @@ def cast(x: object, dtype: str) -> Expression:
     ```
     """
     return Cast(as_expression(x), dtype=dtype)
-
-
-def take(x: object, indices: Sequence[int], axis: int = 0) -> Expression:
-    """The entries of `x` with these numbers along an axis.
-
-    Args:
-        x: A weight, an expression, a number or an array.
-        indices: Whole numbers, which do not change; they may repeat.
-        axis: The axis.
-
-    Returns:
-        The expression: of the shape of `x`, with `len(indices)` along the axis.
-
-    Raises:
-        ShapeMismatch: A number is outside of the axis, or `x` lacks the axis.
-        TetherError: The indices are no list of whole numbers.
-
-    Example:
-    ```python
-    table = tether.Weight((100, 16), name="table")
-    digits = tether.ops.take(table, [3, 1, 4])
-    assert digits.shape == (3, 16)
-    ```
-    """
-    return Take(as_expression(x), indices=tuple(np.asarray(indices).tolist()), axis=axis)
 
 
 # --------------------------------------------------------------------------- joining

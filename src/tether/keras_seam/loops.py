@@ -1,0 +1,182 @@
+"""Loops that a backend compiles once, whatever their length: the step is a function of tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import backend as _backend
+
+from tether.types import Tensor
+
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""`(fixed, carry, entry) -> (carry, output)`: structures of tensors; the carry keeps its shapes and dtypes."""
+
+
+def is_traced_for_a_compiler(*values: Tensor) -> bool:
+    """Whether a graph is being made of what is computed now: JAX's `jit`, or TensorFlow's functions.
+
+    PyTorch's compiler reads a Python loop itself.
+    """
+    name = _backend.backend()
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    if name == "jax":
+        return any(type(value).__name__ == "DynamicJaxprTracer" or _is_inside_jit(value) for value in values)
+    return False
+
+
+def _is_inside_jit(value: Tensor) -> bool:
+    """Whether what a gradient's tracer follows is of a graph."""
+    while value is not None:
+        if type(value).__name__ == "DynamicJaxprTracer":
+            return True
+        value = getattr(value, "primal", None)
+    return False
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that PyTorch compiles at its first call; on the other backends the function itself."""
+    if _backend.backend() != "torch":
+        return function
+    import torch
+
+    found: Callable[..., Any] = torch.compile(function)
+    return found
+
+
+def scan(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, *, remat: bool) -> Any:
+    """Runs a step `length` times, in a loop of the backend where there is one.
+
+    Args:
+        step: What is done at each turn.
+        fixed: Tensors that are the same at each turn.
+        carry: What the first turn is given; each hands on to the next.
+        entries: Tensors whose first axis is as long as the loop: a turn is given its entry.
+        length: How many turns.
+        outputs: The structure of a turn's outputs, of `keras.KerasTensor`s or `None`s.
+        remat: Whether a turn is computed again for its gradient, instead of keeping what it computed.
+
+    Returns:
+        What the last turn handed on, and the outputs of all, stacked along a new first axis.
+    """
+    return _scan(step, fixed, carry, entries, length, outputs, remat)
+
+
+def _make_scan() -> Callable[..., Any]:
+    name = _backend.backend()
+    if name == "jax":
+        import jax
+
+        def with_jax(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, remat: bool) -> Any:
+            run = jax.checkpoint(step, prevent_cse=False) if remat else step
+            return jax.lax.scan(lambda carry, entry: run(fixed, carry, entry), carry, entries, length=length)
+
+        return with_jax
+    if name == "tensorflow":
+        return _with_tensorflow
+    return _from_python
+
+
+def _with_tensorflow(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, remat: bool) -> Any:
+    import tensorflow as tf
+
+    tree = keras.tree
+    flat_entries = [tf.convert_to_tensor(each) for each in tree.flatten(entries)]
+    flat_carry = [tf.convert_to_tensor(each) for each in tree.flatten(carry)]
+    specs = tree.flatten(outputs)
+    arrays = [tf.TensorArray(tf.as_dtype(spec.dtype), size=length, element_shape=spec.shape) for spec in specs]
+    flat_fixed = [tf.convert_to_tensor(each) for each in tree.flatten(fixed)]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        first, rest = list(tensors[: len(flat_fixed)]), list(tensors[len(flat_fixed) :])
+        of_carry, of_entry = rest[: len(flat_carry)], rest[len(flat_carry) :]
+        after, output = step(
+            tree.pack_sequence_as(fixed, first),
+            tree.pack_sequence_as(carry, of_carry),
+            tree.pack_sequence_as(entries, of_entry),
+        )
+        return [*tree.flatten(after), *tree.flatten(output)]
+
+    once = _computed_again(run) if remat else run
+
+    def body(place: Tensor, of_carry: Any, arrays: Any) -> Any:
+        of_entry = [tf.gather(each, place) for each in flat_entries]
+        found = once(*flat_fixed, *of_carry, *of_entry)
+        after, output = found[: len(of_carry)], found[len(of_carry) :]
+        arrays = [array.write(place, each) for array, each in zip(arrays, output, strict=True)]
+        for new, old in zip(after, flat_carry, strict=True):
+            new.set_shape(old.shape)
+        return place + 1, list(after), arrays
+
+    _, flat_carry_out, arrays = tf.while_loop(
+        lambda place, *_: place < length,
+        body,
+        (tf.constant(0), list(flat_carry), arrays),
+        maximum_iterations=length,
+    )
+    stacked = [array.stack() for array in arrays]
+    return tree.pack_sequence_as(carry, flat_carry_out), tree.pack_sequence_as(outputs, stacked)
+
+
+def _computed_again(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """A function that keeps nothing for its gradient but what it was given, and is run again for it.
+
+    `tf.recompute_grad` has no gradient to give for whole numbers, which a loop asks for.
+    """
+    import tensorflow as tf
+
+    def again(*tensors: Tensor) -> list[Tensor]:
+        floats = [place for place, tensor in enumerate(tensors) if tensor.dtype.is_floating]
+
+        def whole(given: Any) -> list[Tensor]:
+            every = list(tensors)
+            for place, tensor in zip(floats, given, strict=True):
+                every[place] = tensor
+            return run(*every)
+
+        kinds: list[bool] = []
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def differentiable(*given: Tensor) -> Any:
+            with tf.GradientTape() as nobody, nobody.stop_recording():
+                found = whole(given)
+            kinds[:] = [each.dtype.is_floating for each in found]
+
+            def gradient(*upstream: Tensor) -> list[Tensor]:
+                with tf.GradientTape() as tape:
+                    tape.watch(given)
+                    now = [each for each, is_float in zip(whole(given), kinds, strict=True) if is_float]
+                asked = [each for each, is_float in zip(upstream, kinds, strict=True) if is_float]
+                zero = tf.UnconnectedGradients.ZERO
+                gradients: list[Tensor] = tape.gradient(now, given, asked, unconnected_gradients=zero)
+                return gradients
+
+            return found, gradient
+
+        found: list[Tensor] = differentiable(*(tensors[place] for place in floats))
+        return found
+
+    return again
+
+
+def _from_python(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, remat: bool) -> Any:
+    tree = keras.tree
+    found = []
+    run: Any = step
+    if remat:
+        from torch.utils.checkpoint import checkpoint
+
+        def run(*given: Any) -> Any:
+            return checkpoint(step, *given, use_reentrant=False)
+
+    for place in range(length):
+        carry, output = run(fixed, carry, tree.map_structure(lambda each, at=place: each[at], entries))
+        found.append(output)
+    return carry, tree.map_structure(lambda *each: keras.ops.stack(each), *found)
+
+
+_scan = _make_scan()

@@ -1,0 +1,352 @@
+"""Several expressions of one program stored as one, read by a number: the weights in which they differ become a stack.
+
+`Repeat` reads its block's weights so by the depth, and `route` by the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tether import keras_seam
+from tether.errors import TetherError, Unsupported, received
+from tether.layers.tying.swap import become_all
+from tether.types import Config, Tensor
+from tether.weights.expression import (
+    Expression,
+    Node,
+    Shape,
+    StatefulNode,
+    Step,
+    as_expression,
+    instead_of,
+    known_shape,
+    program,
+    resolved,
+)
+from tether.weights.leaves import Constant
+from tether.weights.operators.indexing import Gather
+from tether.weights.operators.structure import stack
+from tether.weights.weight import Weight
+
+
+def bank(expressions: Iterable[object], index: object) -> Expression:
+    """Several expressions of one form as one, which is the one that an index names.
+
+    What is equal in all of them stays as it is. Where weights differ, they become one stacked weight, of the shape
+    `(n, ...)`, which the index reads: an optimizer, a file and a compiled graph then see one weight in the place of n,
+    however many there are. The weights that were stacked follow: wherever they are used, they are their entry of it.
+
+    Args:
+        expressions: Weights or expressions of one form: they differ in their weights only, and these have the same
+            shape, dtype and role, and train alike.
+        index: A whole number of shape `()`: an argument of the call (`tether.weights.Argument("choice", (), "int32")`),
+            a weight or an expression.
+
+    Returns:
+        The expression, of the shape that each of them has.
+
+    Raises:
+        TetherError: The expressions are of different forms, or their weights cannot be stacked. Nothing is changed
+        then.
+
+    Example:
+    ```python
+    base = tether.Weight((8, 4), "glorot_uniform", name="base", trainable=False)
+    tasks = [base + tether.low_rank(2) for _ in range(100)]
+    choice = tether.weights.Argument("choice", (), "int32", default=0)
+    layer = tether.tie(keras.layers.Dense(4), kernel=tether.bank(tasks, choice))
+    y = layer(np.ones((3, 8), "float32"), choice=42)
+    assert len(layer.trainable_weights) == 3  # the bias, and two stacks of 100 factors
+    ```
+    """
+    options = [resolved(_expression(each)) for each in _several(expressions)]
+    number = _expression(index)
+    if number.shape != () or "int" not in str(number.dtype):
+        raise TetherError(
+            f"The index of a bank is one whole number. {received(shape=number.shape, dtype=number.dtype)}"
+        )
+    found, stacks = zipped(options, number)
+    become_all(_followers(stacks))
+    return found
+
+
+def _several(expressions: object) -> list[object]:
+    if isinstance(expressions, (Expression, Mapping, str)) or not isinstance(expressions, Iterable):
+        raise TetherError(f"A bank is made of a list of expressions. {received(expressions=expressions)}")
+    found = list(expressions)
+    if not found:
+        raise TetherError("A bank is made of one expression or more, and the list is empty.")
+    return found
+
+
+def _expression(value: object) -> Expression:
+    try:
+        return as_expression(value)
+    except TypeError:
+        raise TetherError(
+            f"A bank is made of weights and expressions.{instead_of(value)} {received(value=value)}"
+        ) from None
+
+
+class Stack:
+    """A stacked weight, and those that it is made of: each once, in the order in which they appear."""
+
+    def __init__(self, weight: Weight, parts: Sequence[Weight]) -> None:
+        self.weight, self.parts = weight, parts
+
+
+def zipped(options: Sequence[Expression], number: Expression) -> tuple[Expression, list[Stack]]:
+    """One expression that is the option of a number, and the stacks in it. The weights that were stacked stay.
+
+    Raises:
+        TetherError: The options are of different forms, or their weights cannot be stacked.
+    """
+    programs = [program(option) for option in options]
+    for place, steps in enumerate(programs):
+        _refuse_other_form(options, programs[0], steps, place)
+    known: dict[tuple[int, ...], Stack] = {}
+    stacked_in: dict[int, tuple[int, ...]] = {}
+    plans: list[tuple[Weight, ...] | None] = []
+    for place, step in enumerate(programs[0]):
+        here = [steps[place].expression for steps in programs]
+        differs = not isinstance(step.expression, Node) and any(other != here[0] for other in here[1:])
+        plans.append(_checked(here, stacked_in) if differs else None)
+    done: list[Expression] = []
+    for place, step in enumerate(programs[0]):
+        current, found = step.expression, plans[place]
+        if found is not None:
+            parts = tuple({id(weight): weight for weight in found}.values())
+            key = tuple(map(id, parts))
+            if key not in known:
+                known[key] = Stack(_stacked(parts), parts)
+            done.append(_entry(known[key], found, number))
+        elif isinstance(current, Node):
+            done.append(_again(current, [done[operand] for operand in step.operands]))
+        else:
+            done.append(current)
+    return done[-1], list(known.values())
+
+
+def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
+    """The entry of a stack for a number; with several numbers for one entry, by a table of them."""
+    places = {id(weight): place for place, weight in enumerate(stack.parts)}
+    table = [places[id(weight)] for weight in of]
+    if table != list(range(len(stack.parts))):
+        number = Gather(Constant.of(np.array(table, "int32")), number)
+    return Gather(stack.weight, number)
+
+
+def _again(node: Node, operands: list[Expression]) -> Expression:
+    if all(new is old for new, old in zip(operands, node.operands, strict=True)):
+        return node
+    if isinstance(node, StatefulNode):
+        raise Unsupported(
+            f"{node.notation()} keeps a state for each of its weights, which cannot be stacked. Use it on the "
+            "whole, as in `form(bank)`, or leave it out."
+        )
+    return type(node)(*operands, **node.parameters)
+
+
+def _refuse_other_form(
+    options: Sequence[Expression], first: tuple[Step, ...], steps: tuple[Step, ...], place: int
+) -> None:
+    """Refuses an option that is not of the first one's form, and names what differs."""
+
+    def refuse(a: Expression, b: Expression) -> None:
+        raise TetherError(
+            f"The expressions of a bank have one form, and differ in their weights only. Number 0 has {a.notation()} "
+            f"where number {place} has {b.notation()}. Give each one form: a part that starts at zero adds nothing."
+        )
+
+    for a, b in zip(first, steps, strict=False):
+        mine, theirs = a.expression, b.expression
+        if isinstance(mine, Node) or isinstance(theirs, Node):
+            if not a.same_as(b):
+                refuse(mine, theirs)
+        elif type(mine) is not type(theirs) or (not isinstance(mine, Weight) and mine != theirs):
+            refuse(mine, theirs)
+    if len(first) != len(steps):
+        refuse(options[0], options[place])
+
+
+def _checked(leaves: Sequence[Expression], stacked_in: dict[int, tuple[int, ...]]) -> tuple[Weight, ...]:
+    """The different weights at one place of the options, which can be stacked."""
+    found = tuple(leaf for leaf in leaves if isinstance(leaf, Weight))
+    first, key = found[0], tuple(map(id, {id(w): w for w in found}.values()))
+    for weight in found:
+        known_shape(weight)
+        mine, theirs = _described(first), _described(weight)
+        if mine != theirs:
+            raise TetherError(
+                f"Weights that are stacked are alike. {first.name!r} has {mine}; {weight.name!r} has {theirs}."
+            )
+        if weight.present_constraint is not None:
+            raise Unsupported(
+                f"The weight {weight.name!r} has a constraint, which would hold for the whole stack. Write it into the "
+                "expression (`tether.forms.positive`, for example), or take it off."
+            )
+        if stacked_in.setdefault(id(weight), key) != key:
+            raise TetherError(
+                f"The weight {weight.name!r} would be in two stacks: it is at two places of the expressions, beside "
+                "other weights at each."
+            )
+    return found
+
+
+def _described(weight: Weight) -> str:
+    trains = "trains" if weight.trainable_flag else "is frozen"
+    regularizer = "" if weight.regularizer is None else f", {keras.regularizers.serialize(weight.regularizer)}"
+    role = "" if weight.role is None else f", role {weight.role!r}"
+    return f"shape {weight.shape}, dtype {weight.dtype}, {trains}{role}{regularizer}"
+
+
+def _stacked(parts: Sequence[Weight]) -> Weight:
+    """A new weight of the values of several, one after another, in the name and at the path of the first."""
+    first = parts[0]
+    start = np.stack([keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts])
+    found = Weight(
+        start.shape,
+        dtype=first.dtype,
+        trainable=first.trainable_flag,
+        regularizer=first.regularizer,
+        name=first.name,
+        role=first.role,
+    )
+    found.start_at(start, path=first.path)
+    if len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
+        found.initializer = EachEntry(first.initializer)
+    return found
+
+
+def _started(weight: Weight) -> str:
+    """How a weight starts, but for its seed."""
+    if weight.initializer is None:
+        return ""
+    config = keras.initializers.serialize(weight.initializer)
+    settings = {key: value for key, value in dict(config.get("config") or {}).items() if key != "seed"}
+    return repr((config.get("class_name"), sorted(settings.items())))
+
+
+@keras.saving.register_keras_serializable(package="tether", name="EachEntry")
+class EachEntry(keras.initializers.Initializer):
+    """Starts each entry of a stacked weight as a weight of its own would start.
+
+    Args:
+        initializer: How one entry starts.
+    """
+
+    def __init__(self, initializer: Any) -> None:
+        self.initializer = keras.initializers.get(initializer)
+
+    def __call__(self, shape: Shape, dtype: str | None = None) -> Tensor:
+        """The entries: the first axis of the shape is their number."""
+        draws = [self.initializer.clone() if place else self.initializer for place in range(shape[0])]
+        return keras.ops.stack([draw(tuple(shape[1:]), dtype=dtype) for draw in draws])
+
+    def get_config(self) -> Config:
+        """How one entry starts."""
+        return {"initializer": keras.initializers.serialize(self.initializer)}
+
+    @classmethod
+    def from_config(cls, config: Config) -> EachEntry:
+        """Makes the initializer again."""
+        return cls(keras.initializers.deserialize(config["initializer"]))
+
+
+def _followers(stacks: Iterable[Stack]) -> dict[Weight, Expression]:
+    """What the weights that were stacked are from now on: their entries."""
+    return {
+        part: Gather(stack.weight, Constant.of(place)) for stack in stacks for place, part in enumerate(stack.parts)
+    }
+
+
+def unbank(expression: Expression, count: int | None = None) -> list[Expression]:
+    """The expressions that a bank was made of, each with weights of its own again.
+
+    The stacked weights are no longer stored: the bank itself, wherever it is used, follows the new weights.
+
+    Args:
+        expression: A bank, or an expression with one or more in it, read by the same index.
+        count: How many there are; left out, as many as a stack has entries.
+
+    Returns:
+        The expressions by number, with the values that the stacks have now. Each new weight is named after its stack,
+        with its number.
+
+    Raises:
+        TetherError: There is no stack in the expression that an index reads.
+
+    Example:
+    ```python
+    choice = tether.weights.Argument("choice", (), "int32", default=0)
+    found = tether.bank([tether.Weight((4,), "ones", name=name) for name in ("a", "b")], choice)
+    a, b = tether.unbank(found)
+    assert a.shape == (4,) and a != b
+    ```
+    """
+    steps = program(resolved(expression))
+    stacks = {
+        step.expression.operands[0]: step.expression.operands[1]
+        for step in steps
+        if isinstance(step.expression, Gather)
+        and isinstance(step.expression.operands[0], Weight)
+        and step.expression.parameters["axis"] == 0
+        and step.expression.operands[1].shape == ()
+    }
+    if not stacks:
+        raise TetherError(f"There is no bank in {expression.notation()}: no stacked weight that an index reads.")
+    tables = {id(weight): _table(number) for weight, number in stacks.items()}
+    known = [
+        len(table) if table is not None else known_shape(weight)[0]
+        for weight, table in ((weight, tables[id(weight)]) for weight in stacks)
+    ]
+    count = known[0] if count is None else count
+    parts = {weight: _parts(weight) for weight in stacks}
+    found = []
+    for place in range(count):
+        done: list[Expression] = []
+        for step in steps:
+            current = step.expression
+            if isinstance(current, Gather) and current.operands[0] in parts:
+                table = tables[id(current.operands[0])]
+                done.append(parts[current.operands[0]][place if table is None else table[place]])
+            elif isinstance(current, Node):
+                done.append(_again(current, [done[operand] for operand in step.operands]))
+            else:
+                done.append(current)
+        found.append(done[-1])
+    become_all({weight: stack(entries) for weight, entries in parts.items()})
+    return found
+
+
+def _table(number: Expression) -> list[int] | None:
+    """The entries of a stack by number, where not each number has one of its own."""
+    if isinstance(number, Gather) and isinstance(number.operands[0], Constant):
+        array = number.operands[0].array
+        return None if array is None else [int(each) for each in array]
+    return None
+
+
+def _parts(weight: Weight) -> list[Weight]:
+    values = keras_seam.on_host(keras_seam.plain_tensor(weight.value))
+    found = []
+    for place, value in enumerate(values):
+        name = f"{weight.name}_{place}"
+        part = Weight(
+            value.shape,
+            dtype=weight.dtype,
+            trainable=weight.trainable_flag,
+            regularizer=weight.regularizer,
+            name=name,
+            role=weight.role,
+        )
+        part.start_at(np.array(value), path=f"{weight.path}_{place}")
+        found.append(part)
+    return found
+
+
+__all__ = ["bank", "unbank", "zipped"]
