@@ -412,20 +412,28 @@ def weight_paths(layer: keras.Layer) -> list[str]:
 
 def walk(layer: keras.Layer) -> Iterator[tuple[Path, Path, keras.Layer, keras.Variable]]:
     """Every weight below a built layer, at every place: canonical path, path by layer names, its layer, itself."""
-    yield from _walk(Holdings(), layer, (), (), (layer,))
+    for path, names, _, own, variable in walk_spelled(layer):
+        yield path, names, own, variable
+
+
+def walk_spelled(layer: keras.Layer) -> Iterator[tuple[Path, Path, Path, keras.Layer, keras.Variable]]:
+    """The same, with a third path: by names for layers of a graph, by attributes for what is in these."""
+    yield from _walk(Holdings(), layer, ((), (), ()), (layer,))
 
 
 def _walk(
-    holdings: Holdings, layer: keras.Layer, path: Path, names: Path, around: tuple[keras.Layer, ...]
-) -> Iterator[tuple[Path, Path, keras.Layer, keras.Variable]]:
+    holdings: Holdings, layer: keras.Layer, at: tuple[Path, Path, Path], around: tuple[keras.Layer, ...]
+) -> Iterator[tuple[Path, Path, Path, keras.Layer, keras.Variable]]:
     held = holdings.of(layer)
+    path, names, mixed = at
     for variable in held.variables:
         leaf = held.names[id(variable)]
-        yield path + leaf, names + leaf, layer, variable
-    listed = layer.layers if held.is_graph else held.children
-    for child in listed:
+        yield path + leaf, names + leaf, mixed + leaf, layer, variable
+    for child in layer.layers if held.is_graph else held.children:
         if not isinstance(child, Weight) and not any(child is other for other in around):
-            yield from _walk(holdings, child, path + held.child(child), (*names, child.name), (*around, child))
+            canonical, name = held.child(child), (child.name,)
+            below = path + canonical, names + name, mixed + (name if held.is_graph else canonical)
+            yield from _walk(holdings, child, below, (*around, child))
 
 
 def nothing_there(root: keras.Layer, path: Path, layer: keras.Layer, rest: Path) -> str:
