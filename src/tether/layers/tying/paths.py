@@ -418,22 +418,30 @@ def walk(layer: keras.Layer) -> Iterator[tuple[Path, Path, keras.Layer, keras.Va
 
 def walk_spelled(layer: keras.Layer) -> Iterator[tuple[Path, Path, Path, keras.Layer, keras.Variable]]:
     """The same, with a third path: by names for layers of a graph, by attributes for what is in these."""
-    yield from _walk(Holdings(), layer, ((), (), ()), (layer,))
+    holdings = Holdings()
+    for path, names, mixed, own in _layers(holdings, layer, ((), (), ()), (layer,)):
+        held = holdings.of(own)
+        for variable in held.variables:
+            leaf = held.names[id(variable)]
+            yield path + leaf, names + leaf, mixed + leaf, own, variable
 
 
-def _walk(
+def walk_layers(layer: keras.Layer) -> Iterator[tuple[Path, Path, Path, keras.Layer]]:
+    """A layer and every layer below it, at every place, with the same three paths; a layer before those in it."""
+    yield from _layers(Holdings(), layer, ((), (), ()), (layer,))
+
+
+def _layers(
     holdings: Holdings, layer: keras.Layer, at: tuple[Path, Path, Path], around: tuple[keras.Layer, ...]
-) -> Iterator[tuple[Path, Path, Path, keras.Layer, keras.Variable]]:
+) -> Iterator[tuple[Path, Path, Path, keras.Layer]]:
+    yield *at, layer
     held = holdings.of(layer)
     path, names, mixed = at
-    for variable in held.variables:
-        leaf = held.names[id(variable)]
-        yield path + leaf, names + leaf, mixed + leaf, layer, variable
     for child in layer.layers if held.is_graph else held.children:
         if not isinstance(child, Weight) and not any(child is other for other in around):
             canonical, name = held.child(child), (child.name,)
             below = path + canonical, names + name, mixed + (name if held.is_graph else canonical)
-            yield from _walk(holdings, child, below, (*around, child))
+            yield from _layers(holdings, child, below, (*around, child))
 
 
 def nothing_there(root: keras.Layer, path: Path, layer: keras.Layer, rest: Path) -> str:

@@ -1,0 +1,493 @@
+"""Blocks of one structure that share weights through the depth of a model: in place, also after training.
+
+    h₁ = B(h₀; W₁), h₂ = B(h₁; W₂), …  →  some of the W are one
+
+Patterns: Takase & Kiyono 2021, "Lessons on Parameter Sharing across Layers in Transformers" (arXiv:2104.06022). One
+block for all: Dehghani et al. 2018, "Universal Transformers" (arXiv:1807.03819), and Lan et al. 2019, "ALBERT"
+(arXiv:1909.11942). The mean with a low-rank part for each depth: Bae et al. 2024, "Relaxed Recursive Transformers"
+(arXiv:2410.20672).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from tether import keras_seam, patterns
+from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported, received
+from tether.forms.form import rows_and_columns
+from tether.forms.low_rank import LowRank
+from tether.layers.family.depth_report import SharedDepth, SharedWeight, letters
+from tether.layers.family.named import ALL_LINEAR, Named, named_weights
+from tether.layers.tying import paths
+from tether.layers.tying.fit import refuse_layer, refuse_unsupported
+from tether.layers.tying.state import numpy_of, users
+from tether.layers.tying.swap import Rollback
+from tether.layers.tying.tie import tie, weights_of
+from tether.patterns import Pattern
+from tether.types import Array
+from tether.weights.expression import Expression
+from tether.weights.weight import Weight
+
+NORMS = "norms"
+"""The word for what belongs to a depth and not to the block: see `share_depth`."""
+
+
+def share_depth(
+    layers: Sequence[keras.Layer] | keras.Layer,
+    pattern: str = "all",
+    *,
+    blocks: Pattern | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
+    only: Pattern = "*",
+    keep: Pattern = NORMS,
+    values: str | LowRank = "first",
+) -> SharedDepth:
+    """Lets blocks of one structure share weights through the depth of a model, in place.
+
+    Which blocks are one is a pattern of the depth; for six blocks:
+
+    | pattern | blocks | |
+    |---|---|---|
+    | `"all"` | `AAAAAA` | one block's weights for all |
+    | `"sequence:3"` | `AABBCC` | neighbours share |
+    | `"cycle:3"` | `ABCABC` | the blocks in turn |
+    | `"cycle_reverse:3"` | `ABCCBA` | in turn, the last time backwards |
+    | `"sandwich"` | `ABBBBC` | the first and the last have their own |
+
+    Norms, statistics and residual scales stay with each depth unless `keep` says otherwise; kernels, biases and tables
+    are shared. What of a block is frozen stays frozen. A model that is compiled has to be compiled again.
+
+    Args:
+        layers: The blocks in their order, each built; or a model, of which `blocks` chooses them. From the model, the
+            ties are part of its config even where this does not hold those of its blocks, as in KerasHub's backbones.
+        pattern: One of the table; the number is that of blocks with weights of their own.
+        blocks: Which layers of a model are the blocks, by name or pattern of their paths: `"transformer_layer_*"`. What
+            is in a block is no block.
+        groups: Places of blocks that share, instead of a pattern: `[[0, 1], [2, 3]]`. Others stay as they are.
+        only: Which weights are shared: patterns of their paths in a block (`"*attention*"`), `"all-linear"` for the
+            kernels of Dense and EinsumDense layers.
+        keep: Which of these stay with each depth, `()` for none. `"norms"` are the weights of normalizations, all that
+            is not made to be trained, scalars, and vectors with names such as `gamma` or `layer_scale`.
+            `["norms", "*bias"]` keeps biases too.
+        values: What a shared weight starts with: `"first"`, the value of the group's first block; `"mean"`, the mean
+            of its blocks; or `tether.low_rank(r)`: the mean, and at each depth a part of rank r, the truncated SVD of
+            what the depth differs by. Biases and other vectors then stay with each depth, and at full rank the outputs
+            are what they were.
+
+    Returns:
+        A report that shows itself: which weights are shared, the parameters before and after, and how far each depth's
+        value is now from what it was, relative to it.
+
+    Raises:
+        UnknownName: A pattern fits nothing, or a block has no counterpart of a weight.
+        ShapeMismatch: The counterpart has another shape.
+        Unsupported: A weight cannot be tied, or its value cannot be the mean.
+        TetherError: An argument makes no sense, or the blocks are not built.
+
+    Example:
+    ```python
+    inputs = x = keras.Input((4,))
+    for place in range(6):
+        x = keras.layers.Dense(4, activation="tanh", name=f"block_{place}")(x)
+    deep = keras.Model(inputs, x)
+    report = tether.share_depth(deep, "cycle:3", blocks="block_*", values="mean")
+    assert deep.count_params() == report.after == report.before // 2
+    ```
+    """
+    chosen = _blocks(layers, blocks)
+    if groups is not None and pattern != "all":
+        raise TetherError(f"Give a pattern or groups, not both. {received(pattern=pattern, groups=groups)}")
+    found = _by_pattern(pattern, len(chosen)) if groups is None else _checked_groups(groups, len(chosen))
+    _check_values(values)
+    return _Sharing(chosen, found, only, keep, values).make()
+
+
+# --------------------------------------------------------------------------- the depth
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One block: from where it is tied, and what it has."""
+
+    layer: keras.Layer
+    root: keras.Layer
+    prefix: str
+    name: str
+    weights: dict[str, Named]
+
+    def path(self, weight: str) -> str:
+        """The path of one of its weights from the root."""
+        return f"{self.prefix}/{weight}" if self.prefix else weight
+
+
+def _blocks(layers: object, chooses: Pattern | None) -> list[_Block]:
+    if isinstance(layers, keras.layers.Layer):
+        found = _below(layers, chooses)
+    elif chooses is not None:
+        raise TetherError(
+            f"`blocks` chooses layers of a model; of a list, give those that are meant. {received(blocks=chooses)}"
+        )
+    elif isinstance(layers, Sequence) and not isinstance(layers, str):
+        found = []
+        for layer in layers:
+            refuse_layer("share_depth", layer)
+            found.append((layer, layer, "", layer.name))
+    else:
+        raise TetherError(
+            "`share_depth` takes the blocks in their order, or a model and a pattern of their names: "
+            f"`share_depth(model, 'cycle:2', blocks='block_*')`. {received(layers=layers)}"
+        )
+    if len(found) < 2:
+        raise TetherError(f"Depth is shared by two blocks or more. {received(blocks=[name for *_, name in found])}")
+    twice = [name for place, (layer, *_, name) in enumerate(found) if any(layer is o for o, *_ in found[:place])]
+    if twice:
+        raise TetherError(f"{twice[0]!r} is given twice: a layer that is used twice shares all its weights already.")
+    blocks = [
+        _Block(layer, root, prefix, name, {weight.path: weight for weight in named_weights(layer)})
+        for layer, root, prefix, name in found
+    ]
+    empty = next((block for block in blocks if not block.weights), None)
+    if empty is not None:
+        raise TetherError(
+            f"{empty.name!r} has no weights yet, so that nobody knows what it could share. Call the model on data, or "
+            f"build it: `{empty.root.name}.build(input_shape)`."
+        )
+    return blocks
+
+
+def _below(root: keras.Layer, chooses: Pattern | None) -> list[tuple[keras.Layer, keras.Layer, str, str]]:
+    """The outermost layers below a model that a pattern chooses, each once."""
+    refuse_layer("share_depth", root)
+    walked = [(path, names, mixed, layer) for path, names, mixed, layer in paths.walk_layers(root) if path]
+    names = ["/".join(mixed) for _, _, mixed, _ in walked]
+    if chooses is None:
+        raise TetherError(
+            f"Of a model, say which of its layers are the blocks: `share_depth(model, blocks='block_*')`. "
+            f"{root.name!r} has {', '.join(map(repr, names[:12]))}{' and more' if len(names) > 12 else ''}."
+        )
+    found: list[tuple[keras.Layer, keras.Layer, str, str]] = []
+    inside: list[paths.Path] = []
+    for path, by_name, mixed, layer in walked:
+        spelled = tuple("/".join(each) for each in (path, mixed, by_name))
+        if any(path[: len(other)] == other for other in inside) or not patterns.fits(chooses, *spelled):
+            continue
+        inside.append(path)
+        if not any(layer is other for other, *_ in found):
+            found.append((layer, root, spelled[0], spelled[1]))
+    if not found:
+        raise UnknownName(
+            f"No layer of {root.name!r} fits the pattern {chooses!r}. {patterns.missed(chooses, names, 'layer')}"
+        )
+    return found
+
+
+_NUMBERED = ("sequence", "cycle", "cycle_reverse")
+
+
+def _by_pattern(pattern: object, depth: int) -> list[list[int]]:
+    """The places that share, in the order of the depth."""
+    word, mark, number = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
+    plain = word if not mark else ""
+    if word in _NUMBERED and number.isascii() and number.isdigit():
+        own = int(number)
+        if not 1 <= own <= depth:
+            raise TetherError(
+                f"Of {depth} blocks, 1 to {depth} can have weights of their own. {received(pattern=pattern)}"
+            )
+        last = own * (math.ceil(depth / own) - 1)  # where the last turn begins
+        if word == "sequence":
+            order = [place * own // depth for place in range(depth)]
+        else:
+            order = [place % own for place in range(depth)]
+        if word == "cycle_reverse":
+            order = [own - 1 - of if place >= last else of for place, of in enumerate(order)]
+    elif plain == "all":
+        order = [0] * depth
+    elif plain == "sandwich":
+        if depth < 4:
+            raise TetherError(
+                f"A sandwich has two blocks or more between the first and the last. {received(blocks=depth)}"
+            )
+        order = [0, *[1] * (depth - 2), 2]
+    else:
+        hint = f" Say how many have weights of their own: '{plain}:2'." if plain in _NUMBERED else ""
+        raise TetherError(
+            "A pattern of the depth is 'all', 'sequence:k', 'cycle:k', 'cycle_reverse:k' or 'sandwich', such as "
+            f"'cycle:2'; or give `groups=[[0, 1], [2, 3]]`.{hint} {received(pattern=pattern)}"
+        )
+    found: dict[int, list[int]] = {}
+    for place, letter in enumerate(order):
+        found.setdefault(letter, []).append(place)
+    return list(found.values())
+
+
+def _checked_groups(groups: object, depth: int) -> list[list[int]]:
+    try:
+        found = [[int(place) for place in group] for group in groups]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        found = []
+    places = [place for group in found for place in group]
+    if not places or len(set(places)) < len(places) or not all(0 <= place < depth for place in places):
+        raise TetherError(
+            f"`groups` has the places of blocks that share, 0 to {depth - 1}, each once: [[0, 1], [2, 3]]. "
+            f"{received(groups=groups)}"
+        )
+    return [sorted(group) for group in found]
+
+
+def _check_values(values: object) -> None:
+    if isinstance(values, LowRank):
+        if not isinstance(values.start, str) or values.start != "zeros":
+            raise TetherError(
+                f"A low-rank part starts here at what a depth differs by: leave its start out. "
+                f"{received(values=values)}"
+            )
+    elif not isinstance(values, str) or values not in ("first", "mean"):
+        raise TetherError(
+            f"`values` is 'first', 'mean', or `tether.low_rank(8)` for the mean and a part of each depth. "
+            f"{received(values=values)}"
+        )
+
+
+# --------------------------------------------------------------------------- which weights
+
+
+_NORMALIZATIONS = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+)
+_SCALES = ("gamma", "beta", "scale", "alpha", "*_gamma", "*_scale", "layer_scale*")
+"""What vectors of a depth's own are called: of norms that are no layers of Keras's, and of residual branches."""
+
+
+def _is_of_the_depth(weight: Named) -> bool:
+    """Whether a weight is what `"norms"` means."""
+    if not weight.can_train or isinstance(weight.layer, _NORMALIZATIONS) or weight.shape == ():
+        return True
+    leaf = weight.path.rpartition("/")[2].lstrip("_")
+    of_norm = "norm" in type(weight.layer).__name__.lower()
+    return len(weight.shape) == 1 and (of_norm or any(fnmatch.fnmatchcase(leaf, each) for each in _SCALES))
+
+
+def _is_linear(weight: Named) -> bool:
+    return weight.is_linear
+
+
+_WORDS = {NORMS: _is_of_the_depth, ALL_LINEAR: _is_linear}
+
+
+def _is_matrix(weight: Named) -> bool:
+    """Whether a low-rank part can be smaller than the weight: no vector, nor the bias of several axes."""
+    return len(weight.shape) > 1 and not weight.path.rpartition("/")[2].endswith("bias")
+
+
+def _chooses(pattern: Pattern, weight: Named) -> bool:
+    """Whether patterns, of which some may be words, choose a weight: the last one that fits decides."""
+    each = patterns.parts(pattern) if pattern not in ((), []) else ()
+    first = next(iter(each), "")
+    chosen = isinstance(first, str) and first.startswith("!")
+    for one in each:
+        leaves_out = isinstance(one, str) and one.startswith("!")
+        positive = one[1:] if isinstance(one, str) and leaves_out else one
+        word = _WORDS.get(positive) if isinstance(positive, str) else None
+        if weight.fits(positive) if word is None else word(weight):
+            chosen = not leaves_out
+    return chosen
+
+
+def _refuse_missed(pattern: Pattern, weights: Sequence[Named]) -> None:
+    for one in patterns.parts(pattern) if pattern not in ((), []) else ():
+        excluding = isinstance(one, str) and (one.startswith("!") or one in _WORDS)
+        if not excluding and not any(weight.fits(one) for weight in weights):
+            raise UnknownName(
+                f"No weight of the blocks fits the pattern {one!r}. {patterns.missed(one, (w.name for w in weights))}"
+            )
+
+
+# --------------------------------------------------------------------------- sharing
+
+
+class _Sharing:
+    """One call: everything that can fail first, then the ties."""
+
+    def __init__(
+        self, blocks: list[_Block], groups: list[list[int]], only: Pattern, keep: Pattern, values: str | LowRank
+    ) -> None:
+        self.blocks, self.groups, self.values = blocks, groups, values
+        weights = [weight for block in blocks for weight in block.weights.values()]
+        for pattern in (only, keep):
+            _refuse_missed(pattern, weights)
+        for weight in weights:
+            if weight.layer.quantization_mode is not None and _chooses(only, weight):
+                refuse_unsupported(weight.layer)
+        self.shared = [
+            [path for path, w in block.weights.items() if _chooses(only, w) and not _chooses(keep, w)]
+            for block in blocks
+        ]
+        for group in groups:
+            for place in group[1:]:
+                self._refuse_other(group[0], place)
+        if isinstance(values, LowRank):
+            self.shared = [
+                [path for path in found if _is_matrix(block.weights[path])]
+                for block, found in zip(blocks, self.shared, strict=True)
+            ]
+            self._refuse_constraints()
+        if not any(self.shared[group[0]] for group in groups if len(group) > 1):
+            raise UnknownName(
+                "None of the blocks' weights is to be shared: `only` chooses none that `keep` does not, or no group "
+                f"has two blocks. {received(only=only, keep=keep, groups=groups)}"
+            )
+
+    def _refuse_other(self, first: int, other: int) -> None:
+        """Refuses a block whose weights are not those of the first one of its group."""
+        a, b = self.blocks[first], self.blocks[other]
+        for mine, theirs, one, two in ((first, other, a, b), (other, first, b, a)):
+            lacking = next((path for path in self.shared[mine] if path not in self.shared[theirs]), None)
+            if lacking is not None:
+                raise UnknownName(
+                    f"{one.name!r} has the weight {self._name(lacking)!r} and {two.name!r} has none that "
+                    "corresponds to it: the blocks are made otherwise. Share those that are alike, or leave the weight "
+                    f"with its depth: `keep=['norms', {lacking!r}]`."
+                )
+        for path in self.shared[first]:
+            if a.weights[path].shape != b.weights[path].shape:
+                raise ShapeMismatch(
+                    f"{self._name(path)!r} has shape {a.weights[path].shape} in {a.name!r} and "
+                    f"{b.weights[path].shape} in {b.name!r}. Share blocks of one size, or leave the weight with its "
+                    f"depth: `keep=['norms', {path!r}]`."
+                )
+
+    def _refuse_constraints(self) -> None:
+        """Refuses a low-rank part on what a layer constrains as it is stored."""
+        for group in self.groups:
+            for place in group if len(group) > 1 else ():
+                for path in self.shared[place]:
+                    constraint = getattr(self.blocks[place].weights[path].variable, "constraint", None)
+                    if constraint is not None:
+                        raise Unsupported(
+                            f"{self.blocks[place].name!r} constrains its {self._name(path)} by "
+                            f"{type(constraint).__name__}, which acts on what is stored, and with a low-rank part the "
+                            "value is a sum. Take `values='mean'`, or leave the weight with its depth: "
+                            f"`keep=['norms', {path!r}]`."
+                        )
+
+    def _name(self, path: str) -> str:
+        """What a weight is called: by the names of layers if these are the same in all blocks, else by attributes."""
+        names = {block.weights[path].name if path in block.weights else path for block in self.blocks}
+        return names.pop() if len(names) == 1 else path
+
+    def make(self) -> SharedDepth:
+        """Ties, and says what became of the values."""
+        groups = [group for group in self.groups if len(group) > 1]
+        places = sorted(place for group in groups for place in group)
+        old = {
+            (place, path): np.asarray(numpy_of(self.blocks[place].weights[path].variable), dtype="float64")
+            for place in places
+            for path in self.shared[place]
+        }
+        before = self._count()
+        roots = {id(block.root): block.root for block in self.blocks}
+        with contextlib.ExitStack() as stack:
+            for root in roots.values():
+                stack.enter_context(Rollback.below(root))
+            wanted: dict[int, dict[str, Expression]] = {key: {} for key in roots}
+            means: dict[Weight, Array] = {}
+            for group in groups:
+                for place, path, expression in self._of_group(group, old, means):
+                    block = self.blocks[place]
+                    wanted[id(block.root)][block.path(path)] = expression
+            for key, ties in wanted.items():
+                if ties:
+                    tie(roots[key], ties)
+        for weight, value in means.items():
+            weight.assign(value)
+        return self._report(places, old, before)
+
+    def _of_group(
+        self, group: list[int], old: dict[tuple[int, str], Array], means: dict[Weight, Array]
+    ) -> list[tuple[int, str, Expression]]:
+        """What each block of a group reads from now on."""
+        first = self.blocks[group[0]]
+        chosen = self.shared[group[0]]
+        bases = weights_of(first.root, [first.path(path) for path in chosen])
+        found: list[tuple[int, str, Expression]] = []
+        for path in chosen:
+            base = bases[first.path(path)]
+            if self.values != "first":
+                mean = np.mean([old[place, path] for place in group], axis=0)
+                means[self._assignable(base, path, group)] = mean
+            if isinstance(self.values, LowRank):
+                for place in group:
+                    found.append((place, path, base + self._part(place, path, old[place, path] - mean)))
+            else:
+                found.extend((place, path, base) for place in group[1:])
+        return found
+
+    def _assignable(self, base: Expression, path: str, group: list[int]) -> Weight:
+        """The stored weight that gets the mean, if nobody else reads it."""
+        name = f"{self.blocks[group[0]].name}/{path}"
+        if not isinstance(base, Weight):
+            raise Unsupported(
+                f"{name} is {base.notation()}, which cannot be given a mean. Untie it first, `tether.untie`, or take "
+                "`values='first'`."
+            )
+        inside = {id(layer) for place in group for layer in keras_seam.contained_layers(self.blocks[place].layer)}
+        outside = next((layer for layer in users(base) if id(layer) not in inside), None)
+        if outside is not None:
+            raise Unsupported(
+                f"{name} is shared with {outside.name!r}, which is not one of the blocks and would change with the "
+                "mean. Untie it first, or take `values='first'`."
+            )
+        return base
+
+    def _part(self, place: int, path: str, difference: Array) -> Expression:
+        """A depth's own low-rank part, beside its own weight."""
+        assert isinstance(self.values, LowRank)
+        block = self.blocks[place]
+        own = weights_of(block.root, [block.path(path)])[block.path(path)]
+        rows, columns = rows_and_columns(difference.shape, self.values.split, of=own.notation())
+        form = copy.copy(self.values)
+        form.rank = min(form.rank, math.prod(rows), math.prod(columns))
+        return form.near(own, difference)
+
+    def _count(self) -> int:
+        variables = {id(v): v for block in self.blocks for v in block.layer.weights}
+        return sum(math.prod(variable.shape) for variable in variables.values())
+
+    def _report(self, places: list[int], old: dict[tuple[int, str], Array], before: int) -> SharedDepth:
+        rows = []
+        first = self.blocks[places[0]]
+        shared = set(self.shared[places[0]])
+        now = {place: {w.path: w for w in named_weights(self.blocks[place].layer)} for place in places}
+        for path, weight in first.weights.items():
+            errors: list[float] = []
+            for place in places if path in shared else ():
+                change = np.linalg.norm(numpy_of(now[place][path].variable) - old[place, path])
+                norm = np.linalg.norm(old[place, path])
+                errors.append(float(change / norm) if norm else (0.0 if not change else math.inf))
+            if path not in shared:
+                how = "own"
+            else:
+                how = "shared" if isinstance(self.values, str) else f"mean + low_rank({self.values.rank})"
+            rows.append(SharedWeight(self._name(path), weight.shape, how, tuple(errors)))
+        return SharedDepth(
+            tuple(block.name for block in self.blocks),
+            letters(self.groups, len(self.blocks)),
+            tuple(rows),
+            before,
+            self._count(),
+        )
+
+
+__all__ = ["share_depth"]
