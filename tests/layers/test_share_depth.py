@@ -499,3 +499,123 @@ def test_the_student_of_the_right_structure_learns_what_independent_layers_canno
     tied, own = error_of_a_student(seed, shares=True), error_of_a_student(seed, shares=False)
     print(f"{seed}: {tied:.4f} shared, {own:.4f} independent")
     assert tied <= own / 4, f"{tied:.4f} shared, {own:.4f} independent"
+
+
+# --------------------------------------------------------------------------- blocks that are not built
+
+
+class Own(L.Layer):
+    """A block whose layers build themselves when it is called first."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm, self.dense = L.LayerNormalization(), L.Dense(6)
+
+    def call(self, h):
+        return h + self.dense(self.norm(h))
+
+
+@keras.saving.register_keras_serializable("tests.share_depth")
+class Shared(keras.Model):
+    """A model that shares the depth of its blocks itself."""
+
+    def __init__(self, depth=4, **kwargs):
+        super().__init__(**kwargs)
+        self.depth = depth
+        self.blocks = [Block(name=f"block_{place}") for place in range(depth)]
+        tether.share_depth(self.blocks, "cycle:2")
+
+    def build(self, shape):
+        for block in self.blocks:
+            block.build(shape)
+
+    def call(self, h):
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+    def get_config(self):
+        return {**super().get_config(), "depth": self.depth}
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["in order", "backwards"])
+@pytest.mark.parametrize("cls", [Block, Own])
+def test_blocks_that_are_not_built_share_when_they_are(cls, backwards, tmp_path):
+    blocks = [cls(name=f"block_{place}") for place in range(4)]
+    report = tether.share_depth(blocks, "cycle:2")
+    assert report.letters == "ABAB" and "not built yet" in repr(report)
+    inputs = y = keras.Input((5, 6))
+    for block in reversed(blocks) if backwards else blocks:
+        y = block(y)
+    model = keras.Model(inputs, y)
+    one = blocks[0].count_params()
+    assert model.count_params() == 2 * one + 2 * NORM
+    gammas = [block.norm.gamma for block in blocks]
+    assert not any(isinstance(gamma, View) for gamma in gammas)
+    model.compile("sgd", "mse")
+    model.fit(x(), x(1), verbose=0)
+    if cls is Block:
+        model.save(tmp_path / "m.keras")
+        again = keras.saving.load_model(tmp_path / "m.keras")
+        assert again.count_params() == model.count_params()
+        assert_close(again(x()), model(x()))
+
+
+@pytest.mark.parametrize("make", [Stack, lambda: keras.Sequential([Block(name=f"block_{i}") for i in range(3)])])
+def test_a_model_that_is_not_built_shares_when_it_is(make, tmp_path):
+    model = make()
+    tether.share_depth(model, blocks="block*" if make is not Stack else "blocks/*")
+    with pytest.raises(Unsupported, match="no config says"):
+        keras.models.clone_model(model)
+    model(x())
+    assert model.count_params() == BLOCK + 2 * NORM
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    assert again.count_params() == model.count_params()
+    assert_close(again(x()), model(x()))
+
+
+def test_a_constructor_shares_the_depth_of_its_blocks(tmp_path):
+    model = Shared()
+    assert keras.models.clone_model(model) is not model
+    model(x())
+    assert model.count_params() == 2 * BLOCK + 2 * NORM
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    assert again.count_params() == model.count_params()
+    assert_close(again(x()), model(x()))
+
+
+def test_untie_ends_the_waiting():
+    blocks = [Block() for _ in range(2)]
+    tether.share_depth(blocks)
+    for block in blocks:
+        tether.untie(block)
+    assert {type(block) for block in blocks} == {Block}
+    assert distinct(*(built(block) for block in blocks)) == 2 * len(blocks[0].weights)
+
+
+class Later(Own):
+    def build(self, shape):
+        """Leaves its layers to the first call."""
+
+
+@pytest.mark.parametrize(
+    ("layers", "arguments", "error", "said"),
+    [
+        (lambda: [Block(), Block()], {"values": "mean"}, TetherError, "no values yet"),
+        (lambda: [Block(), built()], {}, TetherError, "all blocks first, or none"),
+        (lambda: [Block(), Block()], {"groups": [[0], [1]]}, UnknownName, "two blocks"),
+        (lambda: [Block(), Block(use_bias=False)], {}, UnknownName, "no weight 'bias'"),
+        (lambda: [Block(use_bias=False), Block()], {}, UnknownName, "'down/bias' is in"),
+        (lambda: [Block(), Block(hidden=7)], {}, ShapeMismatch, "shape"),
+        (lambda: [Later(), Later()], {}, TetherError, "to be built later"),
+        (lambda: [Block(), Block()], {"only": "nothing"}, UnknownName, "None of the weights"),
+    ],
+)
+def test_what_cannot_be_shared_is_told_at_the_latest_when_it_is_built(layers, arguments, error, said):
+    given = layers()
+    with pytest.raises(error, match=said):
+        tether.share_depth(given, **arguments)
+        for layer in given:
+            layer.build((None, 5, 6))

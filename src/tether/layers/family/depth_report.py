@@ -45,7 +45,7 @@ class SharedDepth:
     letters: str
     """Which are one: `"ABAB"`."""
     weights: tuple[SharedWeight, ...]
-    """The weights of a block."""
+    """The weights of a block; none as long as the blocks are not built."""
     before: int
     """The parameters of all blocks before, each stored one counted once."""
     after: int
@@ -88,6 +88,8 @@ class SharedDepth:
 
     @property
     def _totals(self) -> str:
+        if not self.weights:
+            return "The blocks are not built yet, and share their weights when they are."
         saved = 1 - self.after / self.before if self.before else 0.0
         more = f"{saved:.0%} less" if saved >= 0 else f"{-saved:.0%} more"
         return f"{self.before:,} parameters before, {self.after:,} after: {more}"

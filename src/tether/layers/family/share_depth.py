@@ -28,9 +28,10 @@ from tether.layers.family.depth_report import SharedDepth, SharedWeight, letters
 from tether.layers.family.named import ALL_LINEAR, Named, named_weights
 from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer, refuse_unsupported
-from tether.layers.tying.state import numpy_of, users
+from tether.layers.tying.state import WhenBuilt, numpy_of, users
 from tether.layers.tying.swap import Rollback
-from tether.layers.tying.tie import tie, weights_of
+from tether.layers.tying.tie import tie, tie_later, weights_of
+from tether.layers.tying.tied import become_tied
 from tether.patterns import Pattern
 from tether.types import Array
 from tether.weights.expression import Expression
@@ -66,8 +67,9 @@ def share_depth(
     are shared. What of a block is frozen stays frozen. A model that is compiled has to be compiled again.
 
     Args:
-        layers: The blocks in their order, each built; or a model, of which `blocks` chooses them. From the model, the
-            ties are part of its config even where this does not hold those of its blocks, as in KerasHub's backbones.
+        layers: The blocks in their order; or a model, of which `blocks` chooses them. From the model, the ties are part
+            of its config even where this does not hold those of its blocks, as in KerasHub's backbones. Blocks that are
+            not built share as soon as they are.
         pattern: One of the table; the number is that of blocks with weights of their own.
         blocks: Which layers of a model are the blocks, by name or pattern of their paths: `"transformer_layer_*"`. What
             is in a block is no block.
@@ -90,7 +92,7 @@ def share_depth(
         UnknownName: A pattern fits nothing, or a block has no counterpart of a weight.
         ShapeMismatch: The counterpart has another shape.
         Unsupported: A weight cannot be tied, or its value cannot be the mean.
-        TetherError: An argument makes no sense, or the blocks are not built.
+        TetherError: An argument makes no sense, or some of the blocks are built and others are not.
 
     Example:
     ```python
@@ -107,6 +109,8 @@ def share_depth(
         raise TetherError(f"Give a pattern or groups, not both. {received(pattern=pattern, groups=groups)}")
     found = _by_pattern(pattern, len(chosen)) if groups is None else _checked_groups(groups, len(chosen))
     _check_values(values)
+    if not any(block.weights for block in chosen) and not any(block.layer.built for block in chosen):
+        return _Waiting(chosen, found, only, keep, values).report
     return _Sharing(chosen, found, only, keep, values).make()
 
 
@@ -150,17 +154,10 @@ def _blocks(layers: object, chooses: Pattern | None) -> list[_Block]:
     twice = [name for place, (layer, *_, name) in enumerate(found) if any(layer is o for o, *_ in found[:place])]
     if twice:
         raise TetherError(f"{twice[0]!r} is given twice: a layer that is used twice shares all its weights already.")
-    blocks = [
+    return [
         _Block(layer, root, prefix, name, {weight.path: weight for weight in named_weights(layer)})
         for layer, root, prefix, name in found
     ]
-    empty = next((block for block in blocks if not block.weights), None)
-    if empty is not None:
-        raise TetherError(
-            f"{empty.name!r} has no weights yet, so that nobody knows what it could share. Call the model on data, or "
-            f"build it: `{empty.root.name}.build(input_shape)`."
-        )
-    return blocks
 
 
 def _below(root: keras.Layer, chooses: Pattern | None) -> list[tuple[keras.Layer, keras.Layer, str, str]]:
@@ -314,6 +311,10 @@ def _refuse_missed(pattern: Pattern, weights: Sequence[Named]) -> None:
             )
 
 
+def _shared(weights: dict[str, Named], only: Pattern, keep: Pattern) -> list[str]:
+    return [path for path, weight in weights.items() if _chooses(only, weight) and not _chooses(keep, weight)]
+
+
 # --------------------------------------------------------------------------- sharing
 
 
@@ -324,6 +325,12 @@ class _Sharing:
         self, blocks: list[_Block], groups: list[list[int]], only: Pattern, keep: Pattern, values: str | LowRank
     ) -> None:
         self.blocks, self.groups, self.values = blocks, groups, values
+        empty = next((block for block in blocks if not block.weights), None)
+        if empty is not None:
+            raise TetherError(
+                f"{empty.name!r} has no weights, or none yet, and {next(b.name for b in blocks if b.weights)!r} has. "
+                f"Build all blocks first, or none: `{empty.root.name}.build(input_shape)`."
+            )
         weights = [weight for block in blocks for weight in block.weights.values()]
         for pattern in (only, keep):
             _refuse_missed(pattern, weights)
@@ -488,6 +495,74 @@ class _Sharing:
             before,
             self._count(),
         )
+
+
+# --------------------------------------------------------------------------- blocks that are not built
+
+
+class _Waiting:
+    """Sharing that begins when the blocks are built: the first one of a group that is, says what it has."""
+
+    def __init__(
+        self, blocks: list[_Block], groups: list[list[int]], only: Pattern, keep: Pattern, values: str | LowRank
+    ) -> None:
+        if values != "first":
+            raise TetherError(
+                f"The blocks are not built, so that they have no values yet. Take `values='first'`, or build them "
+                f"first. {received(values=values)}"
+            )
+        for pattern in (only, keep):
+            if pattern not in ((), []):
+                patterns.parts(pattern)
+        self.blocks, self.only, self.keep = blocks, only, keep
+        self.group_of = {place: group for group in groups if len(group) > 1 for place in group}
+        if not self.group_of:
+            raise UnknownName(f"No group has two blocks. {received(groups=groups)}")
+        self.of_first: dict[int, list[str]] = {}
+        self.made_by_code = [keras_seam.maker(block.layer) is not None for block in blocks]
+        self.report = SharedDepth(tuple(block.name for block in blocks), letters(groups, len(blocks)), (), 0, 0)
+        for block in blocks:
+            refuse_unsupported(block.layer)
+        for place in self.group_of:
+            state = become_tied(blocks[place].layer)
+            state.when_built.append(WhenBuilt(self.share, self.made_by_code[place]))
+        root = blocks[0].root
+        if root is not blocks[0].layer:  # its config says as little of what is to come
+            become_tied(root).when_built.append(WhenBuilt(lambda _: None, keras_seam.maker(root) is not None))
+
+    def share(self, layer: keras.Layer) -> None:
+        """Ties the other blocks of a layer's group to it, or sees that it is like the one that they are tied to."""
+        place = next(place for place in self.group_of if self.blocks[place].layer is layer)
+        block, group = self.blocks[place], self.group_of[place]
+        waiting = next((each for each in keras_seam.contained_layers(layer) if not _is_known(each)), None)
+        if waiting is not None:
+            raise TetherError(
+                f"The `build` of {block.name!r} leaves {waiting.name!r} to be built later, so that nobody knows the "
+                "block's weights. Build it there, or share the depth when the model is built."
+            )
+        shared = _shared({weight.path: weight for weight in named_weights(layer)}, self.only, self.keep)
+        if group[0] in self.of_first:
+            other = self.of_first[group[0]]
+            lacking = next(iter(set(shared) ^ set(other)), None)
+            if lacking is not None:
+                raise UnknownName(f"{lacking!r} is in {block.name!r} or in the first block, and not in both.")
+            return
+        self.of_first[group[0]] = shared
+        if not shared:
+            raise UnknownName(
+                f"None of the weights of {block.name!r} is to be shared. {received(only=self.only, keep=self.keep)}"
+            )
+        names = [block.path(path) for path in shared]
+        bases = weights_of(block.root, names, made_by_code=self.made_by_code[place])
+        for each in group:
+            other_block = self.blocks[each]
+            if each != place:
+                ties = {other_block.path(path): bases[block.path(path)] for path in shared}
+                tie_later(other_block.root, ties, made_by_code=self.made_by_code[each])
+
+
+def _is_known(layer: keras.Layer) -> bool:
+    return isinstance(layer, Weight) or layer.built
 
 
 __all__ = ["share_depth"]

@@ -89,6 +89,11 @@ def _share(layer: keras.Layer, wanted: dict[str, Expression], shared: dict[str, 
             _tie_all(layer, wanted, _places(layer, wanted), made_by_code=made_by_code)
 
 
+def tie_later(layer: keras.Layer, ties: Mapping[str, Expression], *, made_by_code: bool) -> None:
+    """Makes ties that were asked for earlier; whether a constructor asked for them was known then."""
+    _tie_all(layer, dict(ties), _places(layer, ties), made_by_code=made_by_code)
+
+
 def restore(layer: keras.Layer, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Stated]) -> None:
     """Makes the ties and penalties that a config records.
 
@@ -130,8 +135,8 @@ def weight_of(layer: keras.Layer, name: str) -> Weight | Expression:
     return weights_of(layer, [name])[name]
 
 
-def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Expression]:
-    """What `weight_of` gives, for several names at once."""
+def weights_of(layer: keras.Layer, names: Iterable[str], *, made_by_code: bool | None = None) -> dict[str, Expression]:
+    """What `weight_of` gives, for several names at once; `made_by_code`, if that was known before."""
     refuse_layer("weight_of", layer)
     names = list(names)
     holdings = paths.Holdings(len(names))
@@ -155,7 +160,8 @@ def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Expression
                 by_place[key].find_path()  # of a layer that is not built: the path that the layer gives its variable
             found[name] = by_place[key]
     if made:
-        _tie_all(layer, made, places, made_by_code=keras_seam.maker(layer) is not None)
+        by_code = keras_seam.maker(layer) is not None if made_by_code is None else made_by_code
+        _tie_all(layer, made, places, made_by_code=by_code)
     return found
 
 
@@ -356,4 +362,4 @@ def drop_void_penalties(layers: list[keras.Layer]) -> None:
                 detach_penalty(penalty, [layer])
 
 
-__all__ = ["restore", "tie", "weight_of", "weights_of"]
+__all__ = ["restore", "tie", "tie_later", "weight_of", "weights_of"]
