@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import keras
 import numpy as np
@@ -24,10 +22,20 @@ from tether import keras_seam, patterns
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.forms.form import rows_and_columns
 from tether.forms.low_rank import LowRank
+from tether.layers.family.depth import (
+    NORMS,
+    Block,
+    as_blocks,
+    by_pattern,
+    checked_groups,
+    chooses,
+    is_matrix,
+    refuse_missed,
+    shared_paths,
+)
 from tether.layers.family.depth_report import SharedDepth, SharedWeight, letters
-from tether.layers.family.named import ALL_LINEAR, Named, named_weights
-from tether.layers.tying import paths
-from tether.layers.tying.fit import refuse_layer, refuse_unsupported
+from tether.layers.family.named import named_weights
+from tether.layers.tying.fit import refuse_unsupported
 from tether.layers.tying.state import WhenBuilt, numpy_of, users
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, tie_later, weights_of
@@ -36,9 +44,6 @@ from tether.patterns import Pattern
 from tether.types import Array
 from tether.weights.expression import Expression
 from tether.weights.weight import Weight
-
-NORMS = "norms"
-"""The word for what belongs to a depth and not to the block: see `share_depth`."""
 
 
 def share_depth(
@@ -104,140 +109,14 @@ def share_depth(
     assert deep.count_params() == report.after == report.before // 2
     ```
     """
-    chosen = _blocks(layers, blocks)
+    chosen = as_blocks(layers, blocks)
     if groups is not None and pattern != "all":
         raise TetherError(f"Give a pattern or groups, not both. {received(pattern=pattern, groups=groups)}")
-    found = _by_pattern(pattern, len(chosen)) if groups is None else _checked_groups(groups, len(chosen))
+    found = by_pattern(pattern, len(chosen)) if groups is None else checked_groups(groups, len(chosen))
     _check_values(values)
     if not any(block.weights for block in chosen) and not any(block.layer.built for block in chosen):
         return _Waiting(chosen, found, only, keep, values).report
     return _Sharing(chosen, found, only, keep, values).make()
-
-
-# --------------------------------------------------------------------------- the depth
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """One block: from where it is tied, and what it has."""
-
-    layer: keras.Layer
-    root: keras.Layer
-    prefix: str
-    name: str
-    weights: dict[str, Named]
-
-    def path(self, weight: str) -> str:
-        """The path of one of its weights from the root."""
-        return f"{self.prefix}/{weight}" if self.prefix else weight
-
-
-def _blocks(layers: object, chooses: Pattern | None) -> list[_Block]:
-    if isinstance(layers, keras.layers.Layer):
-        found = _below(layers, chooses)
-    elif chooses is not None:
-        raise TetherError(
-            f"`blocks` chooses layers of a model; of a list, give those that are meant. {received(blocks=chooses)}"
-        )
-    elif isinstance(layers, Sequence) and not isinstance(layers, str):
-        found = []
-        for layer in layers:
-            refuse_layer("share_depth", layer)
-            found.append((layer, layer, "", layer.name))
-    else:
-        raise TetherError(
-            "`share_depth` takes the blocks in their order, or a model and a pattern of their names: "
-            f"`share_depth(model, 'cycle:2', blocks='block_*')`. {received(layers=layers)}"
-        )
-    if len(found) < 2:
-        raise TetherError(f"Depth is shared by two blocks or more. {received(blocks=[name for *_, name in found])}")
-    twice = [name for place, (layer, *_, name) in enumerate(found) if any(layer is o for o, *_ in found[:place])]
-    if twice:
-        raise TetherError(f"{twice[0]!r} is given twice: a layer that is used twice shares all its weights already.")
-    return [
-        _Block(layer, root, prefix, name, {weight.path: weight for weight in named_weights(layer)})
-        for layer, root, prefix, name in found
-    ]
-
-
-def _below(root: keras.Layer, chooses: Pattern | None) -> list[tuple[keras.Layer, keras.Layer, str, str]]:
-    """The outermost layers below a model that a pattern chooses, each once."""
-    refuse_layer("share_depth", root)
-    walked = [(path, names, mixed, layer) for path, names, mixed, layer in paths.walk_layers(root) if path]
-    names = ["/".join(mixed) for _, _, mixed, _ in walked]
-    if chooses is None:
-        raise TetherError(
-            f"Of a model, say which of its layers are the blocks: `share_depth(model, blocks='block_*')`. "
-            f"{root.name!r} has {', '.join(map(repr, names[:12]))}{' and more' if len(names) > 12 else ''}."
-        )
-    found: list[tuple[keras.Layer, keras.Layer, str, str]] = []
-    inside: list[paths.Path] = []
-    for path, by_name, mixed, layer in walked:
-        spelled = tuple("/".join(each) for each in (path, mixed, by_name))
-        if any(path[: len(other)] == other for other in inside) or not patterns.fits(chooses, *spelled):
-            continue
-        inside.append(path)
-        if not any(layer is other for other, *_ in found):
-            found.append((layer, root, spelled[0], spelled[1]))
-    if not found:
-        raise UnknownName(
-            f"No layer of {root.name!r} fits the pattern {chooses!r}. {patterns.missed(chooses, names, 'layer')}"
-        )
-    return found
-
-
-_NUMBERED = ("sequence", "cycle", "cycle_reverse")
-
-
-def _by_pattern(pattern: object, depth: int) -> list[list[int]]:
-    """The places that share, in the order of the depth."""
-    word, mark, number = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
-    plain = word if not mark else ""
-    if word in _NUMBERED and number.isascii() and number.isdigit():
-        own = int(number)
-        if not 1 <= own <= depth:
-            raise TetherError(
-                f"Of {depth} blocks, 1 to {depth} can have weights of their own. {received(pattern=pattern)}"
-            )
-        last = own * (math.ceil(depth / own) - 1)  # where the last turn begins
-        if word == "sequence":
-            order = [place * own // depth for place in range(depth)]
-        else:
-            order = [place % own for place in range(depth)]
-        if word == "cycle_reverse":
-            order = [own - 1 - of if place >= last else of for place, of in enumerate(order)]
-    elif plain == "all":
-        order = [0] * depth
-    elif plain == "sandwich":
-        if depth < 4:
-            raise TetherError(
-                f"A sandwich has two blocks or more between the first and the last. {received(blocks=depth)}"
-            )
-        order = [0, *[1] * (depth - 2), 2]
-    else:
-        hint = f" Say how many have weights of their own: '{plain}:2'." if plain in _NUMBERED else ""
-        raise TetherError(
-            "A pattern of the depth is 'all', 'sequence:k', 'cycle:k', 'cycle_reverse:k' or 'sandwich', such as "
-            f"'cycle:2'; or give `groups=[[0, 1], [2, 3]]`.{hint} {received(pattern=pattern)}"
-        )
-    found: dict[int, list[int]] = {}
-    for place, letter in enumerate(order):
-        found.setdefault(letter, []).append(place)
-    return list(found.values())
-
-
-def _checked_groups(groups: object, depth: int) -> list[list[int]]:
-    try:
-        found = [[int(place) for place in group] for group in groups]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        found = []
-    places = [place for group in found for place in group]
-    if not places or len(set(places)) < len(places) or not all(0 <= place < depth for place in places):
-        raise TetherError(
-            f"`groups` has the places of blocks that share, 0 to {depth - 1}, each once: [[0, 1], [2, 3]]. "
-            f"{received(groups=groups)}"
-        )
-    return [sorted(group) for group in found]
 
 
 def _check_values(values: object) -> None:
@@ -254,67 +133,6 @@ def _check_values(values: object) -> None:
         )
 
 
-# --------------------------------------------------------------------------- which weights
-
-
-_NORMALIZATIONS = (
-    keras.layers.BatchNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.LayerNormalization,
-    keras.layers.RMSNormalization,
-)
-_SCALES = ("gamma", "beta", "scale", "alpha", "*_gamma", "*_scale", "layer_scale*")
-"""What vectors of a depth's own are called: of norms that are no layers of Keras's, and of residual branches."""
-
-
-def _is_of_the_depth(weight: Named) -> bool:
-    """Whether a weight is what `"norms"` means."""
-    if not weight.can_train or isinstance(weight.layer, _NORMALIZATIONS) or weight.shape == ():
-        return True
-    leaf = weight.path.rpartition("/")[2].lstrip("_")
-    of_norm = "norm" in type(weight.layer).__name__.lower()
-    return len(weight.shape) == 1 and (of_norm or any(fnmatch.fnmatchcase(leaf, each) for each in _SCALES))
-
-
-def _is_linear(weight: Named) -> bool:
-    return weight.is_linear
-
-
-_WORDS = {NORMS: _is_of_the_depth, ALL_LINEAR: _is_linear}
-
-
-def _is_matrix(weight: Named) -> bool:
-    """Whether a low-rank part can be smaller than the weight: no vector, nor the bias of several axes."""
-    return len(weight.shape) > 1 and not weight.path.rpartition("/")[2].endswith("bias")
-
-
-def _chooses(pattern: Pattern, weight: Named) -> bool:
-    """Whether patterns, of which some may be words, choose a weight: the last one that fits decides."""
-    each = patterns.parts(pattern) if pattern not in ((), []) else ()
-    first = next(iter(each), "")
-    chosen = isinstance(first, str) and first.startswith("!")
-    for one in each:
-        leaves_out = isinstance(one, str) and one.startswith("!")
-        positive = one[1:] if isinstance(one, str) and leaves_out else one
-        word = _WORDS.get(positive) if isinstance(positive, str) else None
-        if weight.fits(positive) if word is None else word(weight):
-            chosen = not leaves_out
-    return chosen
-
-
-def _refuse_missed(pattern: Pattern, weights: Sequence[Named]) -> None:
-    for one in patterns.parts(pattern) if pattern not in ((), []) else ():
-        excluding = isinstance(one, str) and (one.startswith("!") or one in _WORDS)
-        if not excluding and not any(weight.fits(one) for weight in weights):
-            raise UnknownName(
-                f"No weight of the blocks fits the pattern {one!r}. {patterns.missed(one, (w.name for w in weights))}"
-            )
-
-
-def _shared(weights: dict[str, Named], only: Pattern, keep: Pattern) -> list[str]:
-    return [path for path, weight in weights.items() if _chooses(only, weight) and not _chooses(keep, weight)]
-
-
 # --------------------------------------------------------------------------- sharing
 
 
@@ -322,7 +140,7 @@ class _Sharing:
     """One call: everything that can fail first, then the ties."""
 
     def __init__(
-        self, blocks: list[_Block], groups: list[list[int]], only: Pattern, keep: Pattern, values: str | LowRank
+        self, blocks: list[Block], groups: list[list[int]], only: Pattern, keep: Pattern, values: str | LowRank
     ) -> None:
         self.blocks, self.groups, self.values = blocks, groups, values
         empty = next((block for block in blocks if not block.weights), None)
@@ -333,20 +151,17 @@ class _Sharing:
             )
         weights = [weight for block in blocks for weight in block.weights.values()]
         for pattern in (only, keep):
-            _refuse_missed(pattern, weights)
+            refuse_missed(pattern, weights)
         for weight in weights:
-            if weight.layer.quantization_mode is not None and _chooses(only, weight):
+            if weight.layer.quantization_mode is not None and chooses(only, weight):
                 refuse_unsupported(weight.layer)
-        self.shared = [
-            [path for path, w in block.weights.items() if _chooses(only, w) and not _chooses(keep, w)]
-            for block in blocks
-        ]
+        self.shared = [shared_paths(block.weights, only, keep) for block in blocks]
         for group in groups:
             for place in group[1:]:
                 self._refuse_other(group[0], place)
         if isinstance(values, LowRank):
             self.shared = [
-                [path for path in found if _is_matrix(block.weights[path])]
+                [path for path in found if is_matrix(block.weights[path])]
                 for block, found in zip(blocks, self.shared, strict=True)
             ]
             self._refuse_constraints()
@@ -504,7 +319,7 @@ class _Waiting:
     """Sharing that begins when the blocks are built: the first one of a group that is, says what it has."""
 
     def __init__(
-        self, blocks: list[_Block], groups: list[list[int]], only: Pattern, keep: Pattern, values: str | LowRank
+        self, blocks: list[Block], groups: list[list[int]], only: Pattern, keep: Pattern, values: str | LowRank
     ) -> None:
         if values != "first":
             raise TetherError(
@@ -540,7 +355,7 @@ class _Waiting:
                 f"The `build` of {block.name!r} leaves {waiting.name!r} to be built later, so that nobody knows the "
                 "block's weights. Build it there, or share the depth when the model is built."
             )
-        shared = _shared({weight.path: weight for weight in named_weights(layer)}, self.only, self.keep)
+        shared = shared_paths({weight.path: weight for weight in named_weights(layer)}, self.only, self.keep)
         if group[0] in self.of_first:
             other = self.of_first[group[0]]
             lacking = next(iter(set(shared) ^ set(other)), None)
