@@ -19,7 +19,7 @@ def quick(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "tiny.txt"
     file.write_text("to be or not to be, that is the question. " * 200, encoding="utf-8")
     console = Console(width=110, file=io.StringIO())
-    rows = shared_depth.main(quick=True, seeds=2, steps=60, text=file, output=file.parent, console=console)
+    rows = shared_depth.main(quick=True, seeds=1, steps=40, text=file, output=file.parent, console=console)
     return {row.name: row for row in rows}, console.file.getvalue(), file.parent
 
 
@@ -42,17 +42,24 @@ def test_every_way_learns(quick):
     rows, _, _ = quick
     guess = math.log2(17)  # letters that are about as likely
     assert all(loss < guess for row in rows.values() for loss in row.losses)
-    assert all(row.spread > 0 for row in rows.values())
+
+
+def test_the_noise_is_said():
+    names = ("own", "cycle", "2 blocks, not repeated")
+    rows = [shared_depth.Row(name, "AB", 10 + place, (2.0, 2.2), 1.0) for place, name in enumerate(names)]
+    assert rows[0].spread == pytest.approx(0.1414, abs=1e-4)
+    assert "below about 0.283" in shared_depth.in_words(rows)
+    alone = [shared_depth.Row(row.name, "AB", row.parameters, (2.0,), 1.0) for row in rows]
+    assert math.isnan(alone[0].spread) and "nobody knows" in shared_depth.in_words(alone)
 
 
 def test_the_table_and_the_picture_show_it(quick):
     rows, text, folder = quick
     for row in rows.values():
-        (line,) = (
-            line for line in text.splitlines() if line.strip().startswith(f"{row.name} ") and row.letters in line
-        )
+        (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{row.name}  "))
+        assert row.letters in line
         assert f"{row.parameters:,}" in line and f"{row.mean:.3f}" in line
-    assert "noise" in text
+    assert "nobody knows how large the noise is" in text.replace("\n", " ")
     if "No picture" not in text:
         assert (folder / "shared_depth.svg").read_text(encoding="utf-8").count("<svg") == 1
 
