@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tether
+from tests import kinds
 from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported
 
@@ -280,3 +281,26 @@ def test_a_layer_used_twice_is_shared_once():
     other = built()
     tether.tie(model, {"shared/**": other})
     assert distinct(other, shared) == distinct(other)
+
+
+@kinds.for_each()
+@pytest.mark.parametrize("how", ["tie", "tie, not built", "share_depth"])
+def test_every_kind_of_layer(kind, how, rng, tmp_path):
+    x = kind.inputs(rng)
+    a, b = kind.make(), kind.make()
+    y = numpy(kinds.apply(a, x))
+    if how != "tie, not built":
+        kinds.apply(b, x)
+    if how == "share_depth":
+        report = tether.share_depth([a, b], keep=())
+        assert report.after * 2 == report.before
+    else:
+        tether.tie(b, a)
+    np.testing.assert_allclose(numpy(kinds.apply(b, x)), y, atol=1e-6)
+    assert {id(weight) for weight in b.weights} == {id(weight) for weight in a.weights}
+    symbol = kind.symbol()
+    model = keras.Model(symbol, [kinds.apply(a, symbol), kinds.apply(b, symbol)])
+    tether.files.save_model(model, tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    assert again.count_params() == a.count_params()
+    np.testing.assert_allclose(numpy(again(x)[1]), y, atol=1e-6)
