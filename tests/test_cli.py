@@ -72,6 +72,8 @@ def made(tmp_path_factory):
     tether.adapters.save(plain, "french", folder / "french.safetensors")
     tether.files.save_peft(plain, folder / "french-peft", adapter="french")
     plain.save(folder / "adapted.keras")
+    blocks = [keras.layers.Dense(4, activation="tanh", name=f"block_{place}") for place in range(4)]
+    keras.Sequential([keras.Input((4,)), *blocks, keras.layers.Dense(2, name="head")]).save(folder / "deep.keras")
     return folder
 
 
@@ -110,7 +112,9 @@ def refused(*arguments):
 # --------------------------------------------------------------------------- help
 
 
-COMMANDS = ["summary", "check", "plot", "diff", "explain", "materialize", "export", "doctor", "completion", "demo"]
+COMMANDS = [
+    "summary", "check", "plot", "diff", "explain", "materialize", "share", "export", "doctor", "completion", "demo",
+]  # fmt: skip
 
 
 OF_ADAPTERS = ["list", "combine", "convert"]
@@ -140,11 +144,11 @@ def test_the_examples_of_the_help_run(example, folder, monkeypatch):
     (folder / "my_layers.py").write_text(MY_LAYERS)
     for name in ("before.keras", "after.keras"):
         shutil.copy("model.keras", name)
-    command = example.partition(" | ")[0].partition(" > ")[0].replace('"Before tying"', "Before")
+    command = example.partition(" | ")[0].partition(" > ")[0]
     command = command.removeprefix('eval "$(').removesuffix(')"')
     if "-o french-peft" in command:
         shutil.rmtree("french-peft")
-    result = run(*command.split()[1:])
+    result = run(*shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
 
 
@@ -538,6 +542,50 @@ def test_a_link_to_a_file_stays_a_link(folder):
     done("materialize", "model.keras", "-o", "link.keras")
     assert (folder / "link.keras").is_symlink()
     assert zipfile.is_zipfile(folder / "below/out.keras")
+
+
+@pytest.fixture
+def deep(folder):
+    """The model with four blocks, of which there is a file."""
+    return keras.saving.load_model("deep.keras")
+
+
+def test_share_writes_the_model_with_its_depth_shared(deep):
+    before = (os.stat("deep.keras").st_mtime_ns, deep.count_params())
+    text = done(
+        "share", "deep.keras", "--blocks", "block_*", "--pattern", "cycle:2", "--values", "mean", "-o", "out.keras"
+    )
+    shared = keras.saving.load_model("out.keras")
+    assert text.endswith(f"Wrote out.keras: {shared.count_params()} parameters\n") and "ABAB" in text
+    assert shared.count_params() == before[1] - 2 * 20
+    mean = (numpy(deep.get_layer("block_0").kernel) + numpy(deep.get_layer("block_2").kernel)) / 2
+    np.testing.assert_allclose(numpy(shared.get_layer("block_2").kernel.value), mean, atol=1e-6)
+    assert os.stat("deep.keras").st_mtime_ns == before[0]
+
+
+def test_share_has_low_rank_parts_and_patterns(deep, rng):
+    x = rng.normal(size=(3, 4)).astype("float32")
+    done("share", "deep.keras", "--blocks", "block_*", "--rank", 4, "-o", "exact.keras")
+    exact = keras.saving.load_model("exact.keras")
+    np.testing.assert_allclose(numpy(exact(x)), numpy(deep(x)), atol=1e-5)
+    done("share", "deep.keras", "--blocks", "block_*", "--only", "*kernel", "--keep", "*bias", "-o", "kernels.keras")
+    assert keras.saving.load_model("kernels.keras").count_params() == deep.count_params() - 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--blocks", "layer_*"), "No layer of"),
+        (("--blocks", "block_*", "--pattern", "cycle"), "'cycle:2'"),
+        (("--blocks", "block_*", "--only", "kernal"), "kernal"),
+        (("--blocks", "block_*", "--rank", "2", "--values", "first"), "--values"),
+        (("--blocks", "block_*", "-o", "out.h5"), "ends in '.keras'"),
+        (("--blocks", "block_*", "-o", "deep.keras", "--force"), "never written over"),
+    ],
+)
+def test_a_share_that_fails_writes_nothing(options, said, deep, folder):
+    assert said in refused("share", "deep.keras", "-o", "out.keras", *options)
+    assert not (folder / "out.keras").exists()
 
 
 def test_a_materialize_that_fails_leaves_everything_as_it_was(folder, monkeypatch):

@@ -32,8 +32,8 @@ MISTAKES = [
     # ---- tying
     Mistake(
         "A",
-        "tie(dense(), kernel=dense('other'))",
-        r"'kernel' of layer 'dense'.*`tether\.weight_of\(other, 'kernel'\)`.*Dense",
+        "tie(dense(), kernel=dense('other', 7))",
+        r"'kernel' of 'dense' has shape .*'kernel' of 'other', which it is to share, has shape",
     ),
     Mistake(
         "A", "tie(dense(), kernel=dense('other').kernel)", r"its layer owns it.*`tether\.weight_of\(layer, 'kernel'\)`"
@@ -46,7 +46,9 @@ MISTAKES = [
         "tie(dense(), kernel=tether.low_rank(2))",
         r"'kernel'.*weight_of\(layer, 'kernel'\) \+ tether\.low_rank.*LowRank",
     ),
-    Mistake("A", "tie(dense(), kernel='w')", r"'kernel' of layer 'dense'.*`tether\.weight_of\(layer, 'w'\)`.*'str'"),
+    Mistake(
+        "A", "tie(dense(), kernel='w')", r"'kernel' of 'dense' is to share 'w' of 'dense', which has no such weight"
+    ),
     Mistake(
         "A", "tie(dense(), kernel=lambda w: 2 * w)", r"`function\(tether\.weight_of\(layer, 'kernel'\)\)`.*'function'"
     ),

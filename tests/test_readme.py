@@ -13,6 +13,7 @@ WITH_CODE = [
     "docs/semantics.md",
     "docs/adapters.md",
     "docs/inheriting.md",
+    "docs/depth.md",
     "docs/planning.md",
     "docs/saving.md",
     "docs/quantizing.md",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tether.inspection.summary import summary
     from tether.layers.family.extend import extend
     from tether.layers.family.inherit import inherit
+    from tether.layers.family.share_depth import share_depth
 
 __version__ = "0.1.0"
 """The version: the package's metadata takes it from this line."""
@@ -46,6 +47,7 @@ __all__ = [
     "planning",
     "plot",
     "route",
+    "share_depth",
     "sharing",
     "summary",
     "tie",
@@ -67,6 +69,7 @@ _LATER = {
     "low_rank": "tether.forms.low_rank",
     "planning": "tether.planning",
     "plot": "tether.inspection.plotting",
+    "share_depth": "tether.layers.family.share_depth",
     "summary": "tether.inspection.summary",
     "transfer": "tether.transfer",
 }

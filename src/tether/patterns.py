@@ -85,16 +85,16 @@ def is_exact(pattern: object) -> bool:
     return isinstance(pattern, str) and not pattern.startswith("!") and not any(sign in pattern for sign in "*?[")
 
 
-def missed(pattern: object, names: Iterable[str]) -> str:
+def missed(pattern: object, names: Iterable[str], what: str = "weight") -> str:
     """What to say of a pattern that fits none of these names: the nearest of them, and how many there are."""
     known = list(dict.fromkeys(names))
     if not known:
-        return "It has no weights."
+        return f"It has no {what}s."
     words = pattern if isinstance(pattern, str) else " ".join(str(getattr(p, "pattern", p)) for p in parts(pattern))
     near = _nearest(words.strip("!*?"), known)
     meant = f"Did you mean {', '.join(map(repr, near))}? " if near else ""
     listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-    return f"{meant}It has {len(known)} weight{'s' if len(known) > 1 else ''}: {listed}."
+    return f"{meant}It has {len(known)} {what}{'s' if len(known) > 1 else ''}: {listed}."
 
 
 def _nearest(word: str, known: list[str]) -> list[str]:

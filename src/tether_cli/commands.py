@@ -254,6 +254,63 @@ def materialize(
 
 @app.command(
     epilog=examples(
+        'tether share deep.keras --blocks "block_*" --pattern cycle:2 -o half.keras',
+        'tether share deep.keras --blocks "block_*" --pattern cycle:2 --rank 8 -o relaxed.keras',
+        'tether share deep.keras --blocks "block_*" --only "*kernel" --values mean -o kernels.keras',
+    )
+)
+def share(
+    model: Model,
+    blocks: Annotated[str, typer.Option(metavar="NAMES", help="The blocks, by a pattern of their paths: 'block_*'.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .keras file to write.")],
+    pattern: Annotated[
+        str, typer.Option(help="Which blocks are one: all, sequence:K, cycle:K, cycle_reverse:K or sandwich.")
+    ] = "all",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Share only these weights of a block. Repeatable.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave these with each depth; left out, norms. Repeatable."),
+    ] = None,
+    values: Annotated[
+        Literal["first", "mean"] | None,
+        typer.Option(help="What a shared weight starts with; left out, the first block's value."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Add to the mean a low-rank part of each depth, as near as it can be.")
+    ] = None,
+    force: Force = False,
+    custom: Custom = None,
+) -> None:
+    """Writes the model with blocks of one structure that share weights through its depth.
+
+    The model is loaded in Keras's safe mode; the file that is read stays as
+    it is. What is printed says how far each weight has moved.
+    """
+    from tether_cli.console import busy
+    from tether_cli.models import import_custom, load, require, save, start, target
+
+    require(model)
+    if output.suffix != ".keras":
+        raise Failed(f"A model is saved in a file that ends in '.keras', not {output.name!r}.")
+    if rank is not None and values == "first":
+        raise Failed("--rank adds to the mean of the blocks: leave --values first out.")
+    final = target(output, inputs=(model,), force=force)
+    package = start()
+    loaded = load(model, import_custom(custom), compile=False)
+    started = values or "first" if rank is None else package.low_rank(rank)
+    with busy("Sharing"):
+        report = package.share_depth(
+            loaded, pattern, blocks=blocks, only=only or "*", keep=keep or "norms", values=started
+        )
+    with busy(f"Writing {output.name}"):
+        save(loaded, final)
+    typer.echo(f"{report}\nWrote {output}: {loaded.count_params():,} parameters")
+
+
+@app.command(
+    epilog=examples(
         "tether export model.keras -o out.onnx",
         "tether export model.keras -o out.onnx --format onnx --tolerance 1e-3",
         "tether export model.keras -o out.onnx --input-shape 5",

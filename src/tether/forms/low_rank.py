@@ -126,7 +126,12 @@ class LowRank(AddedForm):
         target = np.asarray(self.start, dtype="float64")
         if target.shape != value.shape:
             raise ShapeMismatch(f"The start has the base's shape {value.shape}. {received(shape=target.shape)}")
-        left, right = self._factors(target - value, rows, columns)
+        return self.near(base, target - value)
+
+    def near(self, base: Expression, difference: Array) -> Expression:
+        """`s · A B` beside a base, as near to a difference of its shape as the rank allows (a truncated SVD)."""
+        rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
+        left, right = self._factors(difference, rows, columns)
         return self._product(*self._parts(base, left, right), rows, columns)
 
     def _parts(self, base: Expression, left: Array, right: Array) -> tuple[Expression, Expression]:

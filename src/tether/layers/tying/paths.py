@@ -412,20 +412,36 @@ def weight_paths(layer: keras.Layer) -> list[str]:
 
 def walk(layer: keras.Layer) -> Iterator[tuple[Path, Path, keras.Layer, keras.Variable]]:
     """Every weight below a built layer, at every place: canonical path, path by layer names, its layer, itself."""
-    yield from _walk(Holdings(), layer, (), (), (layer,))
+    for path, names, _, own, variable in walk_spelled(layer):
+        yield path, names, own, variable
 
 
-def _walk(
-    holdings: Holdings, layer: keras.Layer, path: Path, names: Path, around: tuple[keras.Layer, ...]
-) -> Iterator[tuple[Path, Path, keras.Layer, keras.Variable]]:
+def walk_spelled(layer: keras.Layer) -> Iterator[tuple[Path, Path, Path, keras.Layer, keras.Variable]]:
+    """The same, with a third path: by names for layers of a graph, by attributes for what is in these."""
+    holdings = Holdings()
+    for path, names, mixed, own in _layers(holdings, layer, ((), (), ()), (layer,)):
+        held = holdings.of(own)
+        for variable in held.variables:
+            leaf = held.names[id(variable)]
+            yield path + leaf, names + leaf, mixed + leaf, own, variable
+
+
+def walk_layers(layer: keras.Layer) -> Iterator[tuple[Path, Path, Path, keras.Layer]]:
+    """A layer and every layer below it, at every place, with the same three paths; a layer before those in it."""
+    yield from _layers(Holdings(), layer, ((), (), ()), (layer,))
+
+
+def _layers(
+    holdings: Holdings, layer: keras.Layer, at: tuple[Path, Path, Path], around: tuple[keras.Layer, ...]
+) -> Iterator[tuple[Path, Path, Path, keras.Layer]]:
+    yield *at, layer
     held = holdings.of(layer)
-    for variable in held.variables:
-        leaf = held.names[id(variable)]
-        yield path + leaf, names + leaf, layer, variable
-    listed = layer.layers if held.is_graph else held.children
-    for child in listed:
+    path, names, mixed = at
+    for child in layer.layers if held.is_graph else held.children:
         if not isinstance(child, Weight) and not any(child is other for other in around):
-            yield from _walk(holdings, child, path + held.child(child), (*names, child.name), (*around, child))
+            canonical, name = held.child(child), (child.name,)
+            below = path + canonical, names + name, mixed + (name if held.is_graph else canonical)
+            yield from _layers(holdings, child, below, (*around, child))
 
 
 def nothing_there(root: keras.Layer, path: Path, layer: keras.Layer, rest: Path) -> str:

@@ -290,6 +290,15 @@ class ViewSlot:
 
 
 @dataclass(eq=False)
+class WhenBuilt:
+    """What is to be done with a layer as soon as it is built: until then, nobody knows its weights."""
+
+    act: Callable[[keras.Layer], None]
+    made_by_code: bool
+    """Asked for inside the constructor of a Keras object, which asks for it again when it is made again."""
+
+
+@dataclass(eq=False)
 class State:
     """The ties of one layer: those that wait for a variable, and those that have one."""
 
@@ -303,6 +312,7 @@ class State:
     """Arguments of ties that were asked for here and are recorded on layers below: this layer's call takes them."""
     penalties: list[Penalty] = field(default_factory=list)
     """Penalties recorded here, and those of a graph around this layer: for a clone of the graph."""
+    when_built: list[WhenBuilt] = field(default_factory=list)
     clashes: list[str] = field(default_factory=list)
     """Names that the layer gave to a second variable after a view had been handed out for the first."""
     held: list[Any] = field(default_factory=list)

@@ -5,17 +5,19 @@ Nothing is changed before everything is known to fit, and a failure half way is 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeGuard
 
 import keras
 
 from tether import keras_seam, patterns
 from tether.errors import TetherError, UnknownName, received
 from tether.layers.tying import paths
-from tether.layers.tying.fit import given_twice, refuse_layer, refuse_tie, refuse_twice
+from tether.layers.tying.counterparts import Counterparts, Origin, Source
+from tether.layers.tying.fit import given_twice, refuse_layer, refuse_tie, refuse_twice, refuse_unsupported
 from tether.layers.tying.penalty import ALIVE, Penalty, Stated
 from tether.layers.tying.state import Tie, View, arguments_in, hang_weights, state_of, weights_below
 from tether.layers.tying.swap import Rollback, swapped
@@ -26,14 +28,19 @@ from tether.weights.leaves import Argument
 from tether.weights.weight import Weight
 
 
-def tie(layer: AnyLayer, weights: Mapping[str, object] | None = None, /, **by_name: object) -> AnyLayer:
+def tie(layer: AnyLayer, weights: Mapping[str, object] | keras.Layer | None = None, /, **by_name: object) -> AnyLayer:
     """Makes weights of a layer read expressions, in place, and returns the layer.
+
+    In the place of an expression, a layer stands for its weights, and a string for weights of `layer` itself: each
+    weight that the key names shares the one that corresponds to it, and takes its value. The stars of a string stand
+    for what the last stars of its key do. What has no counterpart of its shape is an error, and nothing is tied.
 
     Args:
         layer: A Keras layer or model, built or not.
         weights: Expressions by path, for names that are not identifiers: `{"query/kernel": w}`. A path
             is made of attributes, indices and names of sub-layers, and ends in a weight's name. Below a built layer it
             may be a pattern for several (`tether.patterns`): `{"*/query/kernel": w}`; a later one counts.
+            Another layer, made alike, shares all its weights: `tie(layer, other)` is `tie(layer, {"**": other})`.
         **by_name: Expressions by the weight's name or attribute: `kernel=codec.T`. A number or an
             array is a constant.
 
@@ -52,12 +59,39 @@ def tie(layer: AnyLayer, weights: Mapping[str, object] | None = None, /, **by_na
     codec = tether.Weight(name="codec")
     encode = tether.tie(keras.layers.Dense(64, activation="relu"), kernel=codec)
     decode = tether.tie(keras.layers.Dense(784), kernel=codec.T)
+
+    tether.tie(layer, parent)                                    # the weights of a layer that is made alike
+    tether.tie(model, {"attention/key/**": "attention/query/**"})  # and those of the model's own
     ```
     """
-    wanted = _wanted(layer, weights, by_name)
+    wanted, shared = _wanted(layer, weights, by_name)
     made_by_code = keras_seam.maker(layer) is not None
-    _tie_all(layer, wanted, _places(layer, wanted), made_by_code=made_by_code)
+    if shared:
+        _share(layer, wanted, shared, made_by_code=made_by_code)
+    else:
+        _tie_all(layer, wanted, _places(layer, wanted), made_by_code=made_by_code)
     return layer
+
+
+def _share(layer: keras.Layer, wanted: dict[str, Expression], shared: dict[str, Source], *, made_by_code: bool) -> None:
+    """Ties to weights of layers, which are promoted for it; with them, nothing is left of a failure."""
+    places = _places(layer, [*wanted, *shared])
+    for place in places.values():
+        refuse_unsupported(place.layer)
+    roots = {id(source.root): source.root for source in shared.values()}
+    with contextlib.ExitStack() as stack:
+        for root in {id(layer): layer, **roots}.values():
+            stack.enter_context(Rollback.below(root))
+        for root in roots.values():
+            found = weights_of(root, dict.fromkeys(s.path for s in shared.values() if s.root is root))
+            wanted.update((path, resolved(found[s.path])) for path, s in shared.items() if s.root is root)
+        if wanted:
+            _tie_all(layer, wanted, _places(layer, wanted), made_by_code=made_by_code)
+
+
+def tie_later(layer: keras.Layer, ties: Mapping[str, Expression], *, made_by_code: bool) -> None:
+    """Makes ties that were asked for earlier; whether a constructor asked for them was known then."""
+    _tie_all(layer, dict(ties), _places(layer, ties), made_by_code=made_by_code)
 
 
 def restore(layer: keras.Layer, ties: Mapping[str, Expression], takes: list[Argument], penalties: list[Stated]) -> None:
@@ -101,8 +135,8 @@ def weight_of(layer: keras.Layer, name: str) -> Weight | Expression:
     return weights_of(layer, [name])[name]
 
 
-def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Expression]:
-    """What `weight_of` gives, for several names at once."""
+def weights_of(layer: keras.Layer, names: Iterable[str], *, made_by_code: bool | None = None) -> dict[str, Expression]:
+    """What `weight_of` gives, for several names at once; `made_by_code`, if that was known before."""
     refuse_layer("weight_of", layer)
     names = list(names)
     holdings = paths.Holdings(len(names))
@@ -126,19 +160,25 @@ def weights_of(layer: keras.Layer, names: Iterable[str]) -> dict[str, Expression
                 by_place[key].find_path()  # of a layer that is not built: the path that the layer gives its variable
             found[name] = by_place[key]
     if made:
-        _tie_all(layer, made, places, made_by_code=keras_seam.maker(layer) is not None)
+        by_code = keras_seam.maker(layer) is not None if made_by_code is None else made_by_code
+        _tie_all(layer, made, places, made_by_code=by_code)
     return found
 
 
 # --------------------------------------------------------------------------- what is asked for
 
 
-def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) -> dict[str, Expression]:
+def _wanted(
+    layer: keras.Layer, weights: object, by_name: Mapping[str, object]
+) -> tuple[dict[str, Expression], dict[str, Source]]:
+    """What is given for each weight: expressions, and weights of layers that are to be shared."""
     refuse_layer("tie", layer)
+    if isinstance(weights, keras.layers.Layer) and _is_origin(weights):
+        weights = {"**": weights}
     if weights is not None and not isinstance(weights, Mapping):
         raise TetherError(
-            "`tie` takes expressions by name: `tie(layer, kernel=w)` or `tie(layer, {'query/kernel': w})`. "
-            f"{received(weights=weights)}"
+            "`tie` takes expressions by name: `tie(layer, kernel=w)` or `tie(layer, {'query/kernel': w})`; or another "
+            f"layer, whose weights are shared. {received(weights=weights)}"
         )
     given = dict(weights or {})
     twice = set(given) & set(by_name)
@@ -150,8 +190,13 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
             f"`tie` needs at least one weight of layer {layer.name!r}, as in `tie(layer, kernel=w)`, and none came. It "
             f"has: {', '.join(paths.weight_paths(layer)) or 'none yet'}."
         )
-    wanted = {}
-    for path, value in by_path(layer, given).items():
+    counterparts = Counterparts(layer) if any(map(_is_origin, given.values())) else None
+    wanted: dict[str, Expression] = {}
+    shared: dict[str, Source] = {}
+    for path, value in by_path(layer, given, counterparts).items():
+        if isinstance(value, Source):
+            shared[path] = value
+            continue
         try:
             wanted[path] = resolved(as_expression(value))
         except TypeError:
@@ -160,16 +205,26 @@ def _wanted(layer: keras.Layer, weights: object, by_name: Mapping[str, object]) 
                 f"number or an array.{instead_of(value, path.rpartition('/')[2])} "
                 f"{received(type=type(value).__name__)}"
             ) from None
-    return wanted
+    return wanted, {} if counterparts is None else counterparts.checked(shared)
 
 
-def by_path(layer: keras.Layer, given: Mapping[Any, Any]) -> dict[str, Any]:
-    """What is given by path, where patterns may stand for several."""
-    if all(patterns.is_exact(key) or not isinstance(key, (str, re.Pattern, tuple)) for key in given):
+def _is_origin(value: object) -> TypeGuard[Origin]:
+    """Whether a value in the place of an expression stands for weights that are to be shared one by one."""
+    return isinstance(value, str) or (isinstance(value, keras.layers.Layer) and not isinstance(value, Weight))
+
+
+def by_path(layer: keras.Layer, given: Mapping[Any, Any], counterparts: Counterparts | None = None) -> dict[str, Any]:
+    """What is given by path, where patterns may stand for several, and layers for their weights."""
+    exact = all(patterns.is_exact(key) or not isinstance(key, (str, re.Pattern, tuple)) for key in given)
+    if exact and counterparts is None:
         return dict(given)
     names = {"/".join(path): "/".join(name) for path, name, _, _ in paths.walk(layer)}
+    sources: dict[Any, dict[str, Source]] = {}
 
-    def choose(pattern: Any) -> list[str]:
+    def choose(pattern: Any) -> Iterable[str]:
+        if counterparts is not None and _is_origin(given.get(pattern)):
+            sources[pattern] = counterparts.of(pattern, given[pattern])
+            return sources[pattern]
         chosen = [path for path, name in names.items() if patterns.fits(pattern, path, name)]
         if not chosen and not patterns.is_exact(pattern):
             raise UnknownName(
@@ -177,10 +232,11 @@ def by_path(layer: keras.Layer, given: Mapping[Any, Any]) -> dict[str, Any]:
             )
         return chosen or [pattern]
 
-    return patterns.spread(given, choose)
+    by_path = patterns.spread({key: (key, value) for key, value in given.items()}, choose)
+    return {path: sources[key][path] if key in sources else value for path, (key, value) in by_path.items()}
 
 
-def _places(layer: keras.Layer, wanted: dict[str, Expression]) -> dict[str, paths.Place]:
+def _places(layer: keras.Layer, wanted: Collection[str]) -> dict[str, paths.Place]:
     holdings = paths.Holdings(len(wanted))
     return {path: paths.locate(layer, paths.split(path), holdings) for path in wanted}
 
@@ -306,4 +362,4 @@ def drop_void_penalties(layers: list[keras.Layer]) -> None:
                 detach_penalty(penalty, [layer])
 
 
-__all__ = ["by_path", "restore", "tie", "weight_of", "weights_of"]
+__all__ = ["by_path", "restore", "tie", "tie_later", "weight_of", "weights_of"]

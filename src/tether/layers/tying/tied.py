@@ -139,6 +139,11 @@ class Tied:
 
     def _lock_state(self) -> None:
         settle(self)
+        state = state_of(self)
+        if state is not None and state.when_built:
+            waiting, state.when_built = state.when_built, []
+            for each in waiting:
+                each.act(self)
         super()._lock_state()  # type: ignore[misc]
 
     @property
@@ -279,6 +284,11 @@ def _make(base: type[keras.Layer], arguments: tuple[str, ...]) -> type:
             config = dict(base.get_config(self))
         state = state_of(self)
         if state is not None:
+            if not all(waiting.made_by_code for waiting in state.when_built):
+                raise Unsupported(
+                    f"{self.name!r} is going to share weights as soon as it is built, which no config says. Build it "
+                    f"first, by a call on data or `{self.name}.build(input_shape)`; or `tether.untie` it."
+                )
             ties = encode_ties(self, state)
             if ties["ties"] and keras_seam.inside_bidirectional_init():
                 raise Unsupported(

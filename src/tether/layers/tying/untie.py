@@ -60,6 +60,7 @@ def _untie_all(layer: keras.Layer) -> None:
             for asked in list(state.pending.values()):
                 asked.forget()
             state.pending.clear()
+            state.when_built.clear()
     _clear_up(layer, keras_seam.contained_layers(layer))
 
 
@@ -207,7 +208,15 @@ def become_plain(layer: keras.Layer) -> None:
         state.takes = [argument for argument in state.takes if argument in needed]
     if takes_arguments(layer):
         take_arguments(layer)
-    if state.slots or state.pending or state.recorded or state.lent or state.takes or state.penalties:
+    if (
+        state.slots
+        or state.pending
+        or state.recorded
+        or state.lent
+        or state.takes
+        or state.penalties
+        or state.when_built
+    ):
         return
     object.__delattr__(layer, STATE)
     keras_seam.give_back_quantize(layer)
