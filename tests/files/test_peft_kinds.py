@@ -1,5 +1,6 @@
 """Every kind of PEFT folder, beside what PEFT itself computes with it (`tests/fixtures/peft/make.py`)."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tether
-from tether import adapters
+from tether import adapters, forms
 from tether.errors import InvalidConfig, TetherError, Unsupported
 from tether.files.tensors.peft_config import FIELDS
 
@@ -19,11 +20,8 @@ pytestmark = pytest.mark.spread
 
 FOLDERS = pathlib.Path(__file__).parent.parent / "fixtures" / "peft"
 KINDS = sorted(path.name for path in FOLDERS.iterdir() if (path / "values.npz").is_file())
-WRITTEN = [
-    "bias_all", "conv1d", "conv2d", "conv2d_dora", "conv2d_saved", "dora", "dora_embedding", "lora", "lora_bias",
-    "lora_embedding", "lora_only", "lora_rank_pattern", "modules_to_save", "tokens",
-]  # fmt: skip
-"""What can be written as a folder of PEFT's again."""
+WRITTEN = sorted({*KINDS} - {"pissa", "olora"})
+"""What can be written as a folder of PEFT's again, of the same kind."""
 
 
 def values(name):
@@ -46,14 +44,14 @@ def text(right):
 
 
 def image(right):
-    x = keras.Input((5, 4, 2))
-    h = keras.layers.Conv2D(4, (3, 2), activation="tanh", name="wide")(x)
-    return filled(keras.Model(x, keras.layers.Conv2D(3, 1, name="narrow")(h)), right, ("wide", "narrow"))
-
-
-def sound(right):
-    x = keras.Input((7, 2))
-    return filled(keras.Model(x, keras.layers.Conv1D(4, 3, name="wide")(x)), right, ("wide",))
+    """One convolution, of a sequence or a picture, or two."""
+    first = right["base/wide.weight"]
+    two = "base/narrow.weight" in right
+    layer = keras.layers.Conv1D if first.ndim == 3 else keras.layers.Conv2D
+    x = keras.Input((*right["x"].shape[2:], first.shape[1]))
+    h = layer(len(first), first.shape[2:], activation="tanh" if two else None, name="wide")(x)
+    h = keras.layers.Conv2D(3, 1, name="narrow")(h) if two else h
+    return filled(keras.Model(x, h), right, ("wide", "narrow") if two else ("wide",))
 
 
 def filled(model, right, layers):
@@ -69,7 +67,7 @@ def base(name):
     if "base/table.weight" in right:
         return text(right), x.astype("int32"), y, y_base
     last = [np.moveaxis(each, 1, -1) for each in (x, y, y_base)]
-    return ((image if "base/narrow.weight" in right else sound)(right), *last)
+    return (image(right), *last)
 
 
 def predict(model, x):
@@ -125,6 +123,147 @@ def test_what_is_written_is_the_same_adapter(name, named, tmp_path):
     for key, value in theirs.items():
         assert ours[key].shape == value.shape
         close(ours[key], value)
+
+
+@pytest.mark.parametrize("way", ["at once", "a model's file", "an adapter's file"])
+def test_matrices_that_are_drawn_from_a_seed_are_not_written(way, tmp_path):
+    model, x, right, _ = base("vera_seed")
+    adapters.load(model, FOLDERS / "vera_seed")
+    if way == "a model's file":
+        tether.files.save_model(model, tmp_path / "m.keras")
+        model = tether.files.load_model(tmp_path / "m.keras")
+    elif way == "an adapter's file":
+        adapters.save(model, "vera_seed", tmp_path / "a.safetensors")
+        model = base("vera_seed")[0]
+        adapters.load(model, tmp_path / "a.safetensors")
+    tether.files.save_peft(model, tmp_path / "out")
+    assert "base_model.vera_A" not in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not json.loads((tmp_path / "out" / "adapter_config.json").read_text())["save_projection"]
+    used = tether.weight_of(model, "first/kernel").weights_used()
+    next(weight for weight in used if weight.name == "vera_bases.b").assign(np.ones((6, 3), "float32").T)
+    tether.files.save_peft(model, tmp_path / "other")
+    assert "base_model.vera_B" in load_file(tmp_path / "other" / "adapter_model.safetensors")
+
+
+def by_peft(folder, right):
+    """What PEFT itself computes with a folder, where it is installed."""
+    pytest.importorskip("peft", reason="peft reads what is written")
+    spec = importlib.util.spec_from_file_location("make", FOLDERS / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    if "base/table.weight" in right:
+        kind, x = make.Text, make.IDS
+    else:
+        shape = right["base/wide.weight"].shape
+        kind = make.Sound if len(shape) == 3 else make.Deep if shape[0] == 6 else make.Image
+        x = {make.Sound: make.SEQUENCE, make.Deep: make.DEEP, make.Image: make.PICTURE}[kind]
+    y = make.output(make.PeftModel.from_pretrained(make.fresh(kind), folder).eval(), x)
+    return y if kind is make.Text else np.moveaxis(y, 1, -1)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_a_product_that_is_taken_off_is_written_side_by_side(name, named, tmp_path):
+    model, x, right, _ = base(name)
+    (adapters.load if named else tether.files.load_peft)(model, FOLDERS / name)
+    tether.files.save_peft(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert stored["base_model.model.first.lora_A.weight"].shape == (4, 4)
+    again, *_ = base(name)
+    tether.files.load_peft(again, tmp_path / "out")
+    close(predict(again, x), right)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS)
+def test_peft_computes_the_same_with_what_is_written(name, tmp_path):
+    model, _, right, _ = base(name)
+    adapters.load(model, FOLDERS / name)
+    tether.files.save_peft(model, tmp_path / "out")
+    close(by_peft(tmp_path / "out", values(name)), right)
+
+
+def scaled_with_bias(model):
+    kernel, bias = (tether.weight_of(model, f"first/{leaf}").stop_gradient() for leaf in ("kernel", "bias"))
+    s = tether.Weight((6,), "ones", name="own_s", role="part")
+    tether.tie(model, {"first/kernel": kernel * s, "first/bias": bias * s})
+
+
+OWN = {
+    "scale of outputs": ("ia3", scaled_with_bias),
+    "scale of inputs": ("ia3", {"first/kernel": forms.scale(axis=0), "second/kernel": forms.scale(axis=0)}),
+    "scale as a whole": ("ia3", {"second/kernel": forms.scale(axis=None)}),
+    "hadamard": ("loha", {"first/kernel": forms.hadamard(2), "second/kernel": forms.hadamard(3, alpha=5)}),
+    "hadamard and a head": ("loha", {"first/kernel": forms.hadamard(2), "head/*": forms.full()}),
+    "hadamard of a convolution": ("conv2d", {"wide/kernel": forms.hadamard(2), "narrow/kernel": forms.hadamard(1)}),
+    "kronecker": ("lokr", {"first/kernel": forms.kronecker(1, alpha=2), "second/kernel": forms.kronecker()}),
+    "kronecker, factor": (
+        "lokr",
+        {"first/kernel": forms.kronecker(factor=2), "second/kernel": forms.kronecker(factor=2)},
+    ),
+    "kronecker of one place": ("conv2d", {"narrow/kernel": forms.kronecker()}),
+    "vera": ("vera", dict.fromkeys(("first/kernel", "second/kernel"), forms.vera(3, size=(9, 7)))),
+}
+"""Parts that were not read from a folder, on models of folders."""
+
+
+def with_own(what, rng):
+    name, changes = OWN[what]
+    model, x, *_ = base(name)
+    if callable(changes):
+        changes(model)
+    else:
+        adapters.add(model, "own", changes)
+    for variable in model.variables:
+        if any(word in variable.path for word in ("loha", "lokr", "vera_d", "vera_b", "scale", "full", "own_s")):
+            variable.assign(rng.normal(size=variable.shape).astype("float32") / 2)
+    if not callable(changes):
+        adapters.set_strengths(model, {"own": 1.0 if "head" in what else -0.5})
+    return name, model, x
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_a_part_of_ones_own_is_written_and_read(what, rng, tmp_path):
+    name, model, x = with_own(what, rng)
+    wanted = predict(model, x)
+    tether.files.save_peft(model, tmp_path / "out")
+    again, *_ = base(name)
+    assert not np.allclose(predict(again, x), wanted, atol=1e-3)
+    tether.files.load_peft(again, tmp_path / "out")
+    close(predict(again, x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", OWN)
+def test_peft_computes_the_same_with_a_part_of_ones_own(what, rng, tmp_path):
+    name, model, x = with_own(what, rng)
+    tether.files.save_peft(model, tmp_path / "out")
+    close(by_peft(tmp_path / "out", values(name)), predict(model, x))
+
+
+NOT_WRITTEN = {
+    "several kinds": ({"first/kernel": tether.low_rank(2), "second/kernel": forms.hadamard(2)}, "one kind of adapter"),
+    "outputs without the bias": ({"first/kernel": forms.scale()}, "its bias too"),
+    "a bias alone": ({"first/bias": forms.scale()}, "its bias too"),
+    "a factor for each number": ({"first/kernel": forms.scale(axis=(0, 1))}, "its bias too"),
+    "LoHa of a table": ({"table/embeddings": forms.hadamard(2)}, "Tables have no LoHa"),
+    "a bias beside LoHa": ({"first/kernel": forms.hadamard(2), "head/bias": forms.full()}, "no bias trained by itself"),
+    "two families": ({"first/kernel": forms.vera(2), "second/kernel": forms.vera(2)}, "several. Make all"),
+    "sizes of no one factor": (
+        {"first/kernel": forms.kronecker(factor=1), "second/kernel": forms.kronecker(factor=3)}, "decompose_factor"
+    ),
+    "a gate": ({"first/kernel": forms.gate()}, "cannot hold"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_WRITTEN)
+def test_what_peft_has_no_folder_for_is_refused_and_nothing_is_written(what, tmp_path):
+    changes, message = NOT_WRITTEN[what]
+    model, *_ = base("lora")
+    adapters.add(model, "own", changes)
+    with pytest.raises(Unsupported, match=message):
+        tether.files.save_peft(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def changed(tmp_path, name, tensors=None, **fields):
@@ -218,7 +357,7 @@ def test_a_config_of_another_kind_than_the_tensors_is_damaged(tmp_path):
 
 
 def test_loading_twice_replaces_what_was_loaded():
-    for name in ("lora", "dora"):
+    for name in ("lora", "dora", "pissa", "ia3", "loha", "lokr", "vera"):
         model, x, right, _ = base(name)
         count = len(tether.files.load_peft(model, FOLDERS / name).loaded)
         stored = len(model.variables)
