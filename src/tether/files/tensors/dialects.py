@@ -13,7 +13,7 @@ import numpy as np
 from tether.errors import TetherError, received
 from tether.files.loading.entries import Entry
 from tether.files.tensors.presets import PRESETS
-from tether.files.tensors.tables import Table, Tensor
+from tether.files.tensors.tables import Table, Tensor, has_place
 from tether.types import Array
 
 # --------------------------------------------------------------------------- names
@@ -50,7 +50,7 @@ class Naming:
         names = self.names
         if isinstance(names, str):
             return PRESETS[names]
-        if isinstance(names, Mapping) and any("{n}" in str(key) for key in names):
+        if isinstance(names, Mapping) and any(has_place(str(key)) for key in names):
             return Table(names)
         return names if isinstance(names, Table) else None
 

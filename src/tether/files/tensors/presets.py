@@ -200,6 +200,103 @@ _GEMMA = Table(
 )
 """The first Gemma; the second has more norms, under other names."""
 
+# --------------------------------------------------------------------------- encoder and decoder
+
+
+def _t5_norm(ours: str, theirs: str) -> Rows:
+    return {f"{ours}.weight": f"{theirs}.layer_norm.weight"}
+
+
+def _t5_attention(ours: str, theirs: str) -> Rows:
+    found: Rows = {}
+    for role, word in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
+        found.update(_dense(f"{ours}.{role}_projector", f"{theirs}.{word}", bias=False))
+    return {**found, f"{ours}.embeddings": f"{theirs}.relative_attention_bias.weight"}
+
+
+def _t5_stack(side: str) -> Rows:
+    """The encoder, or the decoder, which looks at the encoder's outputs between its two other sublayers."""
+    ours, theirs = f"transformer_{side}_layer_{{n}}", f"{side}.block.{{n}}"
+    last = 1 if side == "encoder" else 2
+    dense = f"{theirs}.layer.{last}.DenseReluDense"
+    found = {
+        **_t5_attention(f"{ours}.self_attention", f"{theirs}.layer.0.SelfAttention"),
+        **_dense(f"{ours}.input_projector", f"{dense}.wi", bias=False),
+        **_dense(f"{ours}.gate_projector", f"{dense}.wi_1", bias=False),
+        **_dense(f"{ours}.output_projector", f"{dense}.wo", bias=False),
+        f"{side}_output_layer_norm.weight": f"{side}.final_layer_norm.weight",
+    }
+    for place in range(last + 1):
+        found.update(_t5_norm(f"{ours}.t5_layer_norm{{{place}}}", f"{theirs}.layer.{place}"))
+    if side == "decoder":
+        found.update(_t5_attention(f"{ours}.cross_attention", f"{theirs}.layer.1.EncDecAttention"))
+    return found
+
+
+_T5 = Table(
+    {
+        "token_embedding.embeddings": Tensor("shared.weight", "encoder.embed_tokens.weight"),
+        "token_embedding.reverse_embeddings": Tensor("lm_head.weight", inputs=1),
+        **_t5_stack("encoder"),
+        **_t5_stack("decoder"),
+    },
+    within=r"t5_\w*backbone\w*",
+    spare=r"(en|de)coder\.embed_tokens\.weight|lm_head\.weight",
+    instead={
+        f"transformer_{side}_layer_{{n}}.input_projector.kernel": (
+            r".*\.gate_projector\.kernel",
+            Tensor(f"{side}.block.{{n}}.layer.{last}.DenseReluDense.wi_0.weight", inputs=1),
+        )
+        for side, last in (("encoder", 1), ("decoder", 2))
+    },
+)
+"""With a gate, from T5 1.1 on, the first projection has another name. KerasHub does not name the norms."""
+
+# --------------------------------------------------------------------------- pictures
+
+
+def _vit(ours: str, old: str, new: str, inputs: int = 1) -> Rows:
+    """A projection by its name in files, or in models of transformers 5."""
+    places = (f"{{p}}encoder.layer.{{n-1}}.{old}", f"{{p}}layers.{{n-1}}.{new}")
+    return {
+        f"vit_encoder.transformer_block_{{n}}.{ours}.kernel": Tensor(*(f"{p}.weight" for p in places), inputs=inputs),
+        f"vit_encoder.transformer_block_{{n}}.{ours}.bias": Tensor(*(f"{p}.bias" for p in places), folded=True),
+    }
+
+
+def _vit_norm(ours: str, theirs: str) -> Rows:
+    places = (f"{{p}}encoder.layer.{{n-1}}.{theirs}", f"{{p}}layers.{{n-1}}.{theirs}")
+    return {
+        f"vit_encoder.transformer_block_{{n}}.{ours}.{leaf}": Tensor(*(f"{p}.{word}" for p in places))
+        for leaf, word in (("gamma", "weight"), ("beta", "bias"))
+    }
+
+
+_PATCHES = "vit_patching_and_embedding"
+_VIT = Table(
+    {
+        f"{_PATCHES}.class_token": "{p}embeddings.cls_token",
+        f"{_PATCHES}.patch_embedding.kernel": Tensor(
+            "{p}embeddings.patch_embeddings.projection.weight", axes=(3, 2, 0, 1)
+        ),
+        f"{_PATCHES}.patch_embedding.bias": "{p}embeddings.patch_embeddings.projection.bias",
+        f"{_PATCHES}.position_embedding.embeddings": Tensor("{p}embeddings.position_embeddings", axes=((), 0, 1)),
+        **_vit("mha.query", "attention.attention.query", "attention.q_proj"),
+        **_vit("mha.key", "attention.attention.key", "attention.k_proj"),
+        **_vit("mha.value", "attention.attention.value", "attention.v_proj"),
+        **_vit("mha.attention_output", "attention.output.dense", "attention.o_proj", 2),
+        **_vit("mlp.dense_1", "intermediate.dense", "mlp.fc1"),
+        **_vit("mlp.dense_2", "output.dense", "mlp.fc2"),
+        **_vit_norm("ln_1", "layernorm_before"),
+        **_vit_norm("ln_2", "layernorm_after"),
+        **_norm("vit_encoder.ln", "{p}layernorm"),
+    },
+    prefixes=("", "vit."),
+    within=r"vit_\w*backbone\w*",
+    spare=r"(.*\.)?pooler\..*|classifier\..*|(.*\.)?mask_token",
+)
+"""KerasHub counts blocks from 1."""
+
 # --------------------------------------------------------------------------- by word
 
 
@@ -212,6 +309,8 @@ PRESETS: dict[str, Table] = {
     "mistral": _llama(r"mistral_\w*backbone\w*"),
     "qwen2": _llama(r"qwen_\w*backbone\w*", bias=True),
     "roberta": _ROBERTA,
+    "t5": _T5,
+    "vit": _VIT,
 }
 """The tables by a word for the architecture."""
 
