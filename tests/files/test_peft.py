@@ -222,7 +222,7 @@ def test_training_goes_on(rng, tmp_path):
 
 
 UNSUPPORTED = [
-    {"use_qalora": True}, {"layer_replication": [[0, 1]]}, {"peft_type": "BOFT"}, {"init_lora_weights": "corda"},
+    {"use_qalora": True}, {"layer_replication": [[0, 1]]}, {"peft_type": "HRA"}, {"init_lora_weights": "corda"},
     {"target_parameters": ["kernel"]}, {"something_new": 3},
 ]  # fmt: skip
 

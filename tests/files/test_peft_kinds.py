@@ -122,6 +122,8 @@ def test_what_is_written_is_the_same_adapter(name, named, tmp_path):
     close(predict(again, x), right)
     assert set(theirs) == set(ours)
     for key, value in theirs.items():
+        if key.endswith("boft_R"):  # of which the skew-symmetric part counts
+            value = (value - value.swapaxes(-1, -2)) / 2
         assert ours[key].shape == value.shape
         close(ours[key], value)
 
@@ -203,6 +205,12 @@ OWN = {
         {"first/kernel": forms.kronecker(factor=2), "second/kernel": forms.kronecker(factor=2)},
     ),
     "kronecker of one place": ("conv2d", {"narrow/kernel": forms.kronecker()}),
+    "oft": ("oft", {"first/kernel": forms.oft(2), "second/kernel": forms.oft(2)}),
+    "oft, terms": ("oft", {"first/kernel": forms.oft(4, terms=4)}),
+    "oft, share": ("oft", dict.fromkeys(("first/kernel", "second/kernel"), forms.oft(2, share=True))),
+    "oft, one block": ("oft", {"first/kernel": forms.oft(4), "head/*": forms.full()}),
+    "boft": ("boft", {"first/kernel": forms.boft(2), "second/kernel": forms.boft(2)}),
+    "fourier": ("fourier", {"first/kernel": forms.fourier(4), "second/kernel": forms.fourier(3, scale=2)}),
     "vera": ("vera", dict.fromkeys(("first/kernel", "second/kernel"), forms.vera(3, size=(9, 7)))),
 }
 """Parts that were not read from a folder, on models of folders."""
@@ -216,10 +224,13 @@ def with_own(what, rng):
     else:
         adapters.add(model, "own", changes)
     for variable in model.variables:
-        if any(word in variable.path for word in ("loha", "lokr", "vera_d", "vera_b", "scale", "full", "own_s")):
+        if any(
+            word in variable.path
+            for word in ("loha", "lokr", "vera_d", "vera_b", "scale", "full", "own_s", "oft", "fourier")
+        ):
             variable.assign(rng.normal(size=variable.shape).astype("float32") / 2)
     if not callable(changes):
-        adapters.set_strengths(model, {"own": 1.0 if "head" in what else -0.5})
+        adapters.set_strengths(model, {"own": 1.0 if "head" in what or "oft" in what else -0.5})
     return name, model, x
 
 
@@ -247,14 +258,54 @@ NOT_WRITTEN = {
     "outputs without the bias": ({"first/kernel": forms.scale()}, "its bias too"),
     "a bias alone": ({"first/bias": forms.scale()}, "its bias too"),
     "a factor for each number": ({"first/kernel": forms.scale(axis=(0, 1))}, "its bias too"),
-    "LoHa of a table": ({"table/embeddings": forms.hadamard(2)}, "Tables have no LoHa"),
+    "LoHa of a table": ({"table/embeddings": forms.hadamard(2)}, "Tables have low-rank"),
     "a bias beside LoHa": ({"first/kernel": forms.hadamard(2), "head/bias": forms.full()}, "no bias trained by itself"),
     "two families": ({"first/kernel": forms.vera(2), "second/kernel": forms.vera(2)}, "several. Make all"),
     "sizes of no one factor": (
         {"first/kernel": forms.kronecker(factor=1), "second/kernel": forms.kronecker(factor=3)}, "decompose_factor"
     ),
+    "rotations of several sizes": (
+        {"first/kernel": forms.oft(2), "second/kernel": forms.oft(3)}, "one `oft_block_size`"
+    ),
+    "several seeds": (
+        {"first/kernel": forms.fourier(2), "second/kernel": forms.fourier(2, seed=1)}, "one `random_loc_seed`"
+    ),
+    "a table that turns": ({"table/embeddings": forms.oft(3)}, "cannot hold"),
     "a gate": ({"first/kernel": forms.gate()}, "cannot hold"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [forms.oft(2), forms.boft(2)])
+def test_a_rotation_at_another_strength_is_no_folder(form, tmp_path):
+    model, *_ = base("lora")
+    adapters.add(model, "own", {"first/kernel": form})
+    adapters.set_strengths(model, {"own": 0.5})
+    with pytest.raises(Unsupported, match=r"at strength 0\.5"):
+        tether.files.save_peft(model, tmp_path / "out")
+
+
+def test_a_butterfly_of_several_factors_goes_there_and_back(rng, tmp_path):
+    kernel = rng.normal(size=(8, 3)).astype("float32")
+
+    def fresh():
+        x = keras.Input((8,))
+        model = keras.Model(x, keras.layers.Dense(3, name="d")(x))
+        model.get_layer("d").kernel.assign(kernel)
+        return model
+
+    model = fresh()
+    adapters.add(model, "own", {"d/kernel": forms.boft(2, factors=3)})
+    for weight in adapters.manage.own_weights(model)["own"]:
+        weight.assign(rng.normal(size=weight.shape).astype("float32"))
+    wanted = tether.weight_of(model, "d/kernel").numpy()
+    tether.files.save_peft(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 3
+    named, plain = fresh(), fresh()
+    adapters.load(named, tmp_path / "out")
+    close(tether.weight_of(named, "d/kernel").numpy(), wanted)
+    for _ in range(2):  # in the place of what was there
+        tether.files.load_peft(plain, tmp_path / "out")
+        close(tether.weight_of(plain, "d/kernel").numpy(), wanted)
 
 
 @pytest.mark.parametrize("what", NOT_WRITTEN)
@@ -358,7 +409,7 @@ def test_a_config_of_another_kind_than_the_tensors_is_damaged(tmp_path):
 
 
 def test_loading_twice_replaces_what_was_loaded():
-    for name in ("lora", "dora", "pissa", "ia3", "loha", "lokr", "vera"):
+    for name in ("lora", "dora", "pissa", "ia3", "loha", "lokr", "vera", "oft", "boft", "fourier"):
         model, x, right, _ = base(name)
         count = len(tether.files.load_peft(model, FOLDERS / name).loaded)
         stored = len(model.variables)

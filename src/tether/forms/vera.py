@@ -23,6 +23,7 @@ from tether.forms.form import (
     part_dtype,
     rows_and_columns,
     shape_of_base,
+    torch_draws,
 )
 from tether.forms.low_rank import number_before, stored_behind
 from tether.types import Array, Config
@@ -41,8 +42,8 @@ MAX_DRAWS = 1 << 31
 class DrawnByTorch(keras.initializers.Initializer):
     """The transpose of what PyTorch draws from a seed for a matrix: uniform, for a gain of √2.
 
-    A file that says from which seed the frozen matrices are drawn need not have them. PyTorch's generator is the
-    Mersenne twister, and a float32 has the lower 24 bits of a draw.
+    A file that says from which seed the frozen matrices are drawn need not have them. A float32 has the lower 24 bits
+    of a draw.
 
     Args:
         seed: The generator's.
@@ -63,9 +64,7 @@ class DrawnByTorch(keras.initializers.Initializer):
         count = math.prod(shape)
         if len(shape) != 2 or self.skipped + count > MAX_DRAWS:
             raise TetherError(f"A matrix is drawn, of at most {MAX_DRAWS} numbers. {received(shape=shape)}")
-        random = np.random.RandomState(self.seed & 0xFFFFFFFF)
-        random.randint(0, 1 << 32, self.skipped, "uint32")
-        draws = random.randint(0, 1 << 32, count, "uint32") & ((1 << 24) - 1)
+        draws = torch_draws(self.seed, self.skipped, count) & ((1 << 24) - 1)
         bound = math.sqrt(3.0) * math.sqrt(2.0) / math.sqrt(shape[0])
         values = draws.astype("float32") * np.float32(2.0**-24) * np.float32(2 * bound) - np.float32(bound)
         return np.ascontiguousarray(values.reshape(shape[::-1]).T)

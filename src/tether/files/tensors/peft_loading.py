@@ -33,6 +33,7 @@ from tether.files.tensors.safetensors import opened_tensors
 from tether.forms.dora import lengths_of
 from tether.forms.form import Form, part, start_value
 from tether.forms.low_rank import products_of
+from tether.forms.oft import turns_in
 from tether.forms.rows import rows_of
 from tether.forms.scale import scaled_of
 from tether.forms.weight_norm import Magnitude
@@ -49,18 +50,20 @@ from tether.weights.operators.structure import Where
 
 _FACTOR = re.compile(
     r"(.+?)\.(?:lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?|lora_B\.(bias)|"
-    r"token_adapter\.(trainable_tokens_delta)|(ia3_l|hada_\w+|lokr_\w+|vera_lambda_[bd]))"
+    r"token_adapter\.(trainable_tokens_delta)|(oft_R)\.weight|"
+    r"(ia3_l|hada_\w+|lokr_\w+|vera_lambda_[bd]|boft_[Rs]|fourierft_spectrum))"
 )
 
 
 def load_peft(model: keras.Model, folder: str | os.PathLike[str], *, names: Names = None) -> Report:
     """Adds the adapter of a PEFT folder to a model, in place.
 
-    LoRA (also of convolutions and tables, DoRA, PiSSA and OLoRA), IA3, LoHa, LoKr and VeRA are read, with biases,
-    modules and tokens that were trained whole. Each weight that the adapter changes becomes an expression over its
-    frozen base. Where there is such a part already, it is replaced. What was frozen in the model stays frozen, and the
-    adapter learns all the same. Compile the model again before it trains on. If anything is wrong, the model is as it
-    was. To have the adapter under a name, among others, use `tether.adapters.load(model, folder)`.
+    LoRA (also of convolutions and tables, DoRA, PiSSA and OLoRA), IA3, LoHa, LoKr, VeRA, OFT, BOFT and FourierFT are
+    read, with biases, modules and tokens that were trained whole. Each weight that the adapter changes becomes an
+    expression over its frozen base. Where there is such a part already, it is replaced. What was frozen in the model
+    stays frozen, and the adapter learns all the same. Compile the model again before it trains on. If anything is
+    wrong, the model is as it was. To have the adapter under a name, among others, use
+    `tether.adapters.load(model, folder)`.
 
     Args:
         model: A built Keras model with the base's weights.
@@ -148,7 +151,8 @@ class OpenedFolder:
 
 def _offer_of(weight: Stored, value: peft_parts.Value) -> Offer:
     shape, entry = tuple(weight.shape or ()), value.entry
-    if entry.shape != value.expected or math.prod(entry.shape) != math.prod(shape):
+    numbers = math.prod(entry.shape) if value.numbers is None else value.numbers
+    if entry.shape != value.expected or numbers != math.prod(shape):
         raise ShapeMismatch(
             f"{entry.name!r} has shape {entry.shape}, and {value.expected} is expected for {weight.name!r}."
         )
@@ -232,8 +236,7 @@ class _Reading:
                 if tensors:
                     self._add(found, place, peft_parts.lora(place, module, tensors, self.config))
             else:
-                build = peft_parts.loha if kind == "LOHA" else peft_parts.lokr
-                self._add(found, place, build(place, module, tensors, self.config))
+                self._add(found, place, peft_parts.BUILDERS[kind](place, module, tensors, self.config))
         if of_vera:
             found.update(peft_parts.vera_family(of_vera, self.shared, self.config))
         for name, entry in self.whole.items():
@@ -243,7 +246,10 @@ class _Reading:
         return found
 
     def _kind(self, module: str, tensors: Mapping[str, Entry]) -> str:
-        starts = {"ia3": "IA3", "hada": "LOHA", "lokr": "LOKR", "vera": "VERA"}
+        starts = {
+            "ia3": "IA3", "hada": "LOHA", "lokr": "LOKR", "vera": "VERA", "oft": "OFT", "boft": "BOFT",
+            "fourierft": "FOURIERFT",
+        }  # fmt: skip
         kinds = {starts.get(name.partition("_")[0], "LORA") for name in tensors}
         if kinds != {self.config.kind}:
             raise InvalidConfig(
@@ -288,7 +294,9 @@ def _without_part(expression: Expression, name: str) -> Expression:
     if found is None:
         return expression
     if not isinstance(expression, Adapted) and (
-        (len(found.added) == 1 and is_part(found.added[0])) or all(map(products_of, found.added))
+        (len(found.added) == 1 and is_part(found.added[0]))
+        or all(map(products_of, found.added))
+        or all(map(turns_in, found.added))
     ):
         return _without_part(found.base, name)
     raise Unsupported(f"{name} = {expression.notation()} has an adapter of another kind. Remove it first.")

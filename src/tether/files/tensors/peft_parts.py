@@ -15,12 +15,15 @@ from tether.errors import InvalidConfig, ShapeMismatch, Unsupported, received
 from tether.files.loading.entries import Entry
 from tether.files.tensors.peft_config import PeftConfig
 from tether.files.tensors.peft_places import Place, as_stored
+from tether.forms.boft import Boft
 from tether.forms.dora import Dora, lengths_of
 from tether.forms.form import AddedForm, part
+from tether.forms.fourier import Fourier, waves_of
 from tether.forms.full import full, whole_of
 from tether.forms.hadamard import hadamard, pairs_of
 from tether.forms.kronecker import Kronecker, Sizes, matrices_of
 from tether.forms.low_rank import low_rank, number_before, products_of, stored_behind
+from tether.forms.oft import Oft, size_of, turned_of
 from tether.forms.rows import rows, rows_of
 from tether.forms.scale import scaled_of
 from tether.forms.vera import DrawnByTorch, Vera, vectors_of, vera
@@ -40,6 +43,8 @@ class Value:
     expected: Shape
     """The shape that the tensor has to have."""
     turned: Callable[[Array], Array]
+    numbers: int | None = None
+    """How many numbers are left once it is turned, if not all."""
 
 
 @dataclass(frozen=True)
@@ -288,10 +293,84 @@ class _OfFamily(AddedForm):
         return self.form.delta(base)
 
 
+# --------------------------------------------------------------------------- rotations and waves
+
+
+def oft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+    """`R W`, with R in blocks that turn the inputs."""
+    entry = _named(found, module, "oft_R")
+    inputs = _inputs_of_matrix(place, module, config)
+    size = size_of(entry.shape[-1]) if len(entry.shape) == 2 else None
+    if size is None:
+        raise InvalidConfig(f"The rotations of {module!r} are upper triangles. {received(shape=entry.shape)}")
+    if inputs % size or entry.shape[0] not in (1, inputs // size):
+        raise ShapeMismatch(
+            f"{place.named.name} has {inputs} inputs, and the adapter {entry.shape[0]} blocks of {size}."
+        )
+    share = entry.shape[0] == 1 != inputs // size
+    by_series = bool(config["use_cayley_neumann"])
+    terms = int(config["num_cayley_neumann_terms"]) if by_series else None
+    sign = 1 if by_series else -1  # PEFT's series and its inverse turn opposite ways
+    return Addition(
+        Oft(size, share, terms, place.split, None), (Value(entry, entry.shape, lambda array: sign * array),)
+    )
+
+
+def boft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+    """`(M_m ⋯ M₁ W) · s`, of whole matrices, whose skew-symmetric part counts."""
+    entry, scale = (_named(found, module, name) for name in ("boft_R", "boft_s"))
+    inputs = _inputs_of_matrix(place, module, config)
+    factors, count, size, _ = entry.shape if len(entry.shape) == 4 else (0, 0, 0, 0)
+    if not factors or entry.shape[3] != size or size < 2:
+        raise InvalidConfig(f"The rotations of {module!r} are square matrices. {received(shape=entry.shape)}")
+    columns = place.named.shape[place.split :]
+    if count * size != inputs:
+        raise ShapeMismatch(f"{place.named.name} has {inputs} inputs, and the adapter {count} blocks of {size}.")
+    upper = np.triu_indices(size, 1)
+
+    def turned(array: Array) -> Array:
+        halves = 0.5 * (array.swapaxes(-1, -2) - array)
+        return halves.reshape(-1, size, size)[:, *upper]
+
+    values = (
+        Value(entry, entry.shape, turned, factors * count * len(upper[0])),
+        Value(scale, (math.prod(columns), 1), lambda array: array.reshape(columns)),
+    )
+    return Addition(Boft(size, factors, place.split, None), values)
+
+
+def fourier(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+    """`W + s · Re(F⁻¹ S)`, with S zero but at places that a seed chooses."""
+    entry = _named(found, module, "fourierft_spectrum")
+    inputs = _inputs_of_matrix(place, module, config)
+    size = math.prod(place.named.shape)
+    if len(entry.shape) != 1 or not 0 < entry.shape[0] <= size:
+        raise ShapeMismatch(
+            f"{place.named.name} of {inputs} inputs has {size} frequencies. {received(shape=entry.shape)}"
+        )
+    form = Fourier(entry.shape[0], float(config["scaling"]), int(config["random_loc_seed"]), place.split, None)
+    return Addition(form, (Value(entry, entry.shape, lambda array: array),))
+
+
+def _inputs_of_matrix(place: Place, module: str, config: PeftConfig) -> int:
+    """How many inputs a module has that is no convolution and no table."""
+    if place.is_convolution or place.is_table or len(place.named.shape) < 2:
+        raise Unsupported(
+            f"{module!r} is {place.named.name!r}, whose {config.kind} Tether does not read: it reads that of matrices."
+        )
+    return math.prod(place.named.shape[: place.split])
+
+
+Builder = Callable[[Place, str, Mapping[str, Entry], PeftConfig], Addition]
+BUILDERS: dict[str, Builder] = {"LOHA": loha, "LOKR": lokr, "OFT": oft, "BOFT": boft, "FOURIERFT": fourier}
+"""What reads a module by itself, by the kind."""
+
+
 def is_part(added: Expression) -> bool:
     """Whether a part is one of those that a folder may have."""
     known: tuple[Callable[[Expression], object | None], ...] = (
         products_of, lengths_of, whole_of, rows_of, shift_of, scaled_of, pairs_of, matrices_of, vectors_of,
+        waves_of, turned_of,
     )  # fmt: skip
     return any(of(added) is not None for of in known)
 

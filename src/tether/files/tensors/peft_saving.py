@@ -13,19 +13,17 @@ import operator
 import os
 import pathlib
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import keras
 
 from tether.atomic import written_beside
-from tether.errors import TetherError, Unsupported
+from tether.errors import TetherError, Unsupported, received
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import check_built
 from tether.files.tensors.dialects import Names
-from tether.files.tensors.peft_config import CONFIG, FIELDS, TENSORS
+from tether.files.tensors.peft_config import CONFIG, CONSTANTS, FIELDS, TENSORS, commonest, whole_number
 from tether.files.tensors.peft_parts import shift_of, turned_there
 from tether.files.tensors.peft_places import PREFIX, Place, as_stored, places_of, refuse_pieces
 from tether.files.tensors.peft_tensors import (
@@ -37,15 +35,20 @@ from tether.files.tensors.peft_tensors import (
     second_factor,
     seed_of,
     side_by_side,
+    skew,
+    times,
     transposed,
     turned,
 )
 from tether.files.tensors.safetensors import write_tensors
+from tether.forms.boft import butterfly_of
 from tether.forms.dora import lengths_of
+from tether.forms.fourier import waves_of
 from tether.forms.full import whole_of
 from tether.forms.hadamard import pairs_of
 from tether.forms.kronecker import Sizes, matrices_of
 from tether.forms.low_rank import products_of
+from tether.forms.oft import size_of, turned_of
 from tether.forms.rows import rows_of
 from tether.forms.scale import scaled_of
 from tether.forms.vera import vectors_of
@@ -72,7 +75,8 @@ def save_peft(
 
     Low-rank parts (also of convolutions and tables), DoRA and rows of tables (`tether.forms.rows`) are written as one
     LoRA adapter, which PEFT reads; parts of `tether.forms.scale` as IA3, of `hadamard` as LoHa, of `kronecker` as LoKr,
-    of `vera` as VeRA. Weights trained whole (`tether.forms.full`) may be beside any. A folder holds one kind.
+    of `vera` as VeRA, and those of `oft`, `boft` and `fourier` as they are called. Weights trained whole
+    (`tether.forms.full`) may be beside any. A folder holds one kind.
 
     Args:
         model: A model with `w + tether.low_rank(...)`, or with named adapters of such forms.
@@ -172,7 +176,7 @@ class _Writing:
         """What a part may be: each writes it and returns true, or leaves it to the next."""
         return (
             self._low_rank, self._dora, self._whole, self._shift, self._rows, self._hadamard, self._kronecker,
-            self._vera, self._scale,
+            self._vera, self._oft, self._boft, self._fourier, self._scale,
         )  # fmt: skip
 
     def _ranked(self, kind: str, place: Place, scale: float, rank: int) -> str:
@@ -288,6 +292,63 @@ class _Writing:
         ]
         return True
 
+    def _oft(self, place: Place, added: Expression, strength: float) -> bool:
+        found = turned_of(added)
+        if found is None or strength != 1 or place.is_table or place.is_convolution:
+            return False
+        turn, own = found
+        count, size, terms = (own.shape or (0,))[0], (turn.shape or (0,))[-1], turn.parameters["terms"]
+        self._alike("OFT", place, "oft_block_size", size)
+        self._alike("OFT", place, "block_share", count == 1 != math.prod(place.named.shape[: place.split]) // size)
+        self._alike("OFT", place, "use_cayley_neumann", terms is not None)
+        self._alike("OFT", place, "num_cayley_neumann_terms", terms or 5)
+        sign = 1 if terms is not None else -1
+        name = f"{PREFIX}{place.modules[0]}.oft_R.weight"
+        self.tensors.append(turned(name, own, own.shape or (), lambda array: sign * array))
+        return True
+
+    def _boft(self, place: Place, added: Expression, strength: float) -> bool:
+        found = butterfly_of(added)
+        if found is None or strength != 1 or place.is_table or place.is_convolution:
+            return False
+        own, scale = found
+        size = size_of((own.shape or (0, 0))[1]) or 0
+        count = math.prod(place.named.shape[: place.split]) // size
+        factors = (own.shape or (0,))[0] // count
+        self._alike("BOFT", place, "boft_block_size", size)
+        self._alike("BOFT", place, "boft_n_butterfly_factor", factors)
+        stem = f"{PREFIX}{place.modules[0]}.boft_"
+        outputs = math.prod(scale.shape or ())
+        self.tensors += [
+            turned(f"{stem}R", own, (factors, count, size, size), lambda array: skew(array, (factors, count, size))),
+            turned(f"{stem}s", scale, (outputs, 1), lambda array: array.reshape(outputs, 1)),
+        ]
+        return True
+
+    def _fourier(self, place: Place, added: Expression, strength: float) -> bool:
+        found = waves_of(added)
+        if found is None or place.is_table or place.is_convolution:
+            return False
+        scale, waves, own = found
+        self._alike("FOURIERFT", place, "random_loc_seed", waves.parameters["seed"])
+        module, total = place.modules[0], strength * scale
+        common = self.more.setdefault("scaling", total or 1.0)
+        counts = self.more.setdefault("n_frequency_pattern", {})
+        self.more["n_frequency"] = counts[module] = math.prod(own.shape or ())
+        name = f"{PREFIX}{module}.fourierft_spectrum"
+        self.tensors.append(times(turned(name, own, own.shape or (), lambda array: array), total / common))
+        return True
+
+    def _alike(self, kind: str, place: Place, field: str, value: object) -> None:
+        """Notes what the config of a kind says once for all modules."""
+        module = place.modules[0]
+        if self.more.setdefault(field, value) != value:
+            raise Unsupported(
+                f"A {kind} folder of PEFT's has one `{field}` for all modules, and {module!r} has another than those "
+                f"before. Write them apart, under names of their own. {received(**{field: value})}"
+            )
+        self.targets[module] = kind
+
     def _scale(self, place: Place, added: Expression, strength: float) -> bool:
         found = scaled_of(added)
         if found is None or place.is_table:
@@ -362,7 +423,8 @@ class _Writing:
                     "or the kernel by `tether.forms.scale(axis=0)`."
                 )
             self.tensors.append(written)
-        self.more["feedforward_modules"] = forward
+        if self.scaled:
+            self.more["feedforward_modules"] = forward
 
     def _finish_vera(self) -> None:
         """Writes the matrices that all modules share, unless they are those that PEFT draws from a seed."""
@@ -392,58 +454,40 @@ class _Writing:
             "target_modules": sorted(self.targets) or sorted(self.tokens),
             "modules_to_save": sorted(self.saved) or None,
         }
-        rank, alpha = _commonest(self.ranks, 8), _commonest(self.alphas, 8)
+        rank, alpha = commonest(self.ranks, 8), commonest(self.alphas, 8)
         ranks: Config = {
             "r": rank,
-            "lora_alpha" if kind == "LORA" else "alpha": _whole_number(alpha),
+            "lora_alpha" if kind == "LORA" else "alpha": whole_number(alpha),
             "rank_pattern": {re.escape(module): n for module, n in self.ranks.items() if n != rank},
-            "alpha_pattern": {re.escape(m): _whole_number(n) for m, n in self.alphas.items() if n != alpha},
+            "alpha_pattern": {re.escape(m): whole_number(n) for m, n in self.alphas.items() if n != alpha},
         }
         only = f"{kind.lower()}_only"
-        bias = {"bias": "none" if not self.alone else only if self.alone <= set(self.targets) else "all"}
-        dropout = {"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True, "use_effective_conv2d": False}
-        if kind == "IA3":
-            more: Config = {"fan_in_fan_out": False, "init_ia3_weights": True, **self.more}
-        elif kind == "LOHA":
-            more = {**ranks, **dropout}
-        elif kind == "LOKR":
-            more = {**ranks, **dropout, "decompose_both": False, "rank_dropout_scale": False, **self.more}
+        bias = "none" if not self.alone else only if self.alone <= set(self.targets) else "all"
+        found: Config = {**alike, **CONSTANTS[kind]}
+        if kind == "LORA":
+            unset = {name for name, fate in FIELDS[kind].items() if fate != "refused" and name[-7:] != "_config"}
+            found = {**dict.fromkeys(sorted(unset)), **found, **ranks}
+            found.update(
+                use_dora=bool(self.dora), lora_bias=bool(self.shifts), trainable_token_indices=self.tokens or None
+            )
+        elif kind in ("LOHA", "LOKR"):
+            found.update(ranks)
         elif kind == "VERA":
-            more = {"r": rank, **bias, "vera_dropout": 0.0, "fan_in_fan_out": False, "init_weights": True, **self.more}
-        else:
-            more = {
-                **{name: None for name, fate in FIELDS[kind].items() if fate != "refused" and name[-7:] != "_config"},
-                **alike,
-                **ranks,
-                **bias,
-                "use_rslora": False,
-                "use_dora": bool(self.dora),
-                "init_lora_weights": True,
-                "ensure_weight_tying": False,
-                "lora_bias": bool(self.shifts),
-                "fan_in_fan_out": False,
-                "lora_dropout": 0.0,
-                "trainable_token_indices": self.tokens or None,
-            }
-        return {**alike, **more}
+            found["r"] = rank
+        if "bias" in FIELDS[kind]:
+            found["bias"] = bias
+        return {**found, **self.more}
 
 
 def _not_written(place: Place, expression: Expression, strength: float) -> Unsupported:
     at = "" if strength == 1 else f" at strength {strength:g}"
     return Unsupported(
         f"{place.named.name} = {expression.notation()} has a part{at} that a folder of PEFT's cannot hold: for each "
-        "weight it holds one low-rank part, LoHa, LoKr, VeRA or factors of inputs or outputs at any strength, or at "
-        "strength 1 a DoRA, a weight trained whole, or rows. Tables have no LoHa, LoKr, VeRA and IA3 there, "
-        "convolutions no VeRA. Save it as safetensors: `tether.files.save_safetensors`, or `tether.adapters.save`."
+        "weight it holds one low-rank part, LoHa, LoKr, VeRA, FourierFT or factors of inputs or outputs at any "
+        "strength, or at strength 1 a DoRA, OFT, BOFT, a weight trained whole, or rows. Tables have low-rank parts "
+        "and DoRA there, convolutions no VeRA, OFT, BOFT and FourierFT. Save it as safetensors: "
+        "`tether.files.save_safetensors`, or `tether.adapters.save`."
     )
-
-
-def _commonest(values: Mapping[str, Any], otherwise: float) -> Any:
-    return Counter(values.values()).most_common(1)[0][0] if values else otherwise
-
-
-def _whole_number(number: float) -> int | float:
-    return int(number) if float(number).is_integer() else number
 
 
 __all__ = ["save_peft"]

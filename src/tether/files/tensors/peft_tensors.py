@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,17 +40,28 @@ def second_factor(place: Place, name: str, weight: Weight) -> Entry:
 
 def side_by_side(entries: Sequence[Entry], axis: int, factors: Sequence[float] = ()) -> Entry:
     """Tensors as one, each times a number."""
-    if len(entries) == 1 and set(factors) <= {1.0}:
-        return entries[0]
+    scaled = [times(*pair) for pair in zip(entries, factors, strict=True)] if factors else entries
+    if len(scaled) == 1:
+        return scaled[0]
     first = entries[0]
     size = sum(entry.shape[axis] for entry in entries)
 
-    def read() -> Array:
-        arrays = [entry.read() for entry in entries]
-        times = [array * factor for array, factor in zip(arrays, factors, strict=True)] if factors else arrays
-        return np.concatenate(times, axis).astype(arrays[0].dtype)
+    shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
+    return Entry(first.name, shape, first.dtype, lambda: np.concatenate([entry.read() for entry in scaled], axis))
 
-    return Entry(first.name, (*first.shape[:axis], size, *first.shape[axis + 1 :]), first.dtype, read)
+
+def times(entry: Entry, factor: float) -> Entry:
+    """A tensor times a number."""
+    return entry if factor == 1 else replace(entry, read=lambda: (factor * entry.read()).astype(entry.read().dtype))
+
+
+def skew(array: Array, shape: Shape) -> Array:
+    """Skew-symmetric matrices from their upper triangles, the other way round."""
+    size = shape[-1]
+    upper = np.triu_indices(size, 1)
+    whole = np.zeros((len(array), size, size), array.dtype)
+    whole[:, *upper] = -array
+    return (whole - whole.swapaxes(-1, -2)).reshape(*shape, size)
 
 
 def transposed(name: str, weight: Weight) -> Entry:
@@ -140,6 +152,6 @@ def seed_of(a: Weight, b: Weight) -> int | None:
 
 __all__ = [
     "factor_of", "first_factor", "inputs_first", "inputs_scaled", "outputs_scaled", "second_factor", "seed_of",
-    "side_by_side",
+    "side_by_side", "skew", "times",
     "transposed", "turned",
 ]  # fmt: skip
