@@ -4,7 +4,6 @@ import importlib.util
 import json
 import pathlib
 import re
-import shutil
 
 import keras
 import numpy as np
@@ -12,71 +11,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tether
+from tests.files.peft_folders import FOLDERS, KINDS, base, changed, close, predict, values
 from tether import adapters, forms
-from tether.errors import InvalidConfig, TetherError, Unsupported
+from tether.errors import Unsupported
 from tether.files.tensors.peft_config import FIELDS
 
 pytestmark = pytest.mark.spread
 
-FOLDERS = pathlib.Path(__file__).parent.parent / "fixtures" / "peft"
-KINDS = sorted(path.name for path in FOLDERS.iterdir() if (path / "values.npz").is_file())
 WRITTEN = sorted({*KINDS} - {"pissa", "olora"})
 """What can be written as a folder of PEFT's again, of the same kind."""
-
-
-def values(name):
-    with np.load(FOLDERS / name / "values.npz") as file:
-        return dict(file)
-
-
-def from_torch(array):
-    """A kernel as Keras has it."""
-    return np.ascontiguousarray(array.transpose((*range(2, array.ndim), 1, 0)))
-
-
-def text(right):
-    x = keras.Input((5,), dtype="int32")
-    h = keras.layers.Embedding(9, 4, name="table")(x)
-    h = keras.layers.Dense(6, activation="tanh", name="first")(h)
-    h = keras.layers.Dense(4, activation="tanh", name="second")(h)
-    model = keras.Model(x, keras.layers.Dense(3, name="head")(h))
-    model.get_layer("table").embeddings.assign(right["base/table.weight"])
-    return filled(model, right, ("first", "second", "head"))
-
-
-def image(right):
-    """One convolution, of a sequence or a picture, or two."""
-    first = right["base/wide.weight"]
-    two = "base/narrow.weight" in right
-    layer = keras.layers.Conv1D if first.ndim == 3 else keras.layers.Conv2D
-    x = keras.Input((*right["x"].shape[2:], first.shape[1]))
-    h = layer(len(first), first.shape[2:], activation="tanh" if two else None, name="wide")(x)
-    h = keras.layers.Conv2D(3, 1, name="narrow")(h) if two else h
-    return filled(keras.Model(x, h), right, ("wide", "narrow") if two else ("wide",))
-
-
-def filled(model, right, layers):
-    for name in layers:
-        model.get_layer(name).set_weights([from_torch(right[f"base/{name}.weight"]), right[f"base/{name}.bias"]])
-    return model
-
-
-def base(name):
-    """The model of a folder, its input, and what it has to compute with the adapter and without."""
-    right = values(name)
-    x, y, y_base = right["x"], right["y"], right["y_base"]
-    if "base/table.weight" in right:
-        return text(right), x.astype("int32"), y, y_base
-    last = [np.moveaxis(each, 1, -1) for each in (x, y, y_base)]
-    return (image(right), *last)
-
-
-def predict(model, x):
-    return np.asarray(model.predict(x, verbose=0))
-
-
-def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -253,28 +196,6 @@ def test_peft_computes_the_same_with_a_part_of_ones_own(what, rng, tmp_path):
     close(by_peft(tmp_path / "out", values(name)), predict(model, x))
 
 
-NOT_WRITTEN = {
-    "several kinds": ({"first/kernel": tether.low_rank(2), "second/kernel": forms.hadamard(2)}, "one kind of adapter"),
-    "outputs without the bias": ({"first/kernel": forms.scale()}, "its bias too"),
-    "a bias alone": ({"first/bias": forms.scale()}, "its bias too"),
-    "a factor for each number": ({"first/kernel": forms.scale(axis=(0, 1))}, "its bias too"),
-    "LoHa of a table": ({"table/embeddings": forms.hadamard(2)}, "Tables have low-rank"),
-    "a bias beside LoHa": ({"first/kernel": forms.hadamard(2), "head/bias": forms.full()}, "no bias trained by itself"),
-    "two families": ({"first/kernel": forms.vera(2), "second/kernel": forms.vera(2)}, "several. Make all"),
-    "sizes of no one factor": (
-        {"first/kernel": forms.kronecker(factor=1), "second/kernel": forms.kronecker(factor=3)}, "decompose_factor"
-    ),
-    "rotations of several sizes": (
-        {"first/kernel": forms.oft(2), "second/kernel": forms.oft(3)}, "one `oft_block_size`"
-    ),
-    "several seeds": (
-        {"first/kernel": forms.fourier(2), "second/kernel": forms.fourier(2, seed=1)}, "one `random_loc_seed`"
-    ),
-    "a table that turns": ({"table/embeddings": forms.oft(3)}, "cannot hold"),
-    "a gate": ({"first/kernel": forms.gate()}, "cannot hold"),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("form", [forms.oft(2), forms.boft(2)])
 def test_a_rotation_at_another_strength_is_no_folder(form, tmp_path):
     model, *_ = base("lora")
@@ -308,49 +229,6 @@ def test_a_butterfly_of_several_factors_goes_there_and_back(rng, tmp_path):
         close(tether.weight_of(plain, "d/kernel").numpy(), wanted)
 
 
-@pytest.mark.parametrize("what", NOT_WRITTEN)
-def test_what_peft_has_no_folder_for_is_refused_and_nothing_is_written(what, tmp_path):
-    changes, message = NOT_WRITTEN[what]
-    model, *_ = base("lora")
-    adapters.add(model, "own", changes)
-    with pytest.raises(Unsupported, match=message):
-        tether.files.save_peft(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def changed(tmp_path, name, tensors=None, **fields):
-    """A copy of a folder whose config, or tensors, say something else."""
-    folder = tmp_path / "changed"
-    shutil.copytree(FOLDERS / name, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
-    if tensors is not None:
-        save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-REFUSED = [
-    {"init_lora_weights": "corda"},
-    {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-    {"init_lora_weights": "pissa_niter_4"},
-    {"init_lora_weights": "something new"},
-    *({field: {"a": 1}} for field, fate in FIELDS["LORA"].items() if fate == "refused"),
-    {"a_field_of_next_year": 3},
-]
-
-
-@pytest.mark.parametrize("fields", REFUSED, ids=lambda fields: "-".join(fields))
-def test_what_would_change_the_values_is_refused_by_name(fields, tmp_path):
-    model, x, *_ = base("lora")
-    before, known = predict(model, x), [variable.path for variable in model.variables]
-    for load in (tether.files.load_peft, adapters.load):
-        with pytest.raises(Unsupported, match=next(iter(fields))):
-            load(model, changed(tmp_path, "lora", **fields))
-        shutil.rmtree(tmp_path / "changed")
-    assert np.array_equal(predict(model, x), before)
-    assert [variable.path for variable in model.variables] == known
-
-
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
 def test_a_start_that_leaves_the_base_alone_is_read(start, tmp_path):
     model, x, right, _ = base("lora")
@@ -366,46 +244,6 @@ def test_a_scale_may_be_zero_or_negative(alpha, tmp_path):
         close(predict(model, x), right_base)
     else:
         assert not np.allclose(predict(model, x), right, atol=1e-2)
-
-
-def damaged(name, how):
-    tensors = dict(load_file(FOLDERS / name / "adapter_model.safetensors"))
-    key = next(iter(tensors))
-    if how == "a tensor less":
-        del tensors[key]
-    elif how == "another shape":
-        tensors[key] = np.zeros((7, *tensors[key].shape[1:]), "float32")
-    elif how == "another name":
-        tensors[key.replace("model.", "model.nowhere.", 1)] = tensors.pop(key)
-    return tensors
-
-
-@pytest.mark.parametrize("how", ["a tensor less", "another shape", "another name"])
-@pytest.mark.parametrize("name", ["lora", "dora", "conv2d", "ia3", "loha", "lokr", "vera", "tokens"])
-def test_a_damaged_folder_changes_nothing(name, how, tmp_path):
-    model, x, *_ = base(name)
-    before = predict(model, x)
-    if name == "ia3" and how == "a tensor less":
-        return  # a module less is an adapter too
-    for load in (tether.files.load_peft, adapters.load):
-        with pytest.raises(TetherError):
-            load(model, changed(tmp_path, name, damaged(name, how)))
-        shutil.rmtree(tmp_path / "changed")
-    assert np.array_equal(predict(model, x), before)
-    assert not adapters.names(model)
-
-
-def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path):
-    folder = changed(tmp_path, "lora")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(Unsupported, match="save_file"):
-        tether.files.load_peft(base("lora")[0], folder)
-
-
-def test_a_config_of_another_kind_than_the_tensors_is_damaged(tmp_path):
-    with pytest.raises(InvalidConfig, match="says that the adapter is IA3"):
-        tensors = load_file(FOLDERS / "lora" / "adapter_model.safetensors")
-        tether.files.load_peft(base("lora")[0], changed(tmp_path, "ia3", tensors))
 
 
 def test_loading_twice_replaces_what_was_loaded():

@@ -212,9 +212,17 @@ def _check_numbers(config: PeftConfig) -> None:
     for numbers, least in ((ranks, 1.0), (alphas, -math.inf)):
         if not all(_is_number(n) and least <= n < math.inf for n in numbers):
             raise InvalidConfig(f"Ranks are positive numbers, and alphas finite ones. {received(numbers=numbers)}")
-    for field in ("scaling", "random_loc_seed", "num_cayley_neumann_terms"):
-        if config.fields.get(field, 0) != config.fields.get(field, 0) or not _is_number(config.fields.get(field, 0)):
-            raise InvalidConfig(f"`{field}` is a number. {received(value=config[field])}")
+    frequencies = config["n_frequency_pattern"] or {}
+    if not isinstance(frequencies, dict) or not all(map(_is_number, frequencies.values())):
+        raise InvalidConfig(f"`n_frequency_pattern` is a dict of numbers. {received(value=frequencies)}")
+    whole = ("random_loc_seed", "num_cayley_neumann_terms", "projection_prng_key")
+    for field in {"scaling", *whole} & set(config.fields):
+        value = config[field]
+        right = _is_number(value) and math.isfinite(value) and (field == "scaling" or type(value) is int)
+        if not (right or (value is None and field == "projection_prng_key")):
+            raise InvalidConfig(f"`{field}` is a number. {received(value=value)}")
+    if config.fields.get("num_cayley_neumann_terms", 1) < 1:
+        raise InvalidConfig(f"`num_cayley_neumann_terms` is 1 or more. {received(value=config.fields)}")
     for field in ("modules_to_save", "feedforward_modules"):
         if not isinstance(config[field] or [], list):
             raise InvalidConfig(f"`{field}` is a list of names. {received(value=config[field])}")

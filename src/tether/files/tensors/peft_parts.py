@@ -223,9 +223,14 @@ def lokr(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     turned = _window_turned(sizes.large[0], window)
     ways = [lambda array: array.T, turned, lambda array: array.T]
     values = tuple(Value(entry, entry.shape, way) for entry, way in zip((small, *large), ways, strict=False))
-    if not whole and large[0].shape[0] != sizes.inner:
-        raise InvalidConfig(f"The factors of {module!r} do not fit. {received(shapes=[each.shape for each in large])}")
-    return Addition(_Sized(sizes, config.rank(module), config.alpha(module), split), values)
+    rank = config.rank(module)
+    agree = 2 * rank >= max(sizes.large) if whole else large[0].shape[0] == sizes.inner == rank
+    if not agree:
+        raise InvalidConfig(
+            f"The factors of {module!r} have another rank than the config. "
+            f"{received(shapes=[each.shape for each in large], r=rank)}"
+        )
+    return Addition(_Sized(sizes, rank, config.alpha(module), split), values)
 
 
 def turned_there(window: Shape, *, whole: bool) -> bool:
@@ -321,8 +326,11 @@ def boft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     entry, scale = (_named(found, module, name) for name in ("boft_R", "boft_s"))
     inputs = _inputs_of_matrix(place, module, config)
     factors, count, size, _ = entry.shape if len(entry.shape) == 4 else (0, 0, 0, 0)
-    if not factors or entry.shape[3] != size or size < 2:
-        raise InvalidConfig(f"The rotations of {module!r} are square matrices. {received(shape=entry.shape)}")
+    if not factors or entry.shape[3] != size or size < 2 or config["boft_block_size"] not in (None, 0, size):
+        raise InvalidConfig(
+            f"The rotations of {module!r} are square matrices of the size that the config says. "
+            f"{received(shape=entry.shape, boft_block_size=config['boft_block_size'])}"
+        )
     columns = place.named.shape[place.split :]
     if count * size != inputs:
         raise ShapeMismatch(f"{place.named.name} has {inputs} inputs, and the adapter {count} blocks of {size}.")
@@ -347,6 +355,12 @@ def fourier(place: Place, module: str, found: Mapping[str, Entry], config: PeftC
     if len(entry.shape) != 1 or not 0 < entry.shape[0] <= size:
         raise ShapeMismatch(
             f"{place.named.name} of {inputs} inputs has {size} frequencies. {received(shape=entry.shape)}"
+        )
+    counts = {config["n_frequency"], *(config["n_frequency_pattern"] or {}).values()} - {None}
+    if counts and entry.shape[0] not in counts:
+        raise InvalidConfig(
+            f"{module!r} has another number of frequencies than the config says. "
+            f"{received(shape=entry.shape, n_frequency=config['n_frequency'])}"
         )
     form = Fourier(entry.shape[0], float(config["scaling"]), int(config["random_loc_seed"]), place.split, None)
     return Addition(form, (Value(entry, entry.shape, lambda array: array),))
