@@ -46,6 +46,7 @@ MAKE = {
     "t5": lambda: M.T5Backbone(**T5),
     "t5_plain": lambda: M.T5Backbone(**T5, use_gated_activation=False),
     "vit": lambda: M.ViTBackbone((8, 8, 3), 4, num_layers=2, num_heads=2, hidden_dim=4, mlp_dim=6),
+    "vit5": lambda: MAKE["vit"](),
 }
 
 
@@ -125,6 +126,7 @@ def test_a_backbone_within_another_model_is_found(rng, tmp_path):
         ("t5", "*encoder*/input_projector/kernel", "encoder.block.1.layer.1.DenseReluDense.wi_0", 4),
         ("t5_plain", "*encoder*/input_projector/kernel", "encoder.block.1.layer.1.DenseReluDense.wi", 4),
         ("vit", "*/mha/value/kernel", "encoder.layer.1.attention.attention.value", 4),
+        ("vit5", "*/mha/value/kernel", "layers.1.attention.v_proj", 4),
     ],
 )
 def test_a_lora_of_a_presets_modules_is_written_and_read(name, chosen, module, inputs, rng, tmp_path):

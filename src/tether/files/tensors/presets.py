@@ -255,47 +255,51 @@ _T5 = Table(
 # --------------------------------------------------------------------------- pictures
 
 
-def _vit(ours: str, old: str, new: str, inputs: int = 1) -> Rows:
-    """A projection by its name in files, or in models of transformers 5."""
-    places = (f"{{p}}encoder.layer.{{n-1}}.{old}", f"{{p}}layers.{{n-1}}.{new}")
-    return {
-        f"vit_encoder.transformer_block_{{n}}.{ours}.kernel": Tensor(*(f"{p}.weight" for p in places), inputs=inputs),
-        f"vit_encoder.transformer_block_{{n}}.{ours}.bias": Tensor(*(f"{p}.bias" for p in places), folded=True),
-    }
-
-
-def _vit_norm(ours: str, theirs: str) -> Rows:
-    places = (f"{{p}}encoder.layer.{{n-1}}.{theirs}", f"{{p}}layers.{{n-1}}.{theirs}")
-    return {
-        f"vit_encoder.transformer_block_{{n}}.{ours}.{leaf}": Tensor(*(f"{p}.{word}" for p in places))
-        for leaf, word in (("gamma", "weight"), ("beta", "bias"))
-    }
-
-
+_BLOCK_OF_VIT = "vit_encoder.transformer_block_{n}"
 _PATCHES = "vit_patching_and_embedding"
-_VIT = Table(
-    {
+_VIT_NAMES = {
+    "mha.query": ("attention.attention.query", "attention.q_proj"),
+    "mha.key": ("attention.attention.key", "attention.k_proj"),
+    "mha.value": ("attention.attention.value", "attention.v_proj"),
+    "mha.attention_output": ("attention.output.dense", "attention.o_proj"),
+    "mlp.dense_1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.dense_2": ("output.dense", "mlp.fc2"),
+    "ln_1": ("layernorm_before", "layernorm_before"),
+    "ln_2": ("layernorm_after", "layernorm_after"),
+}
+"""Of each layer of a block: its name in files, and that of the module in transformers 5."""
+
+
+def _vit(first: int) -> Table:
+    """The table that writes the names in files (0), or of modules (1), and reads either. KerasHub counts from 1."""
+    found: Rows = {
         f"{_PATCHES}.class_token": "{p}embeddings.cls_token",
         f"{_PATCHES}.patch_embedding.kernel": Tensor(
             "{p}embeddings.patch_embeddings.projection.weight", axes=(3, 2, 0, 1)
         ),
         f"{_PATCHES}.patch_embedding.bias": "{p}embeddings.patch_embeddings.projection.bias",
         f"{_PATCHES}.position_embedding.embeddings": Tensor("{p}embeddings.position_embeddings", axes=((), 0, 1)),
-        **_vit("mha.query", "attention.attention.query", "attention.q_proj"),
-        **_vit("mha.key", "attention.attention.key", "attention.k_proj"),
-        **_vit("mha.value", "attention.attention.value", "attention.v_proj"),
-        **_vit("mha.attention_output", "attention.output.dense", "attention.o_proj", 2),
-        **_vit("mlp.dense_1", "intermediate.dense", "mlp.fc1"),
-        **_vit("mlp.dense_2", "output.dense", "mlp.fc2"),
-        **_vit_norm("ln_1", "layernorm_before"),
-        **_vit_norm("ln_2", "layernorm_after"),
         **_norm("vit_encoder.ln", "{p}layernorm"),
-    },
-    prefixes=("", "vit."),
-    within=r"vit_\w*backbone\w*",
-    spare=r"(.*\.)?pooler\..*|classifier\..*|(.*\.)?mask_token",
-)
-"""KerasHub counts blocks from 1."""
+    }
+    for ours, names in _VIT_NAMES.items():
+        places = [f"{{p}}encoder.layer.{{n-1}}.{names[0]}", f"{{p}}layers.{{n-1}}.{names[1]}"]
+        places = places[::-1] if first else places
+        weights, biases = ([f"{place}.{leaf}" for place in places] for leaf in ("weight", "bias"))
+        name = f"{_BLOCK_OF_VIT}.{ours}"
+        if ours.startswith("ln"):
+            found.update({f"{name}.gamma": Tensor(*weights), f"{name}.beta": Tensor(*biases)})
+        else:
+            inputs = 2 if ours == "mha.attention_output" else 1
+            found.update(
+                {f"{name}.kernel": Tensor(*weights, inputs=inputs), f"{name}.bias": Tensor(*biases, folded=True)}
+            )
+    return Table(
+        found,
+        prefixes=("", "vit."),
+        within=r"vit_\w*backbone\w*",
+        spare=r"(.*\.)?pooler\..*|classifier\..*|(.*\.)?mask_token",
+    )
+
 
 # --------------------------------------------------------------------------- by word
 
@@ -310,7 +314,8 @@ PRESETS: dict[str, Table] = {
     "qwen2": _llama(r"qwen_\w*backbone\w*", bias=True),
     "roberta": _ROBERTA,
     "t5": _T5,
-    "vit": _VIT,
+    "vit": _vit(0),
+    "vit5": _vit(1),
 }
 """The tables by a word for the architecture."""
 
