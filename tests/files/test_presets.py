@@ -144,6 +144,27 @@ def test_a_lora_of_a_presets_modules_is_written_and_read(name, chosen, module, i
     assert np.abs(hidden(model) - before).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen", "module"),
+    [
+        ("vit", "*mha/query/kernel", "vit.encoder.layer.0.attention.attention.query"),
+        ("vit5", "*mha/query/kernel", "vit.layers.0.attention.q_proj"),
+        ("distilbert", "*/query/kernel", "distilbert.transformer.layer.0.attention.q_lin"),
+        ("t5", "*encoder*/gate_projector/kernel", "encoder.block.0.layer.1.DenseReluDense.wi_1"),
+    ],
+)
+def test_modules_of_a_model_with_a_head_are_below_the_backbones_name(name, chosen, module, tmp_path):
+    inner = MAKE[name]()
+    found = inner(inner.input)
+    values = next(value for key, value in found.items() if "sequence" in key) if isinstance(found, dict) else found
+    outer = keras.Model(inner.input, keras.layers.Dense(3, name="classes")(values))
+    tether.adapters.add(outer, "own", {chosen: tether.low_rank(2)})
+    tether.files.save_peft(outer, tmp_path / "lora", names=name)
+    assert module in json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"]
+    tether.adapters.remove(outer, "own")
+    tether.adapters.load(outer, tmp_path / "lora", names=name)
+
+
 @pytest.mark.parametrize(("name", "fused"), [("gpt2", "*query/kernel"), ("gemma", "*key/kernel")])
 def test_an_adapter_on_what_is_no_module_of_its_own_is_refused(name, fused, tmp_path):
     model = MAKE[name]()

@@ -34,7 +34,7 @@ from tether.weights.weight import Weight
 
 __all__ = ["vera"]
 
-MAX_DRAWS = 1 << 31
+MAX_DRAWS = 1 << 26
 """Numbers that are drawn one after the other from one seed."""
 
 

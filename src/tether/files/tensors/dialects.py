@@ -76,7 +76,10 @@ class Naming:
         table = self.table
         if table is None or table.prefixes[0] or not table.is_within(self.known):
             return names
-        return names[::-1] if len(names) == len(table.prefixes) else names
+        count = len(table.prefixes)
+        if len(names) % count:
+            return names
+        return [name for place in range(0, len(names), count) for name in names[place : place + count][::-1]]
 
     def find(self, name: str, shape: tuple[int, ...], entries: Mapping[str, Entry]) -> list[Entry]:
         """A file's entries for a weight, in the weight's layout."""

@@ -296,7 +296,7 @@ def _vit(first: int) -> Table:
     return Table(
         found,
         prefixes=("", "vit."),
-        within=r"vit_\w*backbone\w*",
+        within=r"vi_?t_\w*backbone\w*",
         spare=r"(.*\.)?pooler\..*|classifier\..*|(.*\.)?mask_token",
     )
 

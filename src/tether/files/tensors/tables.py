@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,12 +205,11 @@ class Table:
 
     def of(self, name: str, known: Collection[str] = ()) -> list[Tensor] | None:
         """The tensors of a weight, given all names of the model; `None` for what the table has not."""
-        inside = [self._inside(each) for each in known]
         name = self._inside(name)
         number, found, key = "", self._exact.get(name), name
         if name not in self._exact:
             for template, pattern, value in self._templates:
-                match = pattern.match(name, inside)
+                match = pattern.match(name, map(self._inside, known))
                 if match is not None:
                     number, found, key = match, value, template
                     break
@@ -271,7 +270,7 @@ class _Template:
             seen.add(group)
         self.pattern = re.compile(made)
 
-    def match(self, name: str, known: Collection[str]) -> str | None:
+    def match(self, name: str, known: Iterable[str]) -> str | None:
         """The number `n` of a name that the template stands for (empty if it has none); `None` for another name."""
         found = self.pattern.fullmatch(name)
         if found is None:
