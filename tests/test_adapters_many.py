@@ -26,6 +26,9 @@ FORMS = {
     "scale": lambda: tether.forms.scale(),
     "full": lambda: tether.forms.full(),
     "rows": lambda: tether.forms.rows([1, 0]),
+    "oft": lambda: tether.forms.oft(2),
+    "boft": lambda: tether.forms.boft(2),
+    "fourier": lambda: tether.forms.fourier(3, scale=2),
 }
 
 
@@ -488,7 +491,9 @@ def test_keys_of_the_file_can_be_read(tmp_path):
 # --------------------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("form", ["low_rank", "dora", "vera", "hadamard", "kronecker", "scale", "full", "rows"])
+@pytest.mark.parametrize(
+    "form", ["low_rank", "dora", "vera", "hadamard", "kronecker", "scale", "full", "rows", "oft", "fourier"]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_parts_of_a_base_of_16_bits_train_in_float32(form, dtype, rng, tmp_path):
     x = keras.Input((4,), dtype=dtype)

@@ -80,9 +80,24 @@ def test_factors_written_by_hand_are_found_whatever_they_are_called(how, names, 
     assert_close(model.layers[1].kernel, w.numpy() + 3 * (d @ c).T)  # in the place of what was there
 
 
-OTHERS = {
+SUMS = {
     "two products": lambda w, a, b: w + a @ b + 2.0 * (a @ b),
     "what is taken off": lambda w, a, b: w - a @ b,
+    "all at once": lambda w, a, b: -0.5 * (a @ b) + w.stop_gradient() - a @ b,
+}
+
+
+@pytest.mark.parametrize("how", SUMS)
+def test_a_sum_of_products_is_one_of_a_higher_rank(how, rng, tmp_path):
+    model, _ = by_hand(rng, "wab", SUMS[how])
+    wanted = numpy(model.layers[1].kernel)
+    tether.files.save_peft(model, tmp_path)
+    tether.files.load_peft(model, tmp_path)
+    assert_close(model.layers[1].kernel, wanted)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == (2 if how == "what is taken off" else 4)
+
+
+OTHERS = {
     "a factor of each output": lambda w, a, b: (w + a @ b) + b[0] * w,
 }
 
@@ -91,7 +106,7 @@ OTHERS = {
 def test_a_sum_that_is_no_base_and_two_factors_is_refused_both_ways(how, rng, tmp_path):
     model, _ = by_hand(rng, "wab", OTHERS[how])
     before = state(model)
-    with pytest.raises(Unsupported, match="LoRA folder of PEFT's cannot hold"):
+    with pytest.raises(Unsupported, match="folder of PEFT's cannot hold"):
         tether.files.save_peft(model, tmp_path)
     with pytest.raises(Unsupported, match="adapter of another kind"):
         tether.files.load_peft(model, folder_of(tmp_path, {"encode": factors(rng, 5, 3)}))
@@ -207,7 +222,7 @@ def test_training_goes_on(rng, tmp_path):
 
 
 UNSUPPORTED = [
-    {"use_qalora": True}, {"layer_replication": [[0, 1]]}, {"peft_type": "BOFT"}, {"init_lora_weights": "corda"},
+    {"use_qalora": True}, {"layer_replication": [[0, 1]]}, {"peft_type": "HRA"}, {"init_lora_weights": "corda"},
     {"target_parameters": ["kernel"]}, {"something_new": 3},
 ]  # fmt: skip
 
@@ -256,7 +271,7 @@ def test_other_forms_are_refused_by_name(rng, tmp_path):
     base = autoencoder(False)
     with pytest.raises(TetherError, match="no low-rank part"):
         tether.files.save_peft(base, tmp_path / "lora")
-    child = tether.inherit(base, {"encode/kernel": tether.forms.hadamard(2)})
+    child = tether.inherit(base, {"encode/kernel": tether.forms.gate()})
     with pytest.raises(Unsupported, match=r"encode/kernel = .*save_safetensors"):
         tether.files.save_peft(child, tmp_path / "lora")
     with pytest.raises(Unsupported, match="another kind"):

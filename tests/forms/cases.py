@@ -89,6 +89,40 @@ def any_value(rng, shape):
     return rng.normal(size=shape)
 
 
+def turn(v, size, terms=None):
+    """The rotation of an upper triangle: `(I + Q)(I - Q)⁻¹`, or the terms of its series that PEFT takes."""
+    q = np.zeros((size, size))
+    q[np.triu_indices(size, 1)] = v
+    q -= q.T
+    eye = np.eye(size)
+    if terms == 5:
+        return eye + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+    return (eye + q) @ np.linalg.inv(eye - q)
+
+
+def diagonal(matrices):
+    """Matrices along the diagonal of one."""
+    size = len(matrices[0])
+    whole = np.zeros((size * len(matrices),) * 2)
+    for n, matrix in enumerate(matrices):
+        whole[n * size : (n + 1) * size, n * size : (n + 1) * size] = matrix
+    return whole
+
+
+def butterfly(w, boft_q, boft_s):
+    """Two factors of blocks of two: the second turns 0 with 2, 1 with 3, 4 with 6 and 5 with 7."""
+    first, second = diagonal([turn(v, 2) for v in boft_q[:4]]), diagonal([turn(v, 2) for v in boft_q[4:]])
+    p = np.eye(8)[[0, 2, 1, 3, 4, 6, 5, 7]]
+    return p @ second @ p.T @ first @ w * boft_s
+
+
+def wave(w, fourier_c):
+    """The inverse transform of what stands where PyTorch's `randperm(24)` of the seed 777 begins."""
+    spectrum = np.zeros((4, 6))
+    spectrum.reshape(-1)[[23, 2, 19, 17, 1]] = fourier_c
+    return w + 3 * np.fft.ifft2(spectrum).real.T
+
+
 LORA = frozenset({"lora_a", "lora_b"})
 
 CASES = {
@@ -196,6 +230,51 @@ CASES = {
         lambda w, lokr_c, lokr_a, lokr_b: w + 2 * np.kron(lokr_c, lokr_a @ lokr_b),
         "w.stop_gradient() + 2.0 * einsum('ab,cd->acbd', w_lokr_c, w_lokr_a @ w_lokr_b).reshape(6, 4)",
         frozenset({"lokr_c", "lokr_a", "lokr_b"}),
+    ),
+    "oft": Case(
+        lambda: forms.oft(3),
+        lambda w, oft_q: diagonal([turn(v, 3) for v in oft_q]) @ w,
+        "w.stop_gradient() + einsum('kij,kjo->kio', turn(w_oft_q), w.stop_gradient().reshape(2, 3, 4)).reshape(6, 4)",
+        frozenset({"oft_q"}),
+    ),
+    "oft, terms": Case(
+        lambda: forms.oft(3, terms=5),
+        lambda w, oft_q: diagonal([turn(v, 3, terms=5) for v in oft_q]) @ w,
+        "w.stop_gradient() + einsum('kij,kjo->kio', turn(w_oft_q, terms=5), "
+        "w.stop_gradient().reshape(2, 3, 4)).reshape(6, 4)",
+        frozenset({"oft_q"}),
+        own={"oft_q": lambda rng: 0.2 * rng.normal(size=(2, 3))},
+    ),
+    "oft, share": Case(
+        lambda: forms.oft(2, share=True),
+        lambda w, oft_q: diagonal([turn(oft_q[0], 2)] * 3) @ w,
+        "w.stop_gradient() + einsum('ij,kjo->kio', turn(w_oft_q).reshape(2, 2), "
+        "w.stop_gradient().reshape(3, 2, 4)).reshape(6, 4)",
+        frozenset({"oft_q"}),
+    ),
+    "boft": Case(
+        lambda: forms.boft(3),
+        lambda w, boft_q, boft_s: diagonal([turn(v, 3) for v in boft_q]) @ w * boft_s,
+        "(w.stop_gradient() + einsum('kij,kjo->kio', turn(w_boft_q), w.stop_gradient().reshape(2, 3, 4))"
+        ".reshape(6, 4)) * w_boft_s",
+        frozenset({"boft_q", "boft_s"}),
+    ),
+    "boft, factors": Case(
+        lambda: forms.boft(2, factors=2),
+        butterfly,
+        "(w.stop_gradient() + einsum('kij,kjo->kio', turn(w_boft_q)[0:4], w.stop_gradient().reshape(4, 2, 4))"
+        ".reshape(8, 4) + einsum('ghaibj,gbhjo->gahio', turn(w_boft_q)[4:8].reshape(2, 2, 2, 1, 2, 1), "
+        "(w.stop_gradient() + einsum('kij,kjo->kio', turn(w_boft_q)[0:4], w.stop_gradient().reshape(4, 2, 4))"
+        ".reshape(8, 4)).reshape(2, 2, 2, 1, 4)).reshape(8, 4)) * w_boft_s",
+        frozenset({"boft_q", "boft_s"}),
+        shape=(8, 4),
+        any_axes=False,
+    ),
+    "fourier": Case(
+        lambda: forms.fourier(5, scale=3),
+        wave,
+        "w.stop_gradient() + 3.0 * waves(w_fourier_c)",
+        frozenset({"fourier_c"}),
     ),
     "weight_norm": Case(
         forms.weight_norm,

@@ -38,7 +38,13 @@ def test_the_start_equals_the_base(name):
     np.testing.assert_allclose(expression.numpy(), base.numpy(), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "vera", "scale", "gate", "masked, parent", "hadamard", "kronecker"])
+BIT_FOR_BIT = [
+    "low_rank", "vera", "scale", "gate", "masked, parent", "hadamard", "kronecker", "oft", "oft, terms", "boft",
+    "boft, factors", "fourier",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIT_FOR_BIT)
 def test_the_start_equals_the_base_to_the_last_bit(name):
     base, expression = expression_of(name)
     np.testing.assert_array_equal(expression.numpy(), base.numpy())
@@ -291,6 +297,17 @@ REFUSED = {
     "an alpha without a rank": lambda: forms.kronecker(alpha=2),
     "no iterations": lambda: forms.spectral_norm(0),
     "a negative epsilon": lambda: forms.spectral_norm(epsilon=-1.0),
+    "blocks of one": lambda: forms.oft(1),
+    "blocks that are no number": lambda: forms.boft("big"),
+    "blocks that do not divide the inputs": lambda: forms.oft(2)(base_weight((3, 4))),
+    "no terms": lambda: forms.oft(2, terms=0),
+    "no factors": lambda: forms.boft(2, 0),
+    "a butterfly of odd blocks": lambda: forms.boft(3, 2)(base_weight((6, 4))),
+    "a butterfly of an odd number of blocks": lambda: forms.boft(2, 2)(base_weight((6, 4))),
+    "no frequencies": lambda: forms.fourier(0),
+    "more frequencies than numbers": lambda: forms.fourier(13)(base_weight((3, 4))),
+    "a seed that is no number": lambda: forms.fourier(2, seed="x"),
+    "a scale that is infinite": lambda: forms.fourier(2, scale=float("inf")),
     "a map that nobody knows": lambda: forms.orthogonal("givens"),
     "a split that leaves no columns": lambda: forms.orthogonal(split=2)(base_weight((3, 4))),
     "a symmetric weight that is not square": lambda: forms.symmetric()(base_weight((3, 4))),

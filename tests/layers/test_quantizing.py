@@ -319,7 +319,7 @@ def test_the_base_is_quantised_and_what_was_added_to_it_is_not():
     assert matrices(v.reshape(2, 2)) == []
 
 
-@pytest.mark.parametrize("form", ["dora", "vera", "hadamard", "masked", "scale", "gate"])
+@pytest.mark.parametrize("form", ["dora", "vera", "hadamard", "masked", "scale", "gate", "oft", "boft", "fourier"])
 def test_forms_leave_what_they_add_as_it_is(form):
     (w,) = named("w")
     arguments = {"masked": (np.eye(4), "parent"), "scale": (), "gate": ()}.get(form, (2,))

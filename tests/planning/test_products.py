@@ -176,6 +176,10 @@ def test_the_forms_of_forms_are_sums():
         (forms.kronecker(seed=1), [1, 2]),
         (forms.kronecker(1, alpha=2, seed=1), [1, 3]),
         (forms.scale(), [2]),
+        (forms.oft(4), [1, 2]),
+        (forms.oft(2, share=True, terms=5), [1, 2]),
+        (forms.boft(2, factors=2), [2, 3, 3, 4]),
+        (forms.fourier(5), [1, 1]),
     ):
         assert_equal(form(base.stop_gradient()), len(factors), factors)
 

@@ -37,7 +37,7 @@ from tether.files.loading.assignment import Assignment
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import as_offer
 from tether.files.tensors.dialects import Names
-from tether.files.tensors.peft import opened_peft, warn_of_other_users
+from tether.files.tensors.peft_loading import opened_peft
 from tether.files.tensors.safetensors import TensorFile, write_tensors
 from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, StoredWeight
@@ -174,7 +174,6 @@ def _load_folder(
     name = folder.resolve().name if name is None else name
     check_new_name(model, name)
     with opened_peft(model, folder, names) as found, Rollback.below(model):
-        warn_of_other_users(model, found.config, found.additions)
         adapt(model, name, 1.0, found.parts(model), freeze=freeze, trainable=trainable)
         found.assign()
     return model

@@ -7,7 +7,8 @@ from tether.files.loading.entries import Report
 from tether.files.loading.untied import load_untied, retie
 from tether.files.publishing import card, pull, push
 from tether.files.tensors.guessing import Guess, guess_names
-from tether.files.tensors.peft import load_peft, save_peft
+from tether.files.tensors.peft_loading import load_peft
+from tether.files.tensors.peft_saving import save_peft
 from tether.files.tensors.safetensors import load_safetensors, save_safetensors
 from tether.files.tensors.tables import Table, Tensor
 from tether.layers.resize import resize

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from tether.errors import not_there
 
 if TYPE_CHECKING:
+    from tether.forms.boft import boft as boft
     from tether.forms.compose import compose as compose
     from tether.forms.concatenate import concatenate as concatenate
     from tether.forms.dora import dora as dora
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from tether.forms.form import Form as Form
     from tether.forms.form import LayerForm as LayerForm
     from tether.forms.form import ScalingForm as ScalingForm
+    from tether.forms.fourier import fourier as fourier
     from tether.forms.full import full as full
     from tether.forms.gate import gate as gate
     from tether.forms.hadamard import hadamard as hadamard
     from tether.forms.kronecker import kronecker as kronecker
     from tether.forms.low_rank import low_rank as low_rank
     from tether.forms.masked import masked as masked
+    from tether.forms.oft import oft as oft
     from tether.forms.orthogonal import orthogonal as orthogonal
     from tether.forms.positive import positive as positive
     from tether.forms.rows import rows as rows

@@ -9,9 +9,12 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353
 from __future__ import annotations
 
 from tether.forms.form import Form, base_expression, part, rows_and_columns, shape_of_base, start_value
-from tether.forms.low_rank import LowRank, low_rank
+from tether.forms.low_rank import LowRank, factors_of, low_rank, stored_behind
 from tether.forms.weight_norm import Magnitude, norms_of
+from tether.weights.algebra import split_sum
 from tether.weights.expression import Expression
+from tether.weights.operators.arithmetic import Add, Subtract
+from tether.weights.weight import Weight
 
 __all__ = ["dora"]
 
@@ -29,6 +32,19 @@ class Dora(Form):
         direction = self.direction(base)
         lengths = part(base, "magnitude", norms_of(start_value(direction), len(rows)), dtype=self.direction.stored)
         return Magnitude(direction, lengths, rows=len(rows), detached=1)
+
+
+def lengths_of(added: Expression) -> tuple[float, Weight, Weight, Weight] | None:
+    """The scale, factors and lengths of a DoRA, alone or as what it adds to its base; `None` if it is no such."""
+    if isinstance(added, Subtract) and isinstance(added.operands[0], Magnitude):
+        added = added.operands[0]
+    if not isinstance(added, Magnitude):
+        return None
+    direction, lengths = added.operands
+    found = split_sum(direction) if isinstance(direction, Add) else None
+    low = factors_of(found.added[0]) if found is not None and len(found.added) == 1 else None
+    own = stored_behind(lengths)
+    return None if low is None or own is None else (*low, own)
 
 
 def dora(

@@ -345,8 +345,8 @@ def as_rank(rank: object, name: str = "rank") -> int:
     return int(rank)
 
 
-def as_alpha(alpha: object) -> float | None:
-    """A finite number, or `None` where the scale is to be 1.
+def as_alpha(alpha: object, name: str = "alpha") -> float | None:
+    """A finite number, or `None` where the scale is to be 1; `name` is the parameter's, for the error.
 
     Raises:
         TetherError: It is neither.
@@ -354,7 +354,7 @@ def as_alpha(alpha: object) -> float | None:
     if alpha is None:
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)) or not math.isfinite(alpha):
-        raise TetherError(f"`alpha` is a finite number, or None for a scale of 1. {received(alpha=alpha)}")
+        raise TetherError(f"`{name}` is a finite number, or None for a scale of 1. {received(**{name: alpha})}")
     return float(alpha)
 
 
@@ -364,6 +364,13 @@ def kaiming(seed: int | None = None, nth: int = 0) -> Any:
     `nth` tells apart the initializers of one form, which must not all draw the same numbers from one seed.
     """
     return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed=None if seed is None else seed + nth)
+
+
+def torch_draws(seed: int, skipped: int, count: int) -> Array:
+    """The 32-bit numbers that PyTorch's generator of this seed draws, after it has drawn some."""
+    random = np.random.RandomState(seed & 0xFFFFFFFF)  # the same Mersenne twister
+    random.randint(0, 1 << 32, skipped, "uint32")
+    return random.randint(0, 1 << 32, count, "uint32")
 
 
 # --------------------------------------------------------------------------- layers by their units

@@ -21,7 +21,10 @@ from tether.forms.form import (
     rows_and_columns,
     shape_of_base,
 )
+from tether.forms.low_rank import number_before, pair_of
 from tether.weights.expression import Expression
+from tether.weights.operators.arithmetic import Multiply
+from tether.weights.weight import Weight
 
 __all__ = ["hadamard"]
 
@@ -45,6 +48,15 @@ class Hadamard(AddedForm):
         if self.alpha is not None:
             product = self.alpha / self.rank * product
         return from_matrix(product, rows, columns)
+
+
+def pairs_of(part: Expression) -> tuple[float, tuple[Weight, Weight], tuple[Weight, Weight]] | None:
+    """The number before both products, and the stored factors of each; `None` if a part is something else."""
+    scale, product = number_before(part)
+    pairs = [pair_of(each) for each in product.operands] if isinstance(product, Multiply) else []
+    if len(pairs) != 2 or pairs[0] is None or pairs[1] is None:
+        return None
+    return scale, pairs[0], pairs[1]
 
 
 def hadamard(

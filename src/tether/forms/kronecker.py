@@ -10,6 +10,7 @@ Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuni
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from tether import ops
 from tether.errors import TetherError, received
@@ -24,9 +25,29 @@ from tether.forms.form import (
     rows_and_columns,
     shape_of_base,
 )
-from tether.weights.expression import Expression
+from tether.forms.low_rank import number_before, pair_of, stored_behind
+from tether.weights.expression import Expression, Shape
+from tether.weights.operators.structure import Einsum, Reshape
+from tether.weights.weight import Weight
 
 __all__ = ["kronecker"]
+
+
+_PLAIN, _OF_WINDOW = "ab,cd->acbd", ("ab,wcd->wacbd", "ab,wcd->wcadb")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of both matrices: `(rows, columns)` of each."""
+
+    small: tuple[int, int]
+    large: tuple[int, int]
+    inner: int | None
+    """The inner size of the larger one, if it is a product."""
+    window: Shape = ()
+    """The window of a convolution, if only its channels are divided: it belongs to the larger matrix then."""
+    turned: bool = False
+    """Whether it is `D ⊗ C`, for each place of a window."""
 
 
 class Kronecker(AddedForm):
@@ -54,22 +75,53 @@ class Kronecker(AddedForm):
     def delta(self, base: Expression) -> Expression:
         """`s · C ⊗ D`, in the base's shape."""
         rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
-        n, m = math.prod(rows), math.prod(columns)
-        (n1, n2), (m1, m2) = _divided(n, self.factor), _divided(m, self.factor)
+        sizes = self.sizes(rows, columns)
+        (n1, m1), (n2, m2), window = sizes.small, sizes.large, math.prod(sizes.window)
         small = part(base, "lokr_c", "zeros", (n1, m1), dtype=self.stored)
         large: Expression
-        if self.rank is None or 2 * self.rank >= max(n2, m2):
-            large = part(base, "lokr_d", kaiming(self.seed), (n2, m2), dtype=self.stored)
+        if sizes.inner is None:
+            large = part(base, "lokr_d", kaiming(self.seed), (window * n2, m2), dtype=self.stored)
         else:
-            a = part(base, "lokr_a", kaiming(self.seed, 0), (n2, self.rank), dtype=self.stored)
-            large = a @ part(base, "lokr_b", kaiming(self.seed, 1), (self.rank, m2), dtype=self.stored)
-        product = ops.einsum("ab,cd->acbd", small, large).reshape(n, m)
+            a = part(base, "lokr_a", kaiming(self.seed, 0), (window * n2, sizes.inner), dtype=self.stored)
+            large = a @ part(base, "lokr_b", kaiming(self.seed, 1), (sizes.inner, m2), dtype=self.stored)
+        if sizes.window:
+            product = ops.einsum(_OF_WINDOW[sizes.turned], small, large.reshape(window, n2, m2))
+        else:
+            product = ops.einsum(_PLAIN, small, large)
+        product = product.reshape(window * n1 * n2, m1 * m2)
         if self.alpha is not None and self.rank is not None:
             product = self.alpha / self.rank * product
         return from_matrix(product, rows, columns)
 
+    def sizes(self, rows: Shape, columns: Shape) -> Sizes:
+        """The sizes of the matrices for a base of these rows and columns."""
+        (n1, n2), (m1, m2) = divided(math.prod(rows), self.factor), divided(math.prod(columns), self.factor)
+        whole = self.rank is None or 2 * self.rank >= max(n2, m2)
+        return Sizes((n1, m1), (n2, m2), None if whole else self.rank)
 
-def _divided(size: int, factor: int | None) -> tuple[int, int]:
+
+def matrices_of(part: Expression) -> tuple[float, Sizes, list[Weight]] | None:
+    """The number before a Kronecker product, its sizes, and the small and the large matrix or its two factors.
+
+    `None` if a part is something else.
+    """
+    scale, product = number_before(part)
+    equation = product.parameters["equation"] if isinstance(product, Einsum) else None
+    if not isinstance(product, Einsum) or equation not in (_PLAIN, *_OF_WINDOW):
+        return None
+    small, large = product.operands
+    *window, n2, m2 = large.shape or ()
+    inner = large.operands[0] if isinstance(large, Reshape) and window else large
+    pair, whole, first = pair_of(inner), stored_behind(inner), stored_behind(small)
+    made = [whole] if whole is not None else [*pair] if pair is not None else []
+    if first is None or not made:
+        return None
+    n1, m1 = small.shape or ()
+    rank = int((made[0].shape or ())[-1]) if len(made) == 2 else None
+    return scale, Sizes((n1, m1), (n2, m2), rank, tuple(window), equation == _OF_WINDOW[1]), [first, *made]
+
+
+def divided(size: int, factor: int | None) -> tuple[int, int]:
     """A size as a product of a smaller and a larger number: as near to each other as they get, or with a factor."""
     if factor is not None and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)

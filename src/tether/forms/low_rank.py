@@ -30,7 +30,7 @@ from tether.forms.form import (
 from tether.types import Array
 from tether.weights.expression import Expression, Shape, program
 from tether.weights.leaves import Constant
-from tether.weights.operators.arithmetic import MatMul, Multiply
+from tether.weights.operators.arithmetic import Add, MatMul, Multiply, Negative, Subtract
 from tether.weights.operators.structure import Cast, Reshape
 from tether.weights.weight import Weight
 
@@ -39,20 +39,36 @@ __all__ = ["low_rank"]
 
 def factors_of(part: Expression) -> tuple[float, Weight, Weight] | None:
     """The number before the product, and the two stored factors, of a low-rank part; `None` if it is something else."""
-    scale = 1.0
-    if isinstance(part, Multiply):
-        numbers = [each.number for each in part.operands if isinstance(each, Constant) and each.array is None]
-        others = [each for each in part.operands if not isinstance(each, Constant)]
-        if len(numbers) != 1 or len(others) != 1:
-            return None
-        scale, part = float(numbers[0] or 0.0), others[0]
-    if isinstance(part, Reshape):
-        part = part.operands[0]
-    pair = _pair_of(part)
+    scale, product = number_before(part)
+    pair = pair_of(product)
     return None if pair is None else (scale, *pair)
 
 
-def _pair_of(product: Expression) -> tuple[Weight, Weight] | None:
+def products_of(part: Expression) -> list[tuple[float, Weight, Weight]] | None:
+    """The number and the factors of each product of a part that is a sum of them; `None` if it is something else."""
+    if isinstance(part, (Add, Subtract, Negative)):
+        found = [products_of(operand) for operand in part.operands]
+        if any(each is None for each in found):
+            return None
+        signs = [1.0, -1.0] if isinstance(part, Subtract) else [-1.0] if isinstance(part, Negative) else [1.0, 1.0]
+        return [(sign * s, a, b) for sign, each in zip(signs, found, strict=True) for s, a, b in each or ()]
+    single = factors_of(part)
+    return None if single is None else [single]
+
+
+def number_before(part: Expression) -> tuple[float, Expression]:
+    """What numbers a part is multiplied with, and what it is without them, before it has got its shape."""
+    scale = 1.0
+    while isinstance(part, (Multiply, Reshape)):
+        numbers = [each for each in part.operands if isinstance(each, Constant) and each.array is None]
+        if isinstance(part, Multiply) and len(numbers) != 1:
+            break
+        scale *= float(numbers[0].number or 0.0) if numbers else 1.0
+        part = next(each for each in part.operands if each not in numbers)
+    return scale, part
+
+
+def pair_of(product: Expression) -> tuple[Weight, Weight] | None:
     """The two stored factors of a product; `None` if it is something else."""
     if not isinstance(product, MatMul):
         return None
@@ -62,7 +78,7 @@ def _pair_of(product: Expression) -> tuple[Weight, Weight] | None:
 
 def ranks_of(part: Expression) -> set[int]:
     """The ranks of the products of two stored factors that an expression has in it."""
-    pairs = (_pair_of(step.expression) for step in program(part))
+    pairs = (pair_of(step.expression) for step in program(part))
     return {int(pair[0].shape[-1]) for pair in pairs if pair is not None and pair[0].shape}
 
 

@@ -8,11 +8,12 @@ Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation" (arXiv:2310.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
 
-from tether.errors import ShapeMismatch, as_ints, received
+from tether.errors import ShapeMismatch, TetherError, as_ints, received
 from tether.forms.form import (
     AddedForm,
     as_dtype,
@@ -22,12 +23,55 @@ from tether.forms.form import (
     part_dtype,
     rows_and_columns,
     shape_of_base,
+    torch_draws,
 )
-from tether.types import Config
-from tether.weights.expression import Expression
+from tether.forms.low_rank import number_before, stored_behind
+from tether.types import Array, Config
+from tether.weights.expression import Expression, Shape
+from tether.weights.operators.arithmetic import MatMul, Multiply
+from tether.weights.operators.structure import Index
 from tether.weights.weight import Weight
 
 __all__ = ["vera"]
+
+MAX_DRAWS = 1 << 26
+"""Numbers that are drawn one after the other from one seed."""
+
+
+@keras.saving.register_keras_serializable(package="tether", name="DrawnByTorch")
+class DrawnByTorch(keras.initializers.Initializer):
+    """The transpose of what PyTorch draws from a seed for a matrix: uniform, for a gain of √2.
+
+    A file that says from which seed the frozen matrices are drawn need not have them. A float32 has the lower 24 bits
+    of a draw.
+
+    Args:
+        seed: The generator's.
+        skipped: How many numbers are drawn before.
+    """
+
+    def __init__(self, seed: int = 0, skipped: int = 0) -> None:
+        if not all(type(n) is int for n in (seed, skipped)) or not 0 <= skipped < MAX_DRAWS:
+            raise TetherError(f"A seed and a number of draws are whole numbers. {received(seed=seed, skipped=skipped)}")
+        self.seed, self.skipped = seed, skipped
+
+    def __call__(self, shape: Shape, dtype: str | None = None) -> Any:
+        """The matrix."""
+        return keras.ops.convert_to_tensor(self.drawn(tuple(shape)), dtype or keras.config.floatx())
+
+    def drawn(self, shape: Shape) -> Array:
+        """The matrix as an array."""
+        count = math.prod(shape)
+        if len(shape) != 2 or self.skipped + count > MAX_DRAWS:
+            raise TetherError(f"A matrix is drawn, of at most {MAX_DRAWS} numbers. {received(shape=shape)}")
+        draws = torch_draws(self.seed, self.skipped, count) & ((1 << 24) - 1)
+        bound = math.sqrt(3.0) * math.sqrt(2.0) / math.sqrt(shape[0])
+        values = draws.astype("float32") * np.float32(2.0**-24) * np.float32(2 * bound) - np.float32(bound)
+        return np.ascontiguousarray(values.reshape(shape[::-1]).T)
+
+    def get_config(self) -> Config:
+        """The seed and what is drawn before."""
+        return {"seed": self.seed, "skipped": self.skipped}
 
 
 class Vera(AddedForm):
@@ -39,6 +83,8 @@ class Vera(AddedForm):
         self.size = None if size is None else as_ints(size, "`size`")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise ShapeMismatch(f"`size` is (rows, columns) of the largest weight. {received(size=size)}")
+        self.starts: tuple[keras.Initializer, ...] | None = None
+        """What the frozen bases start at; left out, at random."""
         self._bases: tuple[Weight, Weight] | None = None
 
     def delta(self, base: Expression) -> Expression:
@@ -61,7 +107,8 @@ class Vera(AddedForm):
             )
         if self._bases is None:
             self.size = (n, m)
-            start = [keras.initializers.HeUniform(None if self.seed is None else self.seed + k) for k in (0, 1)]
+            seeds = [None if self.seed is None else self.seed + k for k in (0, 1)]
+            start = self.starts or [keras.initializers.HeUniform(seed) for seed in seeds]
             kept: Config = {"dtype": part_dtype(base), "trainable": False, "role": "fixed"}
             self._bases = (
                 Weight((n, self.rank), start[0], name="vera_bases.a", **kept),
@@ -69,6 +116,23 @@ class Vera(AddedForm):
             )
         a, b = self._bases
         return (a if rows == n else a[:rows]), (b if columns == m else b[:, :columns])
+
+
+def vectors_of(part: Expression) -> tuple[float, tuple[Weight, Weight], tuple[Weight, Weight]] | None:
+    """The number before a VeRA, its frozen matrices, and its vectors; `None` if a part is something else."""
+    scale, product = number_before(part)
+    sides = product.operands if isinstance(product, MatMul) else ()
+    pairs = [
+        (_uncut(side.operands[0]), stored_behind(side.operands[1])) for side in sides if isinstance(side, Multiply)
+    ]
+    if len(pairs) != 2 or any(base is None or own is None or len(own.shape or ()) != 1 for base, own in pairs):
+        return None
+    (a, d), (b, e) = pairs
+    return scale, (a, b), (d, e)  # type: ignore[return-value]
+
+
+def _uncut(expression: Expression) -> Weight | None:
+    return stored_behind(expression.operands[0] if isinstance(expression, Index) else expression)
 
 
 def vera(

@@ -13,7 +13,7 @@ import numpy as np
 from tether.errors import TetherError, received
 from tether.files.loading.entries import Entry
 from tether.files.tensors.presets import PRESETS
-from tether.files.tensors.tables import Table, Tensor
+from tether.files.tensors.tables import Table, Tensor, has_place
 from tether.types import Array
 
 # --------------------------------------------------------------------------- names
@@ -50,7 +50,7 @@ class Naming:
         names = self.names
         if isinstance(names, str):
             return PRESETS[names]
-        if isinstance(names, Mapping) and any("{n}" in str(key) for key in names):
+        if isinstance(names, Mapping) and any(has_place(str(key)) for key in names):
             return Table(names)
         return names if isinstance(names, Table) else None
 
@@ -76,7 +76,10 @@ class Naming:
         table = self.table
         if table is None or table.prefixes[0] or not table.is_within(self.known):
             return names
-        return names[::-1] if len(names) == len(table.prefixes) else names
+        count = len(table.prefixes)
+        if len(names) % count:
+            return names
+        return [name for place in range(0, len(names), count) for name in names[place : place + count][::-1]]
 
     def find(self, name: str, shape: tuple[int, ...], entries: Mapping[str, Entry]) -> list[Entry]:
         """A file's entries for a weight, in the weight's layout."""

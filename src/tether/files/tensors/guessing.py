@@ -171,6 +171,7 @@ def _placed(
     doubtful: dict[str, tuple[str, ...]] = {}
     done: set[int] = set()
     taken: set[int] = set()
+    disputed: set[int] = set()  # what others, placed before, might have been instead
     for alike, place, other, layouts in pairs:
         if -place in done or -other in taken:
             continue
@@ -181,7 +182,8 @@ def _placed(
         close = [(p, o) for a, p, o, _ in pairs if a > alike - _MARGIN]
         near = [o for p, o in close if p == place and -o not in taken]
         contested = any(o == other and -p not in done for p, o in close)
-        if near or contested or alike < _LEAST:
+        disputed.update(-each for each in near)
+        if near or contested or alike < _LEAST or -other in disputed:
             for number, name in enumerate(names):
                 doubtful[name] = tuple(theirs[-each].names[number] for each in near)
     return found, doubtful

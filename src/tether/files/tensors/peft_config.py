@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +60,49 @@ FIELDS: dict[str, dict[str, str]] = {
         "bias": HONOURED, "projection_prng_key": HONOURED, "save_projection": TENSORS_SAY, "vera_dropout": TRAINING,
         "d_initial": NO_EFFECT, "init_weights": NO_EFFECT,
     },
+    "OFT": {
+        **_GENERAL,
+        "bias": HONOURED, "use_cayley_neumann": HONOURED, "num_cayley_neumann_terms": HONOURED,
+        "oft_block_size": TENSORS_SAY, "block_share": TENSORS_SAY, "module_dropout": TRAINING,
+        "init_weights": NO_EFFECT, "eps": NO_EFFECT, "coft": REFUSED,
+    },
+    "BOFT": {
+        **_GENERAL,
+        "bias": HONOURED, "boft_block_size": TENSORS_SAY, "boft_block_num": TENSORS_SAY,
+        "boft_n_butterfly_factor": TENSORS_SAY, "boft_dropout": TRAINING, "init_weights": NO_EFFECT,
+    },
+    "FOURIERFT": {
+        **_GENERAL,
+        "bias": HONOURED, "scaling": HONOURED, "random_loc_seed": HONOURED, "n_frequency": TENSORS_SAY,
+        "n_frequency_pattern": TENSORS_SAY, "init_weights": NO_EFFECT,
+    },
 }  # fmt: skip
 """What becomes of each field of a config, by `peft_type`."""
 
+_LYCORIS: Config = {"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True, "use_effective_conv2d": False}
+CONSTANTS: dict[str, Config] = {
+    "LORA": {
+        "use_rslora": False, "init_lora_weights": True, "ensure_weight_tying": False, "fan_in_fan_out": False,
+        "lora_dropout": 0.0,
+    },
+    "IA3": {"fan_in_fan_out": False, "init_ia3_weights": True},
+    "LOHA": _LYCORIS,
+    "LOKR": {**_LYCORIS, "decompose_both": False, "rank_dropout_scale": False},
+    "VERA": {"vera_dropout": 0.0, "fan_in_fan_out": False, "init_weights": True},
+    "OFT": {"r": 0, "module_dropout": 0.0, "coft": False, "fan_in_fan_out": False, "init_weights": True},
+    "BOFT": {"boft_block_num": 0, "boft_dropout": 0.0, "fan_in_fan_out": False, "init_weights": True},
+    "FOURIERFT": {"fan_in_fan_out": False, "init_weights": False},
+}  # fmt: skip
+"""What the config of a kind always says."""
+
+RANKED = ("LORA", "LOHA", "LOKR", "VERA")
+"""Kinds whose parts have a rank."""
 _STARTS_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")
 """Starts of a LoRA that leave the base as it is."""
+_DEFAULTS: dict[str, Config] = {
+    "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+    "FOURIERFT": {"scaling": 150.0, "random_loc_seed": 777},
+}
 _STARTS_TAKEN_OFF = ("pissa", "olora")
 """Starts that take a product off the base, which can be computed again from it."""
 
@@ -135,7 +174,7 @@ def read_config(folder: pathlib.Path) -> PeftConfig:
     kind = fields.get("peft_type")
     if not isinstance(kind, str) or kind not in FIELDS:
         raise Unsupported(f"The adapter is none of {', '.join(FIELDS)}. {received(peft_type=kind)}")
-    defaults = {"r": 8, "lora_alpha": 8, "alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
+    defaults = {"r": 8, "lora_alpha": 8, "alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, **_DEFAULTS.get(kind, {})}
     config = PeftConfig(kind, {**defaults, **fields})
     _refuse_fields(config)
     _check_numbers(config)
@@ -168,11 +207,22 @@ def _check_numbers(config: PeftConfig) -> None:
     patterns = [config["rank_pattern"] or {}, config["alpha_pattern"] or {}]
     if not all(isinstance(each, dict) for each in patterns):
         raise InvalidConfig(f"The patterns of ranks and alphas are dicts. {received(patterns=patterns)}")
-    ranks = [config["r"], *patterns[0].values()]
+    ranks = [config["r"], *patterns[0].values()] if config.kind in RANKED else []
     alphas = [config[_alpha_field(config.kind)], *patterns[1].values()]
     for numbers, least in ((ranks, 1.0), (alphas, -math.inf)):
         if not all(_is_number(n) and least <= n < math.inf for n in numbers):
             raise InvalidConfig(f"Ranks are positive numbers, and alphas finite ones. {received(numbers=numbers)}")
+    frequencies = config["n_frequency_pattern"] or {}
+    if not isinstance(frequencies, dict) or not all(map(_is_number, frequencies.values())):
+        raise InvalidConfig(f"`n_frequency_pattern` is a dict of numbers. {received(value=frequencies)}")
+    whole = ("random_loc_seed", "num_cayley_neumann_terms", "projection_prng_key")
+    for field in {"scaling", *whole} & set(config.fields):
+        value = config[field]
+        right = _is_number(value) and math.isfinite(value) and (field == "scaling" or type(value) is int)
+        if not (right or (value is None and field == "projection_prng_key")):
+            raise InvalidConfig(f"`{field}` is a number. {received(value=value)}")
+    if config.fields.get("num_cayley_neumann_terms", 1) < 1:
+        raise InvalidConfig(f"`num_cayley_neumann_terms` is 1 or more. {received(value=config.fields)}")
     for field in ("modules_to_save", "feedforward_modules"):
         if not isinstance(config[field] or [], list):
             raise InvalidConfig(f"`{field}` is a list of names. {received(value=config[field])}")
@@ -184,3 +234,13 @@ def _check_numbers(config: PeftConfig) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def commonest(values: Mapping[str, Any], otherwise: float) -> Any:
+    """The value that most modules have, which a config says for all."""
+    return Counter(values.values()).most_common(1)[0][0] if values else otherwise
+
+
+def whole_number(number: float) -> int | float:
+    """A number without a point, if it is whole."""
+    return int(number) if float(number).is_integer() else number

@@ -1,33 +1,35 @@
 """What each kind of PEFT adapter adds to a weight: the form that makes the same, and its values from the tensors.
 
-PEFT's base is PyTorch's: a `Linear` stores outputs first, a convolution outputs, inputs, window; Tether has Keras's
-layout, with outputs last. So each tensor comes with the way in which it is turned.
+A folder has PyTorch's layouts (`peft_places`), so each tensor comes with the way in which it is turned.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import keras
 import numpy as np
 
-from tether import ops
 from tether.errors import InvalidConfig, ShapeMismatch, Unsupported, received
 from tether.files.loading.entries import Entry
 from tether.files.tensors.peft_config import PeftConfig
-from tether.forms.dora import Dora
-from tether.forms.form import AddedForm, from_matrix, part
-from tether.forms.full import full
-from tether.forms.hadamard import hadamard
-from tether.forms.low_rank import low_rank
-from tether.forms.rows import rows
-from tether.forms.vera import Vera, vera
-from tether.kinds import letters_of
-from tether.layers.family.named import Named
+from tether.files.tensors.peft_places import Place, as_stored
+from tether.forms.boft import Boft
+from tether.forms.dora import Dora, lengths_of
+from tether.forms.form import AddedForm, part
+from tether.forms.fourier import Fourier, waves_of
+from tether.forms.full import full, whole_of
+from tether.forms.hadamard import hadamard, pairs_of
+from tether.forms.kronecker import Kronecker, Sizes, matrices_of
+from tether.forms.low_rank import low_rank, number_before, products_of, stored_behind
+from tether.forms.oft import Oft, size_of, turned_of
+from tether.forms.rows import rows, rows_of
+from tether.forms.scale import scaled_of
+from tether.forms.vera import DrawnByTorch, Vera, vectors_of, vera
 from tether.types import Array
 from tether.weights.expression import Expression, Shape
+from tether.weights.weight import Weight
 
 Made = Callable[[Expression], Expression]
 """Makes what the layer computes with, of what it had."""
@@ -41,6 +43,8 @@ class Value:
     expected: Shape
     """The shape that the tensor has to have."""
     turned: Callable[[Array], Array]
+    numbers: int | None = None
+    """How many numbers are left once it is turned, if not all."""
 
 
 @dataclass(frozen=True)
@@ -52,68 +56,6 @@ class Addition:
     """For each weight that the form makes, in the order of the expression; `None` keeps its start."""
     whole: bool = False
     """Whether the value stands in for the base's, rather than being made of it."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A weight of the model that may have a part, and what a PEFT folder calls its module and the parameter in it."""
-
-    named: Named
-    modules: tuple[str, ...]
-    leaf: str
-    inputs: int | None
-    whole: bool = True
-    """Whether the parameter is the weight and nothing else: not so where query, key and value are one tensor."""
-
-    @property
-    def is_convolution(self) -> bool:
-        """Whether it is the kernel of a convolution, which PyTorch keeps with its window last."""
-        return isinstance(self.named.layer, keras.layers.Layer) and _is_convolution(self.named.layer)
-
-    def rows(self, inputs: int, outputs: int) -> int:
-        """How many leading axes of the weight are inputs, if it has as many inputs and outputs as a file says."""
-        shape = self.named.shape
-        fits = [n for n in range(1, len(shape)) if (math.prod(shape[:n]), math.prod(shape[n:])) == (inputs, outputs)]
-        if self.is_convolution:
-            fits = [n for n in fits if n == len(shape) - 1]
-        if not fits or (self.inputs is not None and self.inputs not in fits):
-            raise ShapeMismatch(
-                f"{self.named.name} has shape {shape}; the adapter's factors make {(inputs, outputs)}, inputs first."
-            )
-        return fits[0] if self.inputs is None else self.inputs
-
-
-def _leading_inputs(layer: keras.Layer) -> int | None:
-    """How many leading axes of the kernel of an EinsumDense are inputs, as its equation says."""
-    if not isinstance(layer, keras.layers.EinsumDense):
-        return None
-    _, kernel, outputs = letters_of(layer.equation)
-    return sum(letter not in outputs for letter in kernel) or None
-
-
-def _is_convolution(layer: keras.Layer) -> bool:
-    return isinstance(layer, (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D))
-
-
-def as_stored(place: Place) -> tuple[Shape, Callable[[Array], Array], Callable[[Array], Array]]:
-    """The shape of a whole weight in PyTorch, how it is turned to the model's, and back."""
-    shape = place.named.shape
-    if place.leaf != "weight" or len(shape) < 2 or isinstance(place.named.layer, keras.layers.Embedding):
-        stored = (math.prod(shape),) if place.leaf == "bias" else shape
-        return stored, lambda array: array.reshape(shape), lambda array: array.reshape(stored)
-    if place.is_convolution:
-        window = len(shape) - 2
-        order = (*range(2, window + 2), 1, 0)
-        back = (window + 1, window, *range(window))
-        stored = tuple(shape[axis] for axis in back)
-        return stored, lambda array: array.transpose(order), lambda array: np.ascontiguousarray(array.transpose(back))
-    inputs = place.inputs or _leading_inputs(place.named.layer) or len(shape) - 1
-    stored = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-    return (
-        stored,
-        lambda array: array.T.reshape(shape),
-        lambda array: np.ascontiguousarray(array.reshape(stored[::-1]).T),
-    )
 
 
 # --------------------------------------------------------------------------- LoRA and DoRA
@@ -158,6 +100,12 @@ def lora_bias(place: Place, module: str, entry: Entry, config: PeftConfig) -> Ad
     rank = config.rank(module)
     scale = config.alpha(module) / (math.sqrt(rank) if config["use_rslora"] else rank)
     return Addition(_Shift(scale), (whole_value(place, entry),))
+
+
+def shift_of(added: Expression) -> Weight | None:
+    """The stored vector of what is added to a bias, by the scale of its module; `None` if it is something else."""
+    found = stored_behind(number_before(added)[1])
+    return found if found is not None and found.role == "part" else None
 
 
 class _Shift(AddedForm):
@@ -234,18 +182,14 @@ def loha(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     split = place.rows(first.shape[1], last.shape[0])
     rank = config.rank(module)
     shapes = [(rank, first.shape[1]), (last.shape[0], rank)] * 2
-    values = tuple(
-        Value(entry, shape, _rows_turned(place, split, n % 2 == 0))
-        for n, (entry, shape) in enumerate(zip(ours, shapes, strict=True))
-    )
+    *window, channels = place.named.shape[:split] if place.is_convolution else (first.shape[1],)
+    turned = [_window_turned(channels, tuple(window)), lambda array: array.T] * 2
+    values = tuple(Value(*each) for each in zip(ours, shapes, turned, strict=True))
     return Addition(hadamard(rank, alpha=config.alpha(module), split=split), values)
 
 
-def _rows_turned(place: Place, split: int, is_first: bool) -> Callable[[Array], Array]:
+def _window_turned(channels: int, window: Shape) -> Callable[[Array], Array]:
     """A factor outputs first, inputs first; the inputs of a convolution, channels before the window, the other way."""
-    if not is_first or not place.is_convolution:
-        return lambda array: array.T
-    *window, channels = place.named.shape[:split]
     order = (*range(2, len(window) + 2), 1, 0)
 
     def turned(array: Array) -> Array:
@@ -255,38 +199,54 @@ def _rows_turned(place: Place, split: int, is_first: bool) -> Callable[[Array], 
 
 
 def lokr(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
-    """`W + s · C ⊗ D`, where D may be a product."""
+    """`W + s · C ⊗ D`, where D may be a product; of a convolution, C divides the channels alone."""
     others = sorted(set(found) - {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
     if others:
         raise Unsupported(f"The LoKr of {module!r} has the tensor {others[0]!r}, which Tether does not read.")
-    if place.is_convolution:
-        raise Unsupported(f"The LoKr of {module!r} is that of a convolution, which Tether does not read.")
     small = _named(found, module, "lokr_w1")
     large = [found[name] for name in ("lokr_w2_b", "lokr_w2_a", "lokr_w2") if name in found]
-    if not large or any(len(each.shape) != 2 for each in (small, *large)) or (len(large) == 3):
-        raise InvalidConfig(f"The LoKr of {module!r} has one small and one large matrix of two axes, or a product.")
-    n2, m2 = large[0].shape[1], large[-1].shape[0]
-    split = place.rows(small.shape[1] * n2, small.shape[0] * m2)
-    scale = config.alpha(module) / config.rank(module)
-    values = tuple(Value(entry, entry.shape, lambda array: array.T) for entry in (small, *large))
-    return Addition(_Kronecker(split, small.shape, [each.shape for each in large], scale), values)
+    window = place.named.shape[:-2] if place.is_convolution else ()
+    whole = len(large) == 1 and len(large[0].shape) == 2 + len(window)
+    if len(small.shape) != 2 or not (whole or (len(large) == 2 and all(len(each.shape) == 2 for each in large))):
+        raise InvalidConfig(f"The LoKr of {module!r} has one small and one large matrix, or a product for the large.")
+    size = math.prod(large[0].shape[1:])
+    if size % math.prod(window):
+        raise ShapeMismatch(f"{module!r} has the window {window}. {received(shape=large[0].shape)}")
+    sizes = Sizes(
+        (small.shape[1], small.shape[0]),
+        (size // math.prod(window), large[-1].shape[0]),
+        None if whole else large[-1].shape[1],
+        window,
+        turned_there(window, whole=whole),
+    )
+    split = place.rows(small.shape[1] * size, small.shape[0] * sizes.large[1])
+    turned = _window_turned(sizes.large[0], window)
+    ways = [lambda array: array.T, turned, lambda array: array.T]
+    values = tuple(Value(entry, entry.shape, way) for entry, way in zip((small, *large), ways, strict=False))
+    rank = config.rank(module)
+    agree = 2 * rank >= max(sizes.large) if whole else large[0].shape[0] == sizes.inner == rank
+    if not agree:
+        raise InvalidConfig(
+            f"The factors of {module!r} have another rank than the config. "
+            f"{received(shapes=[each.shape for each in large], r=rank)}"
+        )
+    return Addition(_Sized(sizes, rank, config.alpha(module), split), values)
 
 
-class _Kronecker(AddedForm):
-    """As `tether.forms.kronecker`, with the sizes that a file has."""
+def turned_there(window: Shape, *, whole: bool) -> bool:
+    """Whether PEFT has the two matrices of a LoKr the other way round: as it does with a window of one axis."""
+    return whole and len(window) == 1
 
-    def __init__(self, split: int, small: Shape, large: Sequence[Shape], scale: float) -> None:
-        self.split, self.small, self.large, self.scale = split, small, large, scale
 
-    def delta(self, base: Expression) -> Expression:
-        shape = base.shape or ()
-        rows, columns = shape[: self.split], shape[self.split :]
-        small = part(base, "lokr_c", "zeros", self.small[::-1])
-        names = ["lokr_d"] if len(self.large) == 1 else ["lokr_a", "lokr_b"]
-        made = [part(base, name, "zeros", each[::-1]) for name, each in zip(names, self.large, strict=True)]
-        large = made[0] if len(made) == 1 else made[0] @ made[1]
-        product = ops.einsum("ab,cd->acbd", small, large).reshape(math.prod(rows), math.prod(columns))
-        return from_matrix(product if self.scale == 1 else self.scale * product, rows, columns)
+class _Sized(Kronecker):
+    """A Kronecker product with the sizes that a file has."""
+
+    def __init__(self, sizes: Sizes, rank: int, alpha: float, split: int) -> None:
+        super().__init__(rank, alpha, None, split, None, None)
+        self._sizes = sizes
+
+    def sizes(self, rows: Shape, columns: Shape) -> Sizes:
+        return self._sizes
 
 
 def vera_family(
@@ -299,18 +259,21 @@ def vera_family(
         outputs = math.prod(_named(found, module, "vera_lambda_b").shape)
         sizes[module] = (math.prod(place.named.shape) // outputs, outputs)
     n, m = (max(each[side] for each in sizes.values()) for side in (0, 1))
+    bases: tuple[Value | None, ...] = (None, None)
+    starts = None
     if shared:
         a, b = (_named(shared, "the model", name) for name in ("vera_A", "vera_B"))
         n, m = a.shape[-1], b.shape[0]
-        bases = [Value(a, (rank, n), lambda array: array.T), Value(b, (m, rank), lambda array: array.T)]
+        bases = Value(a, (rank, n), lambda array: array.T), Value(b, (m, rank), lambda array: array.T)
     else:
-        drawn = _drawn(int(config["projection_prng_key"] or 0), (rank, n), (m, rank))
-        bases = [_drawn_value(name, array) for name, array in zip(("vera_A", "vera_B"), drawn, strict=True)]
+        seed = int(config["projection_prng_key"] or 0)
+        starts = DrawnByTorch(seed), DrawnByTorch(seed, rank * n)
     additions: dict[str, Addition] = {}
     forms: dict[int, Vera] = {}
     for module, (place, found) in modules.items():
         split = place.rows(*sizes[module])
         form = forms.setdefault(split, vera(rank, size=(n, m), split=split))
+        form.starts = starts
         d, b = _named(found, module, "vera_lambda_d"), _named(found, module, "vera_lambda_b")
         additions[place.named.path] = Addition(
             _OfFamily(form, forms),
@@ -324,10 +287,6 @@ def vera_family(
     return additions
 
 
-def _drawn_value(name: str, array: Array) -> Value:
-    return Value(Entry(name, array.shape, "float32", lambda: array), array.shape, lambda array: array.T)
-
-
 class _OfFamily(AddedForm):
     """One of several forms that share their random matrices: each splits weights at another axis."""
 
@@ -339,20 +298,95 @@ class _OfFamily(AddedForm):
         return self.form.delta(base)
 
 
-def _drawn(seed: int, *shapes: tuple[int, int]) -> list[Array]:
-    """The matrices that PyTorch draws from a seed, uniformly for a gain of √2, one after the other.
+# --------------------------------------------------------------------------- rotations and waves
 
-    Its generator is the Mersenne twister, and a float32 has the lower 24 bits of a draw.
-    """
-    random = np.random.RandomState(seed & 0xFFFFFFFF)
-    found = []
-    for shape in shapes:
-        draws = (random.randint(0, 1 << 32, math.prod(shape), "uint32") & ((1 << 24) - 1)).astype(
-            "float32"
-        ) * np.float32(2.0**-24)
-        bound = math.sqrt(3.0) * math.sqrt(2.0) / math.sqrt(shape[1])
-        found.append((draws * np.float32(2 * bound) - np.float32(bound)).reshape(shape))
-    return found
+
+def oft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+    """`R W`, with R in blocks that turn the inputs."""
+    entry = _named(found, module, "oft_R")
+    inputs = _inputs_of_matrix(place, module, config)
+    size = size_of(entry.shape[-1]) if len(entry.shape) == 2 else None
+    if size is None:
+        raise InvalidConfig(f"The rotations of {module!r} are upper triangles. {received(shape=entry.shape)}")
+    if inputs % size or entry.shape[0] not in (1, inputs // size):
+        raise ShapeMismatch(
+            f"{place.named.name} has {inputs} inputs, and the adapter {entry.shape[0]} blocks of {size}."
+        )
+    share = entry.shape[0] == 1 != inputs // size
+    by_series = bool(config["use_cayley_neumann"])
+    terms = int(config["num_cayley_neumann_terms"]) if by_series else None
+    sign = 1 if by_series else -1  # PEFT's series and its inverse turn opposite ways
+    return Addition(
+        Oft(size, share, terms, place.split, None), (Value(entry, entry.shape, lambda array: sign * array),)
+    )
+
+
+def boft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+    """`(M_m ⋯ M₁ W) · s`, of whole matrices, whose skew-symmetric part counts."""
+    entry, scale = (_named(found, module, name) for name in ("boft_R", "boft_s"))
+    inputs = _inputs_of_matrix(place, module, config)
+    factors, count, size, _ = entry.shape if len(entry.shape) == 4 else (0, 0, 0, 0)
+    if not factors or entry.shape[3] != size or size < 2 or config["boft_block_size"] not in (None, 0, size):
+        raise InvalidConfig(
+            f"The rotations of {module!r} are square matrices of the size that the config says. "
+            f"{received(shape=entry.shape, boft_block_size=config['boft_block_size'])}"
+        )
+    columns = place.named.shape[place.split :]
+    if count * size != inputs:
+        raise ShapeMismatch(f"{place.named.name} has {inputs} inputs, and the adapter {count} blocks of {size}.")
+    upper = np.triu_indices(size, 1)
+
+    def turned(array: Array) -> Array:
+        halves = 0.5 * (array.swapaxes(-1, -2) - array)
+        return halves.reshape(-1, size, size)[:, *upper]
+
+    values = (
+        Value(entry, entry.shape, turned, factors * count * len(upper[0])),
+        Value(scale, (math.prod(columns), 1), lambda array: array.reshape(columns)),
+    )
+    return Addition(Boft(size, factors, place.split, None), values)
+
+
+def fourier(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+    """`W + s · Re(F⁻¹ S)`, with S zero but at places that a seed chooses."""
+    entry = _named(found, module, "fourierft_spectrum")
+    inputs = _inputs_of_matrix(place, module, config)
+    size = math.prod(place.named.shape)
+    if len(entry.shape) != 1 or not 0 < entry.shape[0] <= size:
+        raise ShapeMismatch(
+            f"{place.named.name} of {inputs} inputs has {size} frequencies. {received(shape=entry.shape)}"
+        )
+    counts = {config["n_frequency"], *(config["n_frequency_pattern"] or {}).values()} - {None}
+    if counts and entry.shape[0] not in counts:
+        raise InvalidConfig(
+            f"{module!r} has another number of frequencies than the config says. "
+            f"{received(shape=entry.shape, n_frequency=config['n_frequency'])}"
+        )
+    form = Fourier(entry.shape[0], float(config["scaling"]), int(config["random_loc_seed"]), place.split, None)
+    return Addition(form, (Value(entry, entry.shape, lambda array: array),))
+
+
+def _inputs_of_matrix(place: Place, module: str, config: PeftConfig) -> int:
+    """How many inputs a module has that is no convolution and no table."""
+    if place.is_convolution or place.is_table or len(place.named.shape) < 2:
+        raise Unsupported(
+            f"{module!r} is {place.named.name!r}, whose {config.kind} Tether does not read: it reads that of matrices."
+        )
+    return math.prod(place.named.shape[: place.split])
+
+
+Builder = Callable[[Place, str, Mapping[str, Entry], PeftConfig], Addition]
+BUILDERS: dict[str, Builder] = {"LOHA": loha, "LOKR": lokr, "OFT": oft, "BOFT": boft, "FOURIERFT": fourier}
+"""What reads a module by itself, by the kind."""
+
+
+def is_part(added: Expression) -> bool:
+    """Whether a part is one of those that a folder may have."""
+    known: tuple[Callable[[Expression], object | None], ...] = (
+        products_of, lengths_of, whole_of, rows_of, shift_of, scaled_of, pairs_of, matrices_of, vectors_of,
+        waves_of, turned_of,
+    )  # fmt: skip
+    return any(of(added) is not None for of in known)
 
 
 def _named(found: Mapping[str, Entry], module: str, name: str) -> Entry:
@@ -361,4 +395,4 @@ def _named(found: Mapping[str, Entry], module: str, name: str) -> Entry:
     return found[name]
 
 
-__all__ = ["FULL", "Addition", "Place", "Value"]
+__all__ = ["FULL", "Addition", "Value"]

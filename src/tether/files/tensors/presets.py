@@ -200,6 +200,107 @@ _GEMMA = Table(
 )
 """The first Gemma; the second has more norms, under other names."""
 
+# --------------------------------------------------------------------------- encoder and decoder
+
+
+def _t5_norm(ours: str, theirs: str) -> Rows:
+    return {f"{ours}.weight": f"{theirs}.layer_norm.weight"}
+
+
+def _t5_attention(ours: str, theirs: str) -> Rows:
+    found: Rows = {}
+    for role, word in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
+        found.update(_dense(f"{ours}.{role}_projector", f"{theirs}.{word}", bias=False))
+    return {**found, f"{ours}.embeddings": f"{theirs}.relative_attention_bias.weight"}
+
+
+def _t5_stack(side: str) -> Rows:
+    """The encoder, or the decoder, which looks at the encoder's outputs between its two other sublayers."""
+    ours, theirs = f"transformer_{side}_layer_{{n}}", f"{side}.block.{{n}}"
+    last = 1 if side == "encoder" else 2
+    dense = f"{theirs}.layer.{last}.DenseReluDense"
+    found = {
+        **_t5_attention(f"{ours}.self_attention", f"{theirs}.layer.0.SelfAttention"),
+        **_dense(f"{ours}.input_projector", f"{dense}.wi", bias=False),
+        **_dense(f"{ours}.gate_projector", f"{dense}.wi_1", bias=False),
+        **_dense(f"{ours}.output_projector", f"{dense}.wo", bias=False),
+        f"{side}_output_layer_norm.weight": f"{side}.final_layer_norm.weight",
+    }
+    for place in range(last + 1):
+        found.update(_t5_norm(f"{ours}.t5_layer_norm{{{place}}}", f"{theirs}.layer.{place}"))
+    if side == "decoder":
+        found.update(_t5_attention(f"{ours}.cross_attention", f"{theirs}.layer.1.EncDecAttention"))
+    return found
+
+
+_T5 = Table(
+    {
+        "token_embedding.embeddings": Tensor("shared.weight", "encoder.embed_tokens.weight"),
+        "token_embedding.reverse_embeddings": Tensor("lm_head.weight", inputs=1),
+        **_t5_stack("encoder"),
+        **_t5_stack("decoder"),
+    },
+    within=r"t5_\w*backbone\w*",
+    spare=r"(en|de)coder\.embed_tokens\.weight|lm_head\.weight",
+    instead={
+        f"transformer_{side}_layer_{{n}}.input_projector.kernel": (
+            r".*\.gate_projector\.kernel",
+            Tensor(f"{side}.block.{{n}}.layer.{last}.DenseReluDense.wi_0.weight", inputs=1),
+        )
+        for side, last in (("encoder", 1), ("decoder", 2))
+    },
+)
+"""With a gate, from T5 1.1 on, the first projection has another name. KerasHub does not name the norms."""
+
+# --------------------------------------------------------------------------- pictures
+
+
+_BLOCK_OF_VIT = "vit_encoder.transformer_block_{n}"
+_PATCHES = "vit_patching_and_embedding"
+_VIT_NAMES = {
+    "mha.query": ("attention.attention.query", "attention.q_proj"),
+    "mha.key": ("attention.attention.key", "attention.k_proj"),
+    "mha.value": ("attention.attention.value", "attention.v_proj"),
+    "mha.attention_output": ("attention.output.dense", "attention.o_proj"),
+    "mlp.dense_1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.dense_2": ("output.dense", "mlp.fc2"),
+    "ln_1": ("layernorm_before", "layernorm_before"),
+    "ln_2": ("layernorm_after", "layernorm_after"),
+}
+"""Of each layer of a block: its name in files, and that of the module in transformers 5."""
+
+
+def _vit(first: int) -> Table:
+    """The table that writes the names in files (0), or of modules (1), and reads either. KerasHub counts from 1."""
+    found: Rows = {
+        f"{_PATCHES}.class_token": "{p}embeddings.cls_token",
+        f"{_PATCHES}.patch_embedding.kernel": Tensor(
+            "{p}embeddings.patch_embeddings.projection.weight", axes=(3, 2, 0, 1)
+        ),
+        f"{_PATCHES}.patch_embedding.bias": "{p}embeddings.patch_embeddings.projection.bias",
+        f"{_PATCHES}.position_embedding.embeddings": Tensor("{p}embeddings.position_embeddings", axes=((), 0, 1)),
+        **_norm("vit_encoder.ln", "{p}layernorm"),
+    }
+    for ours, names in _VIT_NAMES.items():
+        places = [f"{{p}}encoder.layer.{{n-1}}.{names[0]}", f"{{p}}layers.{{n-1}}.{names[1]}"]
+        places = places[::-1] if first else places
+        weights, biases = ([f"{place}.{leaf}" for place in places] for leaf in ("weight", "bias"))
+        name = f"{_BLOCK_OF_VIT}.{ours}"
+        if ours.startswith("ln"):
+            found.update({f"{name}.gamma": Tensor(*weights), f"{name}.beta": Tensor(*biases)})
+        else:
+            inputs = 2 if ours == "mha.attention_output" else 1
+            found.update(
+                {f"{name}.kernel": Tensor(*weights, inputs=inputs), f"{name}.bias": Tensor(*biases, folded=True)}
+            )
+    return Table(
+        found,
+        prefixes=("", "vit."),
+        within=r"vi_?t_\w*backbone\w*",
+        spare=r"(.*\.)?pooler\..*|classifier\..*|(.*\.)?mask_token",
+    )
+
+
 # --------------------------------------------------------------------------- by word
 
 
@@ -212,6 +313,9 @@ PRESETS: dict[str, Table] = {
     "mistral": _llama(r"mistral_\w*backbone\w*"),
     "qwen2": _llama(r"qwen_\w*backbone\w*", bias=True),
     "roberta": _ROBERTA,
+    "t5": _T5,
+    "vit": _vit(0),
+    "vit5": _vit(1),
 }
 """The tables by a word for the architecture."""
 

@@ -264,8 +264,8 @@ def save_safetensors(model: keras.Model, path: str | os.PathLike[str], *, names:
         path: Where to, with the ending `.safetensors`.
         names: What the weights are called in the file: a mapping from the model's names, a function of a name, a
             `Table`, or the word of an architecture for Hugging Face's names: `"bert"`, `"distilbert"`, `"gemma"`,
-            `"gpt2"`, `"llama"`, `"mistral"`, `"qwen2"`, `"roberta"`. It gives a name, a `Tensor` that says how it is
-            laid out, or `None` to leave the weight out.
+            `"gpt2"`, `"llama"`, `"mistral"`, `"qwen2"`, `"roberta"`, `"t5"`, `"vit"`, `"vit5"`. It gives a name, a
+            `Tensor` that says how it is laid out, or `None` to leave the weight out.
 
     Raises:
         TetherError: The path has another ending, its folder does not exist, or two weights get one name.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,7 @@ class Table:
         spare: A regular expression of tensors that a file may have and the model need not.
         heads: Further tensors of a weight in a model that has a certain other weight: by the weight's name, a regular
             expression of the other's name, and the tensor.
+        instead: The same for tensors that take the place of the table's.
 
     Example:
     ```python
@@ -186,6 +187,7 @@ class Table:
         within: str | None = None,
         spare: str | None = None,
         heads: Mapping[str, tuple[str, Tensor]] | None = None,
+        instead: Mapping[str, tuple[str, Tensor]] | None = None,
     ) -> None:
         for name, value in tensors.items():
             several = value if isinstance(value, (list, tuple)) else [value]
@@ -195,25 +197,29 @@ class Table:
                     f"or None. {received(name=name, value=value)}"
                 )
         self.prefixes = tuple(prefixes) or ("",)
-        self._exact = {name: value for name, value in tensors.items() if "{n}" not in name}
-        self._templates = [(_template(name), value) for name, value in tensors.items() if "{n}" in name]
+        self._exact = {name: value for name, value in tensors.items() if not has_place(name)}
+        self._templates = [(name, _Template(name), value) for name, value in tensors.items() if has_place(name)]
         self._within = None if within is None else re.compile(within)
         self._spare = None if spare is None else re.compile(spare)
-        self._heads = dict(heads or {})
+        self._heads, self._instead = dict(heads or {}), dict(instead or {})
 
     def of(self, name: str, known: Collection[str] = ()) -> list[Tensor] | None:
         """The tensors of a weight, given all names of the model; `None` for what the table has not."""
         name = self._inside(name)
-        number, found = "", self._exact.get(name)
+        number, found, key = "", self._exact.get(name), name
         if name not in self._exact:
-            match, found = next(((m, v) for t, v in self._templates if (m := t.fullmatch(name))), (None, None))
-            number = "" if match is None else match["n"]
+            for template, pattern, value in self._templates:
+                match = pattern.match(name, map(self._inside, known))
+                if match is not None:
+                    number, found, key = match, value, template
+                    break
         if found is None:
             return None
         several = [*(found if isinstance(found, (list, tuple)) else [found])]
-        head = self._heads.get(name)
-        if head is not None and any(re.fullmatch(head[0], each) for each in known):
-            several.append(head[1])
+        for others, instead in ((self._heads, False), (self._instead, True)):
+            other = others.get(key)
+            if other is not None and any(re.fullmatch(other[0], each) for each in known):
+                several = [other[1]] if instead else [*several, other[1]]
         return [self._named(Tensor(each) if isinstance(each, str) else each, number) for each in several]
 
     def is_within(self, known: Collection[str]) -> bool:
@@ -231,16 +237,50 @@ class Table:
 
     def _named(self, tensor: Tensor, number: str) -> Tensor:
         found = [
-            name.replace("{n}", number).replace("{p}", prefix)
+            name.replace("{n}", number).replace("{n-1}", str(int(number or 0) - 1)).replace("{p}", prefix)
             for name in tensor.names
             for prefix in (self.prefixes if "{p}" in name else ("",))
         ]
         return tensor.called(*found)
 
 
-def _template(name: str) -> re.Pattern[str]:
-    first, *others = map(re.escape, name.split("{n}"))
-    return re.compile(r"(?P<n>\d+)".join([first, others[0]]) + "".join(rf"(?P=n){other}" for other in others[1:]))
+_PLACE = re.compile(r"\{(n|\d)\}")
+
+
+def has_place(name: str) -> bool:
+    """Whether a name stands for several, by a place for a number."""
+    return _PLACE.search(name) is not None
+
+
+class _Template:
+    """A name with places for numbers."""
+
+    def __init__(self, name: str) -> None:
+        pieces = _PLACE.split(name)
+        made, self.nth = re.escape(pieces[0]), None
+        seen: set[str] = set()
+        for place, rest in zip(pieces[1::2], pieces[2::2], strict=True):
+            if place != "n" and (self.nth is not None and place != str(self.nth)):
+                raise TetherError(f"A name has one place for a number that Keras gives. {received(name=name)}")
+            if place != "n":
+                self.nth = int(place)
+            group = "n" if place == "n" else "k"
+            digits = r"\d+" if place == "n" else r"(?:_\d+)?"
+            made += (f"(?P={group})" if group in seen else f"(?P<{group}>{digits})") + re.escape(rest)
+            seen.add(group)
+        self.pattern = re.compile(made)
+
+    def match(self, name: str, known: Iterable[str]) -> str | None:
+        """The number `n` of a name that the template stands for (empty if it has none); `None` for another name."""
+        found = self.pattern.fullmatch(name)
+        if found is None:
+            return None
+        number = found.groupdict().get("n", "")
+        if self.nth is None:
+            return number
+        alike = (self.pattern.fullmatch(each) for each in {name, *known})
+        places = {int(m["k"][1:] or -1) for m in alike if m is not None and m.groupdict().get("n", "") == number}
+        return number if sorted(places).index(int(found["k"][1:] or -1)) == self.nth else None
 
 
 __all__ = ["Table", "Tensor"]
