@@ -131,7 +131,7 @@ def test_peft_computes_the_same_with_what_is_written(name, tmp_path):
 
 def scaled_with_bias(model):
     kernel, bias = (tether.weight_of(model, f"first/{leaf}").stop_gradient() for leaf in ("kernel", "bias"))
-    s = tether.Weight((6,), "ones", name="own_s", role="part")
+    s = tether.Weight((6,), "ones", name="own_s")
     tether.tie(model, {"first/kernel": kernel * s, "first/bias": bias * s})
 
 

@@ -8,8 +8,11 @@ import tether
 from tests.forms.cases import base_weight, own_weights
 from tests.support import as_zero, gradients, numpy
 from tether import forms
-from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch
+from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError
+from tether.forms.fourier import Waves
+from tether.forms.oft import Turn
 from tether.forms.spectral_norm import SpectralNorm
+from tether.forms.vera import DrawnByTorch
 from tether.weights.codec import decode, encode
 from tether.weights.leaves import MAX_CONSTANT
 
@@ -466,3 +469,60 @@ def test_a_copy_of_a_parent_starts_at_its_values_where_the_form_has_an_inverse()
     parent.build((None, 6))
     child = tether.inherit(parent, share=False, kernel=forms.orthogonal("cayley"))
     np.testing.assert_allclose(numpy(child.kernel.value), numpy(parent.kernel), atol=1e-5)
+
+
+# --------------------------------------------------------------------------- rotations, waves, draws
+
+
+@pytest.mark.parametrize("terms", [0, 65, "five", True, 1.5])
+def test_a_series_of_terms_that_make_no_sense_is_refused(terms):
+    with pytest.raises(TetherError, match=r"terms"):
+        Turn(base_weight((2, 3)), terms=terms)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3,), (2, 3, 1), (2, 0)])
+def test_what_is_no_upper_triangle_does_not_turn(shape):
+    with pytest.raises(ShapeMismatch):
+        Turn(base_weight(shape))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rows": 0}, {"columns": -1}, {"seed": 0.5}, {"rows": 1 << 20, "columns": 1 << 20}, {"rows": 1, "columns": 2}],
+)
+def test_waves_of_sizes_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(TetherError):
+        Waves(base_weight((3,)), **{"rows": 3, "columns": 4, "seed": 1, **wrong})
+
+
+@pytest.mark.parametrize("terms", [2, 3, 5, 9])
+def test_a_series_comes_nearer_to_the_rotation_with_each_term(terms, rng):
+    q = tether.Weight((0.1 * rng.normal(size=(2, 6))).astype("float32"), name="q")
+    exact = Turn(q).numpy()
+    assert np.abs(Turn(q, terms=terms).numpy() - exact).max() < 4 * np.abs(q.numpy()).max() ** min(terms, 3)
+    turned = exact + np.eye(4)
+    np.testing.assert_allclose(turned @ turned.swapaxes(1, 2), np.stack([np.eye(4)] * 2), atol=1e-6)
+
+
+def test_an_oft_keeps_lengths_and_angles(rng):
+    w = base_weight((6, 4))
+    expression = forms.oft(3)(w)
+    (own,) = own_weights(expression, w).values()
+    own.assign(rng.normal(size=own.shape).astype("float32"))
+    assert np.abs(expression.numpy() - w.numpy()).max() > 0.1
+    np.testing.assert_allclose(expression.numpy().T @ expression.numpy(), w.numpy().T @ w.numpy(), atol=1e-5)
+
+
+def test_a_butterfly_reaches_all_inputs():
+    w = tether.Weight(np.eye(8, dtype="float32"), name="w")
+    expression = forms.boft(2, factors=3)(w)
+    own_weights(expression, w)["boft_q"].assign(np.full((12, 1), 0.3, "float32"))
+    assert np.abs(expression.numpy()).min() > 1e-3
+
+
+@pytest.mark.parametrize("wrong", [{"seed": "x"}, {"skipped": -1}, {"skipped": 1 << 40}, {"seed": 1.0}])
+def test_draws_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(TetherError, match="Received: "):
+        DrawnByTorch(**wrong)
+    with pytest.raises(TetherError, match="Received: "):
+        DrawnByTorch()((1 << 20, 1 << 10))

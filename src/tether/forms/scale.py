@@ -14,7 +14,7 @@ from tether.errors import ShapeMismatch, TetherError, as_int, as_ints, received
 from tether.forms.form import ScalingForm, as_dtype, part, shape_of_base
 from tether.forms.low_rank import stored_behind
 from tether.weights.expression import Expression
-from tether.weights.operators.arithmetic import Multiply, Subtract
+from tether.weights.operators.arithmetic import Multiply, StopGradient, Subtract
 from tether.weights.weight import Weight
 
 __all__ = ["scale"]
@@ -48,15 +48,18 @@ class Scale(ScalingForm):
 
 
 def scaled_of(part: Expression) -> tuple[Expression, Weight] | None:
-    """The base and the stored factors of a product, alone or as what it adds to its base; `None` if it is no such."""
+    """The base and the stored factors of a product, alone or as what it adds to its base; `None` if it is no such.
+
+    Factors that no form has made are such beside a base that gets no gradient.
+    """
     less = part.operands[1] if isinstance(part, Subtract) else None
     product = part if less is None else part.operands[0]  # type: ignore[attr-defined]
     if not isinstance(product, Multiply):
         return None
     base, own = product.operands[0], stored_behind(product.operands[1])
-    if own is None or own.role != "part" or not base.weights_used() or (less is not None and less != base):
+    if own is None or not base.weights_used() or (less is not None and less != base):
         return None
-    return base, own
+    return (base, own) if own.role == "part" or isinstance(base, StopGradient) else None
 
 
 def scale(axis: int | tuple[int, ...] | None = -1, *, dtype: str | None = None) -> Scale:
