@@ -114,8 +114,8 @@ def test_a_bank_trains_and_is_saved_as_one(tmp_path):
         (lambda a, b: tether.bank([a, keras.layers.Dense(2)], choice()), TetherError, "which weight"),
         (lambda a, b: tether.bank([a + a.T, a + b.T], choice()), TetherError, "one form"),
         (lambda a, b: tether.bank([2 * a, 3 * b], choice()), TetherError, "where number 1"),
-        (lambda a, b: tether.bank([a, tether.Weight((4, 4), "zeros", trainable=False)], choice()), TetherError, "frozen"),
-        (lambda a, b: tether.bank([a, tether.Weight((3, 4), name="c")], choice()), TetherError, r"\(3, 4\)"),
+        (lambda a, b: tether.bank([a, tether.Weight((4, 4), "zeros", trainable=False)], choice()), TetherError,
+        "frozen"), (lambda a, b: tether.bank([a, tether.Weight((3, 4), name="c")], choice()), TetherError, r"\(3, 4\)"),
         (
             lambda a, b: tether.bank([a, tether.Weight((4, 4), "zeros", constraint="non_neg", name="c")], choice()),
             Unsupported, "constraint",
@@ -239,3 +239,24 @@ def test_products_of_entries_stay_products():
 def test_numbers_of_entries_are_whole(make):
     with pytest.raises(TetherError, match=r"whole|bits"):
         make(tether.Weight((3, 4), "zeros", name="w"))
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_route_of_many_options_of_one_form_is_a_bank(count):
+    base, found = tasks(count)
+    wanted = [expression.numpy() for expression in found]
+    names = {f"task {number}": expression for number, expression in enumerate(found)}
+    layer = tether.route(keras.layers.Dense(4, use_bias=False), kernel=names, default="task 1")
+    for number in (0, 2, count - 1):
+        np.testing.assert_allclose(array(layer(rows, choice=f"task {number}")), rows @ wanted[number], atol=1e-5)
+    np.testing.assert_allclose(array(layer(rows)), rows @ wanted[1], atol=1e-5)
+    assert len(layer.weights) == (3 if count > 8 else 1 + 2 * count)
+    assert base.is_built
+
+
+def test_route_of_many_options_of_several_forms_is_a_switch():
+    base, found = tasks(9)
+    layer = tether.route(keras.layers.Dense(4, use_bias=False), kernel=[base, *found])
+    np.testing.assert_allclose(array(layer(rows, choice=0)), rows @ base.numpy(), atol=1e-5)
+    np.testing.assert_allclose(array(layer(rows, choice=9)), rows @ found[8].numpy(), atol=1e-5)
+    assert len(layer.weights) == 19

@@ -61,6 +61,8 @@ def arrays():
 
 
 # The notation, the expression, and the same in NumPy where it is not written with the same words.
+PLACES = np.array([[0, -1, 1], [2, 0, 0]], "int32")
+
 CASES = [
     # ---- looking in another way
     ("a", lambda x: x.a),
@@ -106,6 +108,8 @@ CASES = [
         lambda x: ops.take(x.t, np.array([3, 1]), axis=-1),
         lambda x: x.t[..., [3, 1]],
     ),
+    ("a[array[2, 3]]", lambda x: ops.take(x.a, PLACES), lambda x: x.a[PLACES]),
+    ("take(t, 1, axis=-2)", lambda x: ops.take(x.t, 1, axis=-2), lambda x: x.t[:, 1]),
     ("t.transpose(0, 2, 1)", lambda x: x.t.transpose((0, 2, 1))),
     ("t.transpose(0, 2, 1)", lambda x: x.t.transpose([0, 2, 1])),
     # ---- arithmetic

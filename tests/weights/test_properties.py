@@ -164,6 +164,7 @@ def taken(pool):
     x, fx, shape = pool.choose(lambda shape: bool(shape) and 0 not in shape)
     axis = pool.draw(st.integers(-len(shape), len(shape) - 1))
     indices = pool.draw(st.lists(st.integers(-shape[axis], shape[axis] - 1), min_size=1, max_size=4))
+    indices = pool.draw(st.sampled_from([indices, indices[0], [indices, indices]]))
     return ops.take(x, indices, axis), lambda now, base: np.take(fx(now, base), indices, axis=axis)
 
 

@@ -12,6 +12,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
+from tether.layers.family.bank import bank
 from tether.layers.tying import paths
 from tether.layers.tying.fit import given_twice, refuse_layer, refuse_unsupported
 from tether.layers.tying.state import View, shape_of, state_of, view_like
@@ -220,6 +221,10 @@ def route(
     weight all the same, so an optimizer with weight decay or momentum goes on changing it. Put the options that
     must not change under `stop_gradient()`.
 
+    More than 8 options that are of one form become a bank (`tether.bank`): the weights in which they differ are stored
+    stacked, and a graph is compiled as quickly as for two. Fewer, or of several forms, are a switch of as many
+    branches.
+
     Args:
         layer: A Keras layer or model, built or not. Changed in place.
         options: The options by the weight's path, for names that are not identifiers or that this function has.
@@ -231,7 +236,8 @@ def route(
 
     Returns:
         The same layer. `choice` is a whole number, a name, a bool (False is 0), a NumPy number or a scalar tensor
-        (beyond the ends it is taken as the nearest; a number that is known is checked).
+        (a number that is known is checked; in a graph one beyond the ends is taken as the nearest, and of a bank the
+        weight is NaN then).
 
     Raises:
         TetherError: Options that do not match each other, or a default that is none of them.
@@ -261,7 +267,21 @@ def route(
             )
     named = next((found for found, _ in listed.values() if all(map(_is_a_name, found))), names)
     leaf = Argument(argument, (), "int32", default=default, choices=named)
-    return tie(layer, {path: choose(leaf, expressions) for path, (_, expressions) in listed.items()})
+    return tie(layer, {path: _chosen(leaf, expressions) for path, (_, expressions) in listed.items()})
+
+
+FEW_OPTIONS = 8
+"""So many options are a switch in a graph, each a branch that is compiled. More of one form are a bank."""
+
+
+def _chosen(leaf: Argument, options: list[object]) -> Expression:
+    """One of several expressions by number: a bank, if they are many and of one form."""
+    if len(options) > FEW_OPTIONS:
+        try:
+            return bank(options, leaf)
+        except TetherError:
+            pass  # of several forms, or of weights that cannot be stacked
+    return choose(leaf, options)
 
 
 def _is_a_name(name: str) -> bool:
