@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, as_ints, received
+from tether.forms.dropout import as_rate, with_dropout
 from tether.forms.form import (
     AddedForm,
     as_dtype,
@@ -33,8 +34,10 @@ __all__ = ["vera"]
 class Vera(AddedForm):
     """What `tether.forms.vera` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, size: object, split: int | None, seed: int | None, dtype: str | None) -> None:
-        self.stored = as_dtype(dtype)
+    def __init__(
+        self, rank: int, size: object, split: int | None, seed: int | None, dtype: str | None, dropout: float
+    ) -> None:
+        self.stored, self.dropout = as_dtype(dtype), as_rate(dropout)
         self.rank, self.split, self.seed = as_rank(rank), split, seed
         self.size = None if size is None else as_ints(size, "`size`")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
@@ -48,7 +51,7 @@ class Vera(AddedForm):
         a, b = self._slices(base, n, m)
         inner = part(base, "vera_d", np.full(self.rank, 0.1), dtype=self.stored)
         outer = part(base, "vera_b", np.zeros(m), dtype=self.stored)
-        return from_matrix((a * inner) @ (b * outer), rows, columns)
+        return with_dropout(from_matrix((a * inner) @ (b * outer), rows, columns), base, self.dropout, self.seed)
 
     def _slices(self, base: Expression, rows: int, columns: int) -> tuple[Expression, Expression]:
         """The part of the shared bases that a weight of this size uses; the first weight makes them."""
@@ -72,7 +75,13 @@ class Vera(AddedForm):
 
 
 def vera(
-    rank: int, *, size: object = None, split: int | None = None, seed: int | None = None, dtype: str | None = None
+    rank: int,
+    *,
+    size: object = None,
+    split: int | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    dropout: float = 0.0,
 ) -> Vera:
     """Two trained vectors between frozen random matrices that all weights share, added to a weight (VeRA).
 
@@ -84,14 +93,15 @@ def vera(
         rank: The inner size of the product; it costs nothing but the bases, so it is usually large.
         size: `(rows, columns)` of the largest weight that will share the bases; left out, that of the first.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
-        seed: Of the random bases.
+        seed: Of the random bases, and of the dropout.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
+        dropout: On the input of the product, in training; see `low_rank`.
 
     Returns:
         The form, to be added to bases of two or more axes; each sum has its base's shape.
 
     Raises:
-        TetherError: A rank or size that makes no sense; at use, a base of fewer than two axes, or one that is
+        TetherError: A rank, size or dropout that makes no sense; at use, a base of fewer than two axes, or one that is
             larger than the shared bases.
 
     Example:
@@ -101,4 +111,4 @@ def vera(
         tether.tie(dense, kernel=tether.weight_of(dense, "kernel").stop_gradient() + small)
     ```
     """
-    return Vera(rank, size, split, seed, dtype)
+    return Vera(rank, size, split, seed, dtype, dropout)

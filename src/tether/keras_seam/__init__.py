@@ -138,6 +138,7 @@ from tether.keras_seam.saving import (
     shared_object,
     store_each_variable_once,
 )
+from tether.keras_seam.seeds import SEED_DTYPE, Seeds
 from tether.keras_seam.training import (
     answers,
     before_change,
@@ -180,12 +181,14 @@ from tether.keras_seam.variables import (
 __all__ = [
     "LISTS_PARAMETERS",
     "RUNS_FROM_PYTHON",
+    "SEED_DTYPE",
     "SHARED_ID",
     "STORES",
     "TIED_NAME",
     "AutocastScope",
     "Functional",
     "KerasSaveable",
+    "Seeds",
     "Sequential",
     "Snapshot",
     "StoredChange",

@@ -32,6 +32,7 @@ from tether.files.tensors.dialects import Names, Naming
 from tether.files.tensors.peft_config import CONFIG, FIELDS, TENSORS, PeftConfig, read_config
 from tether.files.tensors.peft_parts import Addition, Made, Place, as_stored
 from tether.files.tensors.safetensors import opened_tensors, write_tensors
+from tether.forms.dropout import rate_of, without_dropout
 from tether.forms.form import Form, part, start_value
 from tether.forms.full import whole_of
 from tether.forms.low_rank import factors_of, stored_behind
@@ -429,6 +430,7 @@ class _Writing:
         self.tensors: list[Entry] = []
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
+        self.dropouts: dict[str, float] = {}
         self.dora: set[str] = set()
         self.whole: dict[tuple[str, str], Entry] = {}
         self.shifts: dict[str, Entry] = {}
@@ -459,6 +461,8 @@ class _Writing:
             module = place.modules[0]
             low = factors_of(added)
             lengths = _lengths_of(added)
+            if low is not None or lengths is not None:
+                self.dropouts[module] = rate_of(added)
             whole, rows, shift = whole_of(added), rows_of(added), _shift_of(added)
             if low is not None:
                 self._low_rank(place, module, strength * low[0], low[1], low[2])
@@ -537,7 +541,7 @@ class _Writing:
             "lora_bias": bool(self.shifts),
             "bias": "none" if not biased else "lora_only" if biased <= set(self.ranks) else "all",
             "fan_in_fan_out": False,
-            "lora_dropout": 0.0,
+            "lora_dropout": _commonest(self.dropouts, 0.0),
             "modules_to_save": sorted(self.saved) or None,
             "trainable_token_indices": self.tokens or None,
         }
@@ -567,6 +571,7 @@ def _shift_of(added: Expression) -> Weight | None:
 
 def _lengths_of(added: Expression) -> tuple[float, Weight, Weight, Weight] | None:
     """The scale, factors and lengths of a DoRA, alone or as what it adds to its base."""
+    added = without_dropout(added)
     if isinstance(added, Subtract) and isinstance(added.operands[0], Magnitude):
         added = added.operands[0]
     if not isinstance(added, Magnitude):
