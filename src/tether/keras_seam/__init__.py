@@ -114,6 +114,7 @@ from tether.keras_seam.private import (
     get_autocast_scope,
     to_snake_case,
 )
+from tether.keras_seam.rates import RatedOptimizer
 from tether.keras_seam.saving import (
     SHARED_ID,
     TIED_NAME,
@@ -130,8 +131,9 @@ from tether.keras_seam.saving import (
     mend_tf2onnx,
     optimizer_slots,
     read_archive,
+    register_made,
     register_reader,
-    register_tied,
+    register_reader_of,
     registered_function,
     save_to,
     saved_objects,
@@ -188,6 +190,7 @@ __all__ = [
     "AutocastScope",
     "Functional",
     "KerasSaveable",
+    "RatedOptimizer",
     "Seeds",
     "Sequential",
     "Snapshot",
@@ -293,8 +296,9 @@ __all__ = [
     "refresh_call_signature",
     "refuse_spectral_normalization",
     "refuse_to_be_looked_into",
+    "register_made",
     "register_reader",
-    "register_tied",
+    "register_reader_of",
     "registered_function",
     "running_layers",
     "running_methods",

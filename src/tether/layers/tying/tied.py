@@ -305,7 +305,7 @@ def _make(base: type[keras.Layer], arguments: tuple[str, ...]) -> type:
     if not hasattr(base, "_trackable_children"):
         namespace["_trackable_children"] = _absent("_trackable_children")
     cls = type(base.__name__, (Tied, base), namespace)
-    keras_seam.register_tied(cls)
+    keras_seam.register_made(cls, keras_seam.TIED_NAME)
     return cls
 
 
