@@ -12,7 +12,7 @@ tether.adapters.set_strengths(model, {"french": 0.3, "german": 0.7})
 ```
 
 `manage` adds, switches and merges; `combine` makes one adapter of several; `file` writes and reads one;
-`rates` lets the factors of one learn at rates of their own.
+`rates` lets the factors of one learn at rates of their own, `starts` starts them from data.
 """
 
 from tether.adapters.combine import combine
@@ -30,6 +30,7 @@ from tether.adapters.manage import (
     unmerge,
 )
 from tether.adapters.rates import learning_rates
+from tether.adapters.starts import start_from
 
 __all__ = [
     "activate",
@@ -43,6 +44,7 @@ __all__ = [
     "remove",
     "save",
     "set_strengths",
+    "start_from",
     "strengths",
     "trainable",
     "unmerge",

@@ -65,7 +65,7 @@ def learning_rates(
         asked: object = number
         if isinstance(asked, bool) or not isinstance(asked, (int, float, np.number)) or not 0 < asked < math.inf:
             raise TetherError(
-                f"A multiplier of a learning rate is a positive number. {received(**{str(pattern): number})}"
+                f"A multiplier of a learning rate is a positive number. {received(pattern=pattern, multiplier=number)}"
             )
     keras_seam.set_untracked(found, "multipliers", {key: float(number) for key, number in multipliers.items()})
     keras_seam.set_untracked(found, "factors", {})
