@@ -84,6 +84,16 @@ def test_the_dropout_of_a_folder_acts_in_training_and_is_written_again(named, le
     assert (config["lora_dropout"], config["use_dora"]) == (0.25, lengths)
 
 
+def test_a_changed_weight_that_no_name_is_known_for_is_not_left_out(rng, tmp_path):
+    model = randomize(autoencoder(False), rng)
+    tether.adapters.add(model, "a", {"encode/kernel": tether.low_rank(2)}, also="decode/bias")
+    with pytest.raises(UnknownName, match="decode/bias"):
+        tether.files.save_peft(
+            model, tmp_path / "folder", names={"encode.kernel": "encode.weight", "decode.bias": None}
+        )
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize("rate", [1.0, -0.5, "a half"])
 def test_a_dropout_that_is_none_is_refused(rate, rng, tmp_path):
     with pytest.raises(InvalidConfig, match="lora_dropout"):

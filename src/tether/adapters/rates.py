@@ -37,7 +37,7 @@ def learning_rates(
     Args:
         optimizer: A Keras optimizer that has not stepped yet, or the name of one.
         multipliers: Factors of the learning rate by patterns of variables' paths (`tether.patterns`), a later one
-            counting: `{"*_lora_b": 16, "head/*": 0.1}`. Left out, the second factors of low-rank parts learn 16
+            counting: `{"*_lora_b*": 16, "head/*": 0.1}`. Left out, the second factors of low-rank parts learn 16
             times as fast as all else.
 
     Returns:
@@ -57,7 +57,7 @@ def learning_rates(
     given: object = multipliers
     if not (isinstance(given, Mapping) and given):
         raise TetherError(
-            "Multipliers are positive numbers by pattern: `{'*_lora_b': 16, 'head/*': 0.1}`. "
+            "Multipliers are positive numbers by pattern: `{'*_lora_b*': 16, 'head/*': 0.1}`. "
             f"{received(multipliers=multipliers)}"
         )
     for pattern, number in multipliers.items():

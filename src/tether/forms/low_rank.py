@@ -31,7 +31,7 @@ from tether.forms.form import (
 from tether.types import Array
 from tether.weights.expression import Expression, Shape, program
 from tether.weights.leaves import Constant
-from tether.weights.operators.arithmetic import MatMul, Multiply
+from tether.weights.operators.arithmetic import MatMul, Multiply, StopGradient
 from tether.weights.operators.structure import Cast, Reshape
 from tether.weights.weight import Weight
 
@@ -41,7 +41,7 @@ __all__ = ["low_rank"]
 def factors_of(part: Expression) -> tuple[float, Weight, Weight] | None:
     """The number before the product, and the two stored factors, of a low-rank part; `None` if it is something else."""
     scale = 1.0
-    part = without_dropout(part)
+    part = without_dropout(part.operands[0] if isinstance(part, StopGradient) else part)
     if isinstance(part, Multiply):
         numbers = [each.number for each in part.operands if isinstance(each, Constant) and each.array is None]
         others = [each for each in part.operands if not isinstance(each, Constant)]

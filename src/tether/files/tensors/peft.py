@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from tether.atomic import written_beside
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.files.loading.assignment import Assignment, Offer
 from tether.files.loading.entries import Entry, Report, entry_of
 from tether.files.loading.matching import check_built, dotted
@@ -394,6 +394,7 @@ def save_peft(
 
     Raises:
         Unsupported: A part is of a kind that is not written.
+        UnknownName: `names` does not say what a weight with a part is called.
         TetherError: The model has no such part.
 
     Example:
@@ -438,6 +439,7 @@ class _Writing:
         for place in _places(model, names):
             if isinstance(place.named.variable, View):
                 self._write(place, place.named.variable.expression)
+        self._refuse_nameless(model, names)
         for what, some in (("lengths (DoRA)", self.dora), ("biases of factors", set(self.shifts))):
             if some and some != set(self.ranks):
                 raise Unsupported(
@@ -450,6 +452,16 @@ class _Writing:
             stem, _, leaf = entry.name.rpartition(".")
             self.tensors.append(replace(entry, name=f"{stem}{inner}.{leaf}"))
         self.tensors += self.shifts.values()
+
+    def _refuse_nameless(self, model: keras.Layer, names: Names) -> None:
+        """Refuses to leave out a weight that the adapter changes, because no name is known for it."""
+        placed = {place.named.path for place in _places(model, names)}
+        for named in named_weights(model):
+            if named.path not in placed and isinstance(named.variable, View) and self._added(named.variable.expression):
+                raise UnknownName(
+                    f"The adapter changes {named.name!r}, and `names` does not say what that is called in the base's "
+                    f"file. Give a `tether.files.Table` or a mapping that does. {received(names=names)}"
+                )
 
     def _write(self, place: Place, expression: Expression) -> None:
         found = self._added(expression)
