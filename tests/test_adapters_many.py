@@ -555,3 +555,27 @@ def test_a_file_of_version_1_names_weights_by_positions():
         variable.name.rpartition("_lora")[0] for variable in model.trainable_variables if "lora" in variable.name
     }
     assert trained == {"kernel"} and not any("pissa" in variable.path for variable in model.trainable_variables)
+
+
+@pytest.mark.parametrize("how", ["frozen when added", "frozen with the model", "trained before"])
+def test_an_adapter_that_is_frozen_stays_one_when_another_is_added_elsewhere(how, rng):
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(2, name="head")(layers.Dense(4, name="body")(x)))
+    model.trainable = False
+    adapters.add(model, "a", {"body/kernel": tether.low_rank(1)}, trainable=how != "frozen when added")
+    if how == "frozen with the model":
+        model.trainable = False
+    elif how == "trained before":
+        adapters.trainable(model)
+    move(model, "a")
+    given = rng.normal(size=(3, 4)).astype("float32")
+    right = predict(model, given)
+    adapters.add(model, "b", {}, also="head/*", freeze="all")
+    assert adapters.names(model) == ["a", "b"]
+    assert np.array_equal(predict(model, given), right)
+    assert {variable.path for variable in model.trainable_variables} == {"head/kernel_full", "head/bias_full"}
+    adapters.activate(model, "b")
+    assert not np.allclose(predict(model, given), right)
+    adapters.combine(model, {"a": 2.0}, into="twice")
+    adapters.remove(model, "a")
+    assert adapters.names(model) == ["b", "twice"]

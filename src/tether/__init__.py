@@ -7,7 +7,7 @@ expressions name the same stored weight. Combining is an expression that names s
 import importlib
 from typing import TYPE_CHECKING
 
-from tether import inspection, ops, weights
+from tether import inspection, keras_seam, ops, weights
 from tether.errors import TetherError, not_there
 from tether.layers import Lambda, Repeat, bank, call, materialize, route, tie, unbank, untie, weight_of
 from tether.weights import Expression, Weight, expression, sharing
@@ -76,6 +76,7 @@ _LATER = {
 """What not every program needs: imported when it is first asked for, or when a file names an operator in it."""
 
 expression.when_unknown(lambda: importlib.import_module("tether.forms"))
+keras_seam.register_reader_of("tether>LearningRates", "tether.adapters.rates")
 
 
 if not TYPE_CHECKING:  # or every name would pass a type checker

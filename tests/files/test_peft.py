@@ -1,6 +1,7 @@
 """LoRA adapters in the folders of the library PEFT."""
 
 import json
+from unittest import mock
 
 import keras
 import numpy as np
@@ -26,7 +27,7 @@ def folder_of(tmp_path, factors, **config):
     written = {
         "peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": list(factors), "bias": "none",
         "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-        "lora_dropout": 0.1, "init_lora_weights": True, "task_type": "FEATURE_EXTRACTION",
+        "lora_dropout": 0.0, "init_lora_weights": True, "task_type": "FEATURE_EXTRACTION",
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps({**written, **config}))
     return tmp_path
@@ -46,6 +47,59 @@ def test_an_adapter_is_added_with_its_alpha(stabilized, scale, rng, tmp_path):
     assert len(report.loaded) == 2 and len(model.weights) == 6
     base, left, right = tether.weight_of(model, "encode/kernel").weights_used()
     assert np.array_equal(base.numpy(), kernel) and not base.trainable and left.trainable and right.trainable
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_dropout_of_a_folder_acts_in_training_and_is_written_again(named, lengths, rng, tmp_path):
+    model = randomize(autoencoder(False), rng)
+    a, b = factors(rng, 5, 3)
+    folder = folder_of(tmp_path, {"encode": (a, b)}, lora_dropout=0.25, use_dora=lengths)
+    if lengths:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors["base_model.model.encode.lora_magnitude_vector"] = rng.random(3).astype("float32")
+        save_file(tensors, folder / "adapter_model.safetensors")
+    for _ in range(2):  # the second replaces the first
+        if named:
+            for name in tether.adapters.names(model):
+                tether.adapters.remove(model, name)
+            tether.adapters.load(model, folder, name="french")
+        else:
+            tether.files.load_peft(model, folder)
+    x = rng.normal(size=(64, 5)).astype("float32")
+    seen = []
+
+    def noted(x, rate, seed):
+        seen.append(rate)
+        return keras.ops.zeros_like(x)
+
+    plain = randomize(autoencoder(False), np.random.default_rng(0))
+    plain.set_weights([tether.weight_of(model, "encode/kernel").weights_used()[0].numpy(), *plain.get_weights()[1:]])
+    with mock.patch("keras.random.dropout", noted):
+        layer = model.layers[1]
+        assert_close(layer(x, training=True), x @ plain.layers[1].kernel.numpy() + numpy(layer.bias.value), 1e-4)
+    assert seen == [0.25]
+    tether.files.save_peft(model, tmp_path / "again", adapter="french" if named else None)
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert (config["lora_dropout"], config["use_dora"]) == (0.25, lengths)
+
+
+def test_a_changed_weight_that_no_name_is_known_for_is_not_left_out(rng, tmp_path):
+    model = randomize(autoencoder(False), rng)
+    tether.adapters.add(model, "a", {"encode/kernel": tether.low_rank(2)}, also="decode/bias")
+    with pytest.raises(UnknownName, match="decode/bias"):
+        tether.files.save_peft(
+            model, tmp_path / "folder", names={"encode.kernel": "encode.weight", "decode.bias": None}
+        )
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.5, "a half"])
+def test_a_dropout_that_is_none_is_refused(rate, rng, tmp_path):
+    with pytest.raises(InvalidConfig, match="lora_dropout"):
+        tether.files.load_peft(
+            autoencoder(False), folder_of(tmp_path, {"encode": factors(rng, 5, 3)}, lora_dropout=rate)
+        )
 
 
 def by_hand(rng, names, write):

@@ -91,6 +91,31 @@ def test_it_is_one_graph_which_computes_the_same(rng, make):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_call_that_drops_the_input_of_a_part_is_one_graph(rng):
+    import torch
+
+    layer, shape = dense(rng, weight(rng, 8, 6).stop_gradient() + tether.low_rank(2, start="orthogonal", dropout=0.5))
+    layer.build((None, *shape))
+    layer.kernel.expression.weights_used()[2].assign(rng.normal(size=(2, 6)))
+    x = torch.as_tensor(rng.random((4, *shape)).astype("float32"))
+
+    def call(x):
+        return layer(x, training=True)
+
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(call)(x)
+    assert (found.graph_count, found.break_reasons) == (1, [])
+    compiled = torch.compile(call, backend="eager")
+    values = []
+    for one in (compiled, call):
+        torch.manual_seed(0)
+        values.append(one(x).detach())
+    assert_close(*values)
+    assert not np.allclose(compiled(x).detach(), values[0])
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_graph_follows_another_expression_and_another_size_of_batch(rng):
     import torch
 

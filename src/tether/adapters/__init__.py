@@ -11,7 +11,8 @@ tether.adapters.save(model, "french", "french.safetensors")      # kilobytes
 tether.adapters.set_strengths(model, {"french": 0.3, "german": 0.7})
 ```
 
-`manage` adds, switches and merges; `combine` makes one adapter of several; `file` writes and reads one.
+`manage` adds, switches and merges; `combine` makes one adapter of several; `file` writes and reads one;
+`rates` lets the factors of one learn at rates of their own, `starts` starts them from data.
 """
 
 from tether.adapters.combine import combine
@@ -28,18 +29,22 @@ from tether.adapters.manage import (
     trainable,
     unmerge,
 )
+from tether.adapters.rates import learning_rates
+from tether.adapters.starts import start_from
 
 __all__ = [
     "activate",
     "add",
     "combine",
     "disabled",
+    "learning_rates",
     "load",
     "merge",
     "names",
     "remove",
     "save",
     "set_strengths",
+    "start_from",
     "strengths",
     "trainable",
     "unmerge",

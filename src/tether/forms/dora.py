@@ -8,6 +8,7 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353
 
 from __future__ import annotations
 
+from tether.forms.dropout import as_rate, with_dropout, without_dropout
 from tether.forms.form import Form, base_expression, part, rows_and_columns, shape_of_base, start_value
 from tether.forms.low_rank import LowRank, factors_of, low_rank, stored_behind
 from tether.forms.weight_norm import Magnitude, norms_of
@@ -22,12 +23,19 @@ __all__ = ["dora"]
 class Dora(Form):
     """What `tether.forms.dora` makes: the expression, and weights of its own."""
 
-    def __init__(self, direction: LowRank) -> None:
-        self.direction = direction
+    def __init__(self, direction: LowRank, dropout: float = 0.0) -> None:
+        self.direction, self.dropout = direction, as_rate(dropout)
 
     def __call__(self, base: Expression) -> Expression:
         """`m · V / ‖V‖`, where V is the low-rank sum."""
         base = base_expression(self, base)
+        return base + self.delta(base) if self.dropout else self._rescaled(base)
+
+    def delta(self, base: Expression) -> Expression:
+        """What the result has more than the base."""
+        return with_dropout(self._rescaled(base) - base, base, self.dropout, self.direction.seed)
+
+    def _rescaled(self, base: Expression) -> Expression:
         rows, _ = rows_and_columns(shape_of_base(self, base), self.direction.split, of=base.notation())
         direction = self.direction(base)
         lengths = part(base, "magnitude", norms_of(start_value(direction), len(rows)), dtype=self.direction.stored)
@@ -36,6 +44,7 @@ class Dora(Form):
 
 def lengths_of(added: Expression) -> tuple[float, Weight, Weight, Weight] | None:
     """The scale, factors and lengths of a DoRA, alone or as what it adds to its base; `None` if it is no such."""
+    added = without_dropout(added)
     if isinstance(added, Subtract) and isinstance(added.operands[0], Magnitude):
         added = added.operands[0]
     if not isinstance(added, Magnitude):
@@ -56,6 +65,7 @@ def dora(
     split: int | None = None,
     seed: int | None = None,
     dtype: str | None = None,
+    dropout: float = 0.0,
 ) -> Dora:
     """A low-rank sum that is rescaled to a trained length per output (DoRA).
 
@@ -68,14 +78,15 @@ def dora(
         rank_stabilized: Whether the scale is `alpha / √rank` instead.
         start: Where the product starts; see `low_rank`.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
-        seed: Of the random start of the first factor.
+        seed: Of the random start of the first factor, and of the dropout.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
+        dropout: On the input of all that the form changes, in training; see `low_rank`. The base has its input whole.
 
     Returns:
         The form: called with a base, it returns the expression, of the base's shape.
 
     Raises:
-        TetherError: A rank, alpha or start that makes no sense; at use, a base of fewer than two axes.
+        TetherError: A rank, alpha, start or dropout that makes no sense; at use, a base of fewer than two axes.
 
     Example:
     ```python
@@ -86,4 +97,4 @@ def dora(
     direction = low_rank(
         rank, alpha=alpha, rank_stabilized=rank_stabilized, start=start, split=split, seed=seed, dtype=dtype
     )
-    return Dora(direction)
+    return Dora(direction, dropout)

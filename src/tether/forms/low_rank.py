@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, received
+from tether.forms.dropout import as_rate, with_dropout, without_dropout
 from tether.forms.form import (
     AddedForm,
     as_alpha,
@@ -39,7 +40,7 @@ __all__ = ["low_rank"]
 
 def factors_of(part: Expression) -> tuple[float, Weight, Weight] | None:
     """The number before the product, and the two stored factors, of a low-rank part; `None` if it is something else."""
-    scale, product = number_before(part)
+    scale, product = number_before(without_dropout(part))
     pair = pair_of(product)
     return None if pair is None else (scale, *pair)
 
@@ -110,7 +111,9 @@ class LowRank(AddedForm):
         split: int | None,
         seed: int | None,
         dtype: str | None,
+        dropout: float,
     ) -> None:
+        self.dropout = as_rate(dropout)
         self.stored = as_dtype(dtype)
         self.rank, self.alpha, self.rank_stabilized = as_rank(rank), as_alpha(alpha), bool(rank_stabilized)
         self.start, self.split, self.seed = start, split, seed
@@ -132,13 +135,13 @@ class LowRank(AddedForm):
         if isinstance(self.start, str) and self.start in _RANDOM:
             a = part(base, "lora_a", _RANDOM[self.start](self.seed), (*rows, self.rank), dtype=self.stored)
             b = part(base, "lora_b", "zeros", (self.rank, *columns), dtype=self.stored)
-            return self._product(a, b, rows, columns)
+            return self._dropped(self._product(a, b, rows, columns), base)
         value = start_value(base)
         if isinstance(self.start, str):
             left, right = (self._basis if self.start == "olora" else self._factors)(value, rows, columns)
-            a, b = self._parts(base, left, right)
+            trained = self._dropped(self._product(*self._parts(base, left, right), rows, columns), base)
             taken_off = part(base, "pissa_a", left, trainable=False), part(base, "pissa_b", right, trainable=False)
-            return self._product(a, b, rows, columns) - self._product(*taken_off, rows, columns)
+            return trained - self._product(*taken_off, rows, columns)
         target = np.asarray(self.start, dtype="float64")
         if target.shape != value.shape:
             raise ShapeMismatch(f"The start has the base's shape {value.shape}. {received(shape=target.shape)}")
@@ -148,7 +151,10 @@ class LowRank(AddedForm):
         """`s · A B` beside a base, as near to a difference of its shape as the rank allows (a truncated SVD)."""
         rows, columns = rows_and_columns(shape_of_base(self, base), self.split, of=base.notation())
         left, right = self._factors(difference, rows, columns)
-        return self._product(*self._parts(base, left, right), rows, columns)
+        return self._dropped(self._product(*self._parts(base, left, right), rows, columns), base)
+
+    def _dropped(self, product: Expression, base: Expression) -> Expression:
+        return with_dropout(product, base, self.dropout, self.seed)
 
     def _parts(self, base: Expression, left: Array, right: Array) -> tuple[Expression, Expression]:
         return part(base, "lora_a", left, dtype=self.stored), part(base, "lora_b", right, dtype=self.stored)
@@ -189,6 +195,7 @@ def low_rank(
     split: int | None = None,
     seed: int | None = None,
     dtype: str | None = None,
+    dropout: float = 0.0,
 ) -> LowRank:
     """A trained product of two thin matrices, to be added to a weight (LoRA).
 
@@ -203,19 +210,25 @@ def low_rank(
             first outputs (Büyükakyüz 2024, arXiv:2406.01775). An array of the base's shape: A B starts as the best
             approximation of the array minus the base, so the sum starts near the array (a truncated SVD).
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
-        seed: Of the random start of A.
+        seed: Of the random start of A, and of the dropout.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
+        dropout: The share of the numbers of the product's input that are zero in a call with `training=True`, the
+            others being larger for it: the layer then computes `x W + s · drop(x) A B`. That is no weight, so the
+            layer's kernel, a file and a merge have the weight without dropout. It goes with the kernels of Dense,
+            EinsumDense and convolutions without groups; a tie of another layer refuses it. What is drawn next is
+            stored with the weights.
 
     Returns:
         The form, to be added to a base of two or more axes: `(..., rows)` by `rank` and `rank` by `(columns, ...)`. The
         sum has the base's shape.
 
     Raises:
-        TetherError: A rank or start that makes no sense; at use, a base of fewer than two axes.
+        TetherError: A rank, start or dropout that makes no sense; at use, a base of fewer than two axes.
+        Unsupported: At the tie, if the layer cannot apply a dropout.
 
     Example:
     ```python
     child = tether.inherit(parent, kernel=lambda w: w + tether.low_rank(8, alpha=16))
     ```
     """
-    return LowRank(rank, alpha, rank_stabilized, start, split, seed, dtype)
+    return LowRank(rank, alpha, rank_stabilized, start, split, seed, dtype, dropout)

@@ -58,7 +58,8 @@ class Placed(Node):
 
     def compute(self, *values: Tensor) -> Tensor:
         places = np.asarray(self.parameters["rows"], "int32")[:, None]
-        return keras.ops.scatter(places, values[0], (self.parameters["size"], *values[0].shape[1:]))
+        zeros = keras.ops.zeros((self.parameters["size"], *values[0].shape[1:]), values[0].dtype)
+        return keras.ops.scatter_update(zeros, places, values[0])  # Keras's `scatter` goes row by row on PyTorch
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """The rows that were placed."""

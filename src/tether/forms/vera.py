@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, as_ints, received
+from tether.forms.dropout import as_rate, with_dropout, without_dropout
 from tether.forms.form import (
     AddedForm,
     as_dtype,
@@ -77,8 +78,10 @@ class DrawnByTorch(keras.initializers.Initializer):
 class Vera(AddedForm):
     """What `tether.forms.vera` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, size: object, split: int | None, seed: int | None, dtype: str | None) -> None:
-        self.stored = as_dtype(dtype)
+    def __init__(
+        self, rank: int, size: object, split: int | None, seed: int | None, dtype: str | None, dropout: float
+    ) -> None:
+        self.stored, self.dropout = as_dtype(dtype), as_rate(dropout)
         self.rank, self.split, self.seed = as_rank(rank), split, seed
         self.size = None if size is None else as_ints(size, "`size`")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
@@ -94,7 +97,7 @@ class Vera(AddedForm):
         a, b = self._slices(base, n, m)
         inner = part(base, "vera_d", np.full(self.rank, 0.1), dtype=self.stored)
         outer = part(base, "vera_b", np.zeros(m), dtype=self.stored)
-        return from_matrix((a * inner) @ (b * outer), rows, columns)
+        return with_dropout(from_matrix((a * inner) @ (b * outer), rows, columns), base, self.dropout, self.seed)
 
     def _slices(self, base: Expression, rows: int, columns: int) -> tuple[Expression, Expression]:
         """The part of the shared bases that a weight of this size uses; the first weight makes them."""
@@ -120,7 +123,7 @@ class Vera(AddedForm):
 
 def vectors_of(part: Expression) -> tuple[float, tuple[Weight, Weight], tuple[Weight, Weight]] | None:
     """The number before a VeRA, its frozen matrices, and its vectors; `None` if a part is something else."""
-    scale, product = number_before(part)
+    scale, product = number_before(without_dropout(part))
     sides = product.operands if isinstance(product, MatMul) else ()
     pairs = [
         (_uncut(side.operands[0]), stored_behind(side.operands[1])) for side in sides if isinstance(side, Multiply)
@@ -136,7 +139,13 @@ def _uncut(expression: Expression) -> Weight | None:
 
 
 def vera(
-    rank: int, *, size: object = None, split: int | None = None, seed: int | None = None, dtype: str | None = None
+    rank: int,
+    *,
+    size: object = None,
+    split: int | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    dropout: float = 0.0,
 ) -> Vera:
     """Two trained vectors between frozen random matrices that all weights share, added to a weight (VeRA).
 
@@ -148,14 +157,15 @@ def vera(
         rank: The inner size of the product; it costs nothing but the bases, so it is usually large.
         size: `(rows, columns)` of the largest weight that will share the bases; left out, that of the first.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
-        seed: Of the random bases.
+        seed: Of the random bases, and of the dropout.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
+        dropout: On the input of the product, in training; see `low_rank`.
 
     Returns:
         The form, to be added to bases of two or more axes; each sum has its base's shape.
 
     Raises:
-        TetherError: A rank or size that makes no sense; at use, a base of fewer than two axes, or one that is
+        TetherError: A rank, size or dropout that makes no sense; at use, a base of fewer than two axes, or one that is
             larger than the shared bases.
 
     Example:
@@ -165,4 +175,4 @@ def vera(
         tether.tie(dense, kernel=tether.weight_of(dense, "kernel").stop_gradient() + small)
     ```
     """
-    return Vera(rank, size, split, seed, dtype)
+    return Vera(rank, size, split, seed, dtype, dropout)

@@ -13,6 +13,7 @@ from tether.keras_seam.calls import (
     call_parameters,
     can_read_numbers,
     found_once,
+    instead_of_call,
     is_compiling,
     is_differentiated,
     is_plain_eager,
@@ -116,6 +117,7 @@ from tether.keras_seam.private import (
     get_autocast_scope,
     to_snake_case,
 )
+from tether.keras_seam.rates import RatedOptimizer
 from tether.keras_seam.saving import (
     SHARED_ID,
     TIED_NAME,
@@ -132,14 +134,16 @@ from tether.keras_seam.saving import (
     mend_tf2onnx,
     optimizer_slots,
     read_archive,
+    register_made,
     register_reader,
-    register_tied,
+    register_reader_of,
     registered_function,
     save_to,
     saved_objects,
     shared_object,
     store_each_variable_once,
 )
+from tether.keras_seam.seeds import SEED_DTYPE, Seeds
 from tether.keras_seam.training import (
     answers,
     before_change,
@@ -182,12 +186,15 @@ from tether.keras_seam.variables import (
 __all__ = [
     "LISTS_PARAMETERS",
     "RUNS_FROM_PYTHON",
+    "SEED_DTYPE",
     "SHARED_ID",
     "STORES",
     "TIED_NAME",
     "AutocastScope",
     "Functional",
     "KerasSaveable",
+    "RatedOptimizer",
+    "Seeds",
     "Sequential",
     "Snapshot",
     "StoredChange",
@@ -235,6 +242,7 @@ __all__ = [
     "input_spec",
     "insert_tracked",
     "inside_bidirectional_init",
+    "instead_of_call",
     "is_automatic_layer_name",
     "is_automatic_variable_name",
     "is_compiling",
@@ -295,8 +303,9 @@ __all__ = [
     "refresh_call_signature",
     "refuse_spectral_normalization",
     "refuse_to_be_looked_into",
+    "register_made",
     "register_reader",
-    "register_tied",
+    "register_reader_of",
     "registered_function",
     "running_layers",
     "running_methods",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import keras
@@ -62,6 +63,19 @@ def refresh_call_signature(layer: keras.Layer) -> None:
         "_call_has_context_arg": {name: name in names for name in layer._call_context_args},
     }.items():
         set_untracked(layer, attribute, value)
+
+
+@contextlib.contextmanager
+def instead_of_call(layer: keras.Layer, function: Function) -> Iterator[None]:
+    """Has Keras call a function in the place of a layer's `call`: it asks the layer for it each time."""
+    before = vars(layer).get("call")
+    set_untracked(layer, "call", function)
+    try:
+        yield
+    finally:
+        object.__delattr__(layer, "call")
+        if before is not None:
+            set_untracked(layer, "call", before)
 
 
 def call_parameters(layer: keras.Layer) -> list[str]:

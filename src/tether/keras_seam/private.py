@@ -26,10 +26,13 @@ OLDEST, NEWEST = (3, 13), (3, 15)
 """The oldest and the newest Keras, by their first two numbers, on which every test of Tether's seam is run."""
 
 OVERRIDDEN: dict[str, str] = {
+    "_apply_weight_decay": "weights of another learning rate decay by it",
     "_check_quantize_args": "a weight quantises itself, though Keras knows it as no kind of layer that does",
+    "_get_current_learning_rate": "weights of another learning rate decay by it",
     "_get_own_losses": "a tied layer adds the penalties on its uses to the losses of the model",
     "_layers": "a weight notices that a model is about to be quantised, before any layer is",
     "_lock_state": "a tied layer places its weights when its build is over",
+    "_parallel_update_step": "PyTorch's optimizers step all variables at once, and each may have its own learning rate",
     "_trackable_children": "a checkpoint of the TensorFlow backend holds a tied layer's weights and not its views",
 }
 """What is private to Keras and classes of Tether define again, and what happens because Keras uses it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import json
 import zipfile
@@ -249,14 +250,30 @@ def graph_of(model: keras.Model) -> list[tuple[keras.Operation, list[keras.Keras
 TIED_NAME = "tether>Tied"
 
 
-def register_tied(cls: type) -> None:
-    """Makes Keras write the one name of all tied classes into a config, whichever layer it is."""
-    _names_of_classes.update({cls: TIED_NAME})
+def register_made(cls: type, name: str) -> None:
+    """Makes Keras write one name for classes that are made at run time into a config: that of whoever reads it."""
+    _names_of_classes.update({cls: name})
 
 
-def register_reader(reader: object) -> None:
-    """Makes Keras hand every config of a tied layer to `reader.from_config`."""
-    keras.saving.get_custom_objects()[TIED_NAME] = reader
+def register_reader(name: str, reader: object) -> None:
+    """Makes Keras hand every config of a name to `reader.from_config`."""
+    keras.saving.get_custom_objects()[name] = reader
+
+
+def register_reader_of(name: str, module: str) -> None:
+    """Makes Keras hand every config of a name to the reader that a module registers when it is imported: not yet."""
+    register_reader(name, _ReaderOf(name, module))
+
+
+class _ReaderOf:
+    def __init__(self, name: str, module: str) -> None:
+        self.name, self.module = name, module
+
+    def from_config(self, config: Config, custom_objects: Mapping[str, object] | None = None) -> object:
+        """What the module's reader makes of a config."""
+        importlib.import_module(self.module)
+        reader: Any = keras.saving.get_custom_objects()[self.name]
+        return reader.from_config(config)
 
 
 def class_reference(cls: type) -> Config:

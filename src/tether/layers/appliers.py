@@ -11,7 +11,9 @@ from typing import Any
 import keras
 
 from tether import keras_seam
+from tether.forms.dropout import InputDropout
 from tether.kinds import kind_of, letters_of
+from tether.layers.pieces import pieces_of
 from tether.layers.tying.state import View, state_of, views
 from tether.planning import control
 from tether.planning.alternatives import make_plan
@@ -32,6 +34,8 @@ MAX_KEPT = 256
 """Plans kept for one use: an eager loop over inputs of ever other lengths does not fill the memory."""
 
 MakeProblem = Callable[..., Problem]
+Whole = Callable[[Tensor, Tensor], Tensor]
+"""What a layer computes of its input and its weight, both tensors."""
 
 
 class Planner:
@@ -41,6 +45,7 @@ class Planner:
         self.expression = expression
         self.weights = expression.weights_used()
         self._others: dict[Expression, Planner | None] = {}
+        self._pieces: tuple[tuple[Planner, InputDropout | None], ...] | None = None
         self._products: Products | None = None
         self._plans: dict[Any, Plan] = {}
         self.numbers: dict[int, int] = {}
@@ -52,6 +57,15 @@ class Planner:
         if self._products is None:
             self._products = products(self.expression)
         return self._products
+
+    @property
+    def pieces(self) -> tuple[tuple[Planner, InputDropout | None], ...]:
+        """The planners of its terms by the dropout on their input; none, if no term has any."""
+        if self._pieces is None:
+            terms = pieces_of(self.expression)
+            dropped = any(term.dropout is not None for term in terms)
+            self._pieces = tuple((Planner(term.expression), term.dropout) for term in terms if dropped)
+        return self._pieces
 
     def of(self, expression: Expression) -> Planner | None:
         """The planner of what the expression is without adapters that are off; `None` if nothing is left to plan."""
@@ -104,16 +118,28 @@ def _is_planned(view: keras.Variable) -> bool:
 
 
 @keras_seam.found_once
-def _number_of_plan(number: int, *asked: Any) -> int:
-    """Makes the plan for a kind of call of a view, and lets the view have it under its number."""
+def _number_of_plan(number: int, place: int | None, *asked: Any) -> int:
+    """Makes the plan for a kind of call of a view, or of one of its pieces, and lets the view have it by its number."""
     view = views[number]
     planner = planner_of(view)
     if planner is None:
         raise TypeError("A view that nothing is planned for was asked for its plan.")
-    plan = planner.find(*asked)
+    plan = (planner if place is None else planner.pieces[place][0]).find(*asked)
     found = planner.numbers.setdefault(id(plan), len(planner.numbers))
     setattr(view, f"plan_{found}", plan)
     return found
+
+
+@keras_seam.found_once
+def _count_of_pieces(number: int) -> int:
+    """How many pieces a view has, which it gets under their numbers."""
+    view = views[number]
+    planner = planner_of(view)
+    if planner is None:
+        raise TypeError("A view that nothing is planned for was asked for its pieces.")
+    for place, (piece, dropout) in enumerate(planner.pieces):
+        setattr(view, f"piece_{place}", (piece.expression, piece.weights, dropout))
+    return len(planner.pieces)
 
 
 def _kind_of_call(
@@ -139,6 +165,7 @@ def applied(
     problem: MakeProblem,
     convolve: Convolve | None = None,
     settings: tuple[Any, ...] = (),
+    whole: Whole | None = None,
 ) -> Tensor | None:
     """What the layer computes with its weight, by plan; `None` where the layer has to build the weight itself.
 
@@ -148,12 +175,16 @@ def applied(
         problem: Says what the layer computes, for a shape of the input: a function of a module, told apart by itself.
         convolve: The layer's own convolution with a kernel.
         settings: More for `problem`: plain values, by which plans are told apart too.
+        whole: What the layer computes of an input and a weight that is built, for the kinds of layers that apply a
+            dropout on the input of a part. In the axes of the problem's outputs.
     """
     if keras_seam.is_compiling():
         if not _is_planned(view):
             return None
+        if whole is not None and keras_seam.is_training_call() and _count_of_pieces(view.number):
+            return _by_pieces(view, x, None, problem, convolve, settings, whole)
         kind = _kind_of_call(view, x, view.expression.weights_used())
-        plan = getattr(view, f"plan_{_number_of_plan(view.number, problem, settings, *kind)}")
+        plan = getattr(view, f"plan_{_number_of_plan(view.number, None, problem, settings, *kind)}")
     else:
         planner = planner_of(view)
         if planner is None:
@@ -163,13 +194,59 @@ def applied(
             planner = planner.of(now)
             if planner is None:
                 return None
+        if whole is not None and _drops() and planner.pieces:
+            return _by_pieces(view, x, planner, problem, convolve, settings, whole)
         kind = _kind_of_call(view, x, planner.weights)
         plan = planner.find(problem, settings, *kind)
         control.note_plan(lambda: Noted(view.path, view.expression.notation(), kind[0], plan))
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
         return None
+    return _carried_out(view, plan, x, convolve)
+
+
+def _carried_out(view: View, plan: Plan, x: Tensor, convolve: Convolve | None) -> Tensor:
     factors = [_value(view, factor, view.dtype, how) for factor, how in plan.reads]
     return execute(plan, x, factors, convolve)
+
+
+def _drops() -> bool:
+    """Whether parts have a dropout on their input now, or a plan is asked for as if they had."""
+    return keras_seam.is_training_call() or bool(control.assumed_training())
+
+
+def _by_pieces(
+    view: View,
+    x: Tensor,
+    planner: Planner | None,
+    problem: MakeProblem,
+    convolve: Convolve | None,
+    settings: tuple[Any, ...],
+    whole: Whole,
+) -> Tensor:
+    """The sum of what the layer computes with each term of its weight: with dropout on the input of those that have it.
+
+    Without a planner, `torch.compile` reads this: it asks for numbers, and finds the rest at the view.
+    """
+    total: Tensor | None = None
+    for place in range(_count_of_pieces(view.number) if planner is None else len(planner.pieces)):
+        if planner is None:
+            expression, weights, dropout = getattr(view, f"piece_{place}")
+        else:
+            piece, dropout = planner.pieces[place]
+            expression, weights = piece.expression, piece.weights
+        given = x if dropout is None or control.assumed_training() else dropout.dropped(x)
+        kind = _kind_of_call(view, given, weights)
+        if planner is None:
+            plan = getattr(view, f"plan_{_number_of_plan(view.number, place, problem, settings, *kind)}")
+        else:
+            plan = piece.find(problem, settings, *kind)
+            control.note_plan(functools.partial(Noted, view.path, expression.notation(), kind[0], plan))
+        if plan.materializes or (keras_seam.is_sparse(given) and not plan.takes_sparse):
+            y = whole(given, _value(view, expression, view.dtype, None))
+        else:
+            y = _carried_out(view, plan, given, convolve)
+        total = y if total is None else keras_seam.add(total, y)
+    return total
 
 
 def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Tensor:
@@ -231,7 +308,7 @@ def dense_call(base: type[keras.Layer]) -> Function:
     """`Dense.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, training: object = None) -> Tensor:
-        y = applied(self.kernel, inputs, dense_problem)
+        y = applied(self.kernel, inputs, dense_problem, whole=keras_seam.matmul)
         if y is None and _is_quicker_here(inputs):
             y = keras_seam.matmul(inputs, _tensor(self.kernel))
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
@@ -243,7 +320,8 @@ def einsum_dense_call(base: type[keras.Layer]) -> Function:
     """`EinsumDense.call` with its weight applied by plan, if that is cheaper."""
 
     def call(self: keras.Layer, inputs: Tensor, training: object = None) -> Tensor:
-        y = applied(self.kernel, inputs, einsum_problem(self.equation))
+        einsum = functools.partial(keras.ops.einsum, self.equation)
+        y = applied(self.kernel, inputs, einsum_problem(self.equation), whole=einsum)
         if y is None and _is_quicker_here(inputs):
             y = keras.ops.einsum(self.equation, inputs, self.kernel)
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
@@ -315,7 +393,7 @@ def convolution_call(base: type[keras.Layer]) -> Function:
     """`call` of a convolution without groups."""
 
     def call(self: keras.Layer, inputs: Tensor) -> Tensor:
-        y = None if self.groups != 1 else _convolved(self, inputs, keras.ops.conv, depthwise=False)
+        y = None if self.groups != 1 else _convolved(self, inputs, keras.ops.conv)
         return base.call(self, inputs) if y is None else _finished_convolution(self, y, self.filters)
 
     return call
@@ -325,19 +403,23 @@ def depthwise_call(base: type[keras.Layer]) -> Function:
     """`call` of a convolution of each channel by itself."""
 
     def call(self: keras.Layer, inputs: Tensor) -> Tensor:
-        y = _convolved(self, inputs, keras.ops.depthwise_conv, depthwise=True)
+        each, of_each = int(self.kernel.shape[-2]), int(self.kernel.shape[-1])
+        y = _convolved(self, inputs, keras.ops.depthwise_conv, (each, of_each))
         if y is None:
             return base.call(self, inputs)
-        channels = int(self.kernel.shape[-2]) * int(self.kernel.shape[-1])
-        shape = list(keras.ops.shape(y))
-        place = len(shape) - 2 if self.data_format == "channels_last" else 1
-        y = keras.ops.reshape(y, [*shape[:place], channels, *shape[place + 2 :]])
-        return _finished_convolution(self, y, channels)
+        return _finished_convolution(self, _channels(self, y, (each * of_each,), 2), each * of_each)
 
     return call
 
 
-def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool) -> Tensor:
+def _channels(layer: keras.Layer, y: Tensor, sizes: tuple[int, ...], instead_of: int) -> Tensor:
+    """A result with its axes of channels in other sizes."""
+    shape = list(keras.ops.shape(y))
+    place = len(shape) - instead_of if layer.data_format == "channels_last" else 1
+    return keras.ops.reshape(y, [*shape[:place], *sizes, *shape[place + instead_of :]])
+
+
+def _convolved(layer: keras.Layer, x: Tensor, operation: Any, depthwise: tuple[int, int] | None = None) -> Any:
     causal, last = layer.padding == "causal", layer.data_format == "channels_last"
     width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1) if causal else 0
 
@@ -353,9 +435,13 @@ def _convolved(layer: keras.Layer, x: Tensor, operation: Any, *, depthwise: bool
             dilation_rate=layer.dilation_rate,
         )
 
+    def whole(x: Tensor, kernel: Tensor) -> Tensor:
+        y = convolve(x, kernel)
+        return y if depthwise is None else _channels(layer, y, depthwise, 1)
+
     sizes = (layer.strides, layer.kernel_size, layer.dilation_rate)
-    settings = (*sizes, layer.padding == "valid", layer.data_format, depthwise)
-    return applied(layer.kernel, x, convolution_problem, convolve, settings)
+    settings = (*sizes, layer.padding == "valid", layer.data_format, depthwise is not None)
+    return applied(layer.kernel, x, convolution_problem, convolve, settings, whole)
 
 
 def convolution_problem(

@@ -378,18 +378,24 @@ def _adapted(expansion: _Expansion, node: choice.Adapted, base: Products, *pairs
     """The base's terms, and those of each part times its strength; factors of a part are zero at strength zero."""
     found = base
     for (strength, _), number, part in zip(node.parts.values(), pairs[::2], pairs[1::2], strict=True):
-        terms = tuple(
-            replace(term, factors=tuple(_switched(expansion, factor, strength) for factor in term.factors))
-            for term in part.terms
-        )
-        found = _sum(expansion, node, found, _product(expansion, node, number, replace(part, terms=terms)))
+        found = _sum(expansion, node, found, _product(expansion, node, number, _off(expansion, part, strength)))
     return found
 
 
-def _switched(expansion: _Expansion, factor: Factor, strength: Expression) -> Factor:
+def _switched(expansion: _Expansion, node: choice.Switched, part: Products, number: Products) -> Products:
+    return _off(expansion, part, node.operands[1])
+
+
+def _off(expansion: _Expansion, part: Products, strength: Expression) -> Products:
+    """A part whose factors are zero where its strength is."""
     if isinstance(strength, Constant):
-        return factor
-    return expansion.factor(choice.Switched(factor.expression, strength), factor.labels)
+        return part
+
+    def switched(factor: Factor) -> Factor:
+        return expansion.factor(choice.Switched(factor.expression, strength), factor.labels)
+
+    terms = tuple(replace(term, factors=tuple(map(switched, term.factors))) for term in part.terms)
+    return replace(part, terms=terms)
 
 
 _RULES: dict[type, Callable[..., Products]] = {
@@ -406,6 +412,7 @@ _RULES: dict[type, Callable[..., Products]] = {
     arithmetic.StopGradient: _on_each_factor,
     arithmetic.ScaleGradient: _on_each_factor,
     choice.Adapted: _adapted,
+    choice.Switched: _switched,
 }
 """How the operators of the algebra act on sums of products. Any other operator may say a simpler expression
 that equals it (`Node.expanded`), or is one factor."""

@@ -36,7 +36,7 @@ FIELDS: dict[str, dict[str, str]] = {
         **_GENERAL,
         "lora_alpha": HONOURED, "use_rslora": HONOURED, "use_dora": HONOURED, "bias": HONOURED, "lora_bias": HONOURED,
         "trainable_token_indices": HONOURED, "init_lora_weights": HONOURED, "ensure_weight_tying": HONOURED,
-        "lora_dropout": TRAINING,
+        "lora_dropout": HONOURED,
         "eva_config": NO_EFFECT, "corda_config": NO_EFFECT, "loftq_config": NO_EFFECT, "lora_ga_config": NO_EFFECT,
         "qalora_group_size": NO_EFFECT, "megatron_core": NO_EFFECT, "megatron_config": REFUSED,
         "alora_invocation_tokens": REFUSED, "arrow_config": REFUSED, "kasa_config": REFUSED,
@@ -57,7 +57,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "VERA": {
         **_GENERAL,
-        "bias": HONOURED, "projection_prng_key": HONOURED, "save_projection": TENSORS_SAY, "vera_dropout": TRAINING,
+        "bias": HONOURED, "projection_prng_key": HONOURED, "save_projection": TENSORS_SAY, "vera_dropout": HONOURED,
         "d_initial": NO_EFFECT, "init_weights": NO_EFFECT,
     },
     "OFT": {
@@ -122,6 +122,11 @@ class PeftConfig:
         """How the base was changed at the start: `"zeros"` if it was not."""
         start = self.fields.get("init_lora_weights", True)
         return start if start in _STARTS_TAKEN_OFF else "zeros"
+
+    @property
+    def dropout(self) -> float:
+        """The dropout on the input of the modules' low-rank parts."""
+        return float(self.fields.get(f"{self.kind.lower()}_dropout") or 0.0)
 
     def rank(self, module: str) -> int:
         """The rank of a module."""
@@ -223,6 +228,10 @@ def _check_numbers(config: PeftConfig) -> None:
             raise InvalidConfig(f"`{field}` is a number. {received(value=value)}")
     if config.fields.get("num_cayley_neumann_terms", 1) < 1:
         raise InvalidConfig(f"`num_cayley_neumann_terms` is 1 or more. {received(value=config.fields)}")
+    for field in ("lora_dropout", "vera_dropout"):
+        rate = config[field] or 0.0
+        if not _is_number(rate) or not 0 <= rate < 1:
+            raise InvalidConfig(f"`{field}` is a number from 0 to less than 1. {received(value=rate)}")
     for field in ("modules_to_save", "feedforward_modules"):
         if not isinstance(config[field] or [], list):
             raise InvalidConfig(f"`{field}` is a list of names. {received(value=config[field])}")

@@ -27,6 +27,7 @@ from tether.forms.oft import Oft, size_of, turned_of
 from tether.forms.rows import rows, rows_of
 from tether.forms.scale import scaled_of
 from tether.forms.vera import DrawnByTorch, Vera, vectors_of, vera
+from tether.layers.pieces import takes_dropout
 from tether.types import Array
 from tether.weights.expression import Expression, Shape
 from tether.weights.weight import Weight
@@ -80,19 +81,23 @@ def lora(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     split = place.rows(math.prod(a.shape[1:]), b.shape[0])
     first = Value(a, a.shape, lambda array: array.transpose((*range(2, array.ndim), 1, 0)))
     second = Value(b, b.shape, lambda array: array.reshape(array.shape[:2]).T)
+    dropout = config.dropout if takes_dropout(place.named.layer) else 0.0  # PEFT has none on tables
+    has_lengths = "magnitude_vector" in found
     product = low_rank(
         rank,
         alpha=config.alpha(module),
         rank_stabilized=bool(config["use_rslora"]),
         start=config.start,
         split=split,
+        dropout=0.0 if has_lengths else dropout,
     )
+    state: tuple[None, ...] = (None,) if dropout else ()
     taken_off: tuple[None, ...] = (None, None) if config.start != "zeros" else ()
-    if "magnitude_vector" not in found:
-        return Addition(product, (first, second, *taken_off))
+    if not has_lengths:
+        return Addition(product, (first, second, *state, *taken_off))
     lengths, columns = found["magnitude_vector"], shape[split:]
     last = Value(lengths, lengths.shape, lambda array: array.reshape(columns))
-    return Addition(Dora(product), (first, second, *taken_off, last))
+    return Addition(Dora(product, dropout), (first, second, *taken_off, last, *state))
 
 
 def lora_bias(place: Place, module: str, entry: Entry, config: PeftConfig) -> Addition:
@@ -269,10 +274,11 @@ def vera_family(
         seed = int(config["projection_prng_key"] or 0)
         starts = DrawnByTorch(seed), DrawnByTorch(seed, rank * n)
     additions: dict[str, Addition] = {}
-    forms: dict[int, Vera] = {}
+    forms: dict[tuple[int, float], Vera] = {}
     for module, (place, found) in modules.items():
         split = place.rows(*sizes[module])
-        form = forms.setdefault(split, vera(rank, size=(n, m), split=split))
+        dropout = config.dropout if takes_dropout(place.named.layer) else 0.0
+        form = forms.setdefault((split, dropout), vera(rank, size=(n, m), split=split, dropout=dropout))
         form.starts = starts
         d, b = _named(found, module, "vera_lambda_d"), _named(found, module, "vera_lambda_b")
         additions[place.named.path] = Addition(
@@ -282,6 +288,7 @@ def vera_family(
                 Value(d, (rank,), lambda array: array),
                 bases[1],
                 Value(b, (sizes[module][1],), lambda array: array),
+                *((None,) if dropout else ()),
             ),
         )
     return additions
@@ -290,7 +297,7 @@ def vera_family(
 class _OfFamily(AddedForm):
     """One of several forms that share their random matrices: each splits weights at another axis."""
 
-    def __init__(self, form: Vera, family: Mapping[int, Vera]) -> None:
+    def __init__(self, form: Vera, family: Mapping[tuple[int, float], Vera]) -> None:
         self.form, self.family = form, family
 
     def delta(self, base: Expression) -> Expression:

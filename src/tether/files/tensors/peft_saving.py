@@ -19,7 +19,7 @@ from dataclasses import replace
 import keras
 
 from tether.atomic import written_beside
-from tether.errors import TetherError, Unsupported, received
+from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import check_built
 from tether.files.tensors.dialects import Names
@@ -43,6 +43,7 @@ from tether.files.tensors.peft_tensors import (
 from tether.files.tensors.safetensors import write_tensors
 from tether.forms.boft import butterfly_of
 from tether.forms.dora import lengths_of
+from tether.forms.dropout import rate_of
 from tether.forms.fourier import waves_of
 from tether.forms.full import whole_of
 from tether.forms.hadamard import pairs_of
@@ -53,6 +54,7 @@ from tether.forms.rows import rows_of
 from tether.forms.scale import scaled_of
 from tether.forms.vera import vectors_of
 from tether.forms.weight_norm import Magnitude
+from tether.layers.family.named import named_weights
 from tether.layers.tying.state import View
 from tether.types import Config
 from tether.weights.algebra import split_sum
@@ -90,6 +92,7 @@ def save_peft(
 
     Raises:
         Unsupported: A part is of a kind that is not written, or they are of several kinds.
+        UnknownName: `names` does not say what a weight with a part is called.
         TetherError: The model has no such part.
 
     Example:
@@ -123,6 +126,7 @@ class _Writing:
         """The kind of each module that has a part."""
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
+        self.dropouts: dict[str, float] = {}
         self.dora: set[str] = set()
         self.whole: dict[tuple[str, str], Entry] = {}
         self.shifts: dict[str, Entry] = {}
@@ -138,6 +142,7 @@ class _Writing:
         for place in places:
             if isinstance(place.named.variable, View):
                 self._write(place, place.named.variable.expression)
+        self._refuse_nameless(model, names, {place.named.path for place in places})
         self._finish()
 
     def _write(self, place: Place, expression: Expression) -> None:
@@ -147,6 +152,19 @@ class _Writing:
         refuse_pieces(place)
         if not any(way(place, *found) for way in self._ways()):
             raise _not_written(place, expression, found[1])
+        if place.modules[0] in self.ranks:
+            self.dropouts[place.modules[0]] = rate_of(found[0])
+
+    def _refuse_nameless(self, model: keras.Layer, names: Names, placed: set[str]) -> None:
+        """Refuses to leave out a weight that the adapter changes, because no name is known for it."""
+        for named in named_weights(model):
+            if named.path in placed or not isinstance(named.variable, View):
+                continue
+            if self._added(named.variable.expression) is not None:
+                raise UnknownName(
+                    f"The adapter changes {named.name!r}, and `names` does not say what that is called in the base's "
+                    f"file. Give a `tether.files.Table` or a mapping that does. {received(names=names)}"
+                )
 
     def _added(self, expression: Expression) -> tuple[Expression, float] | None:
         """What is added to the base, and by which strength."""
@@ -474,6 +492,8 @@ class _Writing:
             found.update(ranks)
         elif kind == "VERA":
             found["r"] = rank
+        if kind in ("LORA", "VERA"):
+            found[f"{kind.lower()}_dropout"] = commonest(self.dropouts, 0.0)
         if "bias" in FIELDS[kind]:
             found["bias"] = bias
         return {**found, **self.more}

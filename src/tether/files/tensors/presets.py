@@ -70,6 +70,7 @@ _BERT = Table(
         **_dense("pooled_dense", "{p}pooler.dense"),
         **_masked_head(""),
         **_masked_head("mlm_head."),
+        **_dense("classifier", "classifier"),
     },
     prefixes=("", "bert."),
     within=r"bert_\w*backbone\w*",

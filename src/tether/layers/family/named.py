@@ -17,6 +17,7 @@ from tether.layers.tying.state import View, shape_of, state_of
 from tether.layers.tying.tie import tie, weights_of
 from tether.patterns import Pattern
 from tether.weights.expression import Expression, live_weights
+from tether.weights.operators.choice import Adapted, adapted
 from tether.weights.weight import Weight
 
 
@@ -157,8 +158,21 @@ def tie_what_learns(root: keras.Layer, ties: Mapping[str, Expression], weights: 
         tie(root, ties)
         return
     still = weights_of(root, [path for path in frozen if path not in ties])
-    tie(root, {**{path: weight.stop_gradient() for path, weight in still.items()}, **ties})
+    shielded = {path: _shielded(weight) for path, weight in still.items() if _would_train(weight)}
+    tie(root, {**shielded, **ties})
     train_only(root, weights, learns, frozen)
+
+
+def _would_train(expression: Expression) -> bool:
+    return any(weight.trainable_flag for weight in live_weights(expression))
+
+
+def _shielded(expression: Expression) -> Expression:
+    """The same without a gradient; what has named parts keeps them, since they are known by what it is."""
+    if not isinstance(expression, Adapted):
+        return expression.stop_gradient()
+    parts = {name: (strength, part.stop_gradient()) for name, (strength, part) in expression.parts.items()}
+    return adapted(expression.base.stop_gradient(), parts, expression.order)
 
 
 def layer_pairs(root: keras.Layer, source: keras.Layer) -> Iterator[tuple[keras.Layer, keras.Layer]]:

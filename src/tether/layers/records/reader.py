@@ -80,7 +80,7 @@ def _subclasses(cls: type) -> dict[type, None]:
     return found
 
 
-keras_seam.register_reader(TiedReader())
+keras_seam.register_reader(keras_seam.TIED_NAME, TiedReader())
 
 
 def _unpickle(data: bytes, weights: dict[str, Weight]) -> keras.Layer:

@@ -13,6 +13,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, Unsupported, received
+from tether.layers.pieces import refuse_dropout
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.types import Function, Tensor
@@ -228,11 +229,12 @@ def refuse_tie(layer: keras.Layer, name: str, variable: keras.Variable, expressi
     """Refuses what can be known before a tie changes anything; without a variable, that is less.
 
     Raises:
-        Unsupported: The layer cannot be tied, or constrains the variable.
+        Unsupported: The layer cannot be tied, cannot apply a dropout in the expression, or constrains the variable.
         ShapeMismatch: The expression has another shape than the variable.
         UnknownShape: It has none, and the variable's does not tell it.
     """
     refuse_unsupported(layer)
+    refuse_dropout(layer, name, expression)
     if variable is not None:
         constraint = None if isinstance(variable, View) else getattr(variable, "constraint", None)
         refuse_misfit(layer, name, shape_of(variable), constraint, expression)

@@ -16,6 +16,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import UnknownName, Unsupported, received
+from tether.layers.pieces import refuse_dropout
 from tether.layers.records import own_values
 from tether.layers.records.record import encode_ties
 from tether.layers.tying import paths
@@ -318,7 +319,7 @@ def _make(base: type[keras.Layer], arguments: tuple[str, ...]) -> type:
     if not hasattr(base, "_trackable_children"):
         namespace["_trackable_children"] = _absent("_trackable_children")
     cls = type(base.__name__, (Tied, base), namespace)
-    keras_seam.register_tied(cls)
+    keras_seam.register_made(cls, keras_seam.TIED_NAME)
     return cls
 
 
@@ -422,6 +423,7 @@ def hand_out(layer: keras.Layer, state: State, asked: Tie, **kwargs: Any) -> Vie
     expression = resolved(asked.expression)
     constraint = keras.constraints.get(kwargs.get("constraint"))
     regularizer = keras.regularizers.get(kwargs.get("regularizer"))
+    refuse_dropout(layer, name, expression)
     refuse_misfit(layer, name, shape, constraint, expression)
     if wished:
         warn_of_initializer(layer, name, expression, initializer)
