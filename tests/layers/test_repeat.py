@@ -517,3 +517,92 @@ def test_a_call_parameter_of_the_depths_name_is_refused():
     with pytest.raises(TetherError, match="argument='turn'"):
         tether.Repeat(Deep(), 2, vary={"kernel": "own"})(rows)
     assert tether.Repeat(Deep(), 2, vary={"kernel": "own"}, argument="turn")(rows).shape == rows.shape
+
+
+# ------------------------------------------------------------------ other roads
+
+
+@pytest.mark.filterwarnings("ignore:Layer .*quantize")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_block_is_quantised_under_its_turns(mode, tmp_path):
+    model, body = model_of()
+    before = model.predict(rows, verbose=0)
+    model.quantize(mode)
+    after = model.predict(rows, verbose=0)
+    assert 0 < np.abs(after - before).max() < (0.1 if mode == "int8" else 1)
+    roles = {w.role for w in body.block.dense.kernel.expression.weights_used()}
+    assert {"integers", "scale", "part"} == roles
+    model.save(tmp_path / "q.keras")
+    np.testing.assert_array_equal(files.load_model(tmp_path / "q.keras").predict(rows, verbose=0), after)
+
+
+def test_untie_and_materialize_say_to_take_the_turns_apart_and_change_nothing():
+    model, body = model_of()
+    before, wanted = values(model), model.predict(rows, verbose=0)
+    for verb in (tether.untie, tether.materialize):
+        with pytest.raises(TetherError, match=r"repeat\.layers\(\)"):
+            verb(model)
+    assert_same(values(model), before, atol=0)
+    np.testing.assert_array_equal(model.predict(rows, verbose=0), wanted)
+    x = keras.Input((WIDTH,))
+    y = x
+    for layer in body.layers():
+        y = layer(y)
+    plain = tether.materialize(keras.Model(x, model.get_layer("out")(y)))
+    np.testing.assert_allclose(plain.predict(rows, verbose=0), wanted, atol=1e-6)
+    assert not any(isinstance(layer, (tether.Weight, tether.Repeat)) for layer in plain._flatten_layers())
+
+
+def test_a_dropout_of_a_part_draws_other_numbers_at_each_turn():
+    found = {}
+    for unroll in (False, True):
+        model, _ = model_of(unroll, vary={"dense/kernel": tether.low_rank(2, dropout=0.5, seed=5)})
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+        model.fit(rows, targets, batch_size=3, epochs=2, verbose=0, shuffle=False)
+        found[unroll] = values(model)
+    assert_same(found[False], found[True])
+    (state,) = [value for path, value in found[True].items() if path.endswith("dropout")]
+    once = tether.Repeat(keras.layers.Dense(WIDTH), 1, vary={"kernel": tether.low_rank(2, dropout=0.5, seed=5)})
+    once(rows)
+    assert state[1] > 0 and state[0] == 5
+
+
+EXPORTS = {"tensorflow": ("onnx", "tf_saved_model"), "jax": ("onnx", "tf_saved_model"), "torch": ("onnx", "torch")}[
+    BACKEND
+]
+
+
+@pytest.mark.parametrize("format", EXPORTS)
+def test_it_is_exported(format, tmp_path):
+    block = keras.layers.Dense(WIDTH, activation="tanh", name="dense")
+    x = keras.Input((WIDTH,))
+    body = tether.Repeat(block, 5, vary={"kernel": tether.low_rank(2), "bias": "own"}, unroll=False)
+    model = keras.Model(x, body(x))
+    spread_out(body)
+    ends = {"onnx": "m.onnx", "tf_saved_model": "m", "torch": "m.pt2"}
+    files.export(model, tmp_path / ends[format], format)  # runs it and compares
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.skipif(BACKEND != "torch", reason="`torch.compile` is PyTorch's")
+def test_a_turn_is_compiled_once_for_all_turns():
+    import torch
+    from torch._dynamo.testing import CompileCounter
+
+    block = keras.layers.Dense(WIDTH, activation="tanh")
+    body = tether.Repeat(block, 12, vary={"kernel": tether.low_rank(2)}, compile_turn=True)
+    plain = tether.Repeat(block, 12)
+    body.build((None, WIDTH))
+    spread_out(body)
+    x = torch.tensor(rows, requires_grad=True) * 1  # as what another layer made
+    counter, whole = CompileCounter(), torch.compile
+    torch._dynamo.reset()
+    try:
+        torch.compile = lambda function: whole(function, backend=counter)
+        for _ in range(3):
+            found = body(x)
+    finally:
+        torch.compile = whole
+        torch._dynamo.reset()
+    assert counter.frame_count == 1
+    np.testing.assert_allclose(ops.convert_to_numpy(found), ops.convert_to_numpy(plain(rows)), atol=1e-5)

@@ -29,7 +29,7 @@ __all__: list[str] = []
 class InputDropout(Node):
     """The value of its first operand, whose input is dropped out in training by seeds drawn from the second."""
 
-    name, arity, accepts = "input_dropout", 2, ("rate", "seeded")
+    name, arity, accepts, seeds = "input_dropout", 2, ("rate", "seeded"), (1,)
     __slots__ = ()
 
     @classmethod

@@ -95,7 +95,7 @@ from tether.keras_seam.layers import (
     untrack_layer,
     variable_lists,
 )
-from tether.keras_seam.loops import compiled, is_traced_for_a_compiler, scan
+from tether.keras_seam.loops import compiled, is_traced_for_a_compiler, repeat_while, scan
 from tether.keras_seam.memory import (
     Snapshot,
     is_concrete,
@@ -307,6 +307,7 @@ __all__ = [
     "register_reader",
     "register_reader_of",
     "registered_function",
+    "repeat_while",
     "running_layers",
     "running_methods",
     "save_to",

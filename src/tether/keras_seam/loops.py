@@ -66,6 +66,34 @@ def scan(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs:
     return _scan(step, fixed, carry, entries, length, outputs, remat)
 
 
+def repeat_while(go_on: Callable[[Any], Tensor], step: Step, fixed: Any, carry: Any, entries: Any, length: int) -> Any:
+    """Runs a step as long as something holds of what is handed on, and `length` times at most. It has no gradient.
+
+    Args:
+        go_on: What must hold of the carry, whose `"place"` is the number of the turn.
+        step: What is done at each turn; its outputs are not kept.
+        fixed: Tensors that are the same at each turn.
+        carry: What the first turn is given.
+        entries: Tensors of which a turn is given one entry.
+        length: How many turns at most.
+
+    Returns:
+        What the last turn handed on.
+    """
+    tree = keras.tree
+
+    def is_on(*flat: Tensor) -> Tensor:
+        now = tree.pack_sequence_as(carry, list(flat))
+        return keras.ops.logical_and(keras.ops.less(now["place"], length), go_on(now))
+
+    def body(*flat: Tensor) -> tuple[Tensor, ...]:
+        now = tree.pack_sequence_as(carry, list(flat))
+        entry = tree.map_structure(lambda each: keras.ops.take(each, now["place"], axis=0), entries)
+        return tuple(tree.flatten(step(fixed, now, entry)[0]))
+
+    return tree.pack_sequence_as(carry, list(keras.ops.while_loop(is_on, body, tuple(tree.flatten(carry)))))
+
+
 def _make_scan() -> Callable[..., Any]:
     name = _backend.backend()
     if name == "jax":

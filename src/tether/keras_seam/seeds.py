@@ -31,8 +31,9 @@ class Seeds(keras.random.SeedGenerator):
         """The present state as a seed; the state goes on."""
         value = self.state.value
         one = keras.ops.convert_to_tensor(np.array([0, 1]), dtype=self.state.dtype)
+        seed = keras.ops.cast(value, _dtype_of_seeds())  # now: what TensorFlow and PyTorch give is what is stored
         self.state.assign(keras.ops.add(value, one))
-        return keras.ops.cast(value, _dtype_of_seeds())
+        return seed
 
 
 def _dtype_of_seeds() -> str:

@@ -632,6 +632,8 @@ class Node(Expression):
     """The names of its parameters."""
     indices: ClassVar[tuple[int, ...]] = ()
     """Places of operands by which it chooses: a number that is known while the backend compiles stays one."""
+    seeds: ClassVar[tuple[int, ...]] = ()
+    """Places of operands that are seeds: expressions that are stored as one draw from one of them."""
     elementwise_cost: ClassVar[bool] = True
     """Whether computing it does arithmetic; a mere view of memory is not worth remembering."""
 

@@ -25,7 +25,15 @@ Key = tuple[str, Shape, str]
 
 MAX_CHOICES = 10_000
 
-_bound = threading.local()
+
+class _Bound(threading.local):
+    """What is bound on this thread: there from the start, so that `torch.compile` does not see it come to be."""
+
+    def __init__(self) -> None:
+        self.values: dict[Key, Tensor | int] = {}
+
+
+_bound = _Bound()
 
 
 class Argument(Expression):
@@ -139,7 +147,8 @@ class Argument(Expression):
             raise UnboundArgument(
                 f"The argument {self.name!r} has no value here. Give it in the call of the layer that is tied to it, "
                 f"`layer(x, {self.name}=value)`, or bind it around the call: "
-                "`with tether.weights.bind({argument: value}): ...`."
+                "`with tether.weights.bind({argument: value}): ...`. The turns of a `tether.Repeat` have a value each: "
+                "to untie or materialize them take them apart first, `repeat.layers()`."
             )
         return found
 
@@ -222,7 +231,7 @@ def _checked(argument: Argument, value: object) -> Tensor | int:
 
 def bindings() -> dict[Key, Tensor | int]:
     """What is bound on this thread, by the arguments' keys."""
-    return getattr(_bound, "values", {})
+    return _bound.values
 
 
 # --------------------------------------------------------------------------- values that a loop has at hand

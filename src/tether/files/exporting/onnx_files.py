@@ -13,6 +13,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import Unsupported
 from tether.files.exporting.model import SMALL, Asked, Runner, distinct, quiet
+from tether.layers.family.turns import written_out
 from tether.layers.tying.state import numpy_of
 from tether.types import Array
 
@@ -116,13 +117,14 @@ def _by_jax2onnx(asked: Asked, held: list[keras.Variable]) -> onnx.ModelProto:
     names = [f"held_{at}" for at in range(len(held))]
     shapes = [jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for shape, dtype in asked.described(held)]
     options = {"opset": asked.options["opset_version"]} if "opset_version" in asked.options else {}
-    model = jax2onnx.to_onnx(
-        lambda *tensors: tuple(asked.with_held(tensors, held)),
-        inputs=shapes,
-        input_names=[*(name for name, _, _ in asked.specs), *names],
-        output_names=asked.output_names,
-        **options,
-    )
+    with written_out():  # of a loop's types it may be wrong
+        model = jax2onnx.to_onnx(
+            lambda *tensors: tuple(asked.with_held(tensors, held)),
+            inputs=shapes,
+            input_names=[*(name for name, _, _ in asked.specs), *names],
+            output_names=asked.output_names,
+            **options,
+        )
     return with_initializers(model, names, held)
 
 

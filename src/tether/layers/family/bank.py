@@ -111,9 +111,11 @@ def zipped(options: Sequence[Expression], number: Expression) -> tuple[Expressio
     known: dict[tuple[int, ...], Stack] = {}
     stacked_in: dict[int, tuple[int, ...]] = {}
     plans: list[tuple[Weight, ...] | None] = []
+    seeds = {s.operands[at] for s in programs[0] if isinstance(s.expression, Node) for at in s.expression.seeds}
     for place, step in enumerate(programs[0]):
         here = [steps[place].expression for steps in programs]
-        differs = not isinstance(step.expression, Node) and any(other != here[0] for other in here[1:])
+        is_leaf = not isinstance(step.expression, Node) and place not in seeds
+        differs = is_leaf and any(other != here[0] for other in here[1:])
         plans.append(_checked(here, stacked_in) if differs else None)
     done: list[Expression] = []
     for place, step in enumerate(programs[0]):

@@ -17,7 +17,7 @@ import keras
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
 from tether.layers.family.bank import zipped
-from tether.layers.family.turns import Turns, is_tensor, split
+from tether.layers.family.turns import Turns, are_written_out, is_tensor, split
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.paths import walk
 from tether.layers.tying.state import View, arguments_in, slots_of
@@ -321,7 +321,7 @@ class Repeat(keras.layers.Layer):
     def _is_a_loop(self, turns: int, x: Tensor) -> bool:
         if self.remat and keras_seam.RUNS_FROM_PYTHON:
             return True
-        if self.unroll is True or (self.unroll == "auto" and turns <= FEW):
+        if self.unroll is True or are_written_out() or (self.unroll == "auto" and turns <= FEW):
             return False
         first = next(iter(self.block.variables), None)
         held = [] if first is None else [keras_seam.raw_value(first)]
@@ -401,7 +401,10 @@ class Repeat(keras.layers.Layer):
     def refuse_other_shape(self, inputs: Any, outputs: Any) -> None:
         """Raises if the block does not keep the shape of its input."""
         before, after = tuple(inputs.shape), tuple(outputs.shape)
-        if len(before) != len(after) or any(None not in (a, b) and a != b for a, b in zip(before, after, strict=True)):
+        # Sizes that a graph leaves open are no plain numbers, and comparing them would fix them.
+        known = zip(before, after, strict=False)
+        differ = any(type(a) is int and type(b) is int and a != b for a, b in known)
+        if len(before) != len(after) or differ:
             raise ShapeMismatch(
                 f"{self.name!r} repeats {self.block.name!r}, so its output must have the shape of its input. It makes "
                 f"{after} of {before}. Add a layer to the block that brings it back, or leave what changes the shape "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,24 @@ from tether.weights.leaves import lend
 from tether.weights.operators.indexing import Gather
 from tether.weights.weight import Weight
 
-__all__ = ["Turns", "is_tensor", "split"]
+__all__ = ["Turns", "are_written_out", "is_tensor", "split", "written_out"]
+
+
+class _Scope(keras_seam.ThreadScope):
+    one_by_one: bool = False
+
+
+_scope = _Scope()
+
+
+def written_out() -> contextlib.AbstractContextManager[None]:
+    """Writes turns out one by one inside the block: for a converter that does not take the backend's loop."""
+    return _scope.set(one_by_one=True)
+
+
+def are_written_out() -> bool:
+    """Whether that holds now."""
+    return _scope.one_by_one
 
 
 class Turns:
@@ -189,9 +207,16 @@ class Turns:
             "stacks": [_first(keras_seam.raw_value(weight.variable), self.turns) for weight in stacks.values()],
             "stacked": self.stacked,
         }
-        carry, output = keras_seam.scan(
-            step, fixed, carry, entries, self.turns, spec, remat=layer.remat and self.trains
-        )
+        if carry["kept"] and not self.trains and not states:
+            carry = keras_seam.repeat_while(
+                lambda now: keras.ops.any(keras.ops.greater(now["kept"]["left"], 0)),
+                step, fixed, carry, entries, self.turns,
+            )  # fmt: skip
+            output: Any = {"state": [], "all": [], "more": []}
+        else:
+            carry, output = keras_seam.scan(
+                step, fixed, carry, entries, self.turns, spec, remat=layer.remat and self.trains
+            )
         for variable, value in zip(carried, carry["state"], strict=True):
             _store(variable, value)
         for node, value in zip(states, output["state"], strict=True):
