@@ -135,6 +135,7 @@ class Repeat(keras.layers.Layer):
         keras_seam.set_untracked(self, "_asked", None)
         keras_seam.set_untracked(self, "_of_build", None)
         keras_seam.set_untracked(self, "_compiled", None)
+        keras_seam.set_untracked(self, "has_run", False)
 
     # ------------------------------------------------------------------ building
 
@@ -253,6 +254,11 @@ class Repeat(keras.layers.Layer):
         """How many turns something is stored for; `None` where all turns are alike, so that any number may run."""
         sizes = [known_shape(weight)[0] for weight in self.stacks().values()]
         return min(sizes) if sizes else None
+
+    def note_turn(self) -> None:
+        """Notes that the block has been called: PyTorch would compile its first call, and then another for the rest."""
+        if self.compile_turn and not self.has_run:
+            keras_seam.set_untracked(self, "has_run", True)
 
     def compiled_turn(self) -> Callable[..., Any]:
         """A turn as PyTorch compiles it: one graph for all of them, which is handed the entries of the stacks."""

@@ -64,6 +64,7 @@ class Turns:
         if run is None:
             with layer._at(place):
                 y, more = split(layer.block(x, *args, **named))
+            layer.note_turn()
         else:
             y, more = run(x, args, named, place)
         layer.refuse_other_shape(x, y)
@@ -75,7 +76,7 @@ class Turns:
 
     def _compiles(self) -> bool:
         """Whether PyTorch is to compile the turn, once for all of them: nobody is reading the whole loop already."""
-        asked = self.layer.compile_turn and keras_seam.RUNS_FROM_PYTHON and not self.layer.remat
+        asked = self.layer.has_run and self.layer.compile_turn and keras_seam.RUNS_FROM_PYTHON and not self.layer.remat
         return asked and not keras_seam.is_compiling()
 
     def _kept(self, x: Any, y: Any) -> Any:
