@@ -606,3 +606,12 @@ def test_a_turn_is_compiled_once_for_all_turns():
         torch._dynamo.reset()
     assert counter.frame_count == 1
     np.testing.assert_allclose(ops.convert_to_numpy(found), ops.convert_to_numpy(plain(rows)), atol=1e-5)
+
+
+def test_a_second_repeat_of_a_block_needs_a_name_of_its_own_for_the_depth():
+    block = keras.layers.Dense(WIDTH)
+    first = tether.Repeat(block, 2, vary={"kernel": tether.low_rank(1)})
+    first(rows)
+    with pytest.raises(TetherError, match=r"argument='round'"):
+        tether.Repeat(block, 3, vary={"kernel": tether.low_rank(1)})(rows)
+    assert first(rows).shape == rows.shape

@@ -174,9 +174,8 @@ class Repeat(keras.layers.Layer):
                 lambda each: next(rest) if is_tensor(each) else each, (args, dict(kwargs))
             )
             named.pop("times", None)
-            first, others, named = self._for_block(given[0], given[1:], named, None, None)
             with self._at(0):
-                return self.block(first, *others, **self._entries(named, 0))
+                return self.block(*given, **self._entries(named, 0))
 
         keras_seam.trace(run, *specs)
 
@@ -195,14 +194,17 @@ class Repeat(keras.layers.Layer):
         _refuse_stateless_names(self.block, self.argument)
         wanted: dict[str, Any] = {}
         if self.state == "own":
-            wanted.update(dict.fromkeys(self._state_paths(), "state"))
+            wanted.update(dict.fromkeys(_own_state(self.block), "state"))
         wanted.update(by_path(self.block, self._wanted))
         expressions: dict[str, Expression] = {}
-        depth = self._free_argument()
+        depth = self.depth
         for path, change in wanted.items():
             base = weight_of(self.block, path)
-            if any(argument == depth for argument in arguments_in(base)):
-                continue  # as a config says
+            if depth in arguments_in(base):
+                raise TetherError(
+                    f"The weight {path!r} of {self.block.name!r} is read by {self.argument!r} already, for the turns "
+                    "of another Repeat. Give the depth of this one another name: `tether.Repeat(..., argument='round')`."
+                )
             options = [_made(path, change, base) for _ in range(self.times)]
             try:
                 expressions[path] = zipped(options, depth)[0]
@@ -217,24 +219,12 @@ class Repeat(keras.layers.Layer):
         keras_seam.set_untracked(self, "_wanted", {})
         return self
 
-    def _state_paths(self) -> list[str]:
-        """The paths of the moving statistics below the block: floats that layers keep and that do not train."""
-        found = []
-        for path, layer, variable in _own_state(self.block):
-            if not isinstance(variable, View) and not isinstance(layer, Weight):
-                found.append(path)
-        return found
-
-    def _free_argument(self) -> Argument:
-        """The argument that stands for the depth: another one than those that the block's own expressions have."""
-        return Argument(self.argument, (), "int32")
-
     # ------------------------------------------------------------------ what a turn has of its own
 
     @property
     def depth(self) -> Argument:
         """The argument that stands for the number of a turn, in expressions."""
-        return self._free_argument()
+        return Argument(self.argument, (), "int32")
 
     def stacks(self) -> dict[Gather, Weight]:
         """The stacked weights below the block, each with the node that reads its entry at a depth."""
@@ -319,10 +309,10 @@ class Repeat(keras.layers.Layer):
         turns = self.times if times is None else self._checked_turns(times)
         if mask is None:
             mask = keras_seam.mask_of(inputs)
-        first, others, named = self._for_block(inputs, args, kwargs, training, mask)
+        named = self._for_block(kwargs, training, mask)
         self._check_stacked(named, turns)
-        run = Turns(self, turns, first, others, named, training, mask)
-        return run.in_a_loop() if self._is_a_loop(turns, first) else run.one_by_one()
+        run = Turns(self, turns, inputs, args, named, training, mask)
+        return run.in_a_loop() if self._is_a_loop(turns, inputs) else run.one_by_one()
 
     def _is_a_loop(self, turns: int, x: Tensor) -> bool:
         if self.remat and keras_seam.RUNS_FROM_PYTHON:
@@ -333,17 +323,15 @@ class Repeat(keras.layers.Layer):
         held = [] if first is None else [keras_seam.raw_value(first)]
         return keras_seam.is_traced_for_a_compiler(x, *held)
 
-    def _for_block(
-        self, inputs: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: Any, mask: Any
-    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the block's call."""
+    def _for_block(self, kwargs: Mapping[str, Any], training: Any, mask: Any) -> dict[str, Any]:
+        """The named arguments of the block's call."""
         named = dict(kwargs)
         takes = keras_seam.call_parameters(self.block)
         if training is not None:
             named["training"] = training
         if mask is not None and "mask" in takes:
             named["mask"] = mask
-        return inputs, args, named
+        return named
 
     def _entries(self, named: Mapping[str, Any], place: int) -> dict[str, Any]:
         return {
@@ -549,14 +537,15 @@ def _with_turns(spec: Any, turns: int) -> Any:
     return keras.KerasTensor((turns, *spec.shape), spec.dtype)
 
 
-def _own_state(block: keras.Layer) -> Iterator[tuple[str, keras.Layer, Any]]:
-    seen: set[int] = set()
+def _own_state(block: keras.Layer) -> list[str]:
+    """The paths of the moving statistics below a block: floats that its layers keep and that do not train."""
+    found: dict[int, str] = {}
     for path, _, layer, variable in walk(block):
         listed = keras_seam.variable_lists(layer)["non_trainable_variables"]
         is_state = any(variable is each for each in listed) and keras_seam.is_float(keras_seam.stored_dtype(variable))
-        if is_state and id(variable) not in seen:
-            seen.add(id(variable))
-            yield "/".join(path), layer, variable
+        if is_state and not isinstance(variable, View):
+            found.setdefault(id(variable), "/".join(path))
+    return list(found.values())
 
 
 def _refuse_stateless_names(block: keras.Layer, argument: str) -> None:
