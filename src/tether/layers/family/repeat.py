@@ -203,7 +203,7 @@ class Repeat(keras.layers.Layer):
             if depth in arguments_in(base):
                 raise TetherError(
                     f"The weight {path!r} of {self.block.name!r} is read by {self.argument!r} already, for the turns "
-                    "of another Repeat. Give the depth of this one another name: `tether.Repeat(..., argument='round')`."
+                    "of another Repeat. Give the depth of this one a name: `tether.Repeat(..., argument='round')`."
                 )
             options = [_made(path, change, base) for _ in range(self.times)]
             try:
