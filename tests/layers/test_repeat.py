@@ -372,6 +372,70 @@ def test_a_model_is_a_block():
     np.testing.assert_allclose(found[False], found[True], atol=1e-5)
 
 
+@keras.saving.register_keras_serializable(package="test_repeat")
+class Whole(keras.Model):
+    """A model of a user's own without a `build`: its layers are built by a trace."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.body = tether.Repeat(
+            Residual(name="block"), 5, vary={"dense/kernel": tether.low_rank(1), "norm/beta": "own"}
+        )
+        self.out = keras.layers.Dense(1)
+
+    def call(self, x, training=None):
+        return self.out(self.body(x, training=training))
+
+
+def test_a_model_of_ones_own_is_built_by_a_trace_saved_and_loaded(tmp_path):
+    model = Whole()
+    model.compile("adam", "mse")
+    model.fit(rows, targets, verbose=0)
+    variance = next(w for w in model.weights if w.path.endswith("moving_variance"))
+    assert variance.shape == (5, WIDTH) and (variance.numpy() > 0).all()
+    factors = next(w for w in model.weights if w.path.endswith("kernel_lora_a")).numpy()
+    assert not np.allclose(factors[0], factors[1])
+    wanted = model.predict(rows, verbose=0)
+    model.save(tmp_path / "m.keras")
+    for loaded in (keras.saving.load_model(tmp_path / "m.keras"), files.load_model(tmp_path / "m.keras")):
+        np.testing.assert_array_equal(loaded.predict(rows, verbose=0), wanted)
+    loaded.compile("adam", "mse")
+    loaded.fit(rows, targets, verbose=0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    loaded.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(loaded.predict(rows, verbose=0), wanted)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras's metrics in a layer need more than its `variables` there")
+def test_metrics_of_the_block_count_every_turn():
+    @keras.saving.register_keras_serializable(package="test_repeat")
+    class Counted(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = keras.layers.Dense(WIDTH, name="dense")
+            self.mean = keras.metrics.Mean(name="mean_of_turns")
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, x):
+            y = ops.tanh(self.dense(x))
+            self.mean.update_state(ops.mean(y))
+            self.add_loss(0.1 * ops.mean(ops.square(y)))
+            return y
+
+    found = {}
+    for unroll in (False, True):
+        keras.utils.set_random_seed(1)
+        x = keras.Input((WIDTH,))
+        model = keras.Model(x, tether.Repeat(Counted(), 5, unroll=unroll)(x))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        found[unroll] = model.fit(rows, rows, batch_size=6, epochs=2, verbose=0, shuffle=False).history
+        assert found[unroll]["mean_of_turns"][0] != 0
+    for name, value in found[True].items():
+        np.testing.assert_allclose(found[False][name], value, rtol=1e-4)
+
+
 # ------------------------------------------------------------------ stochastic depth, halting
 
 

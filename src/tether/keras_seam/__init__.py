@@ -181,6 +181,7 @@ from tether.keras_seam.variables import (
     subtract,
     tell_apart,
     tensor_dtype,
+    waiting_start,
 )
 
 __all__ = [
@@ -343,6 +344,7 @@ __all__ = [
     "untrack",
     "untrack_layer",
     "variable_lists",
+    "waiting_start",
     "without_parameters",
     "write",
     "write_rows",

@@ -43,6 +43,11 @@ def raw_value(variable: keras.Variable) -> Tensor:
     return variable._value
 
 
+def waiting_start(variable: keras.Variable) -> keras.Initializer | None:
+    """What a variable will start by that has no value yet: it was made inside a trace, and starts when that ends."""
+    return None if variable._value is not None else variable._initializer
+
+
 def _names_of_dtypes() -> dict[object, str]:
     if _backend.backend() != "torch":
         return {}

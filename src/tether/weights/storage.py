@@ -155,6 +155,12 @@ class Storage(Stored):
         self._wanted_path = path
         self._create(Copy(values), tuple(values.shape), self._given_dtype)
 
+    def start_by(self, initializer: keras.Initializer, *, path: str) -> None:
+        """Makes the variable of a weight of a known shape and dtype, under a path, by an initializer."""
+        self._wanted_path = path
+        assert self._given_shape is not None
+        self._create(initializer, self._given_shape, self._given_dtype)
+
     def find_path(self) -> None:
         """Gives up the path that its name says: it will have that of the first variable that it stands for."""
         self._wanted_path = ""

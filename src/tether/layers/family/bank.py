@@ -30,6 +30,7 @@ from tether.weights.expression import (
 from tether.weights.leaves import Constant
 from tether.weights.operators.indexing import Gather
 from tether.weights.operators.structure import stack
+from tether.weights.storage import Copy
 from tether.weights.weight import Weight
 
 
@@ -209,16 +210,21 @@ def _described(weight: Weight) -> str:
 def _stacked(parts: Sequence[Weight]) -> Weight:
     """A new weight of the values of several, one after another, in the name and at the path of the first."""
     first = parts[0]
-    start = np.stack([keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts])
     found = Weight(
-        start.shape,
+        (len(parts), *known_shape(first)),
         dtype=first.dtype,
         trainable=first.trainable_flag,
         regularizer=first.regularizer,
         name=first.name,
         role=first.role,
     )
-    found.start_at(start, path=first.path)
+    waiting = [keras_seam.waiting_start(weight.variable) for weight in parts]
+    if any(start is not None for start in waiting):  # inside a trace: there are no values yet
+        starts = [start or Copy(weight.numpy()) for start, weight in zip(waiting, parts, strict=True)]
+        found.start_by(_Entries(starts), path=first.path)
+    else:
+        start = np.stack([keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts])
+        found.start_at(start, path=first.path)
     if len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
         found.initializer = EachEntry(first.initializer)
     return found
@@ -231,6 +237,17 @@ def _started(weight: Weight) -> str:
     config = keras.initializers.serialize(weight.initializer)
     settings = {key: value for key, value in dict(config.get("config") or {}).items() if key != "seed"}
     return repr((config.get("class_name"), sorted(settings.items())))
+
+
+class _Entries(keras.initializers.Initializer):
+    """Starts each entry of a stacked weight by an initializer of its own."""
+
+    def __init__(self, starts: Sequence[Any]) -> None:
+        self.starts = starts
+
+    def __call__(self, shape: Shape, dtype: str | None = None) -> Tensor:
+        """The entries."""
+        return keras.ops.stack([start(tuple(shape[1:]), dtype=dtype) for start in self.starts])
 
 
 @keras.saving.register_keras_serializable(package="tether", name="EachEntry")

@@ -319,9 +319,10 @@ class Repeat(keras.layers.Layer):
             return True
         if self.unroll is True or are_written_out() or (self.unroll == "auto" and turns <= FEW):
             return False
-        first = next(iter(self.block.variables), None)
-        held = [] if first is None else [keras_seam.raw_value(first)]
-        return keras_seam.is_traced_for_a_compiler(x, *held)
+        held = [keras_seam.raw_value(variable) for variable in self.block.variables]
+        if any(value is None for value in held):
+            return False  # a model that is built by a trace has no values yet, which a loop would carry
+        return keras_seam.is_traced_for_a_compiler(x, *held[:1])
 
     def _for_block(self, kwargs: Mapping[str, Any], training: Any, mask: Any) -> dict[str, Any]:
         """The named arguments of the block's call."""
@@ -574,12 +575,15 @@ def _made(path: str, change: Any, base: Expression) -> Expression:
 
 def _own(base: Expression, role: str | None) -> Weight:
     """A weight of a turn's own, started at the value that the block has."""
-    value = keras_seam.on_host(keras_seam.plain_tensor(base.value))
     shape = known_shape(base)
     path = base.path if isinstance(base, Weight) else base.notation()
     name = base.name if isinstance(base, Weight) else "own"
     found = Weight(shape, dtype=base.dtype, trainable=role is None, name=name, role=role)
-    found.start_at(value, path=path)
+    waiting = keras_seam.waiting_start(base.variable) if isinstance(base, Weight) else None
+    if waiting is not None:  # inside a trace, where the block has no value yet
+        found.start_by(waiting, path=path)
+    else:
+        found.start_at(keras_seam.on_host(keras_seam.plain_tensor(base.value)), path=path)
     return found
 
 

@@ -230,7 +230,7 @@ class Turns:
 
     def _variables(self) -> list[Any]:
         layer = self.layer
-        found = list(layer.block.variables)
+        found = [*layer.block.variables, *layer.block.metrics_variables]
         if layer.halt is not None:
             found += layer.halt.variables
         if layer.skip_seeds is not None:
