@@ -40,7 +40,7 @@ class Entry:
     note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind:<9}{self.name:<13}{self.version or 'not installed':<15}{self.note}".rstrip()
+        return f"{self.kind:<9}{self.name:<17}{self.version or 'not installed':<15}{self.note}".rstrip()
 
 
 @dataclass(frozen=True)
