@@ -57,7 +57,10 @@ class Theirs(torch.nn.Module):
 class Ours(keras.Model):
     def __init__(self):
         super().__init__()
-        self.blocks = [{name: keras.layers.Dense(sizes(name)[1], name=name) for name in NAMES} for _ in range(LAYERS)]
+        self.blocks = [  # each with a name of its own: Keras registers parameters by path on PyTorch
+            {name: keras.layers.Dense(sizes(name)[1], name=f"{name}_{place}") for name in NAMES}
+            for place in range(LAYERS)
+        ]
 
     def build(self, shape):
         for layer in self.blocks:
