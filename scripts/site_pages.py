@@ -24,7 +24,20 @@ OUTSIDE = {
 }
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 OBJECT = re.compile(r'\(<code><span title="object">object</span></code>(?:\)|,\s*(default:))')
-MAP, WORKER, STYLE = "weight-map-live.html", "iframe-worker.js", "wide.css"
+MAP, WORKER, STYLE, KEYS = "weight-map-live.html", "iframe-worker.js", "wide.css", "keys.js"
+LOOKS = """
+.md-grid { max-width: 84rem; }
+.md-tabs__link { opacity: 1; }
+.md-typeset a:not(.headerlink):not(.md-button) { text-decoration: underline; }
+.md-copyright { color: var(--md-footer-fg-color); }
+[data-md-color-scheme="default"] { --md-default-fg-color--light: rgba(0, 0, 0, .68); }
+"""
+"""Wide pages, and what the theme lacks for readers who see little: contrast, and underlined links."""
+FOCUS = """addEventListener("load", () => {
+    for (const region of document.querySelectorAll(".md-typeset__scrollwrap, pre code")) region.tabIndex = 0;
+});
+"""
+"""Lets the keyboard into what scrolls sideways: wide tables and code on a telephone."""
 
 
 def on_files(files, config):
@@ -41,7 +54,8 @@ def on_files(files, config):
         files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, MAP, content=live_map()))
     files.append(File.generated(config, WORKER, content=(ROOT / "scripts" / WORKER).read_text()))
-    files.append(File.generated(config, STYLE, content=".md-grid { max-width: 84rem; }\n"))
+    files.append(File.generated(config, STYLE, content=LOOKS))
+    files.append(File.generated(config, KEYS, content=FOCUS))
     return files
 
 
@@ -69,6 +83,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_post_page(output, page, config):
     """Leaves out the type `object` of arguments that take several kinds of things: it tells a reader nothing."""
+    output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')  # which the theme does not name
     without = OBJECT.sub(lambda match: f"({match[1]}" if match[1] else "", output)
     return without if page.file.src_uri.startswith("reference/") else output
 
