@@ -30,7 +30,7 @@ def integers(values: object, *, name: str = "integers") -> Expression:
     ```python
     codebook = tether.Weight((16, 4), "glorot_uniform", name="codebook")
     codes = tether.ops.integers(np.random.randint(0, 16, (32, 8)), name="codes")
-    assert codes.shape == (32, 8) and sum(w.variable.value.nbytes for w in codes.weights_used()) == 128
+    assert codes.shape == (32, 8) and sum(w.numpy().nbytes for w in codes.weights_used()) == 128
     layer = tether.tie(keras.layers.Dense(32), kernel=tether.ops.take(codebook, codes).reshape(32, 32))
     ```
     """
