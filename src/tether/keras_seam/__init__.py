@@ -109,6 +109,7 @@ from tether.keras_seam.memory import (
     write,
     write_rows,
 )
+from tether.keras_seam.optimizers import RatedOptimizer
 from tether.keras_seam.private import (
     AutocastScope,
     Functional,
@@ -117,7 +118,6 @@ from tether.keras_seam.private import (
     get_autocast_scope,
     to_snake_case,
 )
-from tether.keras_seam.rates import RatedOptimizer
 from tether.keras_seam.saving import (
     SHARED_ID,
     TIED_NAME,
@@ -177,6 +177,7 @@ from tether.keras_seam.variables import (
     raw_value,
     recognize_variables,
     set_build_shapes,
+    store,
     stored_dtype,
     subtract,
     tell_apart,
@@ -324,6 +325,7 @@ __all__ = [
     "shared_object",
     "shield_tracker",
     "snapshot",
+    "store",
     "store_each_variable_once",
     "stored_dtype",
     "stored_value",

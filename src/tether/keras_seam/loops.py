@@ -25,12 +25,12 @@ def is_traced_for_a_compiler(*values: Tensor) -> bool:
 
         return not tf.executing_eagerly()
     if name == "jax":
-        return any(type(value).__name__ == "DynamicJaxprTracer" or _is_inside_jit(value) for value in values)
+        return any(map(_is_inside_jit, values))
     return False
 
 
 def _is_inside_jit(value: Tensor) -> bool:
-    """Whether what a gradient's tracer follows is of a graph."""
+    """Whether a tensor is of a graph, or what a gradient's tracer follows is."""
     while value is not None:
         if type(value).__name__ == "DynamicJaxprTracer":
             return True

@@ -15,6 +15,7 @@ from keras import backend as _backend
 
 from tether.keras_seam.layers import inner_optimizer, set_untracked
 from tether.keras_seam.private import (
+    AutocastScope,
     Functional,
     is_missing,
     of_this_thread,
@@ -41,6 +42,12 @@ def raw_value(variable: keras.Variable) -> Tensor:
         if value is not None:
             return value
     return variable._value
+
+
+def store(variable: keras.Variable, value: Tensor) -> None:
+    """Stores a tensor in a variable, also inside a layer's autocast."""
+    with AutocastScope(None):
+        variable.assign(value)
 
 
 def waiting_start(variable: keras.Variable) -> keras.Initializer | None:

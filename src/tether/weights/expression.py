@@ -829,6 +829,30 @@ def _rebuild(steps: list[Bare]) -> Expression:
     return done[-1]
 
 
+def rewritten(
+    root: Expression,
+    instead: Callable[[int, Expression], Expression | None],
+    over: Callable[[Node, list[Expression]], Expression] | None = None,
+) -> Expression:
+    """The expression with other parts in the place of some; what is made of none of them stays the object that it is.
+
+    Args:
+        root: The expression.
+        instead: What takes the place of a step, by its place in the program; `None` if it stays.
+        over: Makes a node again over other operands; left out, as it is.
+    """
+    done: list[Expression] = []
+    for place, step in enumerate(program(root)):
+        current = step.expression
+        found = instead(place, current)
+        if found is None and isinstance(current, Node):
+            operands = [done[at] for at in step.operands]
+            if any(new is not old for new, old in zip(operands, current.operands, strict=True)):
+                found = type(current)(*operands, **current.parameters) if over is None else over(current, operands)
+        done.append(current if found is None else found)
+    return done[-1]
+
+
 @dataclass(frozen=True)
 class Term:
     """A piece of notation and how tightly its outermost operator binds."""

@@ -138,8 +138,7 @@ class Storage(Stored):
 
     def store(self, value: Tensor) -> None:
         """Stores a tensor, also inside a layer's autocast: PyTorch would write to the cast copy."""
-        with keras_seam.AutocastScope(None):
-            self.variable.assign(value)
+        keras_seam.store(self.variable, value)
 
     def give_start(self, shape: Shape, dtype: str, initializer: object, *, path: str | None = None) -> None:
         """Makes the variable from what the first tie says, unless it was made or the arguments say otherwise.
@@ -152,8 +151,7 @@ class Storage(Stored):
 
     def start_at(self, values: Array, *, path: str) -> None:
         """Makes the variable of a weight of a known shape and dtype, under a path, with these values."""
-        self._wanted_path = path
-        self._create(Copy(values), tuple(values.shape), self._given_dtype)
+        self.start_by(Copy(values), path=path)
 
     def start_by(self, initializer: keras.Initializer, *, path: str) -> None:
         """Makes the variable of a weight of a known shape and dtype, under a path, by an initializer."""

@@ -150,7 +150,7 @@ class _Writing:
         if found is None:
             return
         refuse_pieces(place)
-        if not any(way(place, *found) for way in self._ways()):
+        if not any(way(place, *found) for way in self._ways(place)):
             raise _not_written(place, expression, found[1])
         if place.modules[0] in self.ranks:
             self.dropouts[place.modules[0]] = rate_of(found[0])
@@ -190,11 +190,13 @@ class _Writing:
 
     # ------------------------------------------------------------------- the kinds
 
-    def _ways(self) -> tuple[Callable[[Place, Expression, float], bool], ...]:
+    def _ways(self, place: Place) -> tuple[Callable[[Place, Expression, float], bool], ...]:
         """What a part may be: each writes it and returns true, or leaves it to the next."""
+        is_matrix = not place.is_table and not place.is_convolution
+        of_matrices = (self._vera, self._oft, self._boft, self._fourier) if is_matrix else ()
         return (
             self._low_rank, self._dora, self._whole, self._shift, self._rows, self._hadamard, self._kronecker,
-            self._vera, self._oft, self._boft, self._fourier, self._scale,
+            *of_matrices, self._scale,
         )  # fmt: skip
 
     def _ranked(self, kind: str, place: Place, scale: float, rank: int) -> str:
@@ -297,7 +299,7 @@ class _Writing:
 
     def _vera(self, place: Place, added: Expression, strength: float) -> bool:
         found = vectors_of(added)
-        if found is None or place.is_table or place.is_convolution:
+        if found is None:
             return False
         scale, bases, (d, b) = found
         stem = self._ranked("VERA", place, 1.0, math.prod(d.shape or ()))
@@ -312,7 +314,7 @@ class _Writing:
 
     def _oft(self, place: Place, added: Expression, strength: float) -> bool:
         found = turned_of(added)
-        if found is None or strength != 1 or place.is_table or place.is_convolution:
+        if found is None or strength != 1:
             return False
         turn, own = found
         count, size, terms = (own.shape or (0,))[0], (turn.shape or (0,))[-1], turn.parameters["terms"]
@@ -327,7 +329,7 @@ class _Writing:
 
     def _boft(self, place: Place, added: Expression, strength: float) -> bool:
         found = butterfly_of(added)
-        if found is None or strength != 1 or place.is_table or place.is_convolution:
+        if found is None or strength != 1:
             return False
         own, scale = found
         size = size_of((own.shape or (0, 0))[1]) or 0
@@ -345,7 +347,7 @@ class _Writing:
 
     def _fourier(self, place: Place, added: Expression, strength: float) -> bool:
         found = waves_of(added)
-        if found is None or place.is_table or place.is_convolution:
+        if found is None:
             return False
         scale, waves, own = found
         self._alike("FOURIERFT", place, "random_loc_seed", waves.parameters["seed"])

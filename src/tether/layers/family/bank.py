@@ -26,6 +26,7 @@ from tether.weights.expression import (
     known_shape,
     program,
     resolved,
+    rewritten,
 )
 from tether.weights.leaves import Constant
 from tether.weights.operators.indexing import Gather
@@ -118,20 +119,18 @@ def zipped(options: Sequence[Expression], number: Expression) -> tuple[Expressio
         is_leaf = not isinstance(step.expression, Node) and place not in seeds
         differs = is_leaf and any(other != here[0] for other in here[1:])
         plans.append(_checked(here, stacked_in) if differs else None)
-    done: list[Expression] = []
-    for place, step in enumerate(programs[0]):
-        current, found = step.expression, plans[place]
-        if found is not None:
-            parts = tuple({id(weight): weight for weight in found}.values())
-            key = tuple(map(id, parts))
-            if key not in known:
-                known[key] = Stack(_stacked(parts), parts)
-            done.append(_entry(known[key], found, number))
-        elif isinstance(current, Node):
-            done.append(_again(current, [done[operand] for operand in step.operands]))
-        else:
-            done.append(current)
-    return done[-1], list(known.values())
+
+    def entry(place: int, _: Expression) -> Expression | None:
+        found = plans[place]
+        if found is None:
+            return None
+        parts = tuple({id(weight): weight for weight in found}.values())
+        key = tuple(map(id, parts))
+        if key not in known:
+            known[key] = Stack(_stacked(parts), parts)
+        return _entry(known[key], found, number)
+
+    return rewritten(options[0], entry, _over), list(known.values())
 
 
 def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
@@ -143,9 +142,7 @@ def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression
     return Gather(stack.weight, number)
 
 
-def _again(node: Node, operands: list[Expression]) -> Expression:
-    if all(new is old for new, old in zip(operands, node.operands, strict=True)):
-        return node
+def _over(node: Node, operands: list[Expression]) -> Expression:
     if isinstance(node, StatefulNode):
         raise Unsupported(
             f"{node.notation()} keeps a state for each of its weights, which cannot be stacked. Use it on the "
@@ -210,14 +207,7 @@ def _described(weight: Weight) -> str:
 def _stacked(parts: Sequence[Weight]) -> Weight:
     """A new weight of the values of several, one after another, in the name and at the path of the first."""
     first = parts[0]
-    found = Weight(
-        (len(parts), *known_shape(first)),
-        dtype=first.dtype,
-        trainable=first.trainable_flag,
-        regularizer=first.regularizer,
-        name=first.name,
-        role=first.role,
-    )
+    found = _like(first, (len(parts), *known_shape(first)), first.name)
     waiting = [keras_seam.waiting_start(weight.variable) for weight in parts]
     if any(start is not None for start in waiting):  # inside a trace: there are no values yet
         starts = [start or Copy(weight.numpy()) for start, weight in zip(waiting, parts, strict=True)]
@@ -228,6 +218,18 @@ def _stacked(parts: Sequence[Weight]) -> Weight:
     if len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
         found.initializer = EachEntry(first.initializer)
     return found
+
+
+def _like(weight: Weight, shape: Shape, name: str) -> Weight:
+    """A weight of another shape and name that is otherwise like one, without a value yet."""
+    return Weight(
+        shape,
+        dtype=weight.dtype,
+        trainable=weight.trainable_flag,
+        regularizer=weight.regularizer,
+        name=name,
+        role=weight.role,
+    )
 
 
 def _started(weight: Weight) -> str:
@@ -307,37 +309,32 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
     assert a.shape == (4,) and a != b
     ```
     """
-    steps = program(resolved(expression))
-    stacks = {
-        step.expression.operands[0]: step.expression.operands[1]
-        for step in steps
+    root = resolved(expression)
+    tables = {
+        step.expression.operands[0]: _table(step.expression.operands[1])
+        for step in program(root)
         if isinstance(step.expression, Gather)
         and isinstance(step.expression.operands[0], Weight)
         and step.expression.parameters["axis"] == 0
         and step.expression.operands[1].shape == ()
     }
-    if not stacks:
+    if not tables:
         raise TetherError(f"There is no bank in {expression.notation()}: no stacked weight that an index reads.")
-    tables = {id(weight): _table(number) for weight, number in stacks.items()}
-    known = [
-        len(table) if table is not None else known_shape(weight)[0]
-        for weight, table in ((weight, tables[id(weight)]) for weight in stacks)
-    ]
-    count = known[0] if count is None else count
-    parts = {weight: _parts(weight) for weight in stacks}
+    weight, table = next(iter(tables.items()))
+    parts = {weight: _parts(weight) for weight in tables}
+    if count is None:
+        count = len(parts[weight] if table is None else table)
     found = []
-    for place in range(count):
-        done: list[Expression] = []
-        for step in steps:
-            current = step.expression
-            if isinstance(current, Gather) and current.operands[0] in parts:
-                table = tables[id(current.operands[0])]
-                done.append(parts[current.operands[0]][place if table is None else table[place]])
-            elif isinstance(current, Node):
-                done.append(_again(current, [done[operand] for operand in step.operands]))
-            else:
-                done.append(current)
-        found.append(done[-1])
+    for number in range(count):
+
+        def own(_: int, current: Expression, number: int = number) -> Expression | None:
+            stacked = current.operands[0] if isinstance(current, Gather) else None
+            if not isinstance(stacked, Weight) or stacked not in parts:
+                return None
+            table = tables[stacked]
+            return parts[stacked][number if table is None else table[number]]
+
+        found.append(rewritten(root, own, _over))
     become_all({weight: stack(entries) for weight, entries in parts.items()})
     return found
 
@@ -354,15 +351,7 @@ def _parts(weight: Weight) -> list[Weight]:
     values = keras_seam.on_host(keras_seam.plain_tensor(weight.value))
     found = []
     for place, value in enumerate(values):
-        name = f"{weight.name}_{place}"
-        part = Weight(
-            value.shape,
-            dtype=weight.dtype,
-            trainable=weight.trainable_flag,
-            regularizer=weight.regularizer,
-            name=name,
-            role=weight.role,
-        )
+        part = _like(weight, tuple(value.shape), f"{weight.name}_{place}")
         part.start_at(np.array(value), path=f"{weight.path}_{place}")
         found.append(part)
     return found

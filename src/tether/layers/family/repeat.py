@@ -17,14 +17,14 @@ import keras
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
 from tether.layers.family.bank import zipped
-from tether.layers.family.turns import Turns, are_written_out, is_tensor, split
+from tether.layers.family.turns import Turns, are_written_out, entries_of, is_tensor, split
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.paths import walk
 from tether.layers.tying.state import View, arguments_in, slots_of
 from tether.layers.tying.tie import by_path, tie, weight_of
 from tether.types import Config, Tensor
 from tether.weights.evaluation import once_more
-from tether.weights.expression import Expression, as_expression, known_shape, program
+from tether.weights.expression import Expression, as_expression, known_shape, program, rewritten
 from tether.weights.leaves import Argument, bind, lend
 from tether.weights.operators.indexing import Gather
 from tether.weights.weight import Weight
@@ -174,8 +174,9 @@ class Repeat(keras.layers.Layer):
                 lambda each: next(rest) if is_tensor(each) else each, (args, dict(kwargs))
             )
             named.pop("times", None)
-            with self._at(0):
-                return self.block(*given, **self._entries(named, 0))
+            named.update(entries_of({name: named[name] for name in self.stacked if name in named}, 0))
+            with self.at(0):
+                return self.block(*given, **named)
 
         keras_seam.trace(run, *specs)
 
@@ -191,7 +192,7 @@ class Repeat(keras.layers.Layer):
         """
         if self._prepared:
             return self
-        _refuse_stateless_names(self.block, self.argument)
+        _refuse_taken_name(self.block, self.argument)
         wanted: dict[str, Any] = {}
         if self.state == "own":
             wanted.update(dict.fromkeys(_own_state(self.block), "state"))
@@ -245,11 +246,6 @@ class Repeat(keras.layers.Layer):
         sizes = [known_shape(weight)[0] for weight in self.stacks().values()]
         return min(sizes) if sizes else None
 
-    def note_turn(self) -> None:
-        """Notes that the block has been called: PyTorch would compile its first call, and then another for the rest."""
-        if self.compile_turn and not self.has_run:
-            keras_seam.set_untracked(self, "has_run", True)
-
     def compiled_turn(self) -> Callable[..., Any]:
         """A turn as PyTorch compiles it: one graph for all of them, which is handed the entries of the stacks."""
         stacks = self.stacks()
@@ -274,12 +270,13 @@ class Repeat(keras.layers.Layer):
                 if value is not None:
                     with bind({self.depth: place}):
                         node.assign(value)
-            return split(found)
+            return found
 
         return of_place
 
     @contextlib.contextmanager
-    def _at(self, place: Tensor | int) -> Iterator[None]:
+    def at(self, place: Tensor | int) -> Iterator[None]:
+        """Lets the block compute as at a turn inside the block of code."""
         with bind({self.depth: place}), once_more():
             yield
 
@@ -312,7 +309,10 @@ class Repeat(keras.layers.Layer):
         named = self._for_block(kwargs, training, mask)
         self._check_stacked(named, turns)
         run = Turns(self, turns, inputs, args, named, training, mask)
-        return run.in_a_loop() if self._is_a_loop(turns, inputs) else run.one_by_one()
+        found = run.in_a_loop() if self._is_a_loop(turns, inputs) else run.one_by_one()
+        if self.compile_turn and not self.has_run:  # PyTorch would compile a block's first call, and again for the rest
+            keras_seam.set_untracked(self, "has_run", True)
+        return found
 
     def _is_a_loop(self, turns: int, x: Tensor) -> bool:
         if self.remat and keras_seam.RUNS_FROM_PYTHON:
@@ -333,12 +333,6 @@ class Repeat(keras.layers.Layer):
         if mask is not None and "mask" in takes:
             named["mask"] = mask
         return named
-
-    def _entries(self, named: Mapping[str, Any], place: int) -> dict[str, Any]:
-        return {
-            name: keras.tree.map_structure(lambda each: each[place], value) if name in self.stacked else value
-            for name, value in named.items()
-        }
 
     def _check_stacked(self, named: Mapping[str, Any], turns: int) -> None:
         for name in self.stacked:
@@ -373,9 +367,12 @@ class Repeat(keras.layers.Layer):
 
     def spec_of_turn(self, inputs: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The shapes and dtypes of what one turn returns."""
-        named = {name: value for name, value in kwargs.items() if name not in ("training", "mask") or value is not None}
         takes = keras_seam.call_parameters(self.block)
-        named = {name: value for name, value in named.items() if name in takes or name not in ("training", "mask")}
+        named = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in ("training", "mask") or (value is not None and name in takes)
+        }
 
         def entry(each: Any) -> Any:
             return keras.KerasTensor(each.shape[1:], keras.backend.standardize_dtype(each.dtype))
@@ -390,7 +387,7 @@ class Repeat(keras.layers.Layer):
             return keras.KerasTensor(each.shape, keras.backend.standardize_dtype(each.dtype))
 
         inputs, args, named = keras.tree.map_structure(as_spec, (inputs, args, named))
-        with self._at(0):
+        with self.at(0):
             return self.block.compute_output_spec(inputs, *args, **named)
 
     def refuse_other_shape(self, inputs: Any, outputs: Any) -> None:
@@ -439,10 +436,10 @@ class Repeat(keras.layers.Layer):
         depth, found = self.depth, []
         for place in range(self.times):
             child = inherit(self.block)
-            changes = {}
+            changes, number = {}, as_expression(place)
             for path, expression in _expressions(child):
                 if depth in arguments_in(expression):
-                    changes[path] = _with_number(expression, depth, place)
+                    changes[path] = _with_number(expression, depth, number)
             found.append(tie(child, changes) if changes else child)
         return found
 
@@ -549,7 +546,7 @@ def _own_state(block: keras.Layer) -> list[str]:
     return list(found.values())
 
 
-def _refuse_stateless_names(block: keras.Layer, argument: str) -> None:
+def _refuse_taken_name(block: keras.Layer, argument: str) -> None:
     parameters = inspect.signature(block.call).parameters
     if argument in parameters and argument not in getattr(type(block), "_tether_arguments", ()):
         raise Unsupported(
@@ -594,20 +591,9 @@ def _expressions(layer: keras.Layer) -> Iterator[tuple[str, Expression]]:
             yield "/".join(path), variable.expression
 
 
-def _with_number(expression: Expression, argument: Argument, number: int) -> Expression:
+def _with_number(expression: Expression, argument: Argument, number: Expression) -> Expression:
     """The expression with a number in the place of an argument."""
-    done: list[Expression] = []
-    for step in program(expression):
-        current = step.expression
-        if current == argument:
-            done.append(as_expression(number))
-        elif step.operands:
-            operands = [done[place] for place in step.operands]
-            same = all(new is old for new, old in zip(operands, current.operands, strict=True))  # type: ignore[attr-defined]
-            done.append(current if same else type(current)(*operands, **current.parameters))  # type: ignore[attr-defined]
-        else:
-            done.append(current)
-    return done[-1]
+    return rewritten(expression, lambda _, part: number if part == argument else None)
 
 
 __all__ = ["Repeat"]

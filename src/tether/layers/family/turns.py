@@ -15,7 +15,7 @@ from tether.weights.leaves import lend
 from tether.weights.operators.indexing import Gather
 from tether.weights.weight import Weight
 
-__all__ = ["Turns", "are_written_out", "is_tensor", "split", "written_out"]
+__all__ = ["Turns", "are_written_out", "entries_of", "is_tensor", "split", "written_out"]
 
 
 class _Scope(keras_seam.ThreadScope):
@@ -52,6 +52,7 @@ class Turns:
         self.inputs, self.args = inputs, args
         self.stacked = {name: named.pop(name) for name in layer.stacked if name in named}
         self.named = named
+        self.run = layer.compiled_turn() if self._compiles() else self._run
         self.trains = training is not None and training is not False
 
     # ------------------------------------------------------------------ a turn
@@ -60,19 +61,17 @@ class Turns:
         layer = self.layer
         if self.mask is not None:
             keras_seam.set_mask(x, self.mask)
-        run = layer.compiled_turn() if self._compiles() else None
-        if run is None:
-            with layer._at(place):
-                y, more = split(layer.block(x, *args, **named))
-            layer.note_turn()
-        else:
-            y, more = run(x, args, named, place)
+        y, more = split(self.run(x, args, named, place))
         layer.refuse_other_shape(x, y)
         if keras_seam.tensor_dtype(y) != keras_seam.tensor_dtype(x):
             y = keras.ops.cast(y, x.dtype)
         if layer.skip_seeds is not None:
             y = self._kept(x, y)
         return y, more
+
+    def _run(self, x: Any, args: Any, named: Mapping[str, Any], place: Any) -> Any:
+        with self.layer.at(place):
+            return self.layer.block(x, *args, **named)
 
     def _compiles(self) -> bool:
         """Whether PyTorch is to compile the turn, once for all of them: nobody is reading the whole loop already."""
@@ -124,8 +123,7 @@ class Turns:
         """The turns as a loop of Python."""
         x, found, others, kept = self.inputs, [], [], self._start()
         for place in range(self.turns):
-            entry = {n: keras.tree.map_structure(lambda e, at=place: e[at], v) for n, v in self.stacked.items()}
-            y, more = self._turn(x, self.args, {**self.named, **entry}, place)
+            y, more = self._turn(x, self.args, {**self.named, **entries_of(self.stacked, place)}, place)
             if kept:
                 y, kept = self._halted(kept, x, y, place)
                 if not self.trains and _all_zero(kept["left"]):
@@ -149,7 +147,7 @@ class Turns:
         layer = self.layer
         stacks = layer.stacks()
         states = [node for node, weight in stacks.items() if weight.role == "state"]
-        carried = self._carried()
+        carried = self._carried(stacks)
         ids = {id(variable) for variable in carried}
         fixed_variables = [v for v in self._variables() if id(v) not in ids]
         flat, tensors = keras.tree.flatten((self.args, self.named)), []
@@ -173,8 +171,9 @@ class Turns:
 
             args, named = keras.tree.pack_sequence_as((self.args, self.named), [given(each) for each in flat])
             mapping = [*zip(fixed_variables, fixed["values"], strict=True), *zip(carried, carry["state"], strict=True)]
+            entries = dict(zip(stacks, entry["stacks"], strict=True))
             with keras.StatelessScope(mapping, collect_losses=True) as scope:
-                with lend(dict(zip(stacks, entry["stacks"], strict=True))) as written:
+                with lend(entries) as written:
                     y, more = self._turn(carry["x"], args, {**named, **entry["stacked"]}, carry["place"])
                 kept = carry["kept"]
                 if kept:
@@ -184,7 +183,6 @@ class Turns:
                     noted.losses = True
                     loss = keras.ops.add(loss, keras.ops.cast(each, "float32"))
                 state = [_or(scope.get_current_value(v), old) for v, old in zip(carried, carry["state"], strict=True)]
-            entries = dict(zip(stacks, entry["stacks"], strict=True))
             output = {
                 "state": [
                     keras.ops.cast(_or(written.get(node), entries[node]), entries[node].dtype) for node in states
@@ -219,10 +217,10 @@ class Turns:
                 step, fixed, carry, entries, self.turns, spec, remat=layer.remat and self.trains
             )
         for variable, value in zip(carried, carry["state"], strict=True):
-            _store(variable, value)
+            keras_seam.store(variable, value)
         for node, value in zip(states, output["state"], strict=True):
-            variable = stacks[node].variable
-            _store(variable, _put_first(keras_seam.raw_value(variable), value))
+            weight = stacks[node]
+            weight.store(_put_first(keras_seam.raw_value(weight.variable), value))
         if noted.losses:
             layer.add_loss(carry["loss"])
         y = output["all"][0] if output["all"] else self._finish(carry["x"], carry["kept"])
@@ -237,16 +235,16 @@ class Turns:
             found.append(layer.skip_seeds.state)
         return list({id(variable): variable for variable in found}.values())
 
-    def _carried(self) -> list[Any]:
+    def _carried(self, stacks: Mapping[Gather, Weight]) -> list[Any]:
         """The variables that one turn may change for the next: seeds, metrics, shared statistics."""
         layer = self.layer
         still: set[int] = set()
-        stacks = set(map(id, layer.stacks().values()))
+        stacked = set(map(id, stacks.values()))
         parts = [layer.block, *([] if layer.halt is None else [layer.halt])]
         for part in parts:
             for each in keras_seam.contained_layers(part):
                 if isinstance(each, Weight):
-                    if each.role != "state" or id(each) in stacks:
+                    if each.role != "state" or id(each) in stacked:
                         still.update(map(id, each.variables))
                 else:
                     still.update(map(id, keras_seam.variable_lists(each)["trainable_variables"]))
@@ -256,8 +254,7 @@ class Turns:
         """The structure of what a turn hands out; TensorFlow wants to know it before the loop."""
         if keras.backend.backend() != "tensorflow":
             return None
-        stacked = self.stacked
-        spec = self.layer.spec_of_turn(self.inputs, self.args, {**self.named, **stacked})
+        spec = self.layer.spec_of_turn(self.inputs, self.args, {**self.named, **self.stacked})
         first, more = split(spec)
         return {
             "state": [keras.KerasTensor(known_shape(node), node.dtype) for node in states],
@@ -286,6 +283,11 @@ def split(found: Any) -> tuple[Any, tuple[Any, ...]]:
     return (found[0], tuple(found[1:])) if isinstance(found, (list, tuple)) else (found, ())
 
 
+def entries_of(stacked: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """The entries of a turn, of arguments that have one for each along their first axis."""
+    return {name: keras.tree.map_structure(lambda each: each[place], value) for name, value in stacked.items()}
+
+
 def _or(value: Any, other: Any) -> Any:
     return other if value is None else value
 
@@ -298,11 +300,6 @@ def _put_first(whole: Any, first: Any) -> Any:
     if int(whole.shape[0]) == int(first.shape[0]):
         return first
     return keras.ops.concatenate([first, whole[int(first.shape[0]) :]], axis=0)
-
-
-def _store(variable: Any, value: Any) -> None:
-    with keras_seam.AutocastScope(None):
-        variable.assign(value)
 
 
 def _all_zero(value: Any) -> bool:
