@@ -679,3 +679,19 @@ def test_a_second_repeat_of_a_block_needs_a_name_of_its_own_for_the_depth():
     with pytest.raises(TetherError, match=r"argument='round'"):
         tether.Repeat(block, 3, vary={"kernel": tether.low_rank(1)})(rows)
     assert first(rows).shape == rows.shape
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_what_a_block_returns_besides_is_whole_where_all_have_halted(unroll):
+    @keras.saving.register_keras_serializable(package="test_repeat", name=f"Now{unroll}")
+    class Now(keras.layers.Layer):
+        def call(self, y):
+            return ops.ones_like(y[..., :1])
+
+    body = tether.Repeat(Cached(), 5, stacked=("cache",), halt=Now(), unroll=unroll)
+    x, cache = keras.Input((WIDTH,)), keras.Input(batch_shape=(5, 1, 1))
+    model = keras.Model([x, cache], body(x, cache=cache))
+    given = [rows[:5], np.zeros((5, 1, 1), "float32")]
+    found, caches = model.predict_on_batch(given)
+    np.testing.assert_allclose(found, np.tanh(rows[:5] @ body.block.kernel.numpy()), atol=1e-5)
+    assert caches.shape == (5, 1, 1) and (caches[1:] != 0).all()

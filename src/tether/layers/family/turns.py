@@ -126,9 +126,7 @@ class Turns:
             y, more = self._turn(x, self.args, {**self.named, **entries_of(self.stacked, place)}, place)
             if kept:
                 y, kept = self._halted(kept, x, y, place)
-                if not self.trains and _all_zero(kept["left"]):
-                    x = y
-                    others.append(more)
+                if not self.trains and not more and _all_zero(kept["left"]):
                     break
             x = y
             if self.layer.outputs == "all":
@@ -206,7 +204,8 @@ class Turns:
             "stacks": [_first(keras_seam.raw_value(weight.variable), self.turns) for weight in stacks.values()],
             "stacked": self.stacked,
         }
-        if carry["kept"] and not self.trains and not states:
+        may_stop = bool(carry["kept"]) and not self.trains and not states
+        if may_stop and not split(layer.spec_of_turn(self.inputs, self.args, {**self.named, **self.stacked}))[1]:
             carry = keras_seam.repeat_while(
                 lambda now: keras.ops.any(keras.ops.greater(now["kept"]["left"], 0)),
                 step, fixed, carry, entries, self.turns,
