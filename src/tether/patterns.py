@@ -24,8 +24,13 @@ Pattern: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 Value = TypeVar("Value")
 
 
-def fits(pattern: Pattern, *names: str) -> bool:
+def fits(pattern: Pattern, *names: str, words: Mapping[str, bool] | None = None) -> bool:
     """Whether a pattern chooses what has these names.
+
+    Args:
+        pattern: The pattern.
+        *names: What it is called: any of them may fit.
+        words: Words that stand in the place of patterns, and whether each means it.
 
     Raises:
         TetherError: It is no pattern.
@@ -36,14 +41,16 @@ def fits(pattern: Pattern, *names: str) -> bool:
         if isinstance(one, re.Pattern):
             chosen = chosen or any(one.fullmatch(name) for name in names)
         elif one.startswith("!"):
-            chosen = chosen and not _is_one(one[1:], names)
+            chosen = chosen and not _is_one(one[1:], names, words or {})
         else:
-            chosen = chosen or _is_one(one, names)
+            chosen = chosen or _is_one(one, names, words or {})
     return chosen
 
 
-def _is_one(pattern: str, names: Iterable[str]) -> bool:
+def _is_one(pattern: str, names: Iterable[str], words: Mapping[str, bool]) -> bool:
     """Whether a shell pattern fits one of several names, or is one: a layer may be called `[a]`."""
+    if pattern in words:
+        return words[pattern]
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
 
 

@@ -181,11 +181,7 @@ def _is_of_the_depth(weight: Named) -> bool:
     return len(weight.shape) == 1 and (of_norm or any(fnmatch.fnmatchcase(leaf, each) for each in _SCALES))
 
 
-def _is_linear(weight: Named) -> bool:
-    return weight.is_linear
-
-
-_WORDS = {NORMS: _is_of_the_depth, ALL_LINEAR: _is_linear}
+_WORDS = (NORMS, ALL_LINEAR)
 
 
 def is_matrix(weight: Named) -> bool:
@@ -194,17 +190,10 @@ def is_matrix(weight: Named) -> bool:
 
 
 def chooses(pattern: Pattern, weight: Named) -> bool:
-    """Whether patterns, of which some may be words, choose a weight: the last one that fits decides."""
-    each = patterns.parts(pattern) if pattern not in ((), []) else ()
-    first = next(iter(each), "")
-    chosen = isinstance(first, str) and first.startswith("!")
-    for one in each:
-        leaves_out = isinstance(one, str) and one.startswith("!")
-        positive = one[1:] if isinstance(one, str) and leaves_out else one
-        word = _WORDS.get(positive) if isinstance(positive, str) else None
-        if weight.fits(positive) if word is None else word(weight):
-            chosen = not leaves_out
-    return chosen
+    """Whether patterns, of which some may be words, choose a weight; none choose nothing."""
+    if pattern in ((), []):
+        return False
+    return weight.fits(pattern, {NORMS: _is_of_the_depth(weight), ALL_LINEAR: weight.is_linear})
 
 
 def refuse_missed(pattern: Pattern, weights: Sequence[Named]) -> None:

@@ -39,9 +39,9 @@ class Named:
         """The shape of the weight that was found."""
         return shape_of(self.variable)
 
-    def fits(self, pattern: Pattern) -> bool:
-        """Whether a name or pattern of paths means it."""
-        return patterns.fits(pattern, self.path, self.name)
+    def fits(self, pattern: Pattern, words: Mapping[str, bool] | None = None) -> bool:
+        """Whether a name or pattern of paths means it, or one of the words that may stand for one."""
+        return patterns.fits(pattern, self.path, self.name, words=words)
 
     @property
     def is_linear(self) -> bool:
