@@ -20,6 +20,9 @@ Function: TypeAlias = Callable[..., Any]
 Tensor: TypeAlias = Any
 """A tensor of the backend in use, or a symbolic one of Keras."""
 
+Nested: TypeAlias = Any
+"""Tensors, or shapes or specs of tensors, in lists, tuples and dicts, as `keras.tree` goes through them."""
+
 Saveable: TypeAlias = keras.Layer | keras.Metric | keras.Optimizer
 """What Keras writes to a file as an object of its own: the base class that these have in common has no public name."""
 
@@ -40,4 +43,4 @@ class Store(Protocol):
 AnyLayer = TypeVar("AnyLayer", bound=keras.Layer)
 """The class of a layer that a function returns as it was given."""
 
-__all__ = ["AnyLayer", "Array", "Config", "Function", "Saveable", "Store", "Tensor"]
+__all__ = ["AnyLayer", "Array", "Config", "Function", "Nested", "Saveable", "Store", "Tensor"]

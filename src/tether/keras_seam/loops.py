@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import keras
 from keras import backend as _backend
 
-from tether.types import Tensor
+from tether.types import Function, Nested, Tensor
 
-Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+Step = Callable[[Nested, Nested, Nested], tuple[Nested, Nested]]
 """`(fixed, carry, entry) -> (carry, output)`: structures of tensors; the carry keeps its shapes and dtypes."""
 
 
@@ -38,17 +37,19 @@ def _is_inside_jit(value: Tensor) -> bool:
     return False
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Function) -> Function:
     """A function that PyTorch compiles at its first call; on the other backends the function itself."""
     if _backend.backend() != "torch":
         return function
     import torch
 
-    found: Callable[..., Any] = torch.compile(function)
+    found: Function = torch.compile(function)
     return found
 
 
-def scan(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, *, remat: bool) -> Any:
+def scan(
+    step: Step, fixed: Nested, carry: Nested, entries: Nested, length: int, outputs: Nested, *, remat: bool
+) -> Nested:
     """Runs a step `length` times, in a loop of the backend where there is one.
 
     Args:
@@ -66,7 +67,9 @@ def scan(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs:
     return _scan(step, fixed, carry, entries, length, outputs, remat)
 
 
-def repeat_while(go_on: Callable[[Any], Tensor], step: Step, fixed: Any, carry: Any, entries: Any, length: int) -> Any:
+def repeat_while(
+    go_on: Callable[[Nested], Tensor], step: Step, fixed: Nested, carry: Nested, entries: Nested, length: int
+) -> Nested:
     """Runs a step as long as something holds of what is handed on, and `length` times at most. It has no gradient.
 
     Args:
@@ -94,12 +97,14 @@ def repeat_while(go_on: Callable[[Any], Tensor], step: Step, fixed: Any, carry: 
     return tree.pack_sequence_as(carry, list(keras.ops.while_loop(is_on, body, tuple(tree.flatten(carry)))))
 
 
-def _make_scan() -> Callable[..., Any]:
+def _make_scan() -> Function:
     name = _backend.backend()
     if name == "jax":
         import jax
 
-        def with_jax(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, remat: bool) -> Any:
+        def with_jax(
+            step: Step, fixed: Nested, carry: Nested, entries: Nested, length: int, outputs: Nested, remat: bool
+        ) -> Nested:
             run = jax.checkpoint(step, prevent_cse=False) if remat else step
             return jax.lax.scan(lambda carry, entry: run(fixed, carry, entry), carry, entries, length=length)
 
@@ -109,7 +114,9 @@ def _make_scan() -> Callable[..., Any]:
     return _from_python
 
 
-def _with_tensorflow(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, remat: bool) -> Any:
+def _with_tensorflow(
+    step: Step, fixed: Nested, carry: Nested, entries: Nested, length: int, outputs: Nested, remat: bool
+) -> Nested:
     import tensorflow as tf
 
     tree = keras.tree
@@ -131,7 +138,7 @@ def _with_tensorflow(step: Step, fixed: Any, carry: Any, entries: Any, length: i
 
     once = _computed_again(run) if remat else run
 
-    def body(place: Tensor, of_carry: Any, arrays: Any) -> Any:
+    def body(place: Tensor, of_carry: Nested, arrays: Nested) -> Nested:
         of_entry = [tf.gather(each, place) for each in flat_entries]
         found = once(*flat_fixed, *of_carry, *of_entry)
         after, output = found[: len(of_carry)], found[len(of_carry) :]
@@ -160,7 +167,7 @@ def _computed_again(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
     def again(*tensors: Tensor) -> list[Tensor]:
         floats = [place for place, tensor in enumerate(tensors) if tensor.dtype.is_floating]
 
-        def whole(given: Any) -> list[Tensor]:
+        def whole(given: Nested) -> list[Tensor]:
             every = list(tensors)
             for place, tensor in zip(floats, given, strict=True):
                 every[place] = tensor
@@ -169,7 +176,7 @@ def _computed_again(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
         kinds: list[bool] = []
 
         @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def differentiable(*given: Tensor) -> Any:
+        def differentiable(*given: Tensor) -> Nested:
             with tf.GradientTape() as nobody, nobody.stop_recording():
                 found = whole(given)
             kinds[:] = [each.dtype.is_floating for each in found]
@@ -191,14 +198,16 @@ def _computed_again(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
     return again
 
 
-def _from_python(step: Step, fixed: Any, carry: Any, entries: Any, length: int, outputs: Any, remat: bool) -> Any:
+def _from_python(
+    step: Step, fixed: Nested, carry: Nested, entries: Nested, length: int, outputs: Nested, remat: bool
+) -> Nested:
     tree = keras.tree
     found = []
-    run: Any = step
+    run: Nested = step
     if remat:
         from torch.utils.checkpoint import checkpoint
 
-        def run(*given: Any) -> Any:
+        def run(*given: Nested) -> Nested:
             return checkpoint(step, *given, use_reentrant=False)
 
     for place in range(length):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.paths import walk
 from tether.layers.tying.state import View, arguments_in, slots_of
 from tether.layers.tying.tie import by_path, tie, weight_of
-from tether.types import Config, Tensor
+from tether.types import Config, Function, Nested, Tensor
 from tether.weights.evaluation import once_more
 from tether.weights.expression import Expression, as_expression, known_shape, program, rewritten
 from tether.weights.leaves import Argument, bind, lend
@@ -139,7 +139,7 @@ class Repeat(keras.layers.Layer):
 
     # ------------------------------------------------------------------ building
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Nested, **kwargs: Nested) -> Nested:
         """Builds the block by what the first call is given, of any number of tensors, and calls it."""
         if self.built:
             return super().__call__(*args, **kwargs)
@@ -149,7 +149,7 @@ class Repeat(keras.layers.Layer):
         finally:
             keras_seam.set_untracked(self, "_asked", None)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Nested) -> None:
         """Builds the block, and gives each turn what it has of its own."""
         if not self.block.built:
             asked = self._asked
@@ -164,11 +164,11 @@ class Repeat(keras.layers.Layer):
             self.halt.build(_first_shape(input_shape))
         self.prepare()
 
-    def _build_by_running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _build_by_running(self, args: tuple[Nested, ...], kwargs: Mapping[str, Nested]) -> None:
         tensors = [each for each in keras.tree.flatten((args, kwargs)) if is_tensor(each)]
         specs = [keras.KerasTensor(each.shape, keras.backend.standardize_dtype(each.dtype)) for each in tensors]
 
-        def run(*specs: Any) -> Any:
+        def run(*specs: Nested) -> Nested:
             rest = iter(specs)
             given, named = keras.tree.map_structure(
                 lambda each: next(rest) if is_tensor(each) else each, (args, dict(kwargs))
@@ -193,7 +193,7 @@ class Repeat(keras.layers.Layer):
         if self._prepared:
             return self
         _refuse_taken_name(self.block, self.argument)
-        wanted: dict[str, Any] = {}
+        wanted: dict[str, Nested] = {}
         if self.state == "own":
             wanted.update(dict.fromkeys(_own_state(self.block), "state"))
         wanted.update(by_path(self.block, self._wanted))
@@ -246,7 +246,7 @@ class Repeat(keras.layers.Layer):
         sizes = [known_shape(weight)[0] for weight in self.stacks().values()]
         return min(sizes) if sizes else None
 
-    def compiled_turn(self) -> Callable[..., Any]:
+    def compiled_turn(self) -> Function:
         """A turn as PyTorch compiles it: one graph for all of them, which is handed the entries of the stacks."""
         stacks = self.stacks()
         nodes = tuple(stacks)
@@ -254,7 +254,7 @@ class Repeat(keras.layers.Layer):
             depth, block = self.depth, self.block
             states = tuple(node for node, weight in stacks.items() if weight.role == "state")
 
-            def turn(x: Any, place: Any, entries: Any, args: Any, named: Any) -> Any:
+            def turn(x: Tensor, place: Tensor, entries: Nested, args: Nested, named: Nested) -> Nested:
                 with lend(dict(zip(nodes, entries, strict=True))) as written, bind({depth: place}):
                     found = block(x, *args, **named)
                 return found, [written.get(node) for node in states]
@@ -262,7 +262,7 @@ class Repeat(keras.layers.Layer):
             keras_seam.set_untracked(self, "_compiled", (nodes, keras_seam.compiled(turn), states))
         _, run, states = self._compiled
 
-        def of_place(x: Any, args: Any, named: Any, place: int) -> Any:
+        def of_place(x: Tensor, args: Nested, named: Nested, place: int) -> Nested:
             entries = [keras_seam.raw_value(weight.variable)[place] for weight in stacks.values()]
             number = keras.ops.convert_to_tensor(place, "int32")
             found, written = run(x, number, entries, args, named)
@@ -283,8 +283,14 @@ class Repeat(keras.layers.Layer):
     # ------------------------------------------------------------------ calling
 
     def call(
-        self, inputs: Any, *args: Any, training: Any = None, mask: Any = None, times: int | None = None, **kwargs: Any
-    ) -> Any:
+        self,
+        inputs: Nested,
+        *args: Nested,
+        training: Tensor = None,
+        mask: Tensor = None,
+        times: int | None = None,
+        **kwargs: Nested,
+    ) -> Nested:
         """What the turns make of the inputs.
 
         Args:
@@ -324,7 +330,7 @@ class Repeat(keras.layers.Layer):
             return False  # a model that is built by a trace has no values yet, which a loop would carry
         return keras_seam.is_traced_for_a_compiler(x, *held[:1])
 
-    def _for_block(self, kwargs: Mapping[str, Any], training: Any, mask: Any) -> dict[str, Any]:
+    def _for_block(self, kwargs: Mapping[str, Nested], training: Tensor, mask: Tensor) -> dict[str, Nested]:
         """The named arguments of the block's call."""
         named = dict(kwargs)
         takes = keras_seam.call_parameters(self.block)
@@ -334,7 +340,7 @@ class Repeat(keras.layers.Layer):
             named["mask"] = mask
         return named
 
-    def _check_stacked(self, named: Mapping[str, Any], turns: int) -> None:
+    def _check_stacked(self, named: Mapping[str, Nested], turns: int) -> None:
         for name in self.stacked:
             for each in keras.tree.flatten(named.get(name)):
                 if each is not None and int(each.shape[0]) != turns:
@@ -352,7 +358,7 @@ class Repeat(keras.layers.Layer):
             )
         return turns
 
-    def compute_output_spec(self, inputs: Any, *args: Any, times: int | None = None, **kwargs: Any) -> Any:
+    def compute_output_spec(self, inputs: Nested, *args: Nested, times: int | None = None, **kwargs: Nested) -> Nested:
         """The shapes and dtypes of what a call returns."""
         turns = self.times if times is None else _checked_times(times)
         spec = self.spec_of_turn(inputs, args, kwargs)
@@ -365,7 +371,7 @@ class Repeat(keras.layers.Layer):
             return first
         return (first, *keras.tree.map_structure(lambda each: _with_turns(each, turns), more))
 
-    def spec_of_turn(self, inputs: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def spec_of_turn(self, inputs: Nested, args: tuple[Nested, ...], kwargs: Mapping[str, Nested]) -> Nested:
         """The shapes and dtypes of what one turn returns."""
         takes = keras_seam.call_parameters(self.block)
         named = {
@@ -374,14 +380,14 @@ class Repeat(keras.layers.Layer):
             if name not in ("training", "mask") or (value is not None and name in takes)
         }
 
-        def entry(each: Any) -> Any:
+        def entry(each: Nested) -> Nested:
             return keras.KerasTensor(each.shape[1:], keras.backend.standardize_dtype(each.dtype))
 
         for name in self.stacked:
             if name in named:
                 named[name] = keras.tree.map_structure(entry, named[name])
 
-        def as_spec(each: Any) -> Any:
+        def as_spec(each: Nested) -> Nested:
             if not is_tensor(each) or isinstance(each, keras.KerasTensor):
                 return each
             return keras.KerasTensor(each.shape, keras.backend.standardize_dtype(each.dtype))
@@ -390,7 +396,7 @@ class Repeat(keras.layers.Layer):
         with self.at(0):
             return self.block.compute_output_spec(inputs, *args, **named)
 
-    def refuse_other_shape(self, inputs: Any, outputs: Any) -> None:
+    def refuse_other_shape(self, inputs: Nested, outputs: Nested) -> None:
         """Raises if the block does not keep the shape of its input."""
         before, after = tuple(inputs.shape), tuple(outputs.shape)
         # Sizes that a graph leaves open are no plain numbers, and comparing them would fix them.
@@ -403,7 +409,7 @@ class Repeat(keras.layers.Layer):
                 "out of the block."
             )
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+    def compute_mask(self, inputs: Nested, previous_mask: Tensor) -> Nested:
         """The mask of the inputs, unless all turns are returned."""
         return previous_mask if self.outputs == "last" else None
 
@@ -527,11 +533,11 @@ def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
         raise TetherError(f"`{name}` is one of {', '.join(map(repr, known))}. {received(**{name: value})}")
 
 
-def _first_shape(shape: Any) -> Any:
+def _first_shape(shape: Nested) -> Nested:
     return shape[0] if isinstance(shape, (list, tuple)) and shape and isinstance(shape[0], (list, tuple)) else shape
 
 
-def _with_turns(spec: Any, turns: int) -> Any:
+def _with_turns(spec: Nested, turns: int) -> Nested:
     return keras.KerasTensor((turns, *spec.shape), spec.dtype)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
+from tether.types import Nested, Tensor
 from tether.weights.expression import known_shape
 from tether.weights.leaves import lend
 from tether.weights.operators.indexing import Gather
@@ -42,11 +43,11 @@ class Turns:
         self,
         layer: Any,  # the `Repeat`
         turns: int,
-        inputs: Any,
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        training: Any,
-        mask: Any,
+        inputs: Nested,
+        args: tuple[Nested, ...],
+        named: dict[str, Nested],
+        training: Tensor,
+        mask: Tensor,
     ) -> None:
         self.layer, self.turns, self.mask = layer, turns, mask
         self.inputs, self.args = inputs, args
@@ -57,7 +58,9 @@ class Turns:
 
     # ------------------------------------------------------------------ a turn
 
-    def _turn(self, x: Any, args: Any, named: Mapping[str, Any], place: Any) -> tuple[Any, tuple[Any, ...]]:
+    def _turn(
+        self, x: Tensor, args: Nested, named: Mapping[str, Nested], place: Tensor
+    ) -> tuple[Nested, tuple[Nested, ...]]:
         layer = self.layer
         if self.mask is not None:
             keras_seam.set_mask(x, self.mask)
@@ -69,7 +72,7 @@ class Turns:
             y = self._kept(x, y)
         return y, more
 
-    def _run(self, x: Any, args: Any, named: Mapping[str, Any], place: Any) -> Any:
+    def _run(self, x: Tensor, args: Nested, named: Mapping[str, Nested], place: Tensor) -> Nested:
         with self.layer.at(place):
             return self.layer.block(x, *args, **named)
 
@@ -78,7 +81,7 @@ class Turns:
         asked = self.layer.has_run and self.layer.compile_turn and keras_seam.RUNS_FROM_PYTHON and not self.layer.remat
         return asked and not keras_seam.is_compiling()
 
-    def _kept(self, x: Any, y: Any) -> Any:
+    def _kept(self, x: Tensor, y: Tensor) -> Nested:
         rate = self.layer.skip_rate
         if not self.trains:
             return keras.ops.add(x, keras.ops.multiply(keras.ops.subtract(y, x), 1 - rate))
@@ -88,14 +91,14 @@ class Turns:
 
     # ------------------------------------------------------------------ halting
 
-    def _start(self) -> dict[str, Any]:
+    def _start(self) -> dict[str, Nested]:
         """What is kept from turn to turn with `halt`: what is left of each example's weight, the mean, the turns."""
         if self.layer.halt is None:
             return {}
         left = keras.ops.ones_like(self.inputs[..., :1])
         return {"left": left, "mean": keras.ops.zeros_like(self.inputs), "turns": keras.ops.zeros_like(left)}
 
-    def _halted(self, kept: dict[str, Any], x: Any, y: Any, place: Any) -> tuple[Any, dict[str, Any]]:
+    def _halted(self, kept: dict[str, Nested], x: Tensor, y: Tensor, place: Tensor) -> tuple[Nested, dict[str, Nested]]:
         layer, left = self.layer, kept["left"]
         assert layer.halt is not None
         runs = keras.ops.greater(left, 0)
@@ -110,7 +113,7 @@ class Turns:
         mean = keras.ops.add(kept["mean"], keras.ops.multiply(weight, y))
         return keras.ops.where(runs, y, x), {"left": left, "mean": mean, "turns": turns}
 
-    def _finish(self, x: Any, kept: Mapping[str, Any]) -> Any:
+    def _finish(self, x: Tensor, kept: Mapping[str, Nested]) -> Nested:
         if not kept:
             return x
         if self.layer.ponder_cost:
@@ -119,7 +122,7 @@ class Turns:
 
     # ------------------------------------------------------------------ one after another
 
-    def one_by_one(self) -> Any:
+    def one_by_one(self) -> Nested:
         """The turns as a loop of Python."""
         x, found, others, kept = self.inputs, [], [], self._start()
         for place in range(self.turns):
@@ -140,7 +143,7 @@ class Turns:
 
     # ------------------------------------------------------------------ in a loop of the backend
 
-    def in_a_loop(self) -> Any:
+    def in_a_loop(self) -> Nested:
         """The turns as a loop of the backend, whose step is a function of tensors alone."""
         layer = self.layer
         stacks = layer.stacks()
@@ -149,17 +152,17 @@ class Turns:
         ids = {id(variable) for variable in carried}
         fixed_variables = [v for v in self._variables() if id(v) not in ids]
         flat, tensors = keras.tree.flatten((self.args, self.named)), []
-        masks: list[Any] = []
+        masks: list[Nested] = []
         for each in flat:
             if is_tensor(each):
                 tensors.append(each)
                 masks.append(keras_seam.mask_of(each))
         noted = _Noted()
 
-        def step(fixed: Any, carry: Any, entry: Any) -> tuple[Any, Any]:
+        def step(fixed: Nested, carry: Nested, entry: Nested) -> tuple[Nested, Nested]:
             rest = iter(zip(fixed["tensors"], masks, strict=True))
 
-            def given(each: Any) -> Any:
+            def given(each: Nested) -> Nested:
                 if not is_tensor(each):
                     return each
                 tensor, mask = next(rest)
@@ -210,7 +213,7 @@ class Turns:
                 lambda now: keras.ops.any(keras.ops.greater(now["kept"]["left"], 0)),
                 step, fixed, carry, entries, self.turns,
             )  # fmt: skip
-            output: Any = {"state": [], "all": [], "more": []}
+            output: Nested = {"state": [], "all": [], "more": []}
         else:
             carry, output = keras_seam.scan(
                 step, fixed, carry, entries, self.turns, spec, remat=layer.remat and self.trains
@@ -225,7 +228,7 @@ class Turns:
         y = output["all"][0] if output["all"] else self._finish(carry["x"], carry["kept"])
         return (y, *output["more"]) if output["more"] else y
 
-    def _variables(self) -> list[Any]:
+    def _variables(self) -> list[Nested]:
         layer = self.layer
         found = [*layer.block.variables, *layer.block.metrics_variables]
         if layer.halt is not None:
@@ -234,7 +237,7 @@ class Turns:
             found.append(layer.skip_seeds.state)
         return list({id(variable): variable for variable in found}.values())
 
-    def _carried(self, stacks: Mapping[Gather, Weight]) -> list[Any]:
+    def _carried(self, stacks: Mapping[Gather, Weight]) -> list[Nested]:
         """The variables that one turn may change for the next: seeds, metrics, shared statistics."""
         layer = self.layer
         still: set[int] = set()
@@ -249,7 +252,7 @@ class Turns:
                     still.update(map(id, keras_seam.variable_lists(each)["trainable_variables"]))
         return [variable for variable in self._variables() if id(variable) not in still]
 
-    def _spec_of_outputs(self, states: list[Gather]) -> Any:
+    def _spec_of_outputs(self, states: list[Gather]) -> Nested:
         """The structure of what a turn hands out; TensorFlow wants to know it before the loop."""
         if keras.backend.backend() != "tensorflow":
             return None
@@ -277,29 +280,29 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, keras.KerasTensor) or keras.ops.is_tensor(value)
 
 
-def split(found: Any) -> tuple[Any, tuple[Any, ...]]:
+def split(found: Nested) -> tuple[Nested, tuple[Nested, ...]]:
     """The output of a turn, and what else the block returned."""
     return (found[0], tuple(found[1:])) if isinstance(found, (list, tuple)) else (found, ())
 
 
-def entries_of(stacked: Mapping[str, Any], place: int) -> dict[str, Any]:
+def entries_of(stacked: Mapping[str, Nested], place: int) -> dict[str, Nested]:
     """The entries of a turn, of arguments that have one for each along their first axis."""
     return {name: keras.tree.map_structure(lambda each: each[place], value) for name, value in stacked.items()}
 
 
-def _or(value: Any, other: Any) -> Any:
+def _or(value: Tensor, other: Tensor) -> Nested:
     return other if value is None else value
 
 
-def _first(value: Any, turns: int) -> Any:
+def _first(value: Tensor, turns: int) -> Nested:
     return value if int(value.shape[0]) == turns else value[:turns]
 
 
-def _put_first(whole: Any, first: Any) -> Any:
+def _put_first(whole: Tensor, first: Tensor) -> Nested:
     if int(whole.shape[0]) == int(first.shape[0]):
         return first
     return keras.ops.concatenate([first, whole[int(first.shape[0]) :]], axis=0)
 
 
-def _all_zero(value: Any) -> bool:
+def _all_zero(value: Tensor) -> bool:
     return keras_seam.is_concrete(value) and not keras.ops.convert_to_numpy(value).any()
