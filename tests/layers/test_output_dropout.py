@@ -190,14 +190,16 @@ def make_model(seed=None, nested=False):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_trains_is_saved_and_cloned_with_it(compiled, nested, rng, tmp_path):
-    model = make_model(seed=3, nested=nested)
+    model = make_model(seed=None if compiled else 3, nested=nested)
     x = rng.normal(size=(32, 6)).astype("float32")
     y = x @ rng.normal(size=(6, 4)).astype("float32")
     model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=compiled)
-    losses = model.fit(x, y, epochs=15, verbose=0).history["loss"]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
     state = next(v for v in model.variables if "_dropout" in v.path)
-    assert numpy(state.value)[1] != numpy(next(v for v in make_model(3).variables if "_dropout" in v.path).value)[1]
+    start, before = numpy(state.value).copy(), model.evaluate(x, y, verbose=0)
+    model.fit(x, y, epochs=30, verbose=0)
+    assert model.evaluate(x, y, verbose=0) < 0.8 * before
+    if BACKEND != "torch" or not compiled:  # which draws from its own generator where nobody gave a seed
+        assert list(numpy(state.value) - start) == [0, 2 * 30]
     right = model.predict(x, verbose=0)
     model.save(tmp_path / "model.keras")
     again = tether.files.load_model(tmp_path / "model.keras")

@@ -103,13 +103,18 @@ class DropMask(Node):
         shape, outputs = self.parameters["shape"], self.parameters["outputs"]
         if not keras_seam.is_training_call():
             return cast_to_scope(keras.ops.ones(shape, dtype="float32"))
-        count = math.prod(shape)
-        drawn = keras.random.uniform((count + 1,), dtype="float32", seed=_seeds(self.operands[0], self.parameters))
-        kept = keras.ops.cast(drawn[:count] >= outputs, "float32")
+        kept = self._kept(shape, outputs)
         if self.parameters["rescaled"] and outputs:
-            kept = kept * count / keras.ops.maximum(keras.ops.sum(kept), 1.0)  # zero if none is kept
-        kept = kept * keras.ops.cast(drawn[count] >= self.parameters["whole"], "float32")
-        return cast_to_scope(keras.ops.reshape(kept, shape))
+            kept = kept * math.prod(shape) / keras.ops.maximum(keras.ops.sum(kept), 1.0)  # zero if none is kept
+        return cast_to_scope(kept * self._kept(tuple(1 for _ in shape), self.parameters["whole"]))
+
+    def _kept(self, shape: Shape, rate: float) -> Tensor:
+        """One where a number is kept, and zero where it is dropped; by Keras's dropout, which compilers know."""
+        whole = keras.ops.ones(shape, dtype="float32")
+        if not rate:
+            return whole
+        left = keras.random.dropout(whole, rate, seed=_seeds(self.operands[0], self.parameters))
+        return keras.ops.cast(left > 0, "float32")
 
     def format(self, *terms: Term) -> Term:
         """`drop_mask(0.1)` for the outputs, `drop_mask(0.1, whole=0.2)`."""
