@@ -116,12 +116,17 @@ def write(name, rows):
         before = json.loads(path.read_text())["rows"]
         rows = [row for row in before if row["case"] not in again] + rows
     path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    show(rows)
+    print(f"written: benchmarks/results/{path.name}")
+
+
+def show(rows):
+    """Prints rows as a table."""
     columns = list(max(rows, key=len))
     widths = [max(len(str(c)), *(len(_text(row.get(c))) for row in rows)) for c in columns]
     print("  ".join(str(c).ljust(w) for c, w in zip(columns, widths, strict=True)))
     for row in rows:
         print("  ".join(_text(row.get(c)).ljust(w) for c, w in zip(columns, widths, strict=True)))
-    print(f"written: benchmarks/results/{path.name}")
 
 
 def _text(value):

@@ -1,10 +1,17 @@
-"""Adapters beside peft on the same transformer: `KERAS_BACKEND=torch python -m benchmarks.adapters`, with peft.
+"""Adapters beside peft on the same transformer, both on the CPU or both on the GPU that Keras chooses.
+
+    pip install peft
+    KERAS_BACKEND=torch python -m benchmarks.adapters             # some minutes; writes benchmarks/results
+    KERAS_BACKEND=torch python -m benchmarks.adapters --quick     # whether it runs: small, and nothing is written
 
 Width 512, 4 layers, batch 8 × 128, all six projections of each layer adapted with rank 8. Both sides run the same
-PyTorch functions in between (attention, norms, GELU) and the same `torch.optim.AdamW`, so what differs is how adapted
-projections are computed. Each pair is measured in turn in one process; a ratio below 1 means that Tether is faster.
+PyTorch functions in between (attention, norms, GELU) and the same `torch.optim.AdamW` in float32, so what differs is
+how adapted projections are computed. Before they are measured, both have to give the same outputs with the same
+factors. Each pair is measured in turn in one process; a ratio below 1 means that Tether is faster. What is kept for the
+gradient is counted in bytes of different memory that autograd saves, and is no peak of the whole process.
 """
 
+import argparse
 import copy
 import pathlib
 import tempfile
@@ -17,9 +24,13 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import tether
-from benchmarks._measure import compare, compare_made, write
+from benchmarks._measure import compare, compare_made, show, write
 
-WIDTH, LAYERS, HEADS, BATCH, LENGTH, RANK = 512, 4, 8, 8, 128, 8
+options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+options.add_argument("--quick", action="store_true", help="small sizes and few rounds; nothing is written")
+QUICK = options.parse_args().quick
+WIDTH, LAYERS, HEADS, BATCH, LENGTH, RANK = (64, 1, 4, 2, 16, 4) if QUICK else (512, 4, 8, 8, 128, 8)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as Keras chooses
 NAMES = ("query", "key", "value", "output", "up", "down")
 
 
@@ -93,10 +104,40 @@ def pair(adapters=("one",), dora=False):
     for name in adapters[1:]:
         theirs.add_adapter(name, copy.deepcopy(config))
     theirs.set_adapter(adapters[0])
+    refuse_different(ours, theirs.to(DEVICE), adapters[0])
     return ours, theirs
 
 
-X = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+@torch.no_grad()
+def refuse_different(ours, theirs, name):
+    """Gives both sides the same factors, which are not zero, and compares their outputs."""
+    for place, blocks in enumerate(ours.blocks):
+        for at in NAMES:
+            _, part = blocks[at].kernel.expression.parts[name]
+            layer = theirs.base_model.model.layers[place][at]
+            own = {weight.path.rpartition("_")[2]: weight for weight in part.weights_used()}
+            for letter, factors in (("a", layer.lora_A), ("b", layer.lora_B)):
+                value = torch.randn(factors[name].weight.shape, generator=torch.Generator().manual_seed(place)) / 16
+                factors[name].weight.copy_(value)
+                own[letter].assign(value.T.numpy())
+    difference = (ours(X) - theirs(X)).abs().max().item()
+    assert difference < 1e-3, f"Both sides compute the same, but for rounding; they differ by {difference}."
+
+
+X = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def finished(run):
+    """A call that waits for the GPU, where there is one: it returns before it has computed."""
+    if DEVICE == "cpu":
+        return run
+
+    def waiting():
+        found = run()
+        torch.cuda.synchronize()
+        return found
+
+    return waiting
 
 
 def forward(model):
@@ -155,9 +196,10 @@ def main():
         for what, run in (("forward", forward), ("step", step)):
 
             def made(run=run, how=how):
-                return [run(model) for model in pair(**how)]
+                return [finished(run(model)) for model in pair(**how)]
 
-            rows.append({"case": f"{case}, {what}", **compare_made(made, pairs=3, budget=24.0)})
+            effort = {"pairs": 1, "budget": 0.2, "rounds": 3} if QUICK else {"pairs": 3, "budget": 24.0}
+            rows.append({"case": f"{case}, {what}", **compare_made(made, **effort)})
         ours, theirs = map(saved_bytes, pair(**how))
         sizes_mb = {"ours_mb": ours / 1e6, "theirs_mb": theirs / 1e6, "ratio": ours / theirs}
         rows.append({"case": f"{case}, kept for the gradient", **sizes_mb})
@@ -184,7 +226,7 @@ def main():
         rows.append(
             {"case": "load, beside reading its bytes", "ours_ms": loaded, "theirs_ms": read, "ratio": loaded / read}
         )
-    write("adapters", rows)
+    show(rows) if QUICK else write("adapters", rows)
 
 
 if __name__ == "__main__":

@@ -579,3 +579,33 @@ def test_an_adapter_that_is_frozen_stays_one_when_another_is_added_elsewhere(how
     adapters.combine(model, {"a": 2.0}, into="twice")
     adapters.remove(model, "a")
     assert adapters.names(model) == ["b", "twice"]
+
+
+@pytest.mark.spread(3)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("verb", [adapters.activate, adapters.trainable])
+def test_another_adapter_does_not_begin_to_train_in_a_callback(verb, nested):
+    inner = two_branches()
+    for name in "ab":
+        adapters.add(inner, name, {"*/kernel": tether.low_rank(1)})
+    adapters.activate(inner, "a")
+    x = keras.Input((4,))
+    model = keras.Model(x, inner(x)) if nested else inner
+    seen = []
+
+    class Change(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            adapters.activate(inner, "a")  # what trains already
+            adapters.set_strengths(inner, {"a": 0.5})
+            with pytest.raises(TetherError, match=r"is in `fit`.*set_strengths"):
+                verb(inner, "b")
+            seen.append(adapters.strengths(inner))
+
+    model.compile("adam", "mse")
+    x, y = np.ones((8, 4), "float32"), np.zeros((8, 2), "float32")
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[Change()])
+    assert seen == [{"a": 0.5, "b": 0.0}] * 2
+    verb(inner, "b")
+    adapters.set_strengths(inner, {"b": 1.0})
+    model.compile("adam", "mse")
+    model.fit(x, y, verbose=0)

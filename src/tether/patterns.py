@@ -4,6 +4,7 @@
   for one of these. `"encoder/*/query/kernel"`, `"*kernel"`.
 - `"!head/*"` leaves out what the rest of it fits.
 - `re.compile(...)` is a regular expression that has to fit the whole path.
+- `"all-linear"` stands for the kernels of Dense and EinsumDense layers, those in attention included.
 - A list goes through its patterns in order, and the last one that fits decides: `["*/kernel", "!head/*"]`. One that
   begins by leaving out begins with all.
 """
@@ -23,6 +24,9 @@ Pattern: TypeAlias = "str | re.Pattern[str] | Sequence[str | re.Pattern[str]]"
 
 Value = TypeVar("Value")
 
+ALL_LINEAR = "all-linear"
+"""The word for all kernels of Dense and EinsumDense layers."""
+
 
 def fits(pattern: Pattern, *names: str, words: Mapping[str, bool] | None = None) -> bool:
     """Whether a pattern chooses what has these names.
@@ -36,7 +40,7 @@ def fits(pattern: Pattern, *names: str, words: Mapping[str, bool] | None = None)
         TetherError: It is no pattern.
     """
     each = list(parts(pattern))
-    chosen = bool(each) and isinstance(each[0], str) and each[0].startswith("!")
+    chosen = bool(each) and leaves_out(each[0])
     for one in each:
         if isinstance(one, re.Pattern):
             chosen = chosen or any(one.fullmatch(name) for name in names)
@@ -78,9 +82,9 @@ def spread(given: Mapping[Any, Value], choose: Callable[[Any], Iterable[str]]) -
     """
     found: dict[str, Value] = {}
     for pattern, value in given.items():
-        leaves_out = isinstance(pattern, str) and pattern.startswith("!")
-        for name in choose(pattern[1:] if leaves_out else pattern):
-            if leaves_out:
+        excluding = leaves_out(pattern)
+        for name in choose(pattern[1:] if excluding else pattern):
+            if excluding:
                 found.pop(name, None)
             else:
                 found[name] = value
@@ -89,7 +93,14 @@ def spread(given: Mapping[Any, Value], choose: Callable[[Any], Iterable[str]]) -
 
 def is_exact(pattern: object) -> bool:
     """Whether a pattern can only mean one name."""
-    return isinstance(pattern, str) and not pattern.startswith("!") and not any(sign in pattern for sign in "*?[")
+    if not isinstance(pattern, str) or pattern == ALL_LINEAR:
+        return False
+    return not pattern.startswith("!") and not any(sign in pattern for sign in "*?[")
+
+
+def leaves_out(pattern: object) -> bool:
+    """Whether a pattern of a list leaves out what the rest of it fits."""
+    return isinstance(pattern, str) and pattern.startswith("!")
 
 
 def missed(pattern: object, names: Iterable[str], what: str = "weight") -> str:
@@ -111,4 +122,4 @@ def _nearest(word: str, known: list[str]) -> list[str]:
     return list(dict.fromkeys([*whole, *(tails[end] for end in ends)]))[:3]
 
 
-__all__ = ["Pattern", "fits", "is_exact", "missed", "parts", "spread"]
+__all__ = ["ALL_LINEAR", "Pattern", "fits", "is_exact", "leaves_out", "missed", "parts", "spread"]

@@ -159,24 +159,18 @@ def load(
     """
     check(model, "load")
     if pathlib.Path(path).is_dir():
-        return _load_folder(model, pathlib.Path(path), name, names, freeze=freeze, trainable=trainable)
+        name = pathlib.Path(path).resolve().name if name is None else name
+        check_new_name(model, name)
+        with opened_peft(model, path, names, trainable=trainable) as opened, Rollback.below(model):
+            adapt(model, name, 1.0, opened.parts(model), freeze=freeze, trainable=trainable)
+            opened.assign()
+        return model
     header, weights = _read_file(path, {variable.path for variable in model.weights})
     name = header["name"] if name is None else name
     check_new_name(model, name)
     found = _places(model, header, name)
     parts = {place: partial(_read_part, model, place, address, header, weights) for address, place in found.items()}
     return adapt(model, name, header["strength"], parts, freeze=freeze, trainable=trainable)
-
-
-def _load_folder(
-    model: AnyLayer, folder: pathlib.Path, name: str | None, names: Names, *, freeze: Freeze, trainable: bool
-) -> AnyLayer:
-    name = folder.resolve().name if name is None else name
-    check_new_name(model, name)
-    with opened_peft(model, folder, names) as found, Rollback.below(model):
-        adapt(model, name, 1.0, found.parts(model), freeze=freeze, trainable=trainable)
-        found.assign()
-    return model
 
 
 def _places(model: keras.Layer, header: Config, name: str) -> dict[str, str]:

@@ -310,6 +310,7 @@ def activate(model: keras.Layer, *wanted: str, trainable: bool = True) -> None:
 
     Raises:
         UnknownName: The model has no adapter of a name.
+        TetherError: Another adapter would train, in a callback of the model's `fit`. Nothing is changed then.
 
     Example:
     ```python
@@ -320,8 +321,8 @@ def activate(model: keras.Layer, *wanted: str, trainable: bool = True) -> None:
     """
     expressions, merged = _expressions(model), _merged_names(model)
     _check_known(model, expressions, wanted)
+    _train(expressions, wanted if trainable else ())  # first, since it may be refused
     _set_strengths(expressions, {name: float(name in wanted) for name in _names(expressions) if name not in merged})
-    _train(expressions, wanted if trainable else ())
 
 
 def trainable(model: keras.Layer, *wanted: str) -> None:
@@ -333,6 +334,7 @@ def trainable(model: keras.Layer, *wanted: str) -> None:
 
     Raises:
         UnknownName: The model has no adapter of a name.
+        TetherError: Another adapter would train, in a callback of the model's `fit`. Nothing is changed then.
 
     Example:
     ```python
@@ -349,8 +351,13 @@ def trainable(model: keras.Layer, *wanted: str) -> None:
 def _train(expressions: Sequence[Adapted], wanted: Sequence[str]) -> None:
     found = _own_weights(expressions)
     learns = {id(weight) for name in wanted for weight in found[name]}
-    for weight in {id(weight): weight for own in found.values() for weight in own}.values():
-        weight.trainable = id(weight) in learns
+    own = {id(weight): weight for weights in found.values() for weight in weights}
+    changed = [weight for key, weight in own.items() if weight.trainable_flag != (key in learns)]
+    keras_seam.refuse_in_fit(
+        changed, "Strengths may: `set_strengths(model, {'french': 0.5})`. Or compile and fit again for it."
+    )
+    for key, weight in own.items():
+        weight.trainable = key in learns
 
 
 @contextlib.contextmanager

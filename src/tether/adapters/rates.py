@@ -129,6 +129,8 @@ class LearningRates(keras_seam.RatedOptimizer):
                     f"{patterns.missed(pattern, names)}"
                 )
         super().build(variables)
+        for variable in variables:  # now, before a step is compiled: a graph only looks the factors up
+            self.factor_of(variable)
 
     def factor_of(self, variable: keras.Variable) -> float:
         """The multiplier of the last pattern that fits."""

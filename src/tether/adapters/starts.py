@@ -22,6 +22,7 @@ from tether.errors import TetherError, received
 from tether.forms.low_rank import factors_of
 from tether.kinds import letters_of
 from tether.layers.family.named import Named, named_weights
+from tether.patterns import ALL_LINEAR
 from tether.types import Array, Function, Tensor
 from tether.weights.weight import Weight
 
@@ -111,7 +112,7 @@ def _first_factors(model: keras.Layer, name: str) -> list[_Seen]:
 
 def _rows_of(named: Named, factor: Weight) -> Function | None:
     """How the inputs of a layer become rows that its first factor is multiplied with; `None` where they do not."""
-    if not named.is_linear:
+    if not named.fits(ALL_LINEAR):
         return None
     return _rows_of_layer(named.layer, len(factor.shape or ()) - 1)
 

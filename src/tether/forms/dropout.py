@@ -1,25 +1,35 @@
-"""Dropout on the input of a part of a weight.
+"""Dropout on a part of a weight: on its input, or on its outputs and on the whole of it.
 
     y = x W + drop(x) Δ   in training,   y = x (W + Δ)   otherwise
 
 No weight gives the first: it is how a layer applies its weight, and not what the weight is. So the operator here has
 the value of its part, and the layers that apply weights by plan see it and drop numbers of the part's input
 (`layers.pieces`). That is where LoRA has its dropout (Hu et al. 2021, arXiv:2106.09685), and PEFT that of the others.
+
+    y = x (W + Δ · m)   in training, where the random m is one number for each output,   y = x (W + Δ)   otherwise
+
+The second is a weight, of which m is a factor that is one outside of training (`DropMask`). So every layer can have it.
+PEFT has it for LoHa and LoKr, by the names `rank_dropout` and `module_dropout`.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
+from dataclasses import dataclass
 
 import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
-from tether.forms.form import part
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, as_ints, received
+from tether.forms.form import part, part_dtype
 from tether.types import Config, Tensor
+from tether.weights.evaluation import cast_to_scope
 from tether.weights.expression import Expression, Node, Shape, Term, program, register
+from tether.weights.operators.arithmetic import Multiply
+from tether.weights.operators.structure import Cast
 from tether.weights.weight import Weight
 
 __all__: list[str] = []
@@ -35,21 +45,11 @@ class InputDropout(Node):
     @classmethod
     def check_parameters(cls, given: Config) -> Config:
         """A share of less than 1; and whether somebody chose the seed."""
-        rate, seeded = given.get("rate"), given.get("seeded", False)
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise InvalidConfig(f"A dropout's rate is a number from 0 to less than 1. {received(rate=rate)}")
-        if not isinstance(seeded, bool):
-            raise InvalidConfig(f"`seeded` is True or False. {received(seeded=seeded)}")
-        return {"rate": float(rate), "seeded": seeded}
+        return {"rate": _checked_rate(given, "rate"), "seeded": _checked_flag(given, "seeded")}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         """That of the part."""
-        state = self.operands[1]
-        if shapes[1] != (2,) or not isinstance(state, Weight) or state.dtype != keras_seam.SEED_DTYPE:
-            raise ShapeMismatch(
-                f"The seeds of a dropout are a weight of two {keras_seam.SEED_DTYPE}. "
-                f"{received(shape=shapes[1], dtype=state.dtype)}"
-            )
+        _refuse_other_seeds(self.operands[1], shapes[1])
         return shapes[0]
 
     def compute(self, *values: Tensor) -> Tensor:
@@ -66,11 +66,88 @@ class InputDropout(Node):
 
     def dropped(self, x: Tensor) -> Tensor:
         """An input with a share of its numbers zero and the others larger for it; every call draws others."""
-        state = self.operands[1]
-        if not isinstance(state, Weight):
-            raise TypeError("The seeds of a dropout are no weight.")
-        seeds = keras_seam.Seeds(state.variable, self.parameters["seeded"])
-        return keras.random.dropout(x, self.parameters["rate"], seed=seeds)
+        return keras.random.dropout(x, self.parameters["rate"], seed=_seeds(self.operands[1], self.parameters))
+
+
+@register
+class DropMask(Node):
+    """What a part is multiplied with: one outside of training; in training a random factor for each of its outputs.
+
+    Its operand is the state that the random numbers come from.
+    """
+
+    name, accepts, seeds = "drop_mask", ("shape", "outputs", "rescaled", "whole", "seeded"), (0,)
+    is_random = True
+    __slots__ = ()
+
+    @classmethod
+    def check_parameters(cls, given: Config) -> Config:
+        """The shape by which the factors lie along a weight; two shares of less than 1; two flags."""
+        shape = as_ints(given.get("shape"), "shape")
+        if any(size < 1 for size in shape):
+            raise InvalidConfig(f"A mask has sizes of 1 or more. {received(shape=shape)}")
+        rates = {name: _checked_rate(given, name) for name in ("outputs", "whole")}
+        return {"shape": shape, **rates, **{name: _checked_flag(given, name) for name in ("rescaled", "seeded")}}
+
+    def infer_shape(self, *shapes: Shape) -> Shape:
+        """That of the factors."""
+        _refuse_other_seeds(self.operands[0], shapes[0])
+        shape: Shape = self.parameters["shape"]
+        return shape
+
+    def infer_dtype(self, *dtypes: str) -> str:
+        return "float32"
+
+    def compute(self, *values: Tensor) -> Tensor:
+        """Ones, or in a call that trains what is drawn for it."""
+        shape, outputs = self.parameters["shape"], self.parameters["outputs"]
+        if not keras_seam.is_training_call():
+            return cast_to_scope(keras.ops.ones(shape, dtype="float32"))
+        kept = self._kept(shape, outputs)
+        if self.parameters["rescaled"] and outputs:
+            kept = kept * math.prod(shape) / keras.ops.maximum(keras.ops.sum(kept), 1.0)  # zero if none is kept
+        return cast_to_scope(kept * self._kept(tuple(1 for _ in shape), self.parameters["whole"]))
+
+    def _kept(self, shape: Shape, rate: float) -> Tensor:
+        """One where a number is kept, and zero where it is dropped; by Keras's dropout, which compilers know."""
+        whole = keras.ops.ones(shape, dtype="float32")
+        if not rate:
+            return whole
+        left = keras.random.dropout(whole, rate, seed=_seeds(self.operands[0], self.parameters))
+        return keras.ops.cast(left > 0, "float32")
+
+    def format(self, *terms: Term) -> Term:
+        """`drop_mask(0.1)` for the outputs, `drop_mask(0.1, whole=0.2)`."""
+        whole = f", whole={self.parameters['whole']:g}" if self.parameters["whole"] else ""
+        return Term(f"drop_mask({self.parameters['outputs']:g}{whole})")
+
+
+def _checked_rate(given: Config, name: str) -> float:
+    rate = given.get(name)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise InvalidConfig(f"A dropout's rate is a number from 0 to less than 1. {received(**{name: rate})}")
+    return float(rate)
+
+
+def _checked_flag(given: Config, name: str) -> bool:
+    flag = given.get(name, False)
+    if not isinstance(flag, bool):
+        raise InvalidConfig(f"`{name}` is True or False. {received(**{name: flag})}")
+    return flag
+
+
+def _refuse_other_seeds(state: Expression, shape: Shape) -> None:
+    if shape != (2,) or not isinstance(state, Weight) or state.dtype != keras_seam.SEED_DTYPE:
+        raise ShapeMismatch(
+            f"The seeds of a dropout are a weight of two {keras_seam.SEED_DTYPE}. "
+            f"{received(shape=shape, dtype=state.dtype)}"
+        )
+
+
+def _seeds(state: Expression, parameters: Config) -> keras_seam.Seeds:
+    if not isinstance(state, Weight):
+        raise TypeError("The seeds of a dropout are no weight.")
+    return keras_seam.Seeds(state.variable, parameters["seeded"])
 
 
 @keras.saving.register_keras_serializable(package="tether", name="SeedStart")
@@ -96,16 +173,21 @@ class SeedStart(keras.initializers.Initializer):
         return {"seed": self.seed, "stream": self.stream}
 
 
-def as_rate(rate: object) -> float:
+def as_rate(
+    rate: object, name: str = "dropout", what: str = "the share of the part's inputs that are dropped"
+) -> float:
     """A rate of dropout.
+
+    Args:
+        rate: The rate.
+        name: The parameter's name, for the error.
+        what: What it is the rate of, for the error.
 
     Raises:
         TetherError: It is none.
     """
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not 0 <= rate < 1:
-        raise TetherError(
-            f"`dropout` is the share of the part's inputs that are dropped: 0 to less than 1. {received(dropout=rate)}"
-        )
+        raise TetherError(f"`{name}` is {what}: 0 to less than 1. {received(**{name: rate})}")
     return float(rate)
 
 
@@ -113,11 +195,69 @@ def with_dropout(added: Expression, base: Expression, rate: float, seed: int | N
     """A part whose input is dropped out in training, with a state of its own beside the base."""
     if rate == 0:
         return added
+    return InputDropout(added, _state(added, base, seed), rate=rate, seeded=seed is not None)
+
+
+def _state(added: Expression, base: Expression, seed: int | None) -> Expression:
+    """What the dropout of a part draws its seeds from, beside the base."""
     paths = " ".join(weight.path for weight in added.weights_used())
     stream = 0 if seed is None else zlib.crc32(paths.encode())  # another one for each part
     start = SeedStart(seed, stream)
-    state = part(base, "dropout", start, (2,), dtype=keras_seam.SEED_DTYPE, trainable=False, role="state")
-    return InputDropout(added, state, rate=rate, seeded=seed is not None)
+    return part(base, "dropout", start, (2,), dtype=keras_seam.SEED_DTYPE, trainable=False, role="state")
+
+
+@dataclass(frozen=True)
+class OutputDropout:
+    """How a part is dropped out in training, by its outputs and as a whole."""
+
+    outputs: float = 0.0
+    """The share of its outputs that are dropped in a call."""
+    rescaled: bool = False
+    """Whether the others are larger for it: multiplied with how many there are for each one that was kept."""
+    whole: float = 0.0
+    """The share of calls in which all of it is."""
+
+    @classmethod
+    def asked(cls, rank_dropout: object, module_dropout: object, *, rescaled: bool) -> OutputDropout:
+        """What the arguments of a form say.
+
+        Raises:
+            TetherError: A rate is none.
+        """
+        outputs = as_rate(rank_dropout, "rank_dropout", "the share of the part's outputs that are dropped")
+        whole = as_rate(module_dropout, "module_dropout", "the share of calls that drop the part")
+        return cls(outputs, bool(rescaled) and outputs > 0, whole)
+
+    def applied(self, added: Expression, base: Expression, rows: Shape, columns: Shape, seed: int | None) -> Expression:
+        """A part in the base's shape, which has these rows and columns, with its dropout."""
+        if not (self.outputs or self.whole):
+            return added
+        mask: Expression = DropMask(
+            _state(added, base, seed),
+            shape=(*(1 for _ in rows), *columns),
+            outputs=self.outputs,
+            rescaled=self.rescaled,
+            whole=self.whole,
+            seeded=seed is not None,
+        )
+        dtype = part_dtype(base)
+        return added * (mask if dtype == "float32" else mask.astype(dtype))
+
+
+def output_dropout_of(expression: Expression) -> OutputDropout:
+    """The dropout on the outputs of an expression: that of the first part that has one."""
+    masks = (step.expression for step in program(expression) if isinstance(step.expression, DropMask))
+    found = next((mask.parameters for mask in masks), None)
+    return OutputDropout() if found is None else OutputDropout(found["outputs"], found["rescaled"], found["whole"])
+
+
+def without_mask(added: Expression) -> Expression:
+    """A part without the dropout on its outputs."""
+    if isinstance(added, Multiply):
+        for mask, other in (added.operands, added.operands[::-1]):
+            if isinstance(mask.operands[0] if isinstance(mask, Cast) else mask, DropMask):
+                return other
+    return added
 
 
 def has_dropout(expression: Expression) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from tether.forms.dropout import OutputDropout
 from tether.forms.form import (
     AddedForm,
     as_alpha,
@@ -32,8 +33,16 @@ __all__ = ["hadamard"]
 class Hadamard(AddedForm):
     """What `tether.forms.hadamard` makes: the expression, and weights of its own."""
 
-    def __init__(self, rank: int, alpha: float | None, split: int | None, seed: int | None, dtype: str | None) -> None:
-        self.stored = as_dtype(dtype)
+    def __init__(
+        self,
+        rank: int,
+        alpha: float | None,
+        split: int | None,
+        seed: int | None,
+        dtype: str | None,
+        dropout: OutputDropout,
+    ) -> None:
+        self.stored, self.dropout = as_dtype(dtype), dropout
         self.rank, self.alpha, self.split, self.seed = as_rank(rank), as_alpha(alpha), split, seed
 
     def delta(self, base: Expression) -> Expression:
@@ -47,7 +56,7 @@ class Hadamard(AddedForm):
         product = (a1 @ b1) * (a2 @ b2)
         if self.alpha is not None:
             product = self.alpha / self.rank * product
-        return from_matrix(product, rows, columns)
+        return self.dropout.applied(from_matrix(product, rows, columns), base, rows, columns, self.seed)
 
 
 def pairs_of(part: Expression) -> tuple[float, tuple[Weight, Weight], tuple[Weight, Weight]] | None:
@@ -66,6 +75,8 @@ def hadamard(
     split: int | None = None,
     seed: int | None = None,
     dtype: str | None = None,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
 ) -> Hadamard:
     """An elementwise product of two trained low-rank matrices, to be added to a weight (LoHa, FedPara).
 
@@ -75,18 +86,23 @@ def hadamard(
         rank: The inner size of both products; the sum can change by a matrix of rank `rank²`.
         alpha: The scale is `alpha / rank`; left out, it is 1.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
-        seed: Of the random starts.
+        seed: Of the random starts, and of the dropouts.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
+        rank_dropout: The share of the part's outputs that are zero in a call with `training=True`, the same for all
+            of its examples; the others are larger for it, so that the mean stays. (The name is PEFT's: no rank is
+            dropped.)
+        module_dropout: The share of calls with `training=True` in which the whole part is zero.
 
     Returns:
         The form, to be added to a base of any two or more axes; the sum has the base's shape.
 
     Raises:
-        TetherError: A rank or alpha that makes no sense; at use, a base of fewer than two axes.
+        TetherError: A rank, alpha or dropout that makes no sense; at use, a base of fewer than two axes.
 
     Example:
     ```python
     child = tether.inherit(parent, kernel=lambda w: w.stop_gradient() + tether.forms.hadamard(4))
     ```
     """
-    return Hadamard(rank, alpha, split, seed, dtype)
+    dropout = OutputDropout.asked(rank_dropout, module_dropout, rescaled=True)
+    return Hadamard(rank, alpha, split, seed, dtype, dropout)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tether import ops
 from tether.errors import TetherError, received
+from tether.forms.dropout import OutputDropout
 from tether.forms.form import (
     AddedForm,
     as_alpha,
@@ -61,8 +62,9 @@ class Kronecker(AddedForm):
         split: int | None,
         seed: int | None,
         dtype: str | None,
+        dropout: OutputDropout,
     ) -> None:
-        self.stored = as_dtype(dtype)
+        self.stored, self.dropout = as_dtype(dtype), dropout
         self.rank = None if rank is None else as_rank(rank)
         self.factor = None if factor is None else as_rank(factor, "factor")
         self.alpha, self.split, self.seed = as_alpha(alpha), split, seed
@@ -91,7 +93,7 @@ class Kronecker(AddedForm):
         product = product.reshape(window * n1 * n2, m1 * m2)
         if self.alpha is not None and self.rank is not None:
             product = self.alpha / self.rank * product
-        return from_matrix(product, rows, columns)
+        return self.dropout.applied(from_matrix(product, rows, columns), base, rows, columns, self.seed)
 
     def sizes(self, rows: Shape, columns: Shape) -> Sizes:
         """The sizes of the matrices for a base of these rows and columns."""
@@ -138,6 +140,9 @@ def kronecker(
     split: int | None = None,
     seed: int | None = None,
     dtype: str | None = None,
+    rank_dropout: float = 0.0,
+    rank_dropout_scale: bool = False,
+    module_dropout: float = 0.0,
 ) -> Kronecker:
     """A Kronecker product of two trained matrices, to be added to a weight (LoKr).
 
@@ -150,8 +155,12 @@ def kronecker(
         factor: The size of the smaller matrix on the axes that it divides, and at most its size on others; left
             out, both matrices are as near to each other's size as they get.
         split: How many leading axes of a kernel are inputs; see `rows_and_columns`.
-        seed: Of the random starts.
+        seed: Of the random starts, and of the dropouts.
         dtype: In which the form's own weights are stored; left out, the base's dtype, but float32 for one of 16 bits.
+        rank_dropout: The share of the part's outputs that are zero in a call with `training=True`, the same for all
+            of its examples. (The name is PEFT's: no rank is dropped.)
+        rank_dropout_scale: Whether the other outputs are larger for it, so that the mean stays.
+        module_dropout: The share of calls with `training=True` in which the whole part is zero.
 
     Returns:
         The form, to be added to a base of any two or more axes; the sum has the base's shape.
@@ -164,4 +173,5 @@ def kronecker(
     child = tether.inherit(parent, kernel=lambda w: w.stop_gradient() + tether.forms.kronecker(4, factor=8))
     ```
     """
-    return Kronecker(rank, alpha, factor, split, seed, dtype)
+    dropout = OutputDropout.asked(rank_dropout, module_dropout, rescaled=rank_dropout_scale)
+    return Kronecker(rank, alpha, factor, split, seed, dtype, dropout)

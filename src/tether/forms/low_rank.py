@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from tether.errors import ShapeMismatch, TetherError, received
-from tether.forms.dropout import as_rate, with_dropout, without_dropout
+from tether.forms.dropout import as_rate, with_dropout, without_dropout, without_mask
 from tether.forms.form import (
     AddedForm,
     as_alpha,
@@ -58,9 +58,9 @@ def products_of(part: Expression) -> list[tuple[float, Weight, Weight]] | None:
 
 
 def number_before(part: Expression) -> tuple[float, Expression]:
-    """What numbers a part is multiplied with, and what it is without them, before it has got its shape."""
+    """What numbers a part is multiplied with, and what it is without them and a dropout, before its last shape."""
     scale = 1.0
-    while isinstance(part, (Multiply, Reshape)):
+    while isinstance(part := without_mask(part), (Multiply, Reshape)):
         numbers = [each for each in part.operands if isinstance(each, Constant) and each.array is None]
         if isinstance(part, Multiply) and len(numbers) != 1:
             break

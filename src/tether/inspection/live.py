@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -13,6 +12,7 @@ import keras
 from tether import keras_seam, patterns
 from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, Slot, StoredWeight, UseOf
+from tether.layers.tying import paths
 from tether.layers.tying.paths import holders
 from tether.layers.tying.state import shape_of, slots_of, stored_variables
 from tether.layers.tying.tied import base_class
@@ -243,9 +243,12 @@ _SHELL = re.compile(r"!?(?=.*[*?\[])(?!.*\.\*)[^^$|\\+(){}]*")
 class Aliases(Mapping[str, tuple[str, ...]]):
     """The names of each stored variable, by its path; `find` searches all of them."""
 
-    def __init__(self, names: dict[str, tuple[str, ...]], variables: dict[str, keras.Variable]) -> None:
+    def __init__(
+        self, names: dict[str, tuple[str, ...]], variables: dict[str, keras.Variable], linear: set[str]
+    ) -> None:
         self._names = names
         self._variables = variables
+        self._linear = linear
 
     def __getitem__(self, path: str) -> tuple[str, ...]:
         return self._names[path]
@@ -259,17 +262,18 @@ class Aliases(Mapping[str, tuple[str, ...]]):
     def find(self, pattern: Pattern) -> list[keras.Variable]:
         """The stored variables of which some name fits a pattern (`tether.patterns`).
 
+        `"all-linear"` means all that kernels of Dense and EinsumDense are made of.
         A string without `*`, `?` and `[`, or with signs that only regular expressions have, is searched for as one,
         at any place of the name, as an optimizer's `exclude_from_weight_decay` does.
         """
-        fits: Callable[..., bool] = partial(patterns.fits, pattern)
-        if isinstance(pattern, str) and not _SHELL.fullmatch(pattern):
+        if isinstance(pattern, str) and pattern != patterns.ALL_LINEAR and not _SHELL.fullmatch(pattern):
             search = re.compile(pattern).search
-
-            def fits(*names: str) -> bool:
-                return any(map(search, names))
-
-        return [self._variables[path] for path, names in self._names.items() if fits(*names)]
+            return [self._variables[path] for path, names in self._names.items() if any(map(search, names))]
+        return [
+            self._variables[path]
+            for path, names in self._names.items()
+            if patterns.fits(pattern, *names, words={patterns.ALL_LINEAR: path in self._linear})
+        ]
 
     def __repr__(self) -> str:
         return f"Aliases({self._names!r})"
@@ -307,12 +311,16 @@ def aliases(model: keras.Layer) -> Aliases:
     keys = unique_paths(model)
     variables = {keys[id(variable)]: variable for variable in model.weights}
     names = {key: {key: None} for key in variables}
+    linear: set[str] = set()
     for layer in keras_seam.contained_layers(model):
         for slot in slots_of(layer):
             for stored in stored_variables(slot.view):
                 if id(stored) in keys:
                     names[keys[id(stored)]][slot.view.path] = None
-    return Aliases({path: tuple(found) for path, found in names.items()}, variables)
+        for variable in paths.own_variables(layer):
+            if paths.words_of(layer, variable)[patterns.ALL_LINEAR]:
+                linear.update(keys[id(stored)] for stored in stored_variables(variable) if id(stored) in keys)
+    return Aliases({path: tuple(found) for path, found in names.items()}, variables, linear)
 
 
 # --------------------------------------------------------------------------- unique

@@ -151,6 +151,7 @@ from tether.keras_seam.training import (
     is_given_what_trains,
     note_new_use,
     notice_compiling,
+    refuse_in_fit,
 )
 from tether.keras_seam.variables import (
     RUNS_FROM_PYTHON,
@@ -303,6 +304,7 @@ __all__ = [
     "read_archive",
     "recognize_variables",
     "refresh_call_signature",
+    "refuse_in_fit",
     "refuse_spectral_normalization",
     "refuse_to_be_looked_into",
     "register_made",

@@ -163,6 +163,30 @@ def _refuse_at_work(models: list[keras.Model]) -> None:
                 )
 
 
+def refuse_in_fit(layers: Iterable[keras.Layer], instead: str) -> None:
+    """Refuses to change what trains of layers while a model that contains one of them is in `fit`.
+
+    Its optimizer and its compiled step were made for what trains: one backend would raise, another go on with the old
+    weights, a third step the new ones with the state of the old.
+
+    Args:
+        layers: Those layers, or weights.
+        instead: What to do instead, for the error.
+
+    Raises:
+        TetherError: This runs in a callback of such a model.
+    """
+    changed = set(map(id, layers))
+    for frame in _frames() if changed else ():
+        if id(frame.f_code) in _RUNNING and frame.f_code.co_name == "fit":
+            at_work = _first_local(frame)
+            if isinstance(at_work, keras.Model) and not changed.isdisjoint(map(id, contained_layers(at_work))):
+                raise TetherError(
+                    f"The model {at_work.name!r} is in `fit`, with an optimizer and a step that were made for what "
+                    f"trains now, so that cannot change in a callback. {instead} Nothing was changed."
+                )
+
+
 def _is_built(optimizer: keras.Optimizer) -> bool:
     return bool(getattr(inner_optimizer(optimizer), "built", False))
 

@@ -57,7 +57,7 @@ def evaluate(expression: Expression) -> Tensor:
         return _compute(expression)
     caches = _call_caches()
     key: tuple[object, ...] = (expression, autocast_dtype())
-    if _scope.turn is not None and _has_state(expression):
+    if _scope.turn is not None and keras_seam.is_training_call() and _changes_in_training(expression):
         key = (*key, _scope.turn)
     memory = _scope.memory
     if memory is not None and remembers() and keras_seam.is_plain_eager():
@@ -72,14 +72,15 @@ def evaluate(expression: Expression) -> Tensor:
         if entry[1] is _HELD or (cache is caches[0] and entry[1] == keras_seam.trace_token()):
             return entry[2]
     value = _compute(expression)
-    if _has_state(expression):
+    if _changes_in_training(expression):
         fingerprint = _fingerprint(expression)
     caches[0][key] = (fingerprint, keras_seam.trace_token(), value)
     return value
 
 
-def _has_state(expression: Expression) -> bool:
-    return any(isinstance(step.expression, StatefulNode) for step in program(expression))
+def _changes_in_training(expression: Expression) -> bool:
+    nodes = [step.expression for step in program(expression) if isinstance(step.expression, Node)]
+    return any(isinstance(node, StatefulNode) or node.is_random for node in nodes)
 
 
 # --------------------------------------------------------------------------- what is off

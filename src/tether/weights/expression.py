@@ -634,6 +634,8 @@ class Node(Expression):
     """Places of operands by which it chooses: a number that is known while the backend compiles stays one."""
     seeds: ClassVar[tuple[int, ...]] = ()
     """Places of operands that are seeds: expressions that are stored as one draw from one of them."""
+    is_random: ClassVar[bool] = False
+    """Whether its value in training is drawn: once in a call, and at each turn of a loop again."""
     elementwise_cost: ClassVar[bool] = True
     """Whether computing it does arithmetic; a mere view of memory is not worth remembering."""
 

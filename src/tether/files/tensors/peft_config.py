@@ -13,6 +13,7 @@ from typing import Any
 
 from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.keras.archive import reading
+from tether.forms.dropout import OutputDropout
 from tether.types import Config
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -20,7 +21,7 @@ MAX_CONFIG = 1 << 24
 
 HONOURED, TENSORS_SAY, TRAINING, NO_EFFECT, REFUSED = "honoured", "tensors", "training", "no effect", "refused"
 """What becomes of a field: the values follow it; the tensors of the file say it already; it acts on training alone, and
-Tether does otherwise; it says nothing of values; a folder that sets it is refused."""
+Tether passes it over with a warning; it says nothing of values; a folder that sets it is refused."""
 
 _GENERAL = {
     "peft_type": HONOURED, "modules_to_save": HONOURED, "r": HONOURED, "rank_pattern": HONOURED,
@@ -46,12 +47,12 @@ FIELDS: dict[str, dict[str, str]] = {
     "IA3": {**_GENERAL, "feedforward_modules": HONOURED, "init_ia3_weights": NO_EFFECT},
     "LOHA": {
         **_GENERAL,
-        "alpha": HONOURED, "rank_dropout": TRAINING, "module_dropout": TRAINING, "init_weights": NO_EFFECT,
+        "alpha": HONOURED, "rank_dropout": HONOURED, "module_dropout": HONOURED, "init_weights": NO_EFFECT,
         "use_effective_conv2d": TENSORS_SAY,
     },
     "LOKR": {
         **_GENERAL,
-        "alpha": HONOURED, "rank_dropout": TRAINING, "module_dropout": TRAINING, "rank_dropout_scale": TRAINING,
+        "alpha": HONOURED, "rank_dropout": HONOURED, "module_dropout": HONOURED, "rank_dropout_scale": HONOURED,
         "init_weights": NO_EFFECT, "decompose_factor": TENSORS_SAY, "decompose_both": TENSORS_SAY,
         "use_effective_conv2d": TENSORS_SAY,
     },
@@ -127,6 +128,13 @@ class PeftConfig:
     def dropout(self) -> float:
         """The dropout on the input of the modules' low-rank parts."""
         return float(self.fields.get(f"{self.kind.lower()}_dropout") or 0.0)
+
+    @property
+    def output_dropout(self) -> OutputDropout:
+        """The dropout on the outputs of a LoHa's or LoKr's parts: a LoHa's others are always larger for it."""
+        outputs, whole = (float(self.fields.get(f"{what}_dropout") or 0.0) for what in ("rank", "module"))
+        rescaled = self.kind == "LOHA" or bool(self.fields.get("rank_dropout_scale"))
+        return OutputDropout(outputs, rescaled and outputs > 0, whole)
 
     def rank(self, module: str) -> int:
         """The rank of a module."""
@@ -228,7 +236,7 @@ def _check_numbers(config: PeftConfig) -> None:
             raise InvalidConfig(f"`{field}` is a number. {received(value=value)}")
     if config.fields.get("num_cayley_neumann_terms", 1) < 1:
         raise InvalidConfig(f"`num_cayley_neumann_terms` is 1 or more. {received(value=config.fields)}")
-    for field in ("lora_dropout", "vera_dropout"):
+    for field in ("lora_dropout", "vera_dropout", "rank_dropout", "module_dropout"):
         rate = config[field] or 0.0
         if not _is_number(rate) or not 0 <= rate < 1:
             raise InvalidConfig(f"`{field}` is a number from 0 to less than 1. {received(value=rate)}")
@@ -245,7 +253,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def commonest(values: Mapping[str, Any], otherwise: float) -> Any:
+def commonest(values: Mapping[str, Any], otherwise: Any) -> Any:
     """The value that most modules have, which a config says for all."""
     return Counter(values.values()).most_common(1)[0][0] if values else otherwise
 

@@ -26,7 +26,7 @@ from tether.files.loading.entries import Entry, Report
 from tether.files.loading.matching import check_built
 from tether.files.tensors import peft_parts
 from tether.files.tensors.dialects import Names
-from tether.files.tensors.peft_config import TENSORS, PeftConfig, read_config
+from tether.files.tensors.peft_config import FIELDS, TENSORS, TRAINING, PeftConfig, read_config
 from tether.files.tensors.peft_parts import Addition, Made, is_part
 from tether.files.tensors.peft_places import LEAVES, PREFIX, Place, places_of, refuse_pieces
 from tether.files.tensors.safetensors import opened_tensors
@@ -162,8 +162,10 @@ def _offer_of(weight: Stored, value: peft_parts.Value) -> Offer:
 
 
 @contextlib.contextmanager
-def opened_peft(model: keras.Layer, folder: str | os.PathLike[str], names: Names) -> Iterator[OpenedFolder]:
-    """A folder of PEFT's, for a model.
+def opened_peft(
+    model: keras.Layer, folder: str | os.PathLike[str], names: Names, *, trainable: bool = True
+) -> Iterator[OpenedFolder]:
+    """A folder of PEFT's, for a model; `trainable` says whether what it adds is to train.
 
     Raises:
         Unsupported: It asks for what is not read.
@@ -176,6 +178,8 @@ def opened_peft(model: keras.Layer, folder: str | os.PathLike[str], names: Names
     with opened_tensors(source / TENSORS) as (tensors, _):
         additions = _Reading(model, names, config, tensors).additions()
         _warn_of_logits(model, config, additions)
+        if trainable:
+            _warn_of_training(config)
         yield OpenedFolder(config, additions)
 
 
@@ -337,6 +341,19 @@ def _warn_of_logits(model: keras.Layer, config: PeftConfig, additions: Mapping[s
                 "logits as they were unless `ensure_weight_tying` is set; here they follow.",
                 stacklevel=5,  # who called the function that opened it
             )
+
+
+def _warn_of_training(config: PeftConfig) -> None:
+    """Says which fields of a config Tether passes over, as they act in training alone."""
+    passed_over = {field: config[field] for field, fate in FIELDS[config.kind].items() if fate == TRAINING}
+    asked = ", ".join(f"{field}={value!r}" for field, value in passed_over.items() if value)
+    if asked:
+        warnings.warn(
+            f"The adapter asks for {asked}, which acts in training alone and which Tether does not do: it trains "
+            "without. What it computes is the same. Load it with `trainable=False` if it is not to train: "
+            "`tether.adapters.load(model, folder, trainable=False)`.",
+            stacklevel=5,  # who called the function that opened it
+        )
 
 
 __all__ = ["load_peft", "opened_peft"]

@@ -17,10 +17,11 @@ from tether.files.tensors.peft_config import PeftConfig
 from tether.files.tensors.peft_places import Place, as_stored
 from tether.forms.boft import Boft
 from tether.forms.dora import Dora, lengths_of
+from tether.forms.dropout import OutputDropout
 from tether.forms.form import AddedForm, part
 from tether.forms.fourier import Fourier, waves_of
 from tether.forms.full import full, whole_of
-from tether.forms.hadamard import hadamard, pairs_of
+from tether.forms.hadamard import Hadamard, pairs_of
 from tether.forms.kronecker import Kronecker, Sizes, matrices_of
 from tether.forms.low_rank import low_rank, number_before, products_of, stored_behind
 from tether.forms.oft import Oft, size_of, turned_of
@@ -190,7 +191,13 @@ def loha(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     *window, channels = place.named.shape[:split] if place.is_convolution else (first.shape[1],)
     turned = [_window_turned(channels, tuple(window)), lambda array: array.T] * 2
     values = tuple(Value(*each) for each in zip(ours, shapes, turned, strict=True))
-    return Addition(hadamard(rank, alpha=config.alpha(module), split=split), values)
+    form = Hadamard(rank, config.alpha(module), split, None, None, config.output_dropout)
+    return Addition(form, (*values, *_state_of(form.dropout)))
+
+
+def _state_of(dropout: OutputDropout) -> tuple[None, ...]:
+    """The state of a dropout among the weights that a form makes: no tensor has it."""
+    return (None,) if dropout.outputs or dropout.whole else ()
 
 
 def _window_turned(channels: int, window: Shape) -> Callable[[Array], Array]:
@@ -235,7 +242,8 @@ def lokr(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
             f"The factors of {module!r} have another rank than the config. "
             f"{received(shapes=[each.shape for each in large], r=rank)}"
         )
-    return Addition(_Sized(sizes, rank, config.alpha(module), split), values)
+    form = _Sized(sizes, rank, config.alpha(module), split, config.output_dropout)
+    return Addition(form, (*values, *_state_of(form.dropout)))
 
 
 def turned_there(window: Shape, *, whole: bool) -> bool:
@@ -246,8 +254,8 @@ def turned_there(window: Shape, *, whole: bool) -> bool:
 class _Sized(Kronecker):
     """A Kronecker product with the sizes that a file has."""
 
-    def __init__(self, sizes: Sizes, rank: int, alpha: float, split: int) -> None:
-        super().__init__(rank, alpha, None, split, None, None)
+    def __init__(self, sizes: Sizes, rank: int, alpha: float, split: int, dropout: OutputDropout) -> None:
+        super().__init__(rank, alpha, None, split, None, None, dropout)
         self._sizes = sizes
 
     def sizes(self, rows: Shape, columns: Shape) -> Sizes:

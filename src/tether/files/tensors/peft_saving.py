@@ -43,7 +43,7 @@ from tether.files.tensors.peft_tensors import (
 from tether.files.tensors.safetensors import write_tensors
 from tether.forms.boft import butterfly_of
 from tether.forms.dora import lengths_of
-from tether.forms.dropout import rate_of
+from tether.forms.dropout import OutputDropout, output_dropout_of, rate_of
 from tether.forms.fourier import waves_of
 from tether.forms.full import whole_of
 from tether.forms.hadamard import pairs_of
@@ -127,6 +127,7 @@ class _Writing:
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
         self.dropouts: dict[str, float] = {}
+        self.output_dropouts: dict[str, OutputDropout] = {}
         self.dora: set[str] = set()
         self.whole: dict[tuple[str, str], Entry] = {}
         self.shifts: dict[str, Entry] = {}
@@ -154,6 +155,7 @@ class _Writing:
             raise _not_written(place, expression, found[1])
         if place.modules[0] in self.ranks:
             self.dropouts[place.modules[0]] = rate_of(found[0])
+            self.output_dropouts[place.modules[0]] = output_dropout_of(found[0])
 
     def _refuse_nameless(self, model: keras.Layer, names: Names, placed: set[str]) -> None:
         """Refuses to leave out a weight that the adapter changes, because no name is known for it."""
@@ -491,7 +493,10 @@ class _Writing:
                 use_dora=bool(self.dora), lora_bias=bool(self.shifts), trainable_token_indices=self.tokens or None
             )
         elif kind in ("LOHA", "LOKR"):
-            found.update(ranks)
+            dropout = commonest(self.output_dropouts, OutputDropout())
+            found.update(ranks, rank_dropout=dropout.outputs, module_dropout=dropout.whole)
+            if kind == "LOKR":
+                found["rank_dropout_scale"] = dropout.rescaled
         elif kind == "VERA":
             found["r"] = rank
         if kind in ("LORA", "VERA"):

@@ -11,7 +11,7 @@ import keras
 
 from tether import patterns
 from tether.errors import TetherError, UnknownName, received
-from tether.layers.family.named import ALL_LINEAR, Named, named_weights
+from tether.layers.family.named import Named, named_weights
 from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer
 from tether.patterns import Pattern
@@ -181,9 +181,6 @@ def _is_of_the_depth(weight: Named) -> bool:
     return len(weight.shape) == 1 and (of_norm or any(fnmatch.fnmatchcase(leaf, each) for each in _SCALES))
 
 
-_WORDS = (NORMS, ALL_LINEAR)
-
-
 def is_matrix(weight: Named) -> bool:
     """Whether a low-rank part can be smaller than the weight: no vector, nor the bias of several axes."""
     return len(weight.shape) > 1 and not weight.path.rpartition("/")[2].endswith("bias")
@@ -193,7 +190,7 @@ def chooses(pattern: Pattern, weight: Named) -> bool:
     """Whether patterns, of which some may be words, choose a weight; none choose nothing."""
     if pattern in ((), []):
         return False
-    return weight.fits(pattern, {NORMS: _is_of_the_depth(weight), ALL_LINEAR: weight.is_linear})
+    return weight.fits(pattern, {NORMS: _is_of_the_depth(weight)})
 
 
 def refuse_missed(pattern: Pattern, weights: Sequence[Named]) -> None:
@@ -203,7 +200,7 @@ def refuse_missed(pattern: Pattern, weights: Sequence[Named]) -> None:
         UnknownName: The first one.
     """
     for one in patterns.parts(pattern) if pattern not in ((), []) else ():
-        excluding = isinstance(one, str) and (one.startswith("!") or one in _WORDS)
+        excluding = isinstance(one, str) and (one.startswith("!") or one in (NORMS, patterns.ALL_LINEAR))
         if not excluding and not any(weight.fits(one) for weight in weights):
             raise UnknownName(
                 f"No weight of the blocks fits the pattern {one!r}. {patterns.missed(one, (w.name for w in weights))}"

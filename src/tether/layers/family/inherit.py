@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, overload
 
 import keras
 
-from tether import keras_seam
+from tether import keras_seam, patterns
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.form import LayerForm
 from tether.layers.family.fill import Provenance, Rule, check_rule, describe, filled
@@ -107,8 +107,8 @@ def inherit(
             form is one), or an expression, a number or an array.
         into: The child: a layer of another class, or a class that is made from the parent's config. Weights are
             matched by name; the others are the child's own. Left out, the child is of the parent's class.
-        share: Whether weights are shared: all, none, or those with one of these names or patterns. The others are
-            true copies, as start values.
+        share: Whether weights are shared: all, none, or those that a list of names and patterns means
+            (`tether.patterns`). The others are true copies, as start values.
         match: The parent's name for a name of the child's, where they differ.
         fill: What a copy of another size has where the parent has nothing: `"zeros"`, `"initializer"`, `"mean"`
             (of the parent's values along the axis that grew), or a function `(value, start) -> array`.
@@ -253,7 +253,12 @@ class _Heir:
         if isinstance(share, str) or not isinstance(share, Sequence):
             one = f", as in `share=[{share!r}]`" if isinstance(share, str) else ""
             raise TetherError(f"`share` is True, False or a list of names{one}. {received(share=share)}")
-        wanted = {weight.path for pattern in share for weight in select(self.child, self.mine, pattern)}
+        wanted = set(self.sources) if share and patterns.leaves_out(share[0]) else set()
+        for pattern in share:
+            if patterns.leaves_out(pattern):
+                wanted -= {weight.path for weight in select(self.child, self.mine, pattern[1:])}
+            else:
+                wanted |= {weight.path for weight in select(self.child, self.mine, pattern)}
         alone = sorted(wanted - set(self.sources))
         if alone:
             raise UnknownName(

@@ -40,14 +40,9 @@ class Named:
         return shape_of(self.variable)
 
     def fits(self, pattern: Pattern, words: Mapping[str, bool] | None = None) -> bool:
-        """Whether a name or pattern of paths means it, or one of the words that may stand for one."""
-        return patterns.fits(pattern, self.path, self.name, words=words)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is the matrix that inputs are multiplied with, as in Dense: what `"all-linear"` means."""
-        kinds = (keras.layers.Dense, keras.layers.EinsumDense)
-        return isinstance(self.layer, kinds) and self.variable.name == "kernel" and len(self.shape) > 1
+        """Whether a name or pattern of paths means it, or one of some more words that may stand for one."""
+        known = paths.words_of(self.layer, self.variable)
+        return patterns.fits(pattern, self.path, self.name, words={**known, **(words or {})})
 
 
 def named_weights(root: keras.Layer) -> list[Named]:
@@ -66,23 +61,13 @@ def names_apart(weights: Sequence[Named]) -> dict[str, str]:
     return {weight.path: weight.name if counts[weight.name] == 1 else weight.path for weight in weights}
 
 
-ALL_LINEAR = "all-linear"
-"""The word for all kernels of Dense and EinsumDense layers, those in attention included."""
-
-
 def select(root: keras.Layer, weights: list[Named], pattern: Pattern) -> list[Named]:
     """The weights that a name or pattern means: see `tether.patterns`.
 
     Raises:
         UnknownName: None.
     """
-    each = list(patterns.parts(pattern))
-    if ALL_LINEAR in each:
-        linear = [weight for weight in weights if weight.is_linear]
-        others = [one for one in each if one != ALL_LINEAR]
-        found = [weight for weight in linear if not others or weight.fits(["*", *others])]
-    else:
-        found = [weight for weight in weights if weight.fits(pattern)]
+    found = [weight for weight in weights if weight.fits(pattern)]
     if not found and patterns.is_exact(pattern):
         place = paths.locate(root, paths.split(pattern))
         found = [weight for weight in weights if weight.variable is place.variable]

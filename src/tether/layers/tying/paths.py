@@ -16,7 +16,8 @@ import keras
 
 from tether import keras_seam
 from tether.errors import UnknownName, Unsupported, received
-from tether.layers.tying.state import STATE, WEIGHTS, slots_of
+from tether.layers.tying.state import STATE, WEIGHTS, shape_of, slots_of
+from tether.patterns import ALL_LINEAR
 from tether.weights.weight import Weight
 
 Path = tuple[str, ...]
@@ -442,6 +443,13 @@ def _layers(
             canonical, name = held.child(child), (child.name,)
             below = path + canonical, names + name, mixed + (name if held.is_graph else canonical)
             yield from _layers(holdings, child, below, (*around, child))
+
+
+def words_of(layer: keras.Layer, variable: keras.Variable) -> dict[str, bool]:
+    """The words of `tether.patterns`, and whether each means a weight of a layer."""
+    kinds = (keras.layers.Dense, keras.layers.EinsumDense)
+    is_kernel = isinstance(layer, kinds) and variable.name == "kernel"
+    return {ALL_LINEAR: is_kernel and len(shape_of(variable)) > 1}
 
 
 def nothing_there(root: keras.Layer, path: Path, layer: keras.Layer, rest: Path) -> str:

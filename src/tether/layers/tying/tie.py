@@ -218,14 +218,17 @@ def by_path(layer: keras.Layer, given: Mapping[Any, Any], counterparts: Counterp
     exact = all(patterns.is_exact(key) or not isinstance(key, (str, re.Pattern, tuple)) for key in given)
     if exact and counterparts is None:
         return dict(given)
-    names = {"/".join(path): "/".join(name) for path, name, _, _ in paths.walk(layer)}
+    names: dict[str, str] = {}
+    words: dict[str, dict[str, bool]] = {}
+    for path, name, own, variable in paths.walk(layer):
+        names["/".join(path)], words["/".join(path)] = "/".join(name), paths.words_of(own, variable)
     sources: dict[Any, dict[str, Source]] = {}
 
     def choose(pattern: Any) -> Iterable[str]:
         if counterparts is not None and _is_origin(given.get(pattern)):
             sources[pattern] = counterparts.of(pattern, given[pattern])
             return sources[pattern]
-        chosen = [path for path, name in names.items() if patterns.fits(pattern, path, name)]
+        chosen = [path for path, name in names.items() if patterns.fits(pattern, path, name, words=words[path])]
         if not chosen and not patterns.is_exact(pattern):
             raise UnknownName(
                 f"No weight of {layer.name!r} fits the pattern {pattern!r}. {patterns.missed(pattern, names.values())}"
