@@ -24,11 +24,7 @@ the numbers. It needs keras-hub.
 """
 
 import argparse
-import ast
-import json
 import pathlib
-import re
-import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -41,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tether
+from _sentences import BATCH, Steps, documentation, encoder_inputs, read_encoder, tokens
 
 PACKAGES = ("asyncio", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "xml")
 HEAD = "classifier/*"
@@ -59,43 +56,9 @@ class Size:
 
 
 QUICK = Size(sentences=96, tests=64, epochs=1, length=24, rows=50)
-BATCH = 32
 
 
 # --------------------------------------------------------------------------- sentences
-
-
-def documentation(package):
-    """The sentences of 6 to 40 words in a package's docstrings, each once."""
-    found = {}
-    for file in sorted((pathlib.Path(sysconfig.get_path("stdlib")) / package).rglob("*.py")):
-        if "test" in file.parts:
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = " ".join((ast.get_docstring(node) or "").split())
-                for sentence in re.split(r"(?<=[.!?]) ", text):
-                    if 6 <= len(sentence.split()) <= 40:
-                        found[sentence] = None
-    return list(found)
-
-
-def word_pieces(text, vocabulary):
-    """The numbers of a text's pieces: the longest beginnings of each word that the vocabulary has."""
-    found = []
-    for word in re.findall(r"\w+|[^\w\s]", text.lower()):
-        start, pieces = 0, []
-        while start < len(word):
-            ends = range(len(word), start, -1)
-            names = ((end, ("##" if start else "") + word[start:end]) for end in ends)
-            end, piece = next(((end, name) for end, name in names if name in vocabulary), (0, None))
-            if piece is None:
-                pieces = [vocabulary["[UNK]"]]
-                break
-            pieces.append(vocabulary[piece])
-            start = end
-        found += pieces
-    return found
 
 
 @dataclass(frozen=True)
@@ -114,39 +77,16 @@ def read_sentences(vocabulary, size):
     for label, package in enumerate(PACKAGES):
         texts = documentation(package)
         for place in random.permutation(len(texts))[:each]:
-            pieces = word_pieces(texts[place], vocabulary)[: size.length - 2]
-            rows.append([vocabulary["[CLS]"], *pieces, vocabulary["[SEP]"]])
+            rows.append(tokens(texts[place], vocabulary, size.length))
             labels.append(label)
-    ids = np.array([row + [0] * (size.length - len(row)) for row in rows], "int32")
+    ids = np.array(rows, "int32")
     order = random.permutation(len(ids))
     ids, labels = ids[order], np.array(labels, "int32")[order]
-    inputs = {"token_ids": ids, "segment_ids": np.zeros_like(ids), "padding_mask": (ids != 0).astype("int32")}
-    first = slice(0, size.sentences), slice(size.sentences, None)
-    parts = [({name: value[part] for name, value in inputs.items()}, labels[part]) for part in first]
-    return Sentences(*parts)
+    halves = slice(0, size.sentences), slice(size.sentences, None)
+    return Sentences(*((encoder_inputs(ids[half]), labels[half]) for half in halves))
 
 
 # --------------------------------------------------------------------------- the encoder and its adapters
-
-
-def read_encoder(folder):
-    """KerasHub's BERT with the weights and the vocabulary of a folder."""
-    import keras_hub
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    encoder = keras_hub.models.BertBackbone(
-        vocabulary_size=config["vocab_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        hidden_dim=config["hidden_size"],
-        intermediate_dim=config["intermediate_size"],
-        max_sequence_length=config["max_position_embeddings"],
-        num_segments=config["type_vocab_size"],
-        name="bert_backbone",
-    )
-    tether.files.load_safetensors(encoder, folder / "model.safetensors", names="bert")
-    lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-    return encoder, {word: number for number, word in enumerate(lines)}
 
 
 def with_head(encoder):
@@ -182,26 +122,12 @@ WAYS = {
 # --------------------------------------------------------------------------- training
 
 
-class Steps(keras.callbacks.Callback):
-    """How long each step took."""
-
-    def __init__(self):
-        super().__init__()
-        self.seconds = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.begun = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.seconds.append(time.perf_counter() - self.begun)
-
-
 def train(model, sentences, size, rate):
     """Trains what is not frozen; the median time of a step."""
     model.compile(keras.optimizers.Adam(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     steps = Steps()
     model.fit(*sentences.train, batch_size=BATCH, epochs=size.epochs, verbose=0, callbacks=[steps])
-    return float(np.median(steps.seconds[1:] or steps.seconds))
+    return steps.median
 
 
 def outputs(model, inputs):

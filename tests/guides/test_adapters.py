@@ -1,15 +1,14 @@
 """The guide of six ways to fine-tune, on a small encoder with random weights: what its table says is so."""
 
 import io
-import string
 
-import keras
 import numpy as np
 import pytest
 from rich.console import Console
 
 import tether
 from guides import adapters
+from tests.guides.small_encoder import small_encoder
 
 LAYERS, WIDTH, KINDS = 2, 16, len(adapters.PACKAGES)
 HEAD = WIDTH * KINDS + KINDS
@@ -23,29 +22,10 @@ TRAINED = {
 }
 
 
-def small_encoder():
-    import keras_hub
-
-    keras.utils.set_random_seed(0)
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
-    words = ["the", "is", "of", "to", "event", "message", "widget", "test", "log", "process", "node", "request"]
-    vocabulary = {piece: number for number, piece in enumerate([*pieces, *words])}
-    encoder = keras_hub.models.BertBackbone(
-        vocabulary_size=len(vocabulary),
-        num_layers=LAYERS,
-        num_heads=2,
-        hidden_dim=WIDTH,
-        intermediate_dim=2 * WIDTH,
-        max_sequence_length=adapters.QUICK.length,
-        name="bert_backbone",
-    )
-    return encoder, vocabulary
-
-
 @pytest.fixture(scope="module")
 def quick():
     console = Console(width=110, file=io.StringIO())
-    encoder, vocabulary = small_encoder()
+    encoder, vocabulary = small_encoder(LAYERS, adapters.QUICK.length, WIDTH)
     before = [value.copy() for value in encoder.get_weights()]
     result = adapters.main(None, seeds=2, quick=True, console=console, encoder=(encoder, vocabulary))
     assert all(np.array_equal(a, b) for a, b in zip(before, encoder.get_weights(), strict=True))
@@ -82,14 +62,8 @@ def test_the_table_has_the_means_of_the_seeds(quick):
     assert "2 seed(s)" in " ".join(text.split()) and "half of DoRA" in " ".join(text.split())
 
 
-def test_a_text_is_cut_into_the_longest_pieces_that_are_known():
-    vocabulary = {"[UNK]": 1, "un": 2, "##known": 3, "##k": 4, "a": 5, "!": 6}
-    assert adapters.word_pieces("A unknown!", vocabulary) == [5, 2, 3, 6]
-    assert adapters.word_pieces("aunt", vocabulary) == [1]
-
-
 def test_no_sentence_is_both_learned_and_tested():
-    _, vocabulary = small_encoder()
+    _, vocabulary = small_encoder(LAYERS, adapters.QUICK.length, WIDTH)
     sentences = adapters.read_sentences(vocabulary, adapters.QUICK)
     assert len(sentences.train[1]) == 96 and len(sentences.test[1]) == 64
     rows = [set(map(tuple, part["token_ids"].tolist())) for part, _ in (sentences.train, sentences.test)]
