@@ -109,7 +109,7 @@ from tether.keras_seam.memory import (
     write,
     write_rows,
 )
-from tether.keras_seam.optimizers import RatedOptimizer
+from tether.keras_seam.optimizers import Origin, RatedOptimizer, move_slots
 from tether.keras_seam.private import (
     AutocastScope,
     Functional,
@@ -149,6 +149,7 @@ from tether.keras_seam.training import (
     before_change,
     before_freezing,
     is_given_what_trains,
+    keep_slots,
     note_new_use,
     notice_compiling,
 )
@@ -195,6 +196,7 @@ __all__ = [
     "AutocastScope",
     "Functional",
     "KerasSaveable",
+    "Origin",
     "RatedOptimizer",
     "Seeds",
     "Sequential",
@@ -265,6 +267,7 @@ __all__ = [
     "is_traced",
     "is_traced_for_a_compiler",
     "is_training_call",
+    "keep_slots",
     "layout_map",
     "list_parameters_again",
     "listed_variables",
@@ -277,6 +280,7 @@ __all__ = [
     "matmul",
     "may_differentiate",
     "mend_tf2onnx",
+    "move_slots",
     "multiply",
     "mutations",
     "name_scope",
