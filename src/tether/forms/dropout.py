@@ -70,7 +70,8 @@ class InputDropout(Node):
         if not isinstance(state, Weight):
             raise TypeError("The seeds of a dropout are no weight.")
         seeds = keras_seam.Seeds(state.variable, self.parameters["seeded"])
-        return keras.random.dropout(x, self.parameters["rate"], seed=seeds)
+        found, training = keras.random.dropout(x, self.parameters["rate"], seed=seeds), keras_seam.undecided_training()
+        return found if training is None else keras.ops.where(training, found, x)
 
 
 @keras.saving.register_keras_serializable(package="tether", name="SeedStart")

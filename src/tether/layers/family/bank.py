@@ -20,7 +20,6 @@ from tether.weights.expression import (
     Expression,
     Node,
     Shape,
-    StatefulNode,
     Step,
     as_expression,
     instead_of,
@@ -137,7 +136,7 @@ def zipped(options: Sequence[Expression], number: Expression) -> tuple[Expressio
             known[key] = Stack(_stacked(parts), parts)
         return _entry(known[key], found, number)
 
-    return rewritten(options[0], entry, _over), list(known.values())
+    return rewritten(options[0], entry), list(known.values())
 
 
 def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
@@ -147,15 +146,6 @@ def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression
     if table != list(range(len(stack.parts))):
         number = Gather(Constant.of(np.array(table, "int32")), number)
     return Gather(stack.weight, number)
-
-
-def _over(node: Node, operands: list[Expression]) -> Expression:
-    if isinstance(node, StatefulNode):
-        raise Unsupported(
-            f"{node.notation()} keeps a state for each of its weights, which cannot be stacked. Use it on the "
-            "whole, as in `form(bank)`, or leave it out."
-        )
-    return type(node)(*operands, **node.parameters)
 
 
 def _refuse_other_form(
@@ -342,7 +332,7 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
             table = tables[stacked]
             return parts[stacked][number if table is None else table[number]]
 
-        found.append(rewritten(root, own, _over))
+        found.append(rewritten(root, own))
     origins = {
         id(part.variable): keras_seam.Origin((weight.variable,), _Entry(place))
         for weight, entries in parts.items()
