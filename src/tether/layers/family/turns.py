@@ -102,7 +102,7 @@ class Turns:
     def _halted(self, kept: dict[str, Nested], x: Tensor, y: Tensor, place: Tensor) -> tuple[Nested, dict[str, Nested]]:
         layer, left = self.layer, kept["left"]
         assert layer.halt is not None
-        runs = keras.ops.greater(left, 0)
+        runs = keras.ops.greater(left, 0.0)
         chance = keras.ops.cast(layer.halt(y), left.dtype)
         is_last = keras.ops.logical_or(
             keras.ops.greater_equal(chance, left * (1 - 0.01)), keras.ops.equal(place, self.turns - 1)
@@ -321,4 +321,6 @@ def _put_first(whole: Tensor, first: Tensor) -> Nested:
 
 
 def _all_zero(value: Tensor) -> bool:
-    return keras_seam.is_concrete(value) and not keras.ops.convert_to_numpy(value).any()
+    """Whether nothing is left of a tensor that can be read; a converter of PyTorch's has no numbers either."""
+    can_be_read = keras_seam.is_concrete(value) and not keras_seam.is_compiling()
+    return can_be_read and not keras.ops.convert_to_numpy(value).any()
