@@ -982,6 +982,42 @@ def test_a_snapshot_is_the_same_until_somebody_writes():
         assert keras_seam.is_same_snapshot(take(), take())
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_slots_move_to_other_variables_and_the_optimizer_goes_on(scaled):
+    layer, other = dense(), dense()
+    inner = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    inner.exclude_from_weight_decay([layer.kernel])
+    optimizer = keras.optimizers.LossScaleOptimizer(inner) if scaled else inner
+    optimizer.build([layer.kernel, layer.bias])
+    for slot in (slot for slots in keras_seam.optimizer_slots(optimizer).values() for _, slot in slots):
+        slot.assign(keras.ops.full(slot.shape, 2.0))
+    kept = {id(slot) for _, slot in keras_seam.optimizer_slots(optimizer)[id(layer.bias)]}
+    origin = keras_seam.Origin((layer.kernel,), lambda slots: slots[0] * 3)
+    variables = [layer.bias, other.kernel]
+    assert not keras_seam.move_slots(optimizer, [layer.bias, other.bias], {id(other.kernel): origin})
+    assert [id(v) for v in keras_seam.optimized_variables(optimizer)] == [id(layer.kernel), id(layer.bias)]
+    inner._use_weight_decay(layer.kernel)  # which is remembered
+    assert keras_seam.move_slots(optimizer, variables, {id(other.kernel): origin})
+    assert [id(v) for v in keras_seam.optimized_variables(optimizer)] == [id(layer.bias), id(other.kernel)]
+    found = keras_seam.optimizer_slots(optimizer)
+    assert {id(slot) for _, slot in found[id(layer.bias)]} == kept
+    assert {name for name, _ in found[id(other.kernel)]} == {"momentums", "velocities"}
+    for _, slot in found[id(other.kernel)]:
+        np.testing.assert_array_equal(slot.numpy(), np.full((2, 3), 6.0))
+    slots = {id(slot) for of in found.values() for _, slot in of}
+    assert slots == {id(v) for v in optimizer.variables if v.shape != ()}
+    assert not inner._use_weight_decay(other.kernel) and inner._use_weight_decay(layer.bias)
+    fresh = type(optimizer).from_config(optimizer.get_config())
+    fresh.build(variables)
+    assert [v.shape for v in optimizer.variables] == [v.shape for v in fresh.variables]
+    assert optimizer._tracker.config["variables"][1] is optimizer._variables
+    before = other.kernel.numpy()
+    inner.apply([keras.ops.ones(3), keras.ops.ones((2, 3))], variables)
+    assert not np.array_equal(other.kernel.numpy(), before)
+    extra = optimizer.add_variable((), name="more")
+    assert any(extra is v for v in optimizer.variables)
+
+
 def test_a_snapshot_sees_what_an_optimizer_writes():
     layer = dense()
     model = model_of(layer)
@@ -1798,7 +1834,9 @@ def test_tether_defines_no_private_method_of_keras_again_but_those_that_are_list
             if any(name in vars(base) for base in theirs):
                 found.add(name)
     # The list of sub-layers is an attribute of Keras's instances, and hidden methods are those of another backend.
-    assert found | {"_layers", "_trackable_children", "_parallel_update_step"} == set(private.OVERRIDDEN)
+    assert found | {"_layers", "_trackable_children", "_parallel_update_step", "_default_save_signature"} == set(
+        private.OVERRIDDEN
+    )
 
 
 def below(cls):

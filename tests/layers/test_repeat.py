@@ -617,10 +617,12 @@ def test_untie_and_materialize_say_to_take_the_turns_apart_and_change_nothing():
     assert not any(isinstance(layer, (tether.Weight, tether.Repeat)) for layer in plain._flatten_layers())
 
 
-def test_a_dropout_of_a_part_draws_other_numbers_at_each_turn():
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_dropout_of_a_part_draws_other_numbers_at_each_turn(remat):
     found = {}
     for unroll in (False, True):
-        model, _ = model_of(unroll, vary={"dense/kernel": tether.low_rank(2, dropout=0.5, seed=5)})
+        vary = {"dense/kernel": tether.low_rank(2, dropout=0.5, seed=5)}
+        model, _ = model_of(unroll, vary=vary, remat=remat and not unroll)
         model.compile(keras.optimizers.SGD(0.05), "mse")
         model.fit(rows, targets, batch_size=3, epochs=2, verbose=0, shuffle=False)
         found[unroll] = values(model)

@@ -9,6 +9,7 @@ import pytest
 import tether
 from tests.layers.test_sharing_layers import BLOCK, STACKS, Block, Stack, built, distinct, functional, snapshot, x
 from tests.support import assert_close, gradients, numpy
+from tether import keras_seam
 from tether.errors import LostTie, ShapeMismatch, TetherError, UnknownName, Unsupported
 from tether.layers.tying.state import View
 
@@ -266,16 +267,52 @@ def test_the_gradient_is_the_sum_over_uses():
         np.testing.assert_allclose(gradient, total, rtol=1e-3, atol=1e-3 * np.abs(total).max())
 
 
-def test_a_compiled_model_asks_to_compile_again():
+@pytest.mark.parametrize("values", ["mean", tether.low_rank(1)], ids=["mean", "low rank"])
+def test_a_compiled_model_asks_to_compile_again_after_other_values(values):
     model = functional()
     model.compile("adam", "mse")
     model.fit(x(), x(1), verbose=0)
-    tether.share_depth(model, blocks="block_*")
+    tether.share_depth(model, blocks="block_*", values=values)
     with pytest.raises(TetherError, match="compile"):
         model.fit(x(), x(1), verbose=0)
     model.compile("adam", "mse")
     model.fit(x(), x(1), verbose=0)
     assert len(set(map(id, model.optimizer.variables))) == 2 + 2 * len(model.trainable_weights)
+
+
+@pytest.mark.parametrize("pattern", ["all", "cycle:2"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: keras.optimizers.Adam(0.01), lambda: keras.optimizers.SGD(0.01, momentum=0.9)],
+    ids=["Adam", "momentum"],
+)
+def test_a_compiled_model_goes_on_with_the_slots_of_the_weights_that_are_left(make, pattern):
+    model = functional()
+    model.compile(make(), "mse")
+    model.fit(x(), x(1), epochs=2, verbose=0)
+    before = slots(model)
+    tether.share_depth(model, pattern, blocks="block_*")
+    after = slots(model)
+    assert set(after) == {w.path for w in model.trainable_weights} and len(after) < len(before)
+    for path, kept in after.items():
+        assert kept
+        for name, value in kept.items():
+            np.testing.assert_array_equal(value, before[path][name])
+    model.fit(x(), x(1), verbose=0)
+    steps = model.optimizer.iterations
+    assert int(keras.ops.convert_to_numpy(steps)) == 3
+    assert all(
+        not np.array_equal(slots(model)[path][name], after[path][name]) for path in after for name in after[path]
+    )
+
+
+def slots(model):
+    """What the optimizer keeps, by the paths of the weights."""
+    known = {id(v): v.path for v in keras_seam.optimized_variables(model.optimizer)}
+    kept = keras_seam.optimizer_slots(model.optimizer)
+    return {
+        known[key]: {name: np.array(keras.ops.convert_to_numpy(slot)) for name, slot in of} for key, of in kept.items()
+    }
 
 
 @pytest.mark.parametrize("values", ["first", "mean", tether.low_rank(1)], ids=["first", "mean", "low rank"])

@@ -66,7 +66,9 @@ class InputDropout(Node):
 
     def dropped(self, x: Tensor) -> Tensor:
         """An input with a share of its numbers zero and the others larger for it; every call draws others."""
-        return keras.random.dropout(x, self.parameters["rate"], seed=_seeds(self.operands[1], self.parameters))
+        found = keras.random.dropout(x, self.parameters["rate"], seed=_seeds(self.operands[1], self.parameters))
+        training = keras_seam.undecided_training()
+        return found if training is None else keras.ops.where(training, found, x)
 
 
 @register
@@ -106,7 +108,11 @@ class DropMask(Node):
         kept = self._kept(shape, outputs)
         if self.parameters["rescaled"] and outputs:
             kept = kept * math.prod(shape) / keras.ops.maximum(keras.ops.sum(kept), 1.0)  # zero if none is kept
-        return cast_to_scope(kept * self._kept(tuple(1 for _ in shape), self.parameters["whole"]))
+        found = kept * self._kept(tuple(1 for _ in shape), self.parameters["whole"])
+        training = keras_seam.undecided_training()
+        return cast_to_scope(
+            found if training is None else keras.ops.where(training, found, keras.ops.ones_like(found))
+        )
 
     def _kept(self, shape: Shape, rate: float) -> Tensor:
         """One where a number is kept, and zero where it is dropped; by Keras's dropout, which compilers know."""

@@ -29,7 +29,8 @@ from tether.forms.form import (
     widened,
 )
 from tether.types import Config, Tensor
-from tether.weights.expression import Expression, Shape, StatefulNode, Stored, Term, register
+from tether.weights.expression import Expression, Shape, StatefulNode, Term, register
+from tether.weights.operators.indexing import Gather
 from tether.weights.weight import Weight
 
 __all__ = ["spectral_norm"]
@@ -62,20 +63,20 @@ class SpectralNorm(Float32Node, StatefulNode):
                 f"A spectral norm is that of a matrix, with a vector of its columns and one of its rows. "
                 f"{received(matrix=matrix, u=u, v=v)}"
             )
-        if not all(isinstance(operand, Weight) for operand in self.operands[1:]):
-            raise InvalidConfig("The vectors of a spectral norm are weights, which a training call can advance.")
+        if not all(isinstance(operand, (Weight, Gather)) for operand in self.operands[1:]):
+            raise InvalidConfig(
+                "The vectors of a spectral norm are weights, which a training call can advance, or entries of stacked "
+                "ones."
+            )
         return matrix
 
-    def advance(self, *values: Tensor) -> dict[Stored, Tensor]:
+    def advance(self, *values: Tensor) -> dict[int, Tensor]:
         """Some rounds of the power iteration."""
         matrix, u, v = (keras.ops.stop_gradient(widened(value)) for value in values)
         for _ in range(self.parameters["iterations"]):
             u = self._unit(keras.ops.matmul(v, matrix))
             v = self._unit(keras.ops.matmul(matrix, u))
-        _, first, second = self.operands
-        assert isinstance(first, Weight)
-        assert isinstance(second, Weight)
-        return {first: u, second: v}
+        return {1: u, 2: v}
 
     def _unit(self, vector: Tensor) -> Tensor:
         norm = keras.ops.sqrt(keras.ops.sum(keras.ops.square(vector)))

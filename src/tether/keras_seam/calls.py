@@ -36,9 +36,49 @@ def call_owners() -> list[object]:
 
 
 def is_training_call() -> bool:
-    """Whether the outermost call in progress was told to train."""
+    """Whether the outermost call in progress was told to train, or may train: see `undecided_training`."""
+    value = _training()
+    return value is not None and (is_undecided(value) or bool(value))
+
+
+def undecided_training() -> Tensor | None:
+    """The tensor by which a graph is told whether the call trains, if nobody knows it while the graph is made."""
+    value = _training()
+    return value if is_undecided(value) else None
+
+
+def _training() -> Any:
     context = of_this_thread("current_call_ctx")
-    return bool(context is not None and context.get_value("training"))
+    return None if context is None else context.get_value("training")
+
+
+def is_undecided(value: object) -> bool:
+    """Whether something stands for a number that a graph is given later."""
+    if value is None or isinstance(value, (bool, int)):
+        return False
+    if _backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return isinstance(value, keras.KerasTensor) or (tf.is_tensor(value) and tf.is_symbolic_tensor(value))
+    return isinstance(value, keras.KerasTensor) or is_traced(value)
+
+
+def refuses_to_decide(error: BaseException) -> bool:
+    """Whether an error comes of Python asking for the number of something undecided; Keras may have hidden it."""
+    if _backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        kind: type[BaseException] = tf.errors.OperatorNotAllowedInGraphError
+    elif _backend.backend() == "jax":
+        import jax
+
+        kind = jax.errors.TracerBoolConversionError
+    else:
+        return False
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, kind):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None
 
 
 def set_mask(tensor: Tensor, mask: object) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import keras
 from keras import backend as _backend
 
+from tether.keras_seam.private import of_this_thread, set_in_this_thread
 from tether.types import Function, Nested, Tensor
 
 Step = Callable[[Nested, Nested, Nested], tuple[Nested, Nested]]
@@ -207,8 +208,19 @@ def _from_python(
     if remat:
         from torch.utils.checkpoint import checkpoint
 
+        context = of_this_thread("current_call_ctx")
+
+        def in_this_call(*given: Nested) -> Nested:
+            # A gradient computes it when the call is over: what asks whether it trains must hear the same.
+            before = of_this_thread("current_call_ctx")
+            set_in_this_thread("current_call_ctx", context)
+            try:
+                return step(*given)
+            finally:
+                set_in_this_thread("current_call_ctx", before)
+
         def run(*given: Nested) -> Nested:
-            return checkpoint(step, *given, use_reentrant=False)
+            return checkpoint(in_this_call, *given, use_reentrant=False)
 
     for place in range(length):
         carry, output = run(fixed, carry, tree.map_structure(lambda each, at=place: each[at], entries))

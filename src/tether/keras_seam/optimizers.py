@@ -1,19 +1,31 @@
-"""An optimizer whose learning rate differs from variable to variable.
+"""Optimizers: learning rates that differ from variable to variable, and slots that move to other variables.
 
 Every optimizer of Keras makes its step from a learning rate that it is given beside the gradient, so a factor on that
 rate is all that a variable of its own speed needs. It is given in two places: `update_step` of one variable, and on
 PyTorch, for the optimizers that step all variables at once, `_parallel_update_step`. Weight decay reads the rate
 itself.
+
+What an optimizer keeps for a variable stays in a list for each kind of slot, in the order of its variables. Where a
+weight takes the place of others, `move_slots` brings these lists to the new variables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import keras
 
-from tether.keras_seam.layers import set_untracked
+from tether.keras_seam.layers import (
+    decay_pattern,
+    forget_attribute,
+    inner_optimizer,
+    is_excluded_from_decay,
+    optimized_variables,
+    set_untracked,
+)
+from tether.keras_seam.variables import own_copy, raw_value
 from tether.types import Tensor
 
 _Base: Any = keras.Optimizer if TYPE_CHECKING else object
@@ -69,4 +81,156 @@ def _times(learning_rate: Tensor, factor: float) -> Tensor:
     return learning_rate if factor == 1.0 else keras.ops.multiply(learning_rate, factor)
 
 
-__all__ = ["RatedOptimizer"]
+# --------------------------------------------------------------------------- slots
+
+
+@dataclass(frozen=True)
+class Origin:
+    """From which variables a new one is made, and how a slot of it is made from one slot of each of these."""
+
+    variables: tuple[keras.Variable, ...]
+    value: Callable[[list[Tensor]], Tensor]
+
+
+def move_slots(optimizer: keras.Optimizer, variables: Sequence[keras.Variable], origins: Mapping[int, Origin]) -> bool:
+    """Lets an optimizer that is built go on with other variables, with what it has kept so far.
+
+    Args:
+        optimizer: A built optimizer, also one in a loss scale.
+        variables: What it steps from now on, in this order. A variable that it knows keeps its slots.
+        origins: Where the slots of the others come from, by the ids of the variables.
+
+    Returns:
+        Whether it goes on. It does not, and nothing is changed, if it does not know a variable or the origins of one,
+        if it keeps something that is not of the shape of its variable, or if it treats the origins of one variable
+        differently.
+    """
+    inner = inner_optimizer(optimizer)
+    known = optimized_variables(inner)
+    places = {id(variable): place for place, variable in enumerate(known)}
+    sources = [
+        Origin((variable,), lambda slots: slots[0]) if id(variable) in places else origins.get(id(variable))
+        for variable in variables
+    ]
+    found = [source for source in sources if source is not None and all(id(one) in places for one in source.variables)]
+    if len(found) < len(variables) or len(places) < len(known) or hasattr(inner, "optimizers"):
+        return False
+    try:
+        fresh = type(optimizer).from_config(optimizer.get_config())
+        fresh.build(list(variables))
+    except Exception:  # an optimizer of somebody else's, or one that asks for certain variables
+        return False
+    parts = [(inner, inner_optimizer(fresh))] + ([] if inner is optimizer else [(optimizer, fresh)])
+    plans = [_planned(old, new, list(variables), found, places) for old, new in parts]
+    excluded = _excluded(inner, variables, found)
+    if excluded is None or any(plan is None for plan in plans):
+        return False
+    for (old, _), plan in zip(parts, plans, strict=True):
+        assert plan is not None
+        _carry_out(old, list(variables), *plan)
+    decays = getattr(inner, "_weight_decay_by_var_key", None)  # of Keras 3.16
+    if decays:
+        keys = [
+            (inner._var_key(variable), inner._var_key(source.variables[0]))
+            for variable, source in zip(variables, found, strict=True)
+        ]
+        set_untracked(inner, "_weight_decay_by_var_key", {new: decays[old] for new, old in keys if old in decays})
+    if hasattr(inner, "_exclude_from_weight_decay"):
+        set_untracked(inner, "_exclude_from_weight_decay", {inner._var_key(variable) for variable in excluded})
+    return True
+
+
+_OF_ALL = ("_variables", "_trainable_variables")
+
+
+def _planned(
+    old: Any,
+    new: Any,
+    variables: list[keras.Variable],
+    sources: list[Origin],
+    places: Mapping[int, int],
+) -> tuple[dict[str, list[Any]], list[keras.Variable]] | None:
+    """The lists of slots that an optimizer will have, and all of its variables in their order."""
+    replaced: dict[int, keras.Variable] = {}
+    lists: dict[str, list[Any]] = {}
+    for name, slots in vars(new).items():
+        before = vars(old).get(name)
+        if isinstance(slots, keras.Variable):
+            if not isinstance(before, keras.Variable) or before.shape != slots.shape:
+                return None
+            replaced[id(slots)] = before
+        elif name not in _OF_ALL and _is_of_slots(slots) and len(slots) == len(variables):
+            if not isinstance(before, list) or len(before) != len(places):
+                return None
+            moved: list[Any] = []
+            for variable, slot, source in zip(variables, slots, sources, strict=True):
+                of = [before[places[id(one)]] for one in source.variables]
+                if any(isinstance(each, keras.Variable) is not isinstance(slot, keras.Variable) for each in of):
+                    return None
+                if id(variable) in places:
+                    moved.append(of[0])
+                elif isinstance(slot, keras.Variable):
+                    alike = all(each.shape == one.shape for each, one in zip(of, source.variables, strict=True))
+                    if not alike or slot.shape != variable.shape:
+                        return None
+                    slot.assign(source.value([own_copy(raw_value(each)) for each in of]))
+                    moved.append(slot)
+                else:
+                    moved.append(slot)
+                if isinstance(slot, keras.Variable):
+                    replaced[id(slot)] = moved[-1]
+            lists[name] = moved
+    if any(id(variable) not in replaced for variable in new._variables):
+        return None
+    return lists, [replaced[id(variable)] for variable in new._variables]
+
+
+def _is_of_slots(value: object) -> bool:
+    return isinstance(value, list) and all(each is None or isinstance(each, keras.Variable) for each in value)
+
+
+def _excluded(
+    optimizer: Any, variables: Sequence[keras.Variable], sources: Sequence[Origin]
+) -> list[keras.Variable] | None:
+    """The variables that were given as ones that do not decay; `None` where origins of one are stepped differently."""
+    pattern, found = decay_pattern(optimizer), []
+    decays = getattr(optimizer, "_weight_decay_by_var_key", None) or {}
+
+    def treated(variable: keras.Variable) -> tuple[float, bool]:
+        rate = optimizer.factor_of(variable) if isinstance(optimizer, RatedOptimizer) else 1.0
+        return rate, pattern is not None and pattern.search(variable.name) is not None
+
+    for variable, source in zip(variables, sources, strict=True):
+        ways = {
+            (treated(one), is_excluded_from_decay(optimizer, one), decays.get(optimizer._var_key(one)))
+            for one in source.variables
+        }
+        way, is_given, _ = ways.pop()
+        if ways or way != treated(variable):
+            return None
+        if is_given:
+            found.append(variable)
+    return found
+
+
+def _carry_out(
+    optimizer: Any, variables: list[keras.Variable], lists: Mapping[str, list[Any]], every: list[keras.Variable]
+) -> None:
+    """Gives an optimizer its new lists. TensorFlow has wrapped the old ones, and would not have them changed."""
+    tracker = optimizer._tracker
+    tracker.config["variables"] = (tracker.config["variables"][0], every)
+    tracker.stored_ids["variables"] = {id(variable) for variable in every}
+    places = {optimizer._var_key(variable): place for place, variable in enumerate(variables)}
+    new = {
+        **lists,
+        "_variables": every,
+        "_trainable_variables": variables,
+        "_trainable_variables_indices": places,
+        "_exclude_from_weight_decay_cache": {},  # by ids, which new variables may have again
+    }
+    for name, value in new.items():
+        forget_attribute(optimizer, name)
+        set_untracked(optimizer, name, value)
+
+
+__all__ = ["Origin", "RatedOptimizer", "move_slots"]

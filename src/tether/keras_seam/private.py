@@ -28,6 +28,7 @@ OLDEST, NEWEST = (3, 13), (3, 15)
 OVERRIDDEN: dict[str, str] = {
     "_apply_weight_decay": "weights of another learning rate decay by it",
     "_check_quantize_args": "a weight quantises itself, though Keras knows it as no kind of layer that does",
+    "_default_save_signature": "TensorFlow calls a model inside of one that it saves, without the model's arguments",
     "_get_current_learning_rate": "weights of another learning rate decay by it",
     "_get_own_losses": "a tied layer adds the penalties on its uses to the losses of the model",
     "_layers": "a weight notices that a model is about to be quantised, before any layer is",

@@ -31,7 +31,8 @@ class Seeds(keras.random.SeedGenerator):
         """The present state as a seed; the state goes on."""
         value = self.state.value
         one = keras.ops.convert_to_tensor(np.array([0, 1]), dtype=self.state.dtype)
-        seed = keras.ops.cast(value, _dtype_of_seeds())  # now: what TensorFlow and PyTorch give is what is stored
+        # A copy: what TensorFlow and PyTorch give is what is stored, and a cast to its own dtype is none.
+        seed = keras.ops.copy(keras.ops.cast(value, _dtype_of_seeds()))
         self.state.assign(keras.ops.add(value, one))
         return seed
 

@@ -31,6 +31,7 @@ from tether.keras_seam.frames import (
     saving_scope,
 )
 from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
+from tether.keras_seam.optimizers import Origin, move_slots
 from tether.types import Function, Tensor
 
 answers: dict[str, Function] = {}
@@ -139,6 +140,29 @@ def before_change(
         gate.is_stale = True
         if model is not adjusted:
             gate.resized += map(weakref.ref, resized)
+
+
+def keep_slots(origins: Mapping[int, Origin], gone: Iterable[keras.Variable] = ()) -> None:
+    """Called after a change: the optimizers of compiled models go on with what they keep for the weights, if they can.
+
+    An optimizer that cannot is left as it is, and its model asks to be compiled again.
+
+    Args:
+        origins: For variables that took the place of others, by their ids: of which.
+        gone: Variables that are stored no more, or in fewer models.
+    """
+    left = {id(variable) for variable in gone} | {id(one) for origin in origins.values() for one in origin.variables}
+    for model in list(_models) if left else ():
+        optimizer = vars(model).get("optimizer")
+        if not vars(model).get("compiled") or not _is_built(optimizer):
+            continue
+        known, now = {id(variable) for variable in optimized_variables(optimizer)}, model.trainable_variables
+        if known.isdisjoint(left) or not known - {id(variable) for variable in now} <= left:
+            continue
+        if move_slots(optimizer, now, origins):
+            gate = vars(model).get(_GATE)
+            if gate is not None and gate.trained is not None:
+                gate.trained = [weakref.ref(variable) for variable in now]
 
 
 def _is_concerned(model: keras.Model, changed: Mapping[int, object], *, again: bool) -> bool:

@@ -261,11 +261,14 @@ def _apply(node: Node, values: list[Tensor]) -> Tensor:
         if isinstance(operand, Argument) and isinstance(values[place], int) and place not in node.indices:
             values[place] = cast_to_scope(operand.tensor())
     if isinstance(node, StatefulNode) and _advances_now(node):
-        for weight, value in node.advance(*values).items():
-            weight.store(value)
-            for place, operand in enumerate(node.operands):
-                if operand is weight:  # the tensor itself: PyTorch's variable is written to again at the next turn
-                    values[place] = keras.ops.cast(value, keras_seam.plain_tensor(weight.value).dtype)
+        training = keras_seam.undecided_training()
+        for place, value in node.advance(*values).items():
+            if training is not None:
+                value = keras.ops.where(training, value, keras.ops.cast(values[place], value.dtype))
+            with keras_seam.AutocastScope(None):
+                node.operands[place].assign(value)
+            # The tensor itself: PyTorch's variable is written to again at the next turn.
+            values[place] = keras.ops.cast(value, keras_seam.tensor_dtype(values[place]))
     return node.compute(*values)
 
 

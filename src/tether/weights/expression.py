@@ -794,15 +794,16 @@ class Node(Expression):
 
 
 class StatefulNode(Node):
-    """An operator with state, which is some of its operands: weights that do not train.
+    """An operator with state, which is some of its operands: weights that do not train, or entries of their stack.
 
-    The state is advanced once for each outer call that trains, before the value is computed.
+    The state is advanced once for each outer call that trains, before the value is computed; in a `Repeat` once at
+    each turn.
     """
 
     __slots__ = ()
 
-    def advance(self, *values: Tensor) -> dict[Stored, Tensor]:
-        """The new state: a value for each weight that holds some, from the tensors of the operands."""
+    def advance(self, *values: Tensor) -> dict[int, Tensor]:
+        """The new state, from the tensors of the operands: a value for each operand that holds some, by its place."""
         raise TypeError(f"{type(self).__name__} does not say how its state goes on.")
 
 

@@ -20,6 +20,7 @@ from tether.atomic import written_beside
 from tether.errors import TetherError, Unsupported, received
 from tether.files.exporting import litert, onnx_files, saved_model, torch_program
 from tether.files.exporting.model import BATCHES, Asked, all_large, ask, held_out
+from tether.layers.family.turns import written_out
 from tether.planning import force
 from tether.types import Array
 
@@ -170,7 +171,10 @@ def _write(asked: Asked, written: ModuleType, beside: pathlib.Path, format: str)
 
 
 def _convert(asked: Asked, written: ModuleType, beside: pathlib.Path, format: str, held: list[keras.Variable]) -> None:
-    """Converts as the weights are planned, or if the converter cannot take that, with each weight built first."""
+    """Converts as the weights are planned and a `Repeat` is looped, or if the converter cannot take that, otherwise.
+
+    Then each weight is built before it is used, and turns are written out.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the converters: what holds of what they wrote is seen afterwards
@@ -179,7 +183,7 @@ def _convert(asked: Asked, written: ModuleType, beside: pathlib.Path, format: st
             except TetherError:
                 raise
             except Exception:
-                with force("materialize"):
+                with force("materialize"), written_out():
                     written.write(asked, beside, held)
     except TetherError:
         raise

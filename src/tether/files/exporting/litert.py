@@ -13,6 +13,7 @@ import numpy as np
 from tether.errors import Unsupported
 from tether.files.exporting.model import Asked, Runner
 from tether.files.exporting.saved_model import traced
+from tether.layers.family.turns import written_out
 from tether.layers.tying.state import numpy_of
 from tether.types import Array
 
@@ -34,7 +35,7 @@ def write(asked: Asked, path: pathlib.Path, held: list[keras.Variable]) -> None:
     module.serve = function
     if keras.backend.backend() == "tensorflow":
         module.stored = [variable.value for variable in asked.variables]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, written_out():  # a loop may ask for operations that LiteRT lacks
         tf.saved_model.save(module, folder, signatures={"serving_default": function.get_concrete_function()})
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS]

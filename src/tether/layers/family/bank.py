@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -19,7 +20,6 @@ from tether.weights.expression import (
     Expression,
     Node,
     Shape,
-    StatefulNode,
     Step,
     as_expression,
     instead_of,
@@ -41,6 +41,8 @@ def bank(expressions: Iterable[object], index: object) -> Expression:
     What is equal in all of them stays as it is. Where weights differ, they become one stacked weight, of the shape
     `(n, ...)`, which the index reads: an optimizer, a file and a compiled graph then see one weight in the place of n,
     however many there are. The weights that were stacked follow: wherever they are used, they are their entry of it.
+    The optimizer of a compiled model that has trained them goes on with the stack of what it kept for each, unless that
+    has another shape than the weights (Adafactor): then the model asks to be compiled again.
 
     Args:
         expressions: Weights or expressions of one form: they differ in their weights only, and these have the same
@@ -72,7 +74,11 @@ def bank(expressions: Iterable[object], index: object) -> Expression:
             f"The index of a bank is one whole number. {received(shape=number.shape, dtype=number.dtype)}"
         )
     found, stacks = zipped(options, number)
-    become_all(_followers(stacks))
+    origins = {
+        id(stack.weight.variable): keras_seam.Origin(tuple(part.variable for part in stack.parts), keras.ops.stack)
+        for stack in stacks
+    }
+    become_all(_followers(stacks), origins)
     return found
 
 
@@ -130,7 +136,7 @@ def zipped(options: Sequence[Expression], number: Expression) -> tuple[Expressio
             known[key] = Stack(_stacked(parts), parts)
         return _entry(known[key], found, number)
 
-    return rewritten(options[0], entry, _over), list(known.values())
+    return rewritten(options[0], entry), list(known.values())
 
 
 def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
@@ -140,15 +146,6 @@ def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression
     if table != list(range(len(stack.parts))):
         number = Gather(Constant.of(np.array(table, "int32")), number)
     return Gather(stack.weight, number)
-
-
-def _over(node: Node, operands: list[Expression]) -> Expression:
-    if isinstance(node, StatefulNode):
-        raise Unsupported(
-            f"{node.notation()} keeps a state for each of its weights, which cannot be stacked. Use it on the "
-            "whole, as in `form(bank)`, or leave it out."
-        )
-    return type(node)(*operands, **node.parameters)
 
 
 def _refuse_other_form(
@@ -288,7 +285,8 @@ def _followers(stacks: Iterable[Stack]) -> dict[Weight, Expression]:
 def unbank(expression: Expression, count: int | None = None) -> list[Expression]:
     """The expressions that a bank was made of, each with weights of its own again.
 
-    The stacked weights are no longer stored: the bank itself, wherever it is used, follows the new weights.
+    The stacked weights are no longer stored: the bank itself, wherever it is used, follows the new weights. So does
+    what the optimizer of a compiled model keeps for them, as in `bank`.
 
     Args:
         expression: A bank, or an expression with one or more in it, read by the same index.
@@ -334,9 +332,24 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
             table = tables[stacked]
             return parts[stacked][number if table is None else table[number]]
 
-        found.append(rewritten(root, own, _over))
-    become_all({weight: stack(entries) for weight, entries in parts.items()})
+        found.append(rewritten(root, own))
+    origins = {
+        id(part.variable): keras_seam.Origin((weight.variable,), _Entry(place))
+        for weight, entries in parts.items()
+        for place, part in enumerate(entries)
+    }
+    become_all({weight: stack(entries) for weight, entries in parts.items()}, origins)
     return found
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The slot of an entry, from the one of the stack."""
+
+    place: int
+
+    def __call__(self, slots: list[Tensor]) -> Tensor:
+        return slots[0][self.place]
 
 
 def _table(number: Expression) -> list[int] | None:

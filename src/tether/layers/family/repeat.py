@@ -296,7 +296,8 @@ class Repeat(keras.layers.Layer):
         Args:
             inputs: The first turn's first input.
             *args: More inputs, the same for each turn.
-            training: As for any layer.
+            training: As for any layer; or a bool tensor of shape `()`, also one whose value a compiled graph is given
+                later, if the block's layers take it (Keras's BatchNormalization and Dropout do not, in a graph).
             mask: The mask of the inputs, the same for each turn.
             times: Another number of turns: any, or up to those stored where turns have something of their own.
             **kwargs: More arguments of the block's call. Those named in `stacked` have an entry for each turn.
@@ -308,14 +309,27 @@ class Repeat(keras.layers.Layer):
         Raises:
             ShapeMismatch: The block changes the shape.
             TetherError: More turns than are stored.
+            Unsupported: A layer of the block asks in Python whether it trains, and `training` is a tensor of a graph.
         """
         turns = self.times if times is None else self._checked_turns(times)
+        if is_tensor(training) and not keras_seam.is_undecided(training) and not keras_seam.is_compiling():
+            training = bool(training)
         if mask is None:
             mask = keras_seam.mask_of(inputs)
         named = self._for_block(kwargs, training, mask)
         self._check_stacked(named, turns)
         run = Turns(self, turns, inputs, args, named, training, mask)
-        found = run.in_a_loop() if self._is_a_loop(turns, inputs) else run.one_by_one()
+        try:
+            found = run.in_a_loop() if self._is_a_loop(turns, inputs) else run.one_by_one()
+        except Exception as error:
+            if keras_seam.is_undecided(training) and keras_seam.refuses_to_decide(error):
+                raise Unsupported(
+                    f"`training` is a tensor here, of which a compiled graph learns later, and a layer of "
+                    f"{self.block.name!r} asks for it in Python, as Keras's BatchNormalization and Dropout do. Give "
+                    f"True or False to {self.name!r}, and compile the graph once for each. "
+                    f"{received(training=training)}"
+                ) from error
+            raise
         if self.compile_turn and not self.has_run:  # PyTorch would compile a block's first call, and again for the rest
             keras_seam.set_untracked(self, "has_run", True)
         return found

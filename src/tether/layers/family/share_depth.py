@@ -69,7 +69,8 @@ def share_depth(
     | `"sandwich"` | `ABBBBC` | the first and the last have their own |
 
     Norms, statistics and residual scales stay with each depth unless `keep` says otherwise; kernels, biases and tables
-    are shared. What of a block is frozen stays frozen. A model that is compiled has to be compiled again.
+    are shared. What of a block is frozen stays frozen. With the values of the first block a model that has been trained
+    goes on, with what its optimizer keeps for the weights that are left; otherwise it has to be compiled again.
 
     Args:
         layers: The blocks in their order; or a model, of which `blocks` chooses them. From the model, the ties are part
@@ -218,7 +219,7 @@ class _Sharing:
             for place in places
             for path in self.shared[place]
         }
-        before = self._count()
+        before, stored = self._count(), self._trained()
         roots = {id(block.root): block.root for block in self.blocks}
         with contextlib.ExitStack() as stack:
             for root in roots.values():
@@ -234,6 +235,9 @@ class _Sharing:
                     tie(roots[key], ties)
         for weight, value in means.items():
             weight.assign(value)
+        if self.values == "first":  # each weight that is left has its value, and so what optimizers keep for it
+            left = self._trained()
+            keras_seam.keep_slots({}, [variable for key, variable in stored.items() if key not in left])
         return self._report(places, old, before)
 
     def _of_group(
@@ -282,6 +286,10 @@ class _Sharing:
         form = copy.copy(self.values)
         form.rank = min(form.rank, math.prod(rows), math.prod(columns))
         return form.near(own, difference)
+
+    def _trained(self) -> dict[int, keras.Variable]:
+        """The variables of the blocks that train, by their ids."""
+        return {id(v): v for block in self.blocks for v in block.layer.trainable_variables}
 
     def _count(self) -> int:
         variables = {id(v): v for block in self.blocks for v in block.layer.weights}

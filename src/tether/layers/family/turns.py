@@ -69,7 +69,7 @@ class Turns:
         if keras_seam.tensor_dtype(y) != keras_seam.tensor_dtype(x):
             y = keras.ops.cast(y, x.dtype)
         if layer.skip_seeds is not None:
-            y = self._kept(x, y)
+            y = self._kept(x, y, named.get("training"))
         return y, more
 
     def _run(self, x: Tensor, args: Nested, named: Mapping[str, Nested], place: Tensor) -> Nested:
@@ -81,13 +81,14 @@ class Turns:
         asked = self.layer.has_run and self.layer.compile_turn and keras_seam.RUNS_FROM_PYTHON and not self.layer.remat
         return asked and not keras_seam.is_compiling()
 
-    def _kept(self, x: Tensor, y: Tensor) -> Nested:
+    def _kept(self, x: Tensor, y: Tensor, training: Tensor) -> Nested:
         rate = self.layer.skip_rate
         if not self.trains:
-            return keras.ops.add(x, keras.ops.multiply(keras.ops.subtract(y, x), 1 - rate))
+            return _weighed(x, y, 1 - rate)
         shape = (keras.ops.shape(x)[0], *(1,) * (len(x.shape) - 1))
         drawn = keras.random.uniform(shape, seed=self.layer.skip_seeds)
-        return keras.ops.where(keras.ops.greater_equal(drawn, rate), y, x)
+        found = keras.ops.where(keras.ops.greater_equal(drawn, rate), y, x)
+        return keras.ops.where(training, found, _weighed(x, y, 1 - rate)) if is_tensor(training) else found
 
     # ------------------------------------------------------------------ halting
 
@@ -101,7 +102,7 @@ class Turns:
     def _halted(self, kept: dict[str, Nested], x: Tensor, y: Tensor, place: Tensor) -> tuple[Nested, dict[str, Nested]]:
         layer, left = self.layer, kept["left"]
         assert layer.halt is not None
-        runs = keras.ops.greater(left, 0)
+        runs = keras.ops.greater(left, 0.0)
         chance = keras.ops.cast(layer.halt(y), left.dtype)
         is_last = keras.ops.logical_or(
             keras.ops.greater_equal(chance, left * (1 - 0.01)), keras.ops.equal(place, self.turns - 1)
@@ -199,12 +200,18 @@ class Turns:
         carry = {
             "place": keras.ops.convert_to_tensor(0, "int32"),
             "x": self.inputs,
-            "state": [keras_seam.raw_value(v) for v in carried],
+            "state": [self._kept_for_later(v) for v in carried],
             "loss": keras.ops.zeros((), "float32"),
             "kept": self._start(),
         }
         entries = {
-            "stacks": [_first(keras_seam.raw_value(weight.variable), self.turns) for weight in stacks.values()],
+            "stacks": [
+                _first(
+                    self._kept_for_later(weight.variable) if node in states else keras_seam.raw_value(weight.variable),
+                    self.turns,
+                )
+                for node, weight in stacks.items()
+            ],
             "stacked": self.stacked,
         }
         may_stop = bool(carry["kept"]) and not self.trains and not states
@@ -227,6 +234,11 @@ class Turns:
             layer.add_loss(carry["loss"])
         y = output["all"][0] if output["all"] else self._finish(carry["x"], carry["kept"])
         return (y, *output["more"]) if output["more"] else y
+
+    def _kept_for_later(self, variable: keras.Variable) -> Nested:
+        """The value of a state: PyTorch writes to it in place, and a turn that is computed again needs the old one."""
+        value = keras_seam.raw_value(variable)
+        return keras.ops.copy(value) if self.layer.remat and keras_seam.RUNS_FROM_PYTHON else value
 
     def _variables(self) -> list[Nested]:
         layer = self.layer
@@ -290,6 +302,10 @@ def entries_of(stacked: Mapping[str, Nested], place: int) -> dict[str, Nested]:
     return {name: keras.tree.map_structure(lambda each: each[place], value) for name, value in stacked.items()}
 
 
+def _weighed(x: Tensor, y: Tensor, share: float) -> Tensor:
+    return keras.ops.add(x, keras.ops.multiply(keras.ops.subtract(y, x), share))
+
+
 def _or(value: Tensor, other: Tensor) -> Nested:
     return other if value is None else value
 
@@ -305,4 +321,6 @@ def _put_first(whole: Tensor, first: Tensor) -> Nested:
 
 
 def _all_zero(value: Tensor) -> bool:
-    return keras_seam.is_concrete(value) and not keras.ops.convert_to_numpy(value).any()
+    """Whether nothing is left of a tensor that can be read; a converter of PyTorch's has no numbers either."""
+    can_be_read = keras_seam.is_concrete(value) and not keras_seam.is_compiling()
+    return can_be_read and not keras.ops.convert_to_numpy(value).any()

@@ -99,11 +99,15 @@ def _put(layer: keras.Layer, path: tuple[str, ...], value: object) -> None:
             setattr(layer, path[0], value)
 
 
-def become_all(new: Mapping[Weight, Expression]) -> list[keras.Layer]:
+def become_all(
+    new: Mapping[Weight, Expression], origins: Mapping[int, keras_seam.Origin] | None = None
+) -> list[keras.Layer]:
     """Lets weights be expressions of other weights from now on, which store their values, wherever they are used.
 
     Args:
         new: The expression of each, of its shape and dtype.
+        origins: From which variables those of the other weights are made, by their ids: optimizers of compiled models
+            go on with what they keep.
 
     Returns:
         The layers that use them.
@@ -117,6 +121,7 @@ def become_all(new: Mapping[Weight, Expression]) -> list[keras.Layer]:
             for slot in slots_of(layer):
                 slot.tie.expression = slot.view.expression
             hang_weights(layer)
+    keras_seam.keep_slots(origins or {})
     return list(layers.values())
 
 

@@ -314,6 +314,8 @@ def _make(base: type[keras.Layer], arguments: tuple[str, ...]) -> type:
         namespace["call"] = call
     if arguments:
         namespace.update(taking(base, arguments, call or base.call))
+        if hasattr(base, "_default_save_signature"):
+            namespace["_default_save_signature"] = None
     if not hasattr(base, "enable_lora"):
         namespace["enable_lora"] = _absent("enable_lora")
     if not hasattr(base, "_trackable_children"):

@@ -135,12 +135,17 @@ class Gather(_Entries):
         if isinstance(number, Argument) and number.default is None and number.key not in bindings():
             return [keras.ops.tile(entry, [size if place == axis else 1 for place in range(len(whole.shape))]), None]
         known: Any = number.bound() if isinstance(number, Argument) else number.value
-        if not isinstance(known, int):
-            if not keras_seam.is_concrete(known):
-                return None
-            known = int(keras.ops.convert_to_numpy(known))
         if not all(weight.is_built for weight in whole.weights_used()):
             return None
+        if not isinstance(known, int) and not keras_seam.is_concrete(known):  # of a graph: one that exists changes
+            now = keras.ops.convert_to_tensor(whole.value)
+            places = keras.ops.reshape(
+                keras.ops.arange(size, dtype="int32"), (size, *(1,) * (len(now.shape) - axis - 1))
+            )
+            number = keras.ops.cast(known, "int32")
+            number = keras.ops.where(keras.ops.less(number, 0), keras.ops.add(number, size), number)
+            return [keras.ops.where(keras.ops.equal(places, number), keras.ops.cast(entry, now.dtype), now), None]
+        known = known if isinstance(known, int) else int(keras.ops.convert_to_numpy(known))
         self._refuse_outside(np.array([known]), size)
         now = keras.ops.convert_to_tensor(whole.value)
         start = [0] * len(now.shape)
