@@ -51,6 +51,13 @@ class UnboundArgument(TetherError):
     """An expression with an argument was evaluated outside a call that binds it."""
 
 
+class ChosenForEach(UnboundArgument, NotImplementedError):
+    """A single value was asked for, and each example chooses a value of its own.
+
+    It is a `NotImplementedError` for Keras, which goes on with its own loop where a fused one cannot have such weights.
+    """
+
+
 class InvalidConfig(TetherError):
     """A serialised expression, weight or tie cannot be read, or must not be trusted."""
 

@@ -99,6 +99,10 @@ KINDS: dict[Any, Kind] = {
     keras.layers.LSTMCell: Kind(applier="lstm_cell"),
     keras.layers.GRUCell: Kind(applier="gru_cell"),
     keras.layers.SimpleRNNCell: Kind(applier="simple_cell"),
+    keras.layers.LayerNormalization: Kind(applier="normalization"),
+    keras.layers.RMSNormalization: Kind(applier="normalization"),
+    keras.layers.GroupNormalization: Kind(applier="normalization"),
+    keras.layers.BatchNormalization: Kind(applier="normalization"),
 }
 """A subclass is of the kind of the nearest class here, see `kind_of`."""
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import keras
 
 from tether import keras_seam
+from tether.errors import ShapeMismatch, Unsupported, received
 from tether.forms.dropout import InputDropout
 from tether.kinds import kind_of, letters_of
 from tether.layers.pieces import pieces_of
-from tether.layers.tying.state import View, state_of, views
+from tether.layers.tying.state import View, standing_in, state_of, views
 from tether.planning import control
 from tether.planning.alternatives import make_plan
 from tether.planning.control import Mode, Noted
@@ -22,8 +23,29 @@ from tether.planning.execution import Convolve, execute
 from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
 from tether.planning.products import Products, products
 from tether.types import Function, Tensor
-from tether.weights.evaluation import hold, release, remembers, without_what_is_off
+from tether.weights.each import (
+    bound_for_each,
+    choice_in,
+    for_options,
+    once,
+    rows,
+    weights_of_choice,
+    whole_rows,
+    without_bad,
+)
+from tether.weights.evaluation import (
+    Held,
+    evaluate,
+    held_for_each,
+    hold,
+    hold_for_each,
+    release,
+    remembers,
+    without_what_is_off,
+)
 from tether.weights.expression import Expression, Stored, is_view, live_weights
+from tether.weights.leaves import Choice, bind
+from tether.weights.operators.routing import is_option
 
 # --------------------------------------------------------------------------- calls by plan
 # The plan of one use: made at the first call of each kind, then kept with the view.
@@ -44,19 +66,20 @@ class Planner:
     def __init__(self, expression: Expression) -> None:
         self.expression = expression
         self.weights = expression.weights_used()
+        self.choice = choice_in(expression)
+        """The choice that the weight reads, which examples may make for themselves."""
         self._others: dict[Expression, Planner | None] = {}
         self._pieces: tuple[tuple[Planner, InputDropout | None], ...] | None = None
-        self._products: Products | None = None
+        self._products: dict[bool, Products] = {}
         self._plans: dict[Any, Plan] = {}
         self.numbers: dict[int, int] = {}
         """The numbers of the plans that a graph of `torch.compile` reads, by their ids: they are kept for it."""
 
-    @property
-    def products(self) -> Products:
-        """The weight as a sum of products."""
-        if self._products is None:
-            self._products = products(self.expression)
-        return self._products
+    def products(self, each: bool) -> Products:
+        """The weight as a sum of products; with all options, if each example chooses for itself."""
+        if each not in self._products:
+            self._products[each] = products(self.expression, each)
+        return self._products[each]
 
     @property
     def pieces(self) -> tuple[tuple[Planner, InputDropout | None], ...]:
@@ -84,17 +107,27 @@ class Planner:
         flags: tuple[bool, ...],
         mode: Mode,
         kept: bool,
+        chosen: tuple[int, bool],
     ) -> Plan:
         """The plan for calls of one kind, made at the first of them; `flags` say which weights train."""
-        key = (shape, dtype, training, live, flags, mode, kept, problem, settings)
+        key = (shape, dtype, training, live, flags, mode, kept, chosen, problem, settings)
         found = self._plans.get(key)
         if found is None:
             asked = problem(shape, *settings, training=training, itemsize=BYTES.get(dtype, 4))
+            if chosen[0]:
+                asked = replace(asked, chosen=chosen[0], mixed=chosen[1])
+                refuse_axes(asked)
 
             def trains(expression: Expression) -> bool:
                 return live and any(weight.trainable for weight in live_weights(expression))
 
-            found = make_plan(replace(asked, repeated=True) if kept else asked, self.products, trains, mode)
+            of_weight = self.products(chosen[0] > 0)
+            found = make_plan(replace(asked, repeated=True) if kept else asked, of_weight, trains, mode)
+            if chosen[0] and found.materializes:
+                raise Unsupported(
+                    f"{self.expression.notation()} cannot be chosen for each example: it has no plan for a "
+                    "layer of this kind. Make one choice for a call."
+                )
             if len(self._plans) >= MAX_KEPT:
                 self._plans.clear()
             self._plans[key] = found
@@ -142,9 +175,40 @@ def _count_of_pieces(number: int) -> int:
     return len(planner.pieces)
 
 
+def refuse_axes(problem: Problem) -> None:
+    """Refuses a choice whose axes are not those of examples.
+
+    Raises:
+        Unsupported: The weight is applied along an axis that the choice has, or the layer's output lacks it.
+    """
+    axes = problem.inputs[: problem.chosen]
+    if len(axes) < problem.chosen or any(axis in problem.kernel or axis not in problem.outputs for axis in axes):
+        rows = sum(1 for axis in problem.inputs if axis not in problem.kernel)
+        raise Unsupported(
+            f"A choice for each example has the leading axes of the layer's input, here {rows} at most: those that the "
+            f"weight is not applied along. {received(axes_of_choice=problem.chosen, input_shape=problem.sizes)}"
+        )
+
+
+def _chosen_now(choice: Choice | None, x: Tensor) -> tuple[int, bool]:
+    """How many axes the choice has that examples make for themselves, and whether they mix options."""
+    bound = None if choice is None else bound_for_each(choice)
+    if bound is None:
+        return 0, False
+    mixed = keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype))
+    sizes = tuple(bound.shape)[: len(bound.shape) - mixed]
+    for size, of_input in zip(sizes, x.shape, strict=False):
+        if isinstance(size, int) and isinstance(of_input, int) and size != of_input:
+            raise ShapeMismatch(
+                f"A choice for each example has the leading axes of the layer's input, {tuple(x.shape)}. "
+                f"{received(shape=tuple(bound.shape))}"
+            )
+    return len(sizes), mixed
+
+
 def _kind_of_call(
-    view: View, x: Tensor, weights: tuple[Stored, ...]
-) -> tuple[Shape, str, bool, bool, tuple[bool, ...], Mode, bool]:
+    view: View, x: Tensor, weights: tuple[Stored, ...], choice: Choice | None
+) -> tuple[Shape, str, bool, bool, tuple[bool, ...], Mode, bool, tuple[int, bool]]:
     """What tells calls with other plans apart, as plain values: the last arguments of `Planner.find`."""
     live = view.use.live
     training = control.assumed_training()
@@ -156,7 +220,7 @@ def _kind_of_call(
     # JAX has symbols for sizes that are not known yet, which cannot be compared.
     shape = tuple(size if isinstance(size, int) else None for size in x.shape)
     flags = tuple([weight.trainable for weight in weights]) if training and live else ()
-    return shape, view.dtype, training, live, flags, control.mode(), remembers()
+    return shape, view.dtype, training, live, flags, control.mode(), remembers(), _chosen_now(choice, x)
 
 
 def applied(
@@ -183,7 +247,7 @@ def applied(
             return None
         if whole is not None and keras_seam.is_training_call() and _count_of_pieces(view.number):
             return _by_pieces(view, x, None, problem, convolve, settings, whole)
-        kind = _kind_of_call(view, x, view.expression.weights_used())
+        kind = _kind_of_call(view, x, view.expression.weights_used(), choice_in(view.expression))
         plan = getattr(view, f"plan_{_number_of_plan(view.number, None, problem, settings, *kind)}")
     else:
         planner = planner_of(view)
@@ -196,7 +260,7 @@ def applied(
                 return None
         if whole is not None and _drops() and planner.pieces:
             return _by_pieces(view, x, planner, problem, convolve, settings, whole)
-        kind = _kind_of_call(view, x, planner.weights)
+        kind = _kind_of_call(view, x, planner.weights, planner.choice)
         plan = planner.find(problem, settings, *kind)
         control.note_plan(lambda: Noted(view.path, view.expression.notation(), kind[0], plan))
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
@@ -205,8 +269,51 @@ def applied(
 
 
 def _carried_out(view: View, plan: Plan, x: Tensor, convolve: Convolve | None) -> Tensor:
-    factors = [_value(view, factor, view.dtype, how) for factor, how in plan.reads]
+    if plan.chooses:
+        return execute(plan, x, _read_for_each(view, plan), convolve)
+    factors = [
+        None
+        if read is None
+        else _value(view, read[0].expression, view.dtype, read[1], once if read[0].how == "once" else evaluate)
+        for read in plan.reads
+    ]
     return execute(plan, x, factors, convolve)
+
+
+def _read_for_each(view: View, plan: Plan) -> list[Tensor]:
+    """The factors of a plan, as they are read where examples choose for themselves."""
+    choice = next(
+        choice_in(read[0].expression)
+        for read in plan.reads
+        if read is not None and read[0].how not in ("value", "once")
+    )
+    bound = None if choice is None else bound_for_each(choice)
+    if choice is None or bound is None:
+        raise TypeError("A plan for choices of examples was asked for where there are none.")
+    values: list[Tensor] = [None] * len(plan.reads)
+    options: list[int] = []
+    for place, read in enumerate(plan.reads):
+        if read is None:
+            continue
+        (expression, how), coded_as = (read[0].expression, read[0].how), read[1]
+        if how in ("value", "once"):
+            values[place] = _value(view, expression, view.dtype, coded_as)
+        elif how == "numbers":
+            values[place] = bound
+        elif how == "rows":
+            values[place] = _value(
+                view, expression, view.dtype, None, functools.partial(rows, choice=choice, bound=bound)
+            )
+        elif how in ("options", "table"):
+            values[place] = _value(view, expression, view.dtype, None, functools.partial(for_options, choice=choice))
+            options += [place] if how == "options" else []
+    kept, bad = without_bad([values[place] for place in options]) if options else ([], None)
+    for place, value in zip(options, kept, strict=True):
+        values[place] = value
+    for place, read in enumerate(plan.reads):
+        if read is not None and read[0].how == "weights":
+            values[place] = weights_of_choice(choice, bound, bad, view.dtype)
+    return values
 
 
 def _drops() -> bool:
@@ -235,7 +342,7 @@ def _by_pieces(
             piece, dropout = planner.pieces[place]
             expression, weights = piece.expression, piece.weights
         given = x if dropout is None or control.assumed_training() else dropout.dropped(x)
-        kind = _kind_of_call(view, given, weights)
+        kind = _kind_of_call(view, given, weights, choice_in(expression))
         if planner is None:
             plan = getattr(view, f"plan_{_number_of_plan(view.number, place, problem, settings, *kind)}")
         else:
@@ -249,11 +356,17 @@ def _by_pieces(
     return total
 
 
-def _value(view: View, factor: Expression, dtype: str, how: Coded | None) -> Tensor:
+def _value(
+    view: View,
+    factor: Expression,
+    dtype: str,
+    how: Coded | None,
+    read: Callable[[Expression], Tensor] = evaluate,
+) -> Tensor:
     """A factor as the view would read it: in the view's dtype, without a gradient if the use has none."""
     if how is not None:
         return Integers(keras_seam.plain_tensor(view.read(how.stored)), how, dtype)
-    value = keras_seam.plain_tensor(view.read(factor))
+    value = keras_seam.plain_tensor(view.read(factor, read))
     if keras_seam.tensor_dtype(value) != dtype:
         value = keras.ops.cast(value, dtype)
     return value if view.use.live else keras.ops.stop_gradient(value)
@@ -291,12 +404,48 @@ def _letters(part: str, extra: tuple[str, ...]) -> tuple[str, ...]:
 
 def _finished(layer: keras.Layer, y: Tensor) -> Tensor:
     if layer.bias is not None:
-        y = keras_seam.add(y, _tensor(layer.bias))
+        y = keras_seam.add(y, _beside(layer.bias, y))
     return y if layer.activation is None else layer.activation(y)
 
 
 def _tensor(weight: Tensor) -> Tensor:
     return weight.value if isinstance(weight, keras.Variable) else weight
+
+
+def chosen_for_each(view: object) -> tuple[View, Choice, Tensor] | None:
+    """A view whose weight examples choose for themselves now, the choice, and what it is bound to."""
+    if not isinstance(view, View) or is_view(view.expression):
+        return None
+    choice = choice_in(view.expression)
+    bound = None if choice is None else bound_for_each(choice)
+    return None if choice is None or bound is None else (view, choice, bound)
+
+
+def _beside(weight: Tensor, y: Tensor, own: Sequence[int] | None = None) -> Tensor:
+    """The value of a weight, so that it goes with a result: with an axis for each of the result's, if rows choose it.
+
+    Args:
+        weight: What the layer has as its weight.
+        y: The result.
+        own: The axes of the result that the weight has; left out, the last ones.
+    """
+    found = chosen_for_each(weight)
+    if found is None:
+        return _tensor(weight)
+    view, choice, bound = found
+    mixed = keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype))
+    axes, rank = len(bound.shape) - mixed, len(y.shape)
+    own = range(rank - len(view.shape), rank) if own is None else [axis % rank for axis in own]
+    _chosen_now(choice, y)
+    if axes > min(own):
+        raise Unsupported(
+            f"A choice for each example has the leading axes of the layer's input, up to those of {view.path}. "
+            f"{received(axes_of_choice=axes, weight_axes=tuple(own))}"
+        )
+    value = _value(view, view.expression, view.dtype, None, functools.partial(whole_rows, choice=choice, bound=bound))
+    value = keras.ops.cast(value, y.dtype)
+    sizes = [view.shape[list(own).index(axis)] if axis in own else 1 for axis in range(axes, rank)]
+    return keras.ops.reshape(value, (*keras.ops.shape(value)[:axes], *sizes))
 
 
 def _is_quicker_here(inputs: Tensor) -> bool:
@@ -309,7 +458,7 @@ def dense_call(base: type[keras.Layer]) -> Function:
 
     def call(self: keras.Layer, inputs: Tensor, training: object = None) -> Tensor:
         y = applied(self.kernel, inputs, dense_problem, whole=keras_seam.matmul)
-        if y is None and _is_quicker_here(inputs):
+        if y is None and (_is_quicker_here(inputs) or chosen_for_each(self.bias)):
             y = keras_seam.matmul(inputs, _tensor(self.kernel))
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
 
@@ -322,7 +471,7 @@ def einsum_dense_call(base: type[keras.Layer]) -> Function:
     def call(self: keras.Layer, inputs: Tensor, training: object = None) -> Tensor:
         einsum = functools.partial(keras.ops.einsum, self.equation)
         y = applied(self.kernel, inputs, einsum_problem(self.equation), whole=einsum)
-        if y is None and _is_quicker_here(inputs):
+        if y is None and (_is_quicker_here(inputs) or chosen_for_each(self.bias)):
             y = keras.ops.einsum(self.equation, inputs, self.kernel)
         return base.call(self, inputs, training=training) if y is None else _finished(self, y)
 
@@ -441,7 +590,8 @@ def _convolved(layer: keras.Layer, x: Tensor, operation: Any, depthwise: tuple[i
 
     sizes = (layer.strides, layer.kernel_size, layer.dilation_rate)
     settings = (*sizes, layer.padding == "valid", layer.data_format, depthwise is not None)
-    return applied(layer.kernel, x, convolution_problem, convolve, settings, whole)
+    y = applied(layer.kernel, x, convolution_problem, convolve, settings, whole)
+    return whole(x, _tensor(layer.kernel)) if y is None and layer.use_bias and chosen_for_each(layer.bias) else y
 
 
 def convolution_problem(
@@ -471,9 +621,12 @@ def convolution_problem(
 
 def _finished_convolution(layer: keras.Layer, y: Tensor, channels: int) -> Tensor:
     if layer.use_bias:
-        ones = (1,) * layer.rank
-        shape = (1, *ones, channels) if layer.data_format == "channels_last" else (1, channels, *ones)
-        y = keras.ops.add(y, keras.ops.reshape(layer.bias, shape))
+        ones, last = (1,) * layer.rank, layer.data_format == "channels_last"
+        if chosen_for_each(layer.bias):
+            y = keras.ops.add(y, _beside(layer.bias, y, [-1 if last else 1]))
+        else:
+            shape = (1, *ones, channels) if last else (1, channels, *ones)
+            y = keras.ops.add(y, keras.ops.reshape(layer.bias, shape))
     return y if layer.activation is None else layer.activation(y)
 
 
@@ -499,6 +652,13 @@ def _projected(cell: keras.Layer, x: Tensor, h: Tensor, training: object) -> tup
     )
 
 
+def _biases(bias: Tensor, y: Tensor) -> Tensor:
+    """The two biases of a cell with two, each so that it goes with a result."""
+    if not chosen_for_each(bias):
+        return bias
+    return keras.ops.moveaxis(_beside(bias, keras.ops.expand_dims(y, 1)), 1, 0)
+
+
 def lstm_cell_call(base: type[keras.Layer]) -> Function:
     """`LSTMCell.call` with its weight applied by plan, if that is cheaper."""
 
@@ -508,7 +668,7 @@ def lstm_cell_call(base: type[keras.Layer]) -> Function:
             return base.call(self, inputs, states, training=training)
         z = keras.ops.add(*found)
         if self.use_bias:
-            z = keras.ops.add(z, self.bias)
+            z = keras.ops.add(z, _beside(self.bias, z))
         i, f, new, o = keras.ops.split(z, 4, axis=-1)
         c = self.recurrent_activation(f) * states[1] + self.recurrent_activation(i) * self.activation(new)
         h = self.recurrent_activation(o) * self.activation(c)
@@ -528,7 +688,8 @@ def gru_cell_call(base: type[keras.Layer]) -> Function:
             return base.call(self, inputs, states, training=training)
         of_x, of_h = found
         if self.use_bias:
-            of_x, of_h = keras.ops.add(of_x, self.bias[0]), keras.ops.add(of_h, self.bias[1])
+            of_both = _biases(self.bias, of_x)
+            of_x, of_h = keras.ops.add(of_x, of_both[0]), keras.ops.add(of_h, of_both[1])
         x_update, x_reset, x_new = keras.ops.split(of_x, 3, axis=-1)
         h_update, h_reset, h_new = keras.ops.split(of_h, 3, axis=-1)
         update = self.recurrent_activation(x_update + h_update)
@@ -549,12 +710,56 @@ def simple_cell_call(base: type[keras.Layer]) -> Function:
             return base.call(self, sequence, states, training=training)
         h = keras.ops.add(*found)
         if self.bias is not None:
-            h = keras.ops.add(h, self.bias)
+            h = keras.ops.add(h, _beside(self.bias, h))
         if self.activation is not None:
             h = self.activation(h)
         return h, [h] if nested else h
 
     return call
+
+
+# --------------------------------------------------------------------------- normalizations
+# What a normalization multiplies with and adds, where examples choose it: the layer's own call has ones and zeros then.
+
+
+def normalization_call(base: type[keras.Layer]) -> Function:
+    """`call` of a normalization, with its scale and shift for each example where a choice says so."""
+
+    def call(self: keras.Layer, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scale, shift = getattr(self, "gamma", None), getattr(self, "beta", None)
+        if scale is None and isinstance(getattr(self, "scale", None), keras.Variable):
+            scale = self.scale  # of RMSNormalization
+        found = chosen_for_each(scale) or chosen_for_each(shift)
+        if found is None:
+            return base.call(self, inputs, *args, **kwargs)
+        _, choice, bound = found
+        axis = getattr(self, "axis", -1)
+        own = sorted(each % len(inputs.shape) for each in (axis if isinstance(axis, (list, tuple)) else [axis]))
+        with standing_in((view, number) for view, number in ((scale, 1.0), (shift, 0.0)) if isinstance(view, View)):
+            y = base.call(self, inputs, *args, **kwargs)
+        added = _along(shift, y, own) if isinstance(shift, keras.Variable) else 0.0
+        if chosen_for_each(scale):
+            y = y if isinstance(shift, View) else keras.ops.subtract(y, added)
+            y = keras.ops.add(keras.ops.multiply(y, _along(scale, y, own)), added)
+        else:
+            y = y if not isinstance(scale, View) else keras.ops.multiply(y, _along(scale, y, own))
+            y = keras.ops.add(y, added)
+        if choice.none is None or hasattr(self, "moving_mean") or keras_seam.is_float(keras_seam.tensor_dtype(bound)):
+            return y
+        with bind({choice: -1}):  # to the last bit
+            of_base = base.call(self, inputs, *args, **kwargs)
+        exists = is_option(bound, len(choice.choices))
+        exists = keras.ops.reshape(exists, (*keras.ops.shape(bound), *(1,) * (len(y.shape) - len(bound.shape))))
+        return keras.ops.where(exists, y, of_base)
+
+    return call
+
+
+def _along(weight: keras.Variable, y: Tensor, own: Sequence[int]) -> Tensor:
+    if chosen_for_each(weight):
+        return _beside(weight, y, own)
+    sizes = [weight.shape[own.index(axis)] if axis in own else 1 for axis in range(len(y.shape))]
+    return keras.ops.cast(keras.ops.reshape(_tensor(weight), sizes), y.dtype)
 
 
 # --------------------------------------------------------------------------- loops
@@ -568,7 +773,30 @@ def _hold(cell: keras.Layer) -> None:
         return
     casts = cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype)
     with keras_seam.AutocastScope(cell.compute_dtype) if casts else contextlib.nullcontext():
-        state.held = [entry for slot in state.slots for entry in slot.view.read(slot.view.expression, hold)]
+        state.held = [entry for slot in state.slots for entry in _held(slot.view)]
+
+
+def _held(view: View) -> list[Held]:
+    """What a loop reads of a weight: its value; or what it reads for each example, if these choose for themselves."""
+    found, planner = chosen_for_each(view), planner_of(view)
+    if found is None or planner is None:
+        return view.read(view.expression, hold)
+    _, choice, bound = found
+    parts = {factor.expression for term in planner.products(True).terms for factor in term.factors}
+    return [
+        entry
+        for part in parts
+        if choice_in(part) is not None
+        for entry in hold_for_each(("each", part), _rows_of(view, part, choice, bound))
+    ]
+
+
+def _rows_of(view: View, part: Expression, choice: Choice, bound: Tensor) -> Tensor:
+    """A factor for each example, in the view's dtype; as it is held, where that is."""
+    value = held_for_each(("each", part))
+    if value is None:
+        value = _value(view, part, view.dtype, None, functools.partial(rows, choice=choice, bound=bound))
+    return value
 
 
 def loop_hooks(base: type[keras.Layer]) -> dict[str, Any]:
@@ -618,6 +846,7 @@ APPLIERS: dict[str, Callable[[type], Function]] = {
     "lstm_cell": lstm_cell_call,
     "gru_cell": gru_cell_call,
     "simple_cell": simple_cell_call,
+    "normalization": normalization_call,
 }
 """By the names that they have in the table of kinds."""
 

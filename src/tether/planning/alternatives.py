@@ -10,10 +10,13 @@ from dataclasses import replace
 from tether.planning.contraction import Path, grouped, orders
 from tether.planning.control import Mode
 from tether.planning.cost import Draft, Machine, NoPlan, Value, machine
-from tether.planning.plan import ASSUMED_ROWS, MATERIALIZE, Alternative, Plan, Problem, coded
-from tether.planning.products import Labels, Products, Summand
+from tether.planning.plan import ASSUMED_ROWS, MATERIALIZE, Alternative, Plan, Problem, Reading, coded
+from tether.planning.products import Factor, Labels, Products, Summand
+from tether.weights.each import choice_in, is_read_only
 from tether.weights.expression import Expression, Node, program
+from tether.weights.leaves import Choice
 from tether.weights.operators.arithmetic import MatMul
+from tether.weights.operators.routing import Mask
 
 # --------------------------------------------------------------------------- convolutions
 # The steps of a convolution: channels mixed before it, the layer's own, channels mixed after it.
@@ -63,10 +66,12 @@ def _convolution(
     flat = tuple(label for axis in out for label in axis)
     later = set(flat).union(*(value.labels for value in after))
     of_core = {label for value in core for label in value.labels}
+    if of_core & search.rows:
+        raise NoPlan  # a kernel for each example
     # Channels mixed before the convolution: what of it the kernel sums over.
     channels = axes[channels_in]
     if before:
-        mixed = set(channels).union(*(value.labels for value in before))
+        mixed = set(channels).union(*(value.labels for value in before)) - search.rows
         channels = tuple(sorted(mixed & (of_core | later), reverse=True))
         wanted = tuple(
             label for letter in problem.inputs for label in (channels if letter == channels_in else axes[letter])
@@ -119,6 +124,8 @@ def _convolution(
 KEPT = 1.05
 """How many times faster a weight that is built has to be in training: each layer keeps its own until the gradient has
 been computed, so that all of them take the memory of a second model."""
+MAX_APART = 3
+"""Of so many terms that read a choice each may read it in another way; of more, all read it alike."""
 MAX_MERGED = 5
 """A sum of more terms is built whole or applied whole."""
 
@@ -141,9 +148,9 @@ def make_plan(
     """
     search = Search(problem, products, live, machine() if on is None else on)
     found: list[tuple[Alternative, Draft, Value]] = []
-    for merged in search.subsets():
+    for merged, ways in itertools.product(search.subsets(), search.ways()):
         try:
-            draft, output = search.draft(merged)
+            draft, output = search.draft(merged, ways=ways)
         except NoPlan:
             continue
         every = len(merged) == len(products.terms)
@@ -153,7 +160,7 @@ def make_plan(
     if mixed is not None:
         found.append(mixed[:3])
     alternatives = tuple(sorted((entry[0] for entry in found), key=lambda alternative: alternative.seconds))
-    if mode != "auto":
+    if mode != "auto" and not problem.chosen:
         found = [entry for entry in found if entry[0].name == mode]
     if not found:
         return replace(MATERIALIZE, alternatives=alternatives)
@@ -163,7 +170,7 @@ def make_plan(
     factors = tuple(search.places)
     plan = Plan(best.name, tuple(draft.steps), factors, output.register, best.seconds, alternatives)
     if mixed is not None and best is mixed[0]:
-        trained = tuple(place for place, factor in enumerate(factors) if live(factor))
+        trained = tuple(place for place, factor in enumerate(factors) if live(factor.expression))
         plan = replace(plan, gradient=mixed[-1], trained=trained)
     return plan
 
@@ -204,11 +211,49 @@ class Search:
             for letter, size in zip(free, problem.convolution.positions, strict=True):
                 self.letters[letter] = self.label(ASSUMED_ROWS if size is None else max(size, 1))
         self.rows = frozenset(self.letters.values())
-        self.places: dict[Expression, int] = {}
-        """The register of each factor."""
+        self.chosen = tuple(self.letters[letter] for letter in problem.inputs[: problem.chosen])
+        """The labels of the axes of the choice."""
+        self.choice: Choice | None = None
+        self.places: dict[Reading, int] = {}
+        """The register of each factor, in each way in which it may be read."""
         for term in products.terms:
             for factor in term.factors:
-                self.places.setdefault(factor.expression, len(self.places) + 1)
+                for reading in self._readings(factor.expression):
+                    self.places.setdefault(reading, len(self.places) + 1)
+        self.tables = {place for reading, place in self.places.items() if reading.how == "table"}
+        """The registers that have a table for each option, of which rows are picked."""
+        if self.choice is not None:
+            for how in ("weights", "numbers"):
+                self.places[Reading(self.choice, how)] = len(self.places) + 1
+
+    def _readings(self, expression: Expression) -> list[Reading]:
+        """In which ways a factor may be read."""
+        choice = choice_in(expression)
+        if choice is None:
+            return [Reading(expression)]
+        if not self.problem.chosen:
+            return [Reading(expression, "value" if isinstance(expression, Mask) else "once")]
+        self.choice = choice
+        if isinstance(expression, Mask):
+            return [Reading(expression, "rows")]
+        return [Reading(expression, "rows"), Reading(expression, "options"), Reading(expression, "table")]
+
+    def _of_choice(self, term: Summand) -> bool:
+        """Whether a term has a factor that is another one for each option: not only a mask."""
+        return any(Reading(factor.expression, "options") in self.places for factor in term.factors)
+
+    def ways(self) -> list[tuple[str, ...]]:
+        """How the terms that read the choice may read it: `"rows"`, an option for each; or `"options"`, all of them."""
+        count = sum(self._of_choice(term) for term in self.products.terms)
+        if not count:
+            return [()]
+        if self.problem.mixed:
+            return [("options",) * count]
+        if self.problem.lookup:
+            return [("rows",) * count]
+        if count > MAX_APART:
+            return [("rows",) * count, ("options",) * count]
+        return list(itertools.product(("rows", "options"), repeat=count))
 
     def label(self, size: int) -> int:
         """A label that no other axis has."""
@@ -220,6 +265,8 @@ class Search:
         """Which terms to build into one weight: none, any, all."""
         every = tuple(range(len(self.products.terms)))
         yield ()
+        if self.problem.chosen:
+            return
         if len(every) <= MAX_MERGED:
             for count in range(1, len(every)):
                 for subset in itertools.combinations(every, count):
@@ -234,7 +281,8 @@ class Search:
         size, is then computed for the sake of small parts.
         """
         problem = self.problem
-        if not problem.training or problem.lookup or problem.repeated or problem.convolution is not None:
+        special = problem.lookup or problem.repeated or problem.chosen or problem.convolution is not None
+        if not problem.training or special:
             return None
         trains = [any(self.live(factor.expression) for factor in term.factors) for term in self.products.terms]
         if all(trains) or not any(trains):
@@ -270,31 +318,39 @@ class Search:
         without: tuple[int, ...] = (),
         live: Callable[[Expression], bool] | None = None,
         input_live: bool = True,
+        ways: tuple[str, ...] = (),
     ) -> tuple[Draft, Value]:
-        """All steps, if these terms are built into one weight and those are left out."""
+        """All steps, if these terms are built into one weight and those are left out, and the choice is read so."""
         problem = self.problem
         trains = self.live if live is None else live
         draft = Draft(self.machine, self.sizes, problem.itemsize, problem.training, problem.repeated)
         rows = math.prod(ASSUMED_ROWS if size is None else size for size in problem.sizes)
         draft.give(rows, live=input_live and not problem.lookup, of_input=True, text="x")
-        for expression in self.places:
+        for reading in self.places:
+            expression = reading.expression
             flows = problem.training and trains(expression)
+            if reading.how not in ("value", "once"):
+                self._give(draft, reading, flows)
+                continue
             count = math.prod(expression.shape or ())
             text = expression.notation()
             taken_from = problem.lookup and coded(expression) is not None
             seconds = 0.0 if taken_from else self._evaluation(expression, flows)
             draft.give(count, live=flows, of_input=False, text=text, seconds=seconds)
+        of_choice = [index for index, term in enumerate(self.products.terms) if self._of_choice(term)]
+        way = dict(zip(of_choice, ways, strict=False))
         if self.grouping is not None:
             draft.reshape(Value(0, ()), "join", self.grouping.joined, (self.label(rows),))
-        terms = [term for index, term in enumerate(self.products.terms) if index not in (*merged, *without)]
+        terms = [index for index in range(len(self.products.terms)) if index not in (*merged, *without)]
         results: list[Value] = []
         if merged:
             draft, whole, weight = self._built(draft, [self.products.terms[index] for index in merged])
             draft, result = self._applied(draft, whole, (weight,))
             results.append(result)
-        for term in terms:
-            draft, result = self._applied(draft, term, self._values(term))
-            results.append(result)
+        for index in terms:
+            term = self.products.terms[index]
+            draft, result = self._applied(draft, term, self._values(term, draft, way.get(index, "rows")))
+            results.append(self._masked(draft, term, result))
         total = results[0]
         for result in results[1:]:
             total = draft.add(total, result)
@@ -306,8 +362,78 @@ class Search:
             total = draft.restore(total, self.grouping.restored)
         return draft, total
 
-    def _values(self, term: Summand) -> tuple[Value, ...]:
-        return tuple(Value(self.places[factor.expression], factor.labels) for factor in term.factors)
+    def _values(self, term: Summand, draft: Draft | None = None, way: str = "rows") -> tuple[Value, ...]:
+        """The factors of a term; what of them reads the choice has its axes, or one of options beside their weights."""
+        found: list[Value] = []
+        options: Labels = ()
+        for factor in term.factors:
+            expression, labels = factor.expression, factor.labels
+            place = self.places.get(Reading(expression)) or self.places.get(Reading(expression, "once"))
+            if place is not None:
+                found.append(Value(place, labels))
+                continue
+            if isinstance(expression, Mask):
+                continue
+            assert draft is not None and self.choice is not None
+            if way == "options" and not options:
+                options = (self.label(len(self.choice.choices)),)
+                found.append(Value(self._used(draft, Reading(self.choice, "weights")), (*self.chosen, *options)))
+            if way == "rows" and self._is_looked_up(term, factor):
+                found.append(Value(self._used(draft, Reading(expression, "table")), labels))
+            elif way == "rows":
+                found.append(Value(self._used(draft, Reading(expression, "rows")), self.chosen + labels))
+            else:
+                found.append(Value(self._used(draft, Reading(expression, "options")), options + labels))
+        return tuple(found)
+
+    def _masked(self, draft: Draft, term: Summand, value: Value) -> Value:
+        """The result of a term where its masks let it be, and zero elsewhere, whatever it is there."""
+        for factor in term.factors:
+            if isinstance(factor.expression, Mask) and self.chosen:
+                mask = self._used(draft, Reading(factor.expression, "rows"))
+                value = draft.mask(value, Value(mask, self.chosen))
+        return value
+
+    def _is_looked_up(self, term: Summand, factor: Factor) -> bool:
+        """Whether entries of a factor are looked up by the numbers in the layer's input."""
+        entries = term.axes[0] if self.problem.lookup else ()
+        return any(label in factor.labels for label in entries)
+
+    def _give(self, draft: Draft, reading: Reading, flows: bool) -> None:
+        """A register for what is read for each choice; what that costs counts where it is used."""
+        assert self.choice is not None
+        options, rows = len(self.choice.choices), draft.size(self.chosen)
+        of_one = 1 if reading.expression is self.choice else math.prod(reading.expression.shape or ())
+        count = {"rows": rows * of_one, "weights": rows * options, "numbers": rows}.get(reading.how, options * of_one)
+        text = reading.expression.notation()
+        text = {"options": f"{text} for all", "weights": f"[{text}]"}.get(reading.how, text)
+        live = flows or (reading.how == "weights" and self.problem.mixed)
+        draft.give(count, live=live, of_input=False, text=text)
+
+    def _used(self, draft: Draft, reading: Reading) -> int:
+        """The register of a reading, which is made now: its cost counts once."""
+        place = self.places[reading]
+        if place not in draft.made:
+            draft.made = draft.made | {place}
+            assert self.choice is not None
+            machine, moved = draft.machine, draft.bytes(place)
+            stack = len(self.choice.choices) * math.prod(reading.expression.shape or ()) * draft.itemsize
+            seconds = {
+                "rows": machine.elementwise(moved * machine.gather),
+                "options": machine.elementwise(2.0 * moved) + machine.start,
+                "weights": machine.elementwise(moved),
+            }.get(reading.how, 0.0)
+            if draft.registers[place].live:
+                seconds += machine.elementwise(moved + stack) if reading.how == "rows" else seconds
+            if not (isinstance(reading.expression, (Mask, Choice)) or is_read_only(reading.expression)):
+                per = (
+                    min(draft.size(self.chosen), len(self.choice.choices))
+                    if reading.how == "rows"
+                    else len(self.choice.choices)
+                )
+                seconds += per * self._evaluation(reading.expression, draft.registers[place].live)
+            draft.given += 0.0 if draft.repeated else seconds
+        return place
 
     def _size_of(self, letter: str) -> int:
         if letter in self.letters:
@@ -445,6 +571,13 @@ class Search:
             x = draft.reshape(x, "split", detail, labels)
         return draft, x, axes
 
+    def _picked(self, draft: Draft, table: Value, ids: Value, label: int) -> Value:
+        """The entries of an option's table: each of the option that its example has chosen."""
+        assert self.choice is not None
+        numbers = Value(self._used(draft, Reading(self.choice, "numbers")), self.chosen)
+        other = float("nan") if self.choice.none is None else 0.0
+        return draft.pick(table, ids, numbers, label, other)
+
     def _looked_up(
         self, draft: Draft, term: Summand, axes: dict[str, Labels], factors: tuple[Value, ...]
     ) -> tuple[Draft, Value]:
@@ -464,7 +597,10 @@ class Search:
                     # The first digit counts on, so that a number beyond the end stays beyond it.
                     first = mine[0] == entries[0]
                     digits = draft.digit(ids, draft.size(after), None if first else self.sizes[mine[0]])
-                value, found = draft.take(value, digits, mine[0]), True
+                if value.register in self.tables:
+                    value, found = self._picked(draft, value, digits, mine[0]), True
+                else:
+                    value, found = draft.take(value, digits, mine[0]), True
             values.append(value)
         out = [(self.letters[letter],) if letter in self.letters else axes[letter] for letter in self.problem.outputs]
         if not found:

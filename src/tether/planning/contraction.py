@@ -88,10 +88,13 @@ def grouped(problem: Problem, products: Products) -> tuple[Problem, Products, Gr
     parts: list[list[Letters]] = [
         [(letter,) for letter in letters] for letters in (problem.inputs, problem.kernel, problem.outputs)
     ]
+    apart = set(problem.inputs[: problem.chosen])  # the axes of a choice stay as they are
     merged = True
     while merged:
         merged = False
         for one, two in [pair for part in parts for pair in itertools.pairwise(part)]:
+            if apart.intersection(one + two):
+                continue
             if _always_adjacent(one, two, parts) and _same_everywhere(one + two, problem, products):
                 parts = [_merge(part, one, two) for part in parts]
                 merged = True

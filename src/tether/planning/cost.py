@@ -166,6 +166,8 @@ class Draft:
         """What each step costs, forward and backward."""
         self.given = 0.0
         """What the factors cost that are computed before the first step."""
+        self.made: frozenset[int] = frozenset()
+        """The registers that are filled in several ways, of which the cost counts already."""
         self._known: dict[Operation, int] = {}
         self._uses: list[int] = []
 
@@ -282,6 +284,26 @@ class Draft:
         text = f"{self.registers[table.register].text}[{self.registers[ids.register].text}]"
         step = Operation("take", (table.register, ids.register), axis)
         return self._emit(step, labels, text, forward, [backward, 0.0])
+
+    def mask(self, a: Value, mask: Value) -> Value:
+        """A value times a number for each row; where that is zero, zero, whatever the value is."""
+        cost = self.machine.elementwise(2.0 * self.bytes(a.register))
+        text = f"{self._inside(a)} · {self.registers[mask.register].text}"
+        places = tuple(a.labels.index(label) for label in mask.labels)
+        step = Operation("mask", (a.register, mask.register), tuple(place in places for place in range(len(a.labels))))
+        return self._emit(step, a.labels, text, cost, [cost, cost])
+
+    def pick(self, table: Value, ids: Value, numbers: Value, label: int, other: float) -> Value:
+        """The entries along a label, each from the table that the number of its row names, or `other` for none."""
+        axis = table.labels.index(label)
+        labels = ids.labels + table.labels[:axis] + table.labels[axis + 1 :]
+        rows = self.size(labels) * self.itemsize
+        forward = self.machine.elementwise(rows * (self.machine.gather + 2.0))
+        backward = forward + self.machine.elementwise(self.bytes(table.register))
+        of_table, of_numbers, of_ids = (self.registers[value.register].text for value in (table, numbers, ids))
+        text = f"{of_table}[{of_numbers}, {of_ids}]"
+        step = Operation("pick", (table.register, ids.register, numbers.register), (axis, other))
+        return self._emit(step, labels, text, forward, [backward, 0.0, 0.0])
 
     def product(self, a: Value, b: Value, kept: frozenset[int], order: Labels | None = None) -> Value:
         """The product of two values, summed over the labels that nobody needs further.

@@ -202,6 +202,24 @@ def _einsum(equation: str, *inputs: Tensor) -> Tensor:
     return keras.ops.einsum(equation, *inputs)
 
 
+def _mask(present: tuple[bool, ...], a: Tensor, mask: Tensor) -> Tensor:
+    mask = mask[tuple(slice(None) if there else None for there in present)]
+    return keras.ops.where(keras.ops.equal(mask, 0), keras.ops.zeros((), a.dtype), keras_seam.multiply(a, mask))
+
+
+def _pick(detail: tuple[int, float], tables: Tensor, ids: Tensor, numbers: Tensor) -> Tensor:
+    axis, other = detail
+    if axis:
+        tables = keras.ops.moveaxis(tables, axis + 1, 1)
+    options, size = tables.shape[:2]
+    numbers = keras.ops.reshape(numbers, (*keras.ops.shape(numbers), *(1,) * (len(ids.shape) - len(numbers.shape))))
+    rows = keras.ops.clip(numbers, 0, options - 1) * size + keras.ops.cast(ids, "int32")
+    found = keras.ops.take(keras.ops.reshape(tables, (options * size, *tables.shape[2:])), rows, axis=0)
+    exists = keras.ops.logical_and(keras.ops.greater_equal(numbers, 0), keras.ops.less(numbers, options))
+    exists = keras.ops.reshape(exists, (*keras.ops.shape(exists), *(1,) * (len(found.shape) - len(exists.shape))))
+    return keras.ops.where(exists, found, keras.ops.cast(other, found.dtype))
+
+
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "scale": lambda number, x: keras.ops.multiply(x, number),
     "split": _split,
@@ -211,6 +229,8 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": lambda _, a, b: a + b,  # keras.ops.add takes an empty batch on TensorFlow for a bias
     "digit": _digit,
     "take": lambda axis, table, ids: keras.ops.take(table, ids, axis=axis),
+    "pick": _pick,
+    "mask": _mask,
     "multiply": _multiply,
     "matmul": lambda _, a, b: keras_seam.matmul(a, b),
     "einsum": _einsum,

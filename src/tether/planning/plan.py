@@ -8,6 +8,7 @@ one weight first; building all of them is what the layer does without a plan.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import keras
 
@@ -50,6 +51,21 @@ class Problem:
     training: bool = False
     repeated: bool = False
     """Whether this is one of many equal calls before which weights are built once: the steps of a time loop."""
+    chosen: int = 0
+    """How many of the input's first axes a choice has: with one, each example has an option of its own."""
+    mixed: bool = False
+    """Whether the choice is the weights of a mixture."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value that a plan starts from: an expression, and how it is read where examples choose for themselves."""
+
+    expression: Expression
+    how: Literal["value", "once", "rows", "options", "table", "weights", "numbers"] = "value"
+    """`"value"`: its one value. `"once"`: that of the one choice of a call. `"rows"`: one for each choice, after the
+    axes of the choice. `"options"`: one for each option, with zeros for an option that is not finite; `"table"`: as
+    they are. Of the choice itself, `"weights"`: how much each option counts, `"numbers"`: which it is."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Plan:
     name: str
     """`"materialize"`: the layer builds its weight and goes on as it does without a plan."""
     steps: tuple[Operation, ...] = ()
-    factors: tuple[Expression, ...] = ()
+    factors: tuple[Reading, ...] = ()
     output: int = 0
     seconds: float = 0.0
     alternatives: tuple[Alternative, ...] = ()
@@ -81,19 +97,28 @@ class Plan:
     # What follows from these is a field too: `torch.compile` reads the fields of a frozen dataclass, and no property.
     materializes: bool = field(init=False, compare=False)
     """Whether the whole weight is built."""
-    reads: tuple[tuple[Expression, Coded | None], ...] = field(init=False, compare=False)
-    """The factors, and for those stored as integers of which only some entries are needed, how."""
+    reads: tuple[tuple[Reading, Coded | None] | None, ...] = field(init=False, compare=False)
+    """The factors that a step needs, and for those stored as integers of which only some entries are needed, how."""
+    chooses: bool = field(init=False, compare=False)
+    """Whether a factor is read for each example."""
     takes_sparse: bool = field(init=False, compare=False)
     """Whether the layer's input is only multiplied with matrices: what can be done with a sparse one."""
 
     def __post_init__(self) -> None:
         taken_from = {step.inputs[0] - 1 for step in self.steps if step.op == "take"}
+        needed = {place - 1 for step in self.steps for place in step.inputs} | {self.output - 1}
+        if self.gradient is not None:
+            needed |= {place - 1 for step in self.gradient.steps for place in step.inputs}
         reads = tuple(
-            (factor, coded(factor) if place in taken_from else None) for place, factor in enumerate(self.factors)
+            ((factor, coded(factor.expression) if place in taken_from else None) if place in needed else None)
+            for place, factor in enumerate(self.factors)
         )
         products_only = all(step.op == "matmul" for step in self.steps if 0 in step.inputs)
         object.__setattr__(self, "materializes", self.name == "materialize")
         object.__setattr__(self, "reads", reads)
+        object.__setattr__(
+            self, "chooses", any(read is not None and read[0].how not in ("value", "once") for read in reads)
+        )
         object.__setattr__(self, "takes_sparse", self.gradient is None and products_only)
 
 

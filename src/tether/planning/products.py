@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from tether import keras_seam
-from tether.weights.expression import Expression, Node, Shape, program
-from tether.weights.leaves import Constant
-from tether.weights.operators import arithmetic, choice, structure
+from tether.weights.expression import Expression, Node, Shape, Stored, program
+from tether.weights.leaves import Choice, Constant
+from tether.weights.operators import arithmetic, choice, routing, structure
 
 MAX_TERMS = 8
 MAX_FACTORS = 6
@@ -60,9 +60,15 @@ class Products:
     sizes: Mapping[int, int]
 
 
-def products(expression: Expression) -> Products:
-    """The sum-of-products form. The expression's shape must be known."""
-    return _Expansion().of(expression)
+def products(expression: Expression, each: bool = False) -> Products:
+    """The sum-of-products form. The expression's shape must be known.
+
+    Args:
+        expression: What the weight is.
+        each: Whether the choice in it is made for each example: then all options are terms, of which each example has
+            some.
+    """
+    return _Expansion(each).of(expression)
 
 
 def shaped(expression: Expression, labels: Labels, sizes: Mapping[int, int]) -> tuple[Expression, Labels]:
@@ -79,7 +85,8 @@ def shaped(expression: Expression, labels: Labels, sizes: Mapping[int, int]) -> 
 class _Expansion:
     """Brings one expression into the form; hands out labels."""
 
-    def __init__(self) -> None:
+    def __init__(self, each: bool = False) -> None:
+        self.each = each
         self.sizes: dict[int, int] = {}
         self._numbers = itertools.count()
 
@@ -398,6 +405,68 @@ def _off(expansion: _Expansion, part: Products, strength: Expression) -> Product
     return replace(part, terms=terms)
 
 
+# --------------------------------------------------------------------------- what is chosen
+# What only some choices have is a term with a factor that reads the choice: an entry of a stack, or a mask.
+
+
+def _routed(expansion: _Expansion, node: routing.Routed, _: Products, base: Products, option: Products) -> Products:
+    """The options' terms that read the choice, what base and options have in common, and the rest of both by a mask."""
+    if any(_reads_choice(factor.expression) for term in base.terms for factor in term.factors):
+        raise _NoForm
+    left = list(base.terms)
+    terms: list[Summand] = []
+    for term in option.terms:
+        if any(_reads_choice(factor.expression) for factor in term.factors):
+            terms.append(term)
+            continue
+        same = next((other for other in left if _is_same(other, term)), None)
+        if same is None:
+            terms.append(_masked(node, term, "options"))
+        else:
+            left.remove(same)
+            terms.append(term)
+    terms += [_masked(node, term, "base") for term in left]
+    return Products(node.shape or (), tuple(terms), expansion.sizes)
+
+
+def _chosen(expansion: _Expansion, node: choice.Choose, _: Products, *options: Products) -> Products:
+    """The terms of all options, each by a mask, where examples choose for themselves."""
+    number = node.operands[0]
+    if not expansion.each or not isinstance(number, Choice) or _reads_stored(node):
+        raise _NoForm
+    terms = [_masked(node, term, place) for place, option in enumerate(options) for term in option.terms]
+    return Products(node.shape or (), tuple(terms), expansion.sizes)
+
+
+def _reads_stored(node: choice.Choose) -> bool:
+    """Whether the options are stored weights: one of them is read as an entry is."""
+    return all(isinstance(option, Stored) for option in node.operands[1:])
+
+
+def _reads_choice(expression: Expression) -> bool:
+    return any(isinstance(step.expression, Choice) for step in program(expression))
+
+
+def _masked(node: Node, term: Summand, of: str | int) -> Summand:
+    return replace(term, factors=(*term.factors, Factor(routing.Mask(node.operands[0], of=of), ())))
+
+
+def labels_of(term: Summand) -> tuple[tuple[Labels, ...], tuple[Labels, ...]]:
+    """The labels of a term's factors and axes, numbered in the order of their appearance."""
+    numbers: dict[int, int] = {}
+
+    def named(labels: Labels) -> Labels:
+        return tuple(numbers.setdefault(label, len(numbers)) for label in labels)
+
+    return tuple(named(factor.labels) for factor in term.factors), tuple(map(named, term.axes))
+
+
+def _is_same(a: Summand, b: Summand) -> bool:
+    """Whether two terms are equal, whatever their labels are called."""
+    factors = [factor.expression for factor in a.factors] == [factor.expression for factor in b.factors]
+    return factors and a.number == b.number and labels_of(a) == labels_of(b)
+
+
 _RULES: dict[type, Callable[..., Products]] = {
     arithmetic.Add: _sum,
     arithmetic.Subtract: _difference,
@@ -413,6 +482,8 @@ _RULES: dict[type, Callable[..., Products]] = {
     arithmetic.ScaleGradient: _on_each_factor,
     choice.Adapted: _adapted,
     choice.Switched: _switched,
+    choice.Choose: _chosen,
+    routing.Routed: _routed,
 }
 """How the operators of the algebra act on sums of products. Any other operator may say a simpler expression
 that equals it (`Node.expanded`), or is one factor."""

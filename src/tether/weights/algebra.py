@@ -36,6 +36,7 @@ from tether.weights.operators.arithmetic import (
 )
 from tether.weights.operators.choice import Adapted
 from tether.weights.operators.quantized import Dequantize
+from tether.weights.operators.routing import Routed
 from tether.weights.operators.structure import Cast, Einsum, Where
 
 # --------------------------------------------------------------------------- backwards
@@ -179,6 +180,8 @@ def split_sum(expression: Expression) -> Split | None:
     """The base of a node and what was added to it; `None` if that cannot be told, or nothing was."""
     if isinstance(expression, Adapted):
         return _split(expression.base, list(expression.operands[1:]))
+    if isinstance(expression, Routed):
+        return _split(expression.operands[1], [expression.operands[2]])
     if isinstance(expression, (Add, Subtract, Multiply, Divide)):
         is_sum = isinstance(expression, (Add, Subtract))
         parts = list(_terms(expression) if is_sum else expression.operands)
@@ -203,6 +206,11 @@ def _split(base: Expression, added: list[Expression]) -> Split:
 
 def _has_more(part: Expression, base: Expression) -> bool:
     return not set(part.weights_used()) <= set(base.weights_used())
+
+
+def terms_of(expression: Expression) -> list[Expression]:
+    """The terms of a sum, in its order; the expression itself, if it is none."""
+    return list(_terms(expression))
 
 
 def _terms(expression: Expression) -> Iterator[Expression]:
@@ -366,4 +374,15 @@ def is_added(weight: Stored) -> bool:
 provide(assign=assign)
 
 
-__all__ = ["MADE", "Split", "added_weights", "as_it_is", "base_of", "is_added", "is_kept_still", "put", "split_sum"]
+__all__ = [
+    "MADE",
+    "Split",
+    "added_weights",
+    "as_it_is",
+    "base_of",
+    "is_added",
+    "is_kept_still",
+    "put",
+    "split_sum",
+    "terms_of",
+]

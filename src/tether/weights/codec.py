@@ -12,7 +12,7 @@ import numpy as np
 from tether.errors import NUMERIC, InvalidConfig, TetherError, received
 from tether.types import Array, Config
 from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, Stored, Term, operator, program, provide
-from tether.weights.leaves import MAX_CONSTANT, Argument, Constant, numpy_dtype
+from tether.weights.leaves import MAX_CONSTANT, Argument, Choice, Constant, numpy_dtype
 
 # --------------------------------------------------------------------------- as JSON
 # Expressions as JSON: a flat list of steps that name earlier steps, so that no file can hold a cycle.
@@ -49,6 +49,10 @@ def _encode_argument(argument: Argument) -> Config:
         found["default"] = argument.default
     if argument.choices is not None:
         found["choices"] = list(argument.choices)
+    if isinstance(argument, Choice):
+        found["each"] = True
+        if argument.none is not None:
+            found["none"] = argument.none
     return found
 
 
@@ -154,7 +158,8 @@ def _decode_step(step: Config, done: list[Expression], weights: Mapping[str, Sto
 
 
 def _decode_argument(content: object) -> Argument:
-    needed, known = {"name", "shape", "dtype"}, {"name", "shape", "dtype", "default", "choices"}
+    needed = {"name", "shape", "dtype"}
+    known = {*needed, "default", "choices", "each", "none"}
     if not isinstance(content, dict) or not needed <= set(content) <= known:
         raise InvalidConfig(f"An argument has name, shape and dtype. {received(argument=content)}")
     shape, default = content["shape"], content.get("default")
@@ -164,7 +169,12 @@ def _decode_argument(content: object) -> Argument:
         raise InvalidConfig(f"An argument's dtype is a string. {received(dtype=content['dtype'])}")
     if type(default) not in (int, float, type(None)):
         raise InvalidConfig(f"An argument's default is a number. {received(default=default)}")
-    return Argument(content["name"], tuple(shape), content["dtype"], default=default, choices=content.get("choices"))
+    choices, none = content.get("choices"), content.get("none")
+    if content.get("each"):
+        if not isinstance(none, (str, type(None))):
+            raise InvalidConfig(f"What -1 is called is a name. {received(none=none)}")
+        return Choice(content["name"], choices, default=default, none=none)
+    return Argument(content["name"], tuple(shape), content["dtype"], default=default, choices=choices)
 
 
 def _decode_node(step: Config, done: list[Expression]) -> Expression:

@@ -176,6 +176,24 @@ def hold(expression: Expression) -> list[Held]:
     return held
 
 
+def hold_for_each(key: object, value: Tensor) -> list[Held]:
+    """Holds a value that is one for each example, under a key of the caller's; the result goes to `release`."""
+    held: list[Held] = []
+    for cache in _call_caches()[:1]:
+        cache[key] = ((), _HELD, value)
+        held.append((cache, key))
+    return held
+
+
+def held_for_each(key: object) -> Tensor | None:
+    """What is held under a key, if something is."""
+    for cache in _call_caches():
+        entry = cache.get(key)
+        if entry is not None and entry[1] is _HELD:
+            return entry[2]
+    return None
+
+
 def release(entries: list[Held]) -> None:
     """Stops holding what `hold` returned."""
     for cache, key in entries:

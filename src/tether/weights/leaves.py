@@ -13,7 +13,17 @@ import ml_dtypes
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import NUMERIC, NotATensor, ShapeMismatch, TetherError, UnboundArgument, as_dtype, as_int, received
+from tether.errors import (
+    NUMERIC,
+    ChosenForEach,
+    NotATensor,
+    ShapeMismatch,
+    TetherError,
+    UnboundArgument,
+    as_dtype,
+    as_int,
+    received,
+)
 from tether.types import Array, Function, Tensor
 from tether.weights.expression import MAX_AXES, MAX_ELEMENTS, Expression, Shape, Term, provide
 
@@ -176,6 +186,103 @@ class Argument(Expression):
         return (_rebuild_argument, self._identity())
 
 
+class Choice(Argument):
+    """An argument that names one of several options: for the whole call, or for each example or token of it.
+
+    Bound to a number or a name it is an argument like others. Bound to a tensor of whole numbers whose axes are the
+    leading axes of a layer's input, each example (or token) has an option of its own; a tensor of floats with one more
+    axis, of as many entries as there are options, has the weights of a mixture. A layer that applies its weight by
+    plan computes with that; a single value the expression does not have then.
+
+    Args:
+        name: What it is called in notation, in files and in the layer's call.
+        choices: Names for the numbers 0, 1, 2, ...
+        default: The choice where none is made.
+        none: The name for -1, which is none of the options; left out, one of the options must be chosen.
+    """
+
+    __slots__ = ("none",)
+    none: str | None
+    choices: tuple[str, ...]
+
+    def __init__(self, name: object, choices: object, *, default: object = 0, none: str | None = None) -> None:
+        if none is not None and not none:
+            raise TetherError(f"What -1 is called is a name. {received(none=none)}")
+        object.__setattr__(self, "none", none)
+        super().__init__(name, (), "int32", default=default, choices=choices)
+        if none in self.choices:
+            raise TetherError(f"One of the options is called as -1 is, {none!r}. {received(choices=choices)}")
+
+    def number(self, value: Any) -> int | float:
+        """A Python number for the choice: -1 for none."""
+        if self.none is not None and (value == self.none or (value == -1 and not isinstance(value, (bool, str)))):
+            return -1
+        return super().number(value)
+
+    def bound(self) -> Any:
+        """The one choice of a call.
+
+        Raises:
+            UnboundArgument: Nothing is bound.
+            ChosenForEach: There is one for each example, and the value was asked for.
+        """
+        found: Any = super().bound()
+        if is_for_each(found):
+            raise ChosenForEach(
+                f"The argument {self.name!r} has a value for each example here, of shape {tuple(found.shape)}, so the "
+                f"weight has no single value. The kernels and biases of Dense, EinsumDense and Conv1D to Conv3D, the "
+                "tables of embeddings, the weights of recurrent cells and the scales of normalizations are computed "
+                f"with for each example; for others, and for a value, make one choice: `{self.name}=0`."
+            )
+        return found
+
+    def checked(self, value: object) -> Tensor | int:
+        """What a call gives for it, as it is bound.
+
+        Raises:
+            TetherError: A number that is known is none of the options, or the dtype is none of whole numbers or floats.
+            ShapeMismatch: Weights of a mixture are not as many as the options.
+        """
+        tensor = keras.ops.convert_to_tensor(value)
+        dtype, count = keras.backend.standardize_dtype(tensor.dtype), len(self.choices)
+        if keras_seam.is_float(dtype):
+            if not len(tensor.shape) or tensor.shape[-1] != count:
+                raise ShapeMismatch(
+                    f"The weights of a mixture have an axis of the {count} options at the end; one option is named by "
+                    f"a whole number. {received(shape=tuple(tensor.shape))}"
+                )
+            return tensor
+        if not dtype.startswith(("int", "uint")):
+            raise TetherError(f"A choice is made by whole numbers. {received(dtype=dtype)}")
+        if keras_seam.is_concrete(tensor) and not keras_seam.is_compiling():
+            known = keras_seam.on_host(tensor)
+            outside = known[(known >= count) | (known < (0 if self.none is None else -1))]
+            if outside.size:
+                super().number(int(outside.flat[0]))  # raises
+        return keras.ops.cast(tensor, "int32")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Choice) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        return (*super()._identity(), self.none, "each")
+
+    def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
+        return (_rebuild_choice, (self.name, self.choices, self.default, self.none))
+
+
+def is_for_each(value: object) -> bool:
+    """Whether what is bound to a choice is one for each example, and not one for the call."""
+    return not isinstance(value, (int, float)) and value is not None and len(getattr(value, "shape", ())) > 0
+
+
+def _rebuild_choice(name: str, choices: object, default: object, none: str | None) -> Choice:
+    return Choice(name, choices, default=default, none=none)
+
+
 def _rebuild_argument(name: str, shape: Shape, dtype: str, default: object, choices: object) -> Argument:
     return Argument(name, shape, dtype, default=default, choices=choices)
 
@@ -219,6 +326,8 @@ def _checked(argument: Argument, value: object) -> Tensor | int:
         value = argument.number(value)
         if isinstance(value, int):
             return value
+    if isinstance(argument, Choice):
+        return argument.checked(value)
     tensor = keras.ops.convert_to_tensor(value)
     if keras.backend.standardize_dtype(tensor.dtype) != argument.dtype:
         tensor = keras.ops.cast(tensor, argument.dtype)

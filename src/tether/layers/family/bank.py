@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,15 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
+from tether.forms.low_rank import stored_behind
 from tether.layers.tying.swap import become_all
-from tether.types import Config, Tensor
+from tether.planning.products import labels_of, products
+from tether.types import Array, Config, Tensor
 from tether.weights.expression import (
     Expression,
     Node,
     Shape,
+    StatefulNode,
     Step,
     as_expression,
     instead_of,
@@ -29,8 +33,10 @@ from tether.weights.expression import (
     rewritten,
 )
 from tether.weights.leaves import Constant
+from tether.weights.operators.choice import Choose
 from tether.weights.operators.indexing import Gather
-from tether.weights.operators.structure import stack
+from tether.weights.operators.structure import Reshape, stack
+from tether.weights.operators.structure import index as index_of
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
 
@@ -67,19 +73,24 @@ def bank(expressions: Iterable[object], index: object) -> Expression:
     assert len(layer.trainable_weights) == 3  # the bias, and two stacks of 100 factors
     ```
     """
-    options = [resolved(_expression(each)) for each in _several(expressions)]
+    options = as_options(expressions)
     number = _expression(index)
     if number.shape != () or "int" not in str(number.dtype):
         raise TetherError(
             f"The index of a bank is one whole number. {received(shape=number.shape, dtype=number.dtype)}"
         )
     found, stacks = zipped(options, number)
-    origins = {
-        id(stack.weight.variable): keras_seam.Origin(tuple(part.variable for part in stack.parts), keras.ops.stack)
-        for stack in stacks
-    }
-    become_all(_followers(stacks), origins)
+    become_all(followers(stacks), origins_of(stacks))
     return found
+
+
+def as_options(expressions: object) -> list[Expression]:
+    """A list of weights and expressions, each as it is made of weights now.
+
+    Raises:
+        TetherError: It is no list, or empty, or has something else in it.
+    """
+    return [resolved(_expression(each)) for each in _several(expressions)]
 
 
 def _several(expressions: object) -> list[object]:
@@ -107,36 +118,64 @@ class Stack:
         self.weight, self.parts = weight, parts
 
 
-def zipped(options: Sequence[Expression], number: Expression) -> tuple[Expression, list[Stack]]:
+def zipped(options: Sequence[Expression], number: Expression, *, stored: bool = True) -> tuple[Expression, list[Stack]]:
     """One expression that is the option of a number, and the stacks in it. The weights that were stacked stay.
+
+    Args:
+        options: The expressions.
+        number: What names one of them.
+        stored: Whether the weights in which they differ become stacks; else each stays stored by itself, and one of
+            them is chosen.
 
     Raises:
         TetherError: The options are of different forms, or their weights cannot be stacked.
     """
     programs = [program(option) for option in options]
-    for place, steps in enumerate(programs):
-        _refuse_other_form(options, programs[0], steps, place)
+    largest = max(range(len(options)), key=lambda place: _size_of(options[place]))
+    for place in range(len(options)):
+        _refuse_other_form(options, programs, largest, place)
+    states = [step.expression for step in programs[largest] if isinstance(step.expression, StatefulNode)]
+    if states and not stored:
+        raise Unsupported(f"{states[0].notation()} keeps a state, which goes on in a stack of them only.")
     known: dict[tuple[int, ...], Stack] = {}
     stacked_in: dict[int, tuple[int, ...]] = {}
-    plans: list[tuple[Weight, ...] | None] = []
+    plans: list[Sequence[Expression] | None] = []
     seeds = {s.operands[at] for s in programs[0] if isinstance(s.expression, Node) for at in s.expression.seeds}
-    for place, step in enumerate(programs[0]):
+    for place, step in enumerate(programs[largest]):
         here = [steps[place].expression for steps in programs]
         is_leaf = not isinstance(step.expression, Node) and place not in seeds
         differs = is_leaf and any(other != here[0] for other in here[1:])
-        plans.append(_checked(here, stacked_in) if differs else None)
+        if differs and stored and isinstance(step.expression, Weight):
+            _check(here, stacked_in)
+        plans.append(here if differs else None)
+    if any(plan is not None and len({each.shape for each in plan}) > 1 for plan in plans):
+        _refuse_filling(options, largest)
 
-    def entry(place: int, _: Expression) -> Expression | None:
+    def entry(place: int, current: Expression) -> Expression | None:
         found = plans[place]
         if found is None:
             return None
-        parts = tuple({id(weight): weight for weight in found}.values())
+        if isinstance(current, Constant):
+            return Gather(Constant.of(np.array([_number(each) for each in found], "float32")), number)
+        weights = [each for each in found if isinstance(each, Weight)]
+        if not stored:
+            return Choose(number, *weights, strict=True)
+        parts = tuple({id(weight): weight for weight in weights}.values())
         key = tuple(map(id, parts))
         if key not in known:
-            known[key] = Stack(_stacked(parts), parts)
-        return _entry(known[key], found, number)
+            known[key] = Stack(_stacked(parts, known_shape(current)), parts)
+        return _entry(known[key], weights, number)
 
-    return rewritten(options[0], entry), list(known.values())
+    return rewritten(options[largest], entry), list(known.values())
+
+
+def _size_of(option: Expression) -> int:
+    return sum(math.prod(known_shape(weight)) for weight in option.weights_used())
+
+
+def _number(constant: Expression) -> float:
+    assert isinstance(constant, Constant)
+    return float(constant.number or 0.0)
 
 
 def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
@@ -149,37 +188,73 @@ def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression
 
 
 def _refuse_other_form(
-    options: Sequence[Expression], first: tuple[Step, ...], steps: tuple[Step, ...], place: int
+    options: Sequence[Expression], programs: Sequence[tuple[Step, ...]], largest: int, place: int
 ) -> None:
-    """Refuses an option that is not of the first one's form, and names what differs."""
+    """Refuses an option that is not of the form of the largest one, and names what differs."""
+    first, steps = programs[largest], programs[place]
 
     def refuse(a: Expression, b: Expression) -> None:
         raise TetherError(
-            f"The expressions of a bank have one form, and differ in their weights only. Number 0 has {a.notation()} "
-            f"where number {place} has {b.notation()}. Give each one form: a part that starts at zero adds nothing."
+            f"The expressions of a bank have one form, and differ in their weights only. Number {largest} has "
+            f"{a.notation()} where number {place} has {b.notation()}. Give each one form: a part that starts at zero "
+            "adds nothing."
         )
 
     for a, b in zip(first, steps, strict=False):
         mine, theirs = a.expression, b.expression
-        if isinstance(mine, Node) or isinstance(theirs, Node):
-            if not a.same_as(b):
+        if isinstance(mine, Node) and isinstance(theirs, Node):
+            filled = isinstance(mine, Reshape) and type(mine) is type(theirs) and a.operands == b.operands
+            if not a.same_as(b) and not (filled and mine.operands[0].shape != theirs.operands[0].shape):
+                refuse(mine, theirs)
+        elif isinstance(mine, Constant) and isinstance(theirs, Constant) and None not in (mine.number, theirs.number):
+            if mine != theirs and not (isinstance(mine.number, float) and isinstance(theirs.number, float)):
                 refuse(mine, theirs)
         elif type(mine) is not type(theirs) or (not isinstance(mine, Weight) and mine != theirs):
             refuse(mine, theirs)
     if len(first) != len(steps):
-        refuse(options[0], options[place])
+        refuse(options[largest], options[place])
 
 
-def _checked(leaves: Sequence[Expression], stacked_in: dict[int, tuple[int, ...]]) -> tuple[Weight, ...]:
-    """The different weights at one place of the options, which can be stacked."""
-    found = tuple(leaf for leaf in leaves if isinstance(leaf, Weight))
+def _refuse_filling(options: Sequence[Expression], largest: int) -> None:
+    """Refuses weights of different shapes, but for those that zeros may fill up: the thin factors of a product.
+
+    That is so where the axes that differ are summed over, and nothing but a product reads the weights.
+    """
+    model = products(options[largest])
+    for option in options:
+        weights = zip(option.weights_used(), options[largest].weights_used(), strict=True)
+        smaller = {weight for weight, other in weights if weight.shape != other.shape}
+        found = products(option)
+        alike = len(found.terms) == len(model.terms) and all(
+            labels_of(a) == labels_of(b) for a, b in zip(found.terms, model.terms, strict=True)
+        )
+        kept = {label for term in found.terms for axis in term.axes for label in axis}
+        sizes = {
+            mine: (found.sizes[mine], model.sizes[theirs])
+            for a, b in zip(found.terms, model.terms, strict=False)
+            for one, other in zip(a.factors, b.factors, strict=False)
+            for mine, theirs in zip(one.labels, other.labels, strict=False)
+        }
+        read = [factor.expression for term in found.terms for factor in term.factors]
+        whole = [each for each in read if smaller & set(each.weights_used()) and stored_behind(each) is None]
+        if not alike or whole or any(a != b and label in kept for label, (a, b) in sizes.items()):
+            first = next(iter(smaller)) if smaller else option
+            raise TetherError(
+                f"Weights that are stacked have one shape, or are thin factors of a product that zeros fill up. "
+                f"{received(expression=option.notation(), shape=first.shape)}"
+            )
+
+
+def _check(leaves: Sequence[Expression], stacked_in: dict[int, tuple[int, ...]]) -> None:
+    """Refuses weights at one place of the options that cannot be stacked."""
+    found = [leaf for leaf in leaves if isinstance(leaf, Weight)]
     first, key = found[0], tuple(map(id, {id(w): w for w in found}.values()))
     for weight in found:
-        known_shape(weight)
         mine, theirs = _described(first), _described(weight)
-        if mine != theirs:
+        if mine != theirs or len(known_shape(weight)) != len(known_shape(first)):
             raise TetherError(
-                f"Weights that are stacked are alike. {first.name!r} has {mine}; {weight.name!r} has {theirs}."
+                f"Weights that are stacked are alike. {first.name!r} has shape {first.shape}, {mine}; {weight.name!r} "
+                f"has shape {weight.shape}, {theirs}."
             )
         if weight.present_constraint is not None:
             raise Unsupported(
@@ -191,29 +266,40 @@ def _checked(leaves: Sequence[Expression], stacked_in: dict[int, tuple[int, ...]
                 f"The weight {weight.name!r} would be in two stacks: it is at two places of the expressions, beside "
                 "other weights at each."
             )
-    return found
 
 
 def _described(weight: Weight) -> str:
     trains = "trains" if weight.trainable_flag else "is frozen"
     regularizer = "" if weight.regularizer is None else f", {keras.regularizers.serialize(weight.regularizer)}"
     role = "" if weight.role is None else f", role {weight.role!r}"
-    return f"shape {weight.shape}, dtype {weight.dtype}, {trains}{role}{regularizer}"
+    return f"dtype {weight.dtype}, {trains}{role}{regularizer}"
 
 
-def _stacked(parts: Sequence[Weight]) -> Weight:
-    """A new weight of the values of several, one after another, in the name and at the path of the first."""
+def _stacked(parts: Sequence[Weight], shape: Shape) -> Weight:
+    """A new weight of the values of several, one after another, in the name and at the path of the first.
+
+    Values that are smaller than the shape are filled up with zeros.
+    """
     first = parts[0]
-    found = _like(first, (len(parts), *known_shape(first)), first.name)
+    found = _like(first, (len(parts), *shape), first.name)
     waiting = [keras_seam.waiting_start(weight.variable) for weight in parts]
+    alike = all(known_shape(weight) == shape for weight in parts)
     if any(start is not None for start in waiting):  # inside a trace: there are no values yet
         starts = [start or Copy(weight.numpy()) for start, weight in zip(waiting, parts, strict=True)]
-        found.start_by(_Entries(starts), path=first.path)
+        found.start_by(_Entries(starts, [known_shape(weight) for weight in parts]), path=first.path)
     else:
-        start = np.stack([keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts])
-        found.start_at(start, path=first.path)
-    if len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
+        values = [keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts]
+        found.start_at(np.stack([_filled(value, shape) for value in values]), path=first.path)
+    if alike and len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
         found.initializer = EachEntry(first.initializer)
+    return found
+
+
+def _filled(value: Array, shape: Shape) -> Array:
+    if value.shape == shape:
+        return value
+    found = np.zeros(shape, value.dtype)
+    found[tuple(map(slice, value.shape))] = value
     return found
 
 
@@ -239,14 +325,19 @@ def _started(weight: Weight) -> str:
 
 
 class _Entries(keras.initializers.Initializer):
-    """Starts each entry of a stacked weight by an initializer of its own."""
+    """Starts each entry of a stacked weight by an initializer of its own, in a shape of its own."""
 
-    def __init__(self, starts: Sequence[Any]) -> None:
-        self.starts = starts
+    def __init__(self, starts: Sequence[Any], shapes: Sequence[Shape]) -> None:
+        self.starts, self.shapes = starts, shapes
 
     def __call__(self, shape: Shape, dtype: str | None = None) -> Tensor:
-        """The entries."""
-        return keras.ops.stack([start(tuple(shape[1:]), dtype=dtype) for start in self.starts])
+        """The entries, filled up with zeros."""
+        found = []
+        for start, own in zip(self.starts, self.shapes, strict=True):
+            value = start(own, dtype=dtype)
+            missing = [(0, size - less) for size, less in zip(shape[1:], own, strict=True)]
+            found.append(keras.ops.pad(value, missing) if tuple(shape[1:]) != own else value)
+        return keras.ops.stack(found)
 
 
 @keras.saving.register_keras_serializable(package="tether", name="EachEntry")
@@ -275,10 +366,23 @@ class EachEntry(keras.initializers.Initializer):
         return cls(keras.initializers.deserialize(config["initializer"]))
 
 
-def _followers(stacks: Iterable[Stack]) -> dict[Weight, Expression]:
-    """What the weights that were stacked are from now on: their entries."""
+def followers(stacks: Iterable[Stack]) -> dict[Weight, Expression]:
+    """What the weights that were stacked are from now on: their entries, without what they were filled up with."""
+    found: dict[Weight, Expression] = {}
+    for each in stacks:
+        for place, part in enumerate(each.parts):
+            entry: Expression = Gather(each.weight, Constant.of(place))
+            shape = known_shape(part)
+            found[part] = entry if entry.shape == shape else index_of(entry, tuple(map(slice, shape)))
+    return found
+
+
+def origins_of(stacks: Iterable[Stack]) -> dict[int, keras_seam.Origin]:
+    """Of which variables stacks are made, so that an optimizer's slots follow; of none that zeros have filled up."""
     return {
-        part: Gather(stack.weight, Constant.of(place)) for stack in stacks for place, part in enumerate(stack.parts)
+        id(each.weight.variable): keras_seam.Origin(tuple(part.variable for part in each.parts), keras.ops.stack)
+        for each in stacks
+        if len({part.shape for part in each.parts}) == 1
     }
 
 
@@ -370,4 +474,4 @@ def _parts(weight: Weight) -> list[Weight]:
     return found
 
 
-__all__ = ["bank", "unbank", "zipped"]
+__all__ = ["Stack", "as_options", "bank", "followers", "origins_of", "unbank", "zipped"]

@@ -12,17 +12,14 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
-from tether.layers.family.bank import bank
 from tether.layers.tying import paths
 from tether.layers.tying.fit import given_twice, refuse_layer, refuse_unsupported
 from tether.layers.tying.state import View, shape_of, state_of, view_like
 from tether.layers.tying.tie import tie
-from tether.types import AnyLayer, Config, Function, Tensor
+from tether.types import Config, Function, Tensor
 from tether.weights.expression import Expression, NoTensor, known_shape
 from tether.weights.leaves import Argument, bind
-from tether.weights.operators.choice import choose
 from tether.weights.storage import Use
-from tether.weights.weight import Weight
 
 
 def call(
@@ -199,109 +196,6 @@ class WithWeights(keras.layers.Layer):
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise InvalidConfig(f"The paths of WithWeights are strings. {received(paths=names)}")
         return cls(keras.saving.deserialize_keras_object(layer), list(names), **config)
-
-
-# --------------------------------------------------------------------------- route
-# One of several weights, chosen when the layer is called.
-
-
-def route(
-    layer: AnyLayer,
-    options: Mapping[str, object] | None = None,
-    /,
-    *,
-    default: object = 0,
-    argument: str = "choice",
-    **by_name: object,
-) -> AnyLayer:
-    """Gives weights of a layer several expressions, one of which is chosen at each call.
-
-    Afterwards the layer's call takes the choice as a keyword: `layer(x, choice=1)`. One choice holds for the
-    whole call. An option that was not chosen in a step gets a gradient of zero, on every backend; it is a live
-    weight all the same, so an optimizer with weight decay or momentum goes on changing it. Put the options that
-    must not change under `stop_gradient()`.
-
-    More than 8 options that are of one form become a bank (`tether.bank`): the weights in which they differ are stored
-    stacked, and a graph is compiled as quickly as for two. Fewer, or of several forms, are a switch of as many
-    branches.
-
-    Args:
-        layer: A Keras layer or model, built or not. Changed in place.
-        options: The options by the weight's path, for names that are not identifiers or that this function has.
-        default: The choice where a call makes none, as `fit` and `predict` do: a number, a name or a bool.
-        argument: What the keyword of the call is named.
-        **by_name: The options by the weight's name: a list of expressions, or a dict of them by name. With names
-            the choice may be one of them. Options in a list are named after the weights that they are, if each is
-            one. All weights of one `route` have equally many options.
-
-    Returns:
-        The same layer. `choice` is a whole number, a name, a bool (False is 0), a NumPy number or a scalar tensor
-        (a number that is known is checked; in a graph one beyond the ends is taken as the nearest, and of a bank the
-        weight is NaN then).
-
-    Raises:
-        TetherError: Options that do not match each other, or a default that is none of them.
-        ShapeMismatch: The options of one weight have different shapes, or not the weight's.
-
-    Example:
-    ```python
-    base = tether.Weight((8, 64), "glorot_uniform", name="base")
-    french = tether.Weight((8, 64), "zeros", name="french")
-    layer = tether.route(keras.layers.Dense(64), kernel={"base": base, "french": base + french})
-    y = layer(np.ones((2, 8), "float32"), choice="french")
-    ```
-    """
-    given = {**(options or {}), **by_name}
-    if not given:
-        raise TetherError(
-            "`route` needs options for at least one weight, as in `route(layer, kernel=[parent, own])`. "
-            f"{received(layer=layer)}"
-        )
-    listed = {path: _listed(path, found) for path, found in given.items()}
-    names = next(iter(listed.values()))[0]
-    for path, (others, _) in listed.items():
-        if len(others) != len(names) or (all(map(_is_a_name, (*others, *names))) and others != names):
-            raise TetherError(
-                f"One choice decides for all weights of the layer, so all have the same options: "
-                f"{next(iter(listed))!r} has {', '.join(names)}. {received(**{path: others})}"
-            )
-    named = next((found for found, _ in listed.values() if all(map(_is_a_name, found))), names)
-    leaf = Argument(argument, (), "int32", default=default, choices=named)
-    return tie(layer, {path: _chosen(leaf, expressions) for path, (_, expressions) in listed.items()})
-
-
-FEW_OPTIONS = 8
-"""So many options are a switch in a graph, each a branch that is compiled. More of one form are a bank."""
-
-
-def _chosen(leaf: Argument, options: list[object]) -> Expression:
-    """One of several expressions by number: a bank, if they are many and of one form."""
-    if len(options) > FEW_OPTIONS:
-        try:
-            return bank(options, leaf)
-        except TetherError:
-            pass  # of several forms, or of weights that cannot be stacked
-    return choose(leaf, options)
-
-
-def _is_a_name(name: str) -> bool:
-    return not name.isdigit()
-
-
-def _listed(path: str, options: object) -> tuple[tuple[str, ...], list[object]]:
-    """The names and expressions of one weight's options."""
-    if isinstance(options, Mapping) and options and all(isinstance(name, str) and name for name in options):
-        return tuple(options), list(options.values())
-    if isinstance(options, (list, tuple)) and options:
-        found = [option.name if isinstance(option, Weight) else "" for option in options]
-        if "" in found or len(set(found)) < len(found):
-            found = [str(place) for place in range(len(options))]
-        return tuple(found), list(options)
-    one = " To tie it to one expression use `tether.tie`." if isinstance(options, Expression) else ""
-    raise TetherError(
-        f"The options of {path!r} are a list of expressions, or a dict of them by name.{one}"
-        f" {received(options=options)}"
-    )
 
 
 # --------------------------------------------------------------------------- Lambda

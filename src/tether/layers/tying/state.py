@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +17,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.types import Array, Function, Tensor
-from tether.weights.evaluation import evaluate
+from tether.weights.evaluation import cast_to_scope, evaluate
 from tether.weights.expression import Expression, Stored, leaves
 from tether.weights.leaves import Argument, bind
 from tether.weights.storage import Use
@@ -34,6 +35,20 @@ _OF_EXPRESSIONS = {"T", "mT", "transpose", "swapaxes", "reshape", "astype", "sum
 views: weakref.WeakValueDictionary[int, View] = weakref.WeakValueDictionary()
 """By number: what `torch.compile` runs itself gets plain values only."""
 _numbers = itertools.count()
+
+
+class _Instead(keras_seam.ThreadScope):
+    """Numbers that views have for a moment in the place of their values, by the views' numbers."""
+
+    numbers: dict[int, float] | None = None
+
+
+_instead = _Instead()
+
+
+def standing_in(numbers: Iterable[tuple[View, float]]) -> contextlib.AbstractContextManager[None]:
+    """Lets views have one number everywhere inside the block: a layer's own call then computes without them."""
+    return _instead.set(numbers={view.number: number for view, number in numbers})
 
 
 class View(keras_seam.Variable):
@@ -70,6 +85,8 @@ class View(keras_seam.Variable):
     @property
     def value(self) -> Tensor:
         """The tensor, under the caller's stateless and autocast scopes."""
+        if _instead.numbers is not None and self.number in _instead.numbers:
+            return cast_to_scope(keras.ops.full(self.shape, _instead.numbers[self.number], self.dtype))
         scope = keras_seam.get_autocast_scope()
         if scope is not None and scope.dtype is not None and not keras_seam.autocasts(self):
             with keras_seam.AutocastScope(None):

@@ -25,7 +25,14 @@ class Choose(Node):
     when the backend compiles or a tensor. They are live weights: weight decay goes on for them.
     """
 
-    name, arity, indices = "choose", None, (0,)
+    name, arity, accepts, indices = "choose", None, ("strict",), (0,)
+
+    @classmethod
+    def check_parameters(cls, given: Config) -> Config:
+        """Whether a number that is none of the options is NaN, and not the nearest."""
+        if given.get("strict") not in (None, False, True):
+            raise InvalidConfig(f"`strict` is a bool. {received(strict=given['strict'])}")
+        return {"strict": True} if given.get("strict") else {}
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         """The one shape of all options."""
@@ -45,7 +52,7 @@ class Choose(Node):
         return options[0] if len(set(options)) == 1 else result_type(*options)
 
     def compute(self, *values: Tensor) -> Tensor:
-        """The option that the index names; one beyond the ends is taken as the nearest."""
+        """The option that the index names; one beyond the ends is taken as the nearest, or is NaN."""
         index, *options = values
         dtypes = {keras.backend.standardize_dtype(option.dtype) for option in options}
         if len(dtypes) > 1:
@@ -55,8 +62,13 @@ class Choose(Node):
             chosen = options[min(max(index, 0), last)]
         else:
             branches = [lambda *given, place=place: given[place] for place in range(len(options))]
-            index = keras.ops.clip(keras.ops.cast(index, "int32"), 0, last)
+            number = keras.ops.cast(index, "int32")
+            index = keras.ops.clip(number, 0, last)
             chosen = keras.ops.switch(index, branches, *options)
+            if self.parameters.get("strict") and keras_seam.is_float(keras.backend.standardize_dtype(chosen.dtype)):
+                chosen = keras.ops.where(
+                    keras.ops.equal(number, index), chosen, keras.ops.cast(float("nan"), chosen.dtype)
+                )
         # The sum of no elements is zero, and so is its gradient: every option has one.
         nothing = [keras.ops.sum(keras.ops.reshape(option, (-1,))[:0]) for option in options]
         return keras.ops.add(chosen, keras.ops.cast(sum(nothing[1:], nothing[0]), chosen.dtype))

@@ -1,0 +1,288 @@
+"""The value of an expression for each of several choices: what a layer reads whose examples choose for themselves.
+
+An expression that reads a `Choice` has one value for a call. Here it has one for each number: its stacked weights are
+read once for all numbers, and what is computed from them is computed for each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import keras
+
+from tether import keras_seam
+from tether.types import Tensor
+from tether.weights.evaluation import cast_to_scope, evaluate
+from tether.weights.expression import Expression, Node, Step, leaves, program
+from tether.weights.leaves import Choice, bindings, is_for_each
+from tether.weights.operators.arithmetic import (
+    Add,
+    Divide,
+    MatMul,
+    Multiply,
+    Negative,
+    ScaleGradient,
+    StopGradient,
+    Subtract,
+    result_type,
+)
+from tether.weights.operators.choice import Choose, Switched
+from tether.weights.operators.indexing import Gather
+from tether.weights.operators.routing import Mask, Routed, is_option
+from tether.weights.operators.structure import Cast, Reshape
+
+_OF_ANY_SHAPE = (Negative, StopGradient, ScaleGradient, Cast, Switched)
+"""Operators that do the same to each number of their first operand."""
+_ARITHMETIC = (Add, Subtract, Multiply, Divide)
+
+
+def choice_in(expression: Expression) -> Choice | None:
+    """The choice that an expression reads, if it reads one."""
+    return next((leaf for leaf in leaves(expression) if isinstance(leaf, Choice)), None)
+
+
+def bound_for_each(choice: Choice) -> Tensor | None:
+    """What a choice is bound to now, if that is one for each example."""
+    found = bindings().get(choice.key)
+    return found if is_for_each(found) else None
+
+
+def for_options(expression: Expression, choice: Choice) -> Tensor:
+    """The values for all options, along a first axis. Where the base is meant, an option stands."""
+    return _Spread(choice, None).of(expression)
+
+
+def for_numbers(expression: Expression, choice: Choice, numbers: Tensor) -> Tensor:
+    """The value for each number, in the axes of the numbers and then its own.
+
+    A number that is none of the options has the base where the expression says what that is (`Routed`), and elsewhere
+    what an option has: who asks masks it.
+    """
+    shape = expression.shape or ()
+    found = _Spread(choice, keras.ops.reshape(numbers, (-1,))).of(expression)
+    return found if len(numbers.shape) == 1 else keras.ops.reshape(found, (*keras.ops.shape(numbers), *shape))
+
+
+def once(expression: Expression) -> Tensor:
+    """A factor of a plan for the one choice of a call: zeros where that is none of the options, and there is a base."""
+    choice = choice_in(expression)
+    if choice is None or choice.none is None:
+        return evaluate(expression)
+    number = choice.bound()
+    if isinstance(number, int):
+        if 0 <= number < len(choice.choices):
+            return evaluate(expression)
+        return keras.ops.zeros(expression.shape or (), expression.dtype)
+    value = evaluate(expression)
+    return keras.ops.where(is_option(number, len(choice.choices)), value, keras.ops.zeros((), value.dtype))
+
+
+def rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
+    """A factor of a plan for each example: of what has no option, zeros where there is a base, else NaN.
+
+    Args:
+        expression: The factor.
+        choice: The choice that it reads.
+        bound: What that is bound to: whole numbers, or (of a mask only) the weights of a mixture.
+    """
+    mask = expression
+    while isinstance(mask, (StopGradient, ScaleGradient)):
+        mask = mask.operands[0]
+    if isinstance(mask, Mask):
+        return cast_to_scope(_mask(mask, bound))
+    known = [size for size in bound.shape if isinstance(size, int)]
+    few = len(known) < len(bound.shape) or len(choice.choices) <= math.prod(known)
+    if few and not is_read_only(expression):
+        flat = keras.ops.clip(bound, 0, len(choice.choices) - 1)
+        value = keras.ops.take(for_options(expression, choice), flat, axis=0)
+    else:
+        value = for_numbers(expression, choice, bound)
+    return masked(value, choice, bound)
+
+
+def whole_rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
+    """The whole value for each example, which is the base's where it has no option, and NaN where there is no base."""
+    if not keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype)):
+        value = for_numbers(expression, choice, bound)
+        return masked(value, choice, bound) if choice.none is None else value
+    (options,), bad = without_bad([for_options(expression, choice)])
+    weights = weights_of_choice(choice, bound, bad, keras.backend.standardize_dtype(options.dtype))
+    value = keras.ops.tensordot(weights, options, axes=1)
+    if not isinstance(expression, Routed):
+        return value
+    base = evaluate(expression.operands[1])
+    left = keras.ops.subtract(1.0, keras.ops.sum(weights, axis=-1))
+    of_base = keras.ops.tensordot(keras.ops.expand_dims(left, -1), keras.ops.expand_dims(base, 0), axes=1)
+    return keras.ops.add(value, of_base)
+
+
+def _mask(mask: Mask, bound: Tensor) -> Tensor:
+    """Which examples have one of the options, a certain one, or the base; of a mixture, how much of it they have."""
+    if not keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype)):
+        return mask.compute(bound)
+    of = mask.parameters["of"]
+    if isinstance(of, int):
+        return bound[..., of]
+    total = keras.ops.sum(bound, axis=-1)
+    return keras.ops.subtract(1.0, total) if of == "base" else total
+
+
+def masked(value: Tensor, choice: Choice, numbers: Tensor) -> Tensor:
+    """The values with those that belong to none of the options replaced: by zeros where there is a base, else NaN."""
+    exists = is_option(numbers, len(choice.choices))
+    exists = keras.ops.reshape(exists, (*keras.ops.shape(numbers), *(1,) * (len(value.shape) - len(numbers.shape))))
+    other = keras.ops.cast(float("nan") if choice.none is None else 0.0, value.dtype)
+    return keras.ops.where(exists, value, other)
+
+
+def is_read_only(expression: Expression) -> bool:
+    """Whether an expression only reads entries, and computes nothing that costs much."""
+    return all(
+        isinstance(step.expression, (Gather, Choose, Reshape, *_OF_ANY_SHAPE))
+        for step in program(expression)
+        if isinstance(step.expression, Node)
+    )
+
+
+class _Spread:
+    """Computes an expression for several numbers at once; `None` is for all options."""
+
+    def __init__(self, choice: Choice, numbers: Tensor | None) -> None:
+        self.choice, self.count = choice, len(choice.choices)
+        self.numbers = numbers
+        self.read = None if numbers is None else keras.ops.clip(numbers, 0, self.count - 1)
+
+    def of(self, expression: Expression) -> Tensor:
+        """The values, along a first axis."""
+        steps = program(expression)
+        spread: dict[int, Tensor] = {}
+        for place, step in enumerate(steps):
+            if step.expression == self.choice:
+                spread[place] = self.read
+            elif any(at in spread for at in step.operands):
+                spread[place] = self._step(steps, step, spread)
+        last = len(steps) - 1
+        if last in spread:
+            return spread[last]
+        value = evaluate(expression)
+        rows = self.count if self.read is None else keras.ops.shape(self.read)[0]
+        return keras.ops.broadcast_to(value, (rows, *value.shape))
+
+    def _step(self, steps: tuple[Step, ...], step: Step, spread: dict[int, Tensor]) -> Tensor:
+        node = step.expression
+        assert isinstance(node, Node)
+        if isinstance(node, Gather) and step.operands[0] not in spread:
+            return self._entries(node, evaluate(steps[step.operands[0]].expression), spread[step.operands[1]])
+        if isinstance(node, Choose) and not any(at in spread for at in step.operands[1:]):
+            options = [evaluate(steps[at].expression) for at in step.operands[1:]]
+            dtypes = sorted({keras.backend.standardize_dtype(option.dtype) for option in options})
+            stacked = keras.ops.stack([keras.ops.cast(option, result_type(*dtypes)) for option in options])
+            number = spread[step.operands[0]]
+            return stacked if number is None else keras.ops.take(stacked, number, axis=0)
+        if isinstance(node, Mask):
+            return self._mask(node)
+        if isinstance(node, Routed):
+            option = self._value(steps, step.operands[2], spread)
+            if self.numbers is None:
+                return option
+            base = self._value(steps, step.operands[1], spread)
+            exists = keras.ops.reshape(is_option(self.numbers, self.count), (-1, *(1,) * len(node.shape or ())))
+            return keras.ops.where(exists, option, base)
+        values = [spread[at] if at in spread else evaluate(steps[at].expression) for at in step.operands]
+        if isinstance(node, _OF_ANY_SHAPE) and all(at not in spread for at in step.operands[1:]):
+            return node.compute(*values)
+        if isinstance(node, Reshape):
+            return keras.ops.reshape(values[0], (-1, *(node.shape or ())))
+        if isinstance(node, _ARITHMETIC):
+            return node.compute(
+                *(self._padded(node, steps, at, value, spread) for at, value in zip(step.operands, values, strict=True))
+            )
+        if isinstance(node, MatMul) and all(len(operand.shape or ()) == 2 for operand in node.operands):
+            return node.compute(*values)
+        return self._mapped(node, step, values, spread)
+
+    @staticmethod
+    def _padded(node: Node, steps: tuple[Step, ...], at: int, value: Tensor, spread: dict[int, Tensor]) -> Tensor:
+        """An operand of arithmetic whose own axes stand at the end of all of the result's."""
+        own = steps[at].expression.shape or ()
+        missing = len(node.shape or ()) - len(own)
+        return keras.ops.reshape(value, (-1, *(1,) * missing, *own)) if at in spread and missing else value
+
+    def _value(self, steps: tuple[Step, ...], place: int, spread: dict[int, Tensor]) -> Tensor:
+        """A value with the axis of numbers: one of size 1, if it is the same for all."""
+        return spread[place] if place in spread else keras.ops.expand_dims(evaluate(steps[place].expression), 0)
+
+    def _entries(self, node: Gather, whole: Tensor, number: Tensor | None) -> Tensor:
+        axis = node.parameters["axis"] % len(whole.shape)
+        if axis:
+            whole = keras.ops.moveaxis(whole, axis, 0)
+        return whole if number is None else keras.ops.take(whole, number, axis=0)
+
+    def _mask(self, node: Mask) -> Tensor:
+        of = node.parameters["of"]
+        numbers = keras.ops.arange(self.count, dtype="int32") if self.numbers is None else self.numbers
+        return cast_to_scope(node.compute(numbers) if of != "base" or self.numbers is not None else numbers * 0.0)
+
+    def _mapped(self, node: Node, step: Step, values: list[Tensor], spread: dict[int, Tensor]) -> Tensor:
+        """A node of several axes, computed for each number."""
+        moving = [place for place, at in enumerate(step.operands) if at in spread]
+
+        def one(given: tuple[Tensor, ...]) -> Tensor:
+            now = list(values)
+            for place, value in zip(moving, given, strict=True):
+                now[place] = value
+            return node.compute(*now)
+
+        return keras.ops.vectorized_map(one, tuple(values[place] for place in moving))
+
+
+# --------------------------------------------------------------------------- all options, weighted
+# A sum over all options by the weights of a mixture, of which one is 1 where an option is chosen: matrix products in
+# the place of reading entries. What is not finite in one option is then taken out of the sum, so that it does not spoil
+# the others (zero times NaN is NaN), and put back where that option counts.
+
+
+def without_bad(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Values for all options with zeros for those that are not finite in one of them, and which these are."""
+    bad: Tensor = None
+    for value in values:
+        flat = keras.ops.reshape(value, (value.shape[0], math.prod(value.shape[1:])))
+        here = keras.ops.logical_not(keras.ops.all(keras.ops.isfinite(flat), axis=1))
+        bad = here if bad is None else keras.ops.logical_or(bad, here)
+    kept = [
+        keras.ops.where(keras.ops.reshape(bad, (-1, *(1,) * (len(v.shape) - 1))), keras.ops.zeros((), v.dtype), v)
+        for v in values
+    ]
+    return kept, bad
+
+
+def weights_of_choice(choice: Choice, bound: Tensor, bad: Tensor | None, dtype: str) -> Tensor:
+    """The weight of each option for each example: 1 for what is chosen, NaN if that is not finite."""
+    count = len(choice.choices)
+    if "int" in keras.backend.standardize_dtype(bound.dtype):
+        chosen = keras.ops.equal(keras.ops.expand_dims(bound, -1), keras.ops.arange(count, dtype="int32"))
+        found = keras.ops.cast(chosen, dtype)
+        if choice.none is None:
+            lost = keras.ops.expand_dims(keras.ops.logical_not(is_option(bound, count)), -1)
+            found = keras.ops.where(lost, keras.ops.cast(float("nan"), dtype), found)
+    else:
+        found = keras.ops.cast(bound, dtype)
+        chosen = keras.ops.not_equal(found, 0)
+    if bad is None:
+        return found
+    return keras.ops.where(keras.ops.logical_and(chosen, bad), keras.ops.cast(float("nan"), dtype), found)
+
+
+__all__ = [
+    "bound_for_each",
+    "choice_in",
+    "for_numbers",
+    "for_options",
+    "is_read_only",
+    "masked",
+    "once",
+    "rows",
+    "weights_of_choice",
+    "whole_rows",
+    "without_bad",
+]
