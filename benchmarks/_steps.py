@@ -5,24 +5,24 @@ import numpy as np
 
 
 def forward(model, x):
-    """A function of no arguments that runs the model once and waits for the result."""
+    """A function of no arguments that runs the model once and waits for the result; `x` may be a list of arrays."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
         state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
         compiled = jax.jit(lambda t, n, x: model.stateless_call(t, n, x, training=False)[0])
-        data = jax.numpy.asarray(x)
+        data = keras.tree.map_structure(jax.numpy.asarray, x)
         return lambda: jax.block_until_ready(compiled(*state, data))
     if backend == "tensorflow":
         import tensorflow as tf
 
         compiled = tf.function(lambda x: model(x, training=False), jit_compile=True)
-        data = tf.constant(x)
+        data = keras.tree.map_structure(tf.constant, x)
         return lambda: compiled(data)
     import torch
 
-    data = keras.ops.convert_to_tensor(x)
+    data = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
 
     def run():
         with torch.no_grad():
@@ -33,47 +33,54 @@ def forward(model, x):
     return run
 
 
-def train(model, x):
-    """A function of no arguments that computes a loss and its gradients, to the weights and the input, and waits."""
+def train(model, x, of_input=True):
+    """A function of no arguments that computes a loss and its gradients, to the weights and the input, and waits.
+
+    With `of_input=False` the input, which may be a list of arrays, gets no gradient.
+    """
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        step, arguments = _jax_step(model, x)
+        step, arguments = _jax_step(model, x, of_input)
         return lambda: jax.block_until_ready(step(*arguments))
     if backend == "tensorflow":
         import tensorflow as tf
 
-        data = tf.constant(x)
+        data = keras.tree.map_structure(tf.constant, x)
         variables = [v.value for v in model.trainable_variables]
+        differentiated = of_input and data.dtype == tf.float32
 
         @tf.function(jit_compile=True)
         def step(x):
             with tf.GradientTape() as tape:
-                if x.dtype == tf.float32:
+                if differentiated:
                     tape.watch(x)
                 loss = tf.reduce_mean(tf.square(model(x, training=True)))
-            sources = [*variables, x] if x.dtype == tf.float32 else variables
+            sources = [*variables, x] if differentiated else variables
             found = tape.gradient(loss, sources)
             return loss, [tf.convert_to_tensor(g) for g in found]
 
         return lambda: step(data)
     import torch
 
-    data = keras.ops.convert_to_tensor(x)
+    data = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
     variables = [v.value for v in model.trainable_variables]
+    differentiated = of_input and data.is_floating_point()
 
     def run():
-        given = data.detach().requires_grad_() if data.is_floating_point() else data
+        given = data.detach().requires_grad_() if differentiated else data
         loss = model(given, training=True).square().mean()
-        found = torch.autograd.grad(loss, [*variables, given] if data.is_floating_point() else variables)
+        found = torch.autograd.grad(
+            loss, [*variables, given] if differentiated else variables, allow_unused=not of_input
+        )
         _wait(torch)
         return loss, found
 
     return run
 
 
-def _jax_step(model, x):
+def _jax_step(model, x, of_input=True):
     """The compiled step, and what to call it with."""
     import jax
 
@@ -82,8 +89,8 @@ def _jax_step(model, x):
         return keras.ops.mean(keras.ops.square(y))
 
     state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
-    data = jax.numpy.asarray(x)
-    floats = (0, 2) if data.dtype == "float32" else (0,)
+    data = keras.tree.map_structure(jax.numpy.asarray, x)
+    floats = (0, 2) if of_input and data.dtype == "float32" else (0,)
     return jax.jit(jax.value_and_grad(loss, argnums=floats)), (*state, data)
 
 

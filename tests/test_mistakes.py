@@ -16,6 +16,7 @@ from keras import layers
 
 import tether
 
+pytestmark = pytest.mark.spread(2)
 ERROR = tether.TetherError
 
 

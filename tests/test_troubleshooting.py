@@ -7,6 +7,7 @@ import pytest
 
 from tests.documents import ROOT
 
+pytestmark = pytest.mark.spread
 PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 QUOTED, *_ = PAGE.partition("## Without an error")
 

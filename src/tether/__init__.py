@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tether import inspection, keras_seam, ops, weights
 from tether.errors import TetherError, not_there
-from tether.layers import Lambda, Repeat, bank, call, materialize, route, tie, unbank, untie, weight_of
+from tether.layers import Lambda, Repeat, bank, call, materialize, route, routed, tie, unbank, untie, weight_of
 from tether.weights import Expression, Weight, expression, sharing
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ __all__ = [
     "planning",
     "plot",
     "route",
+    "routed",
     "share_depth",
     "sharing",
     "summary",

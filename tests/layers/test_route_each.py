@@ -368,3 +368,83 @@ def test_without_a_base_one_of_the_options_is_chosen(rng):
         layer(x, choice=np.array([0, -1, 2, 3, 4, 5]))
     with pytest.raises(TetherError, match="is one of"):
         layer(x, choice="none")
+
+
+# --------------------------------------------------------------------------- whole models
+
+
+def two_branches(rng, kind="functional"):
+    """A model of two inputs with routed layers at two depths, and the same choice for both."""
+    inner = keras.Sequential([keras.Input((5,)), layers.Dense(4, activation="relu", name="inner_dense")], name="inner")
+    left, right = keras.Input((4,), name="left"), keras.Input((4,), name="right")
+    first = layers.Dense(5, name="first")
+    joined = layers.Concatenate()([inner(first(left)), inner(first(right))])
+    outputs = layers.Dense(2, name="head")(joined)
+    given = {"left": left, "right": right} if kind == "dict" else [left, right]
+    model = keras.Model(given, outputs, name="model")
+    ties = {}
+    for path in ("first/kernel", "inner/inner_dense/kernel"):
+        weight = tether.weight_of(model, path)
+        found = [weight + tether.low_rank(2) for _ in range(COUNT)]
+        for expression in found:
+            for own in expression.weights_used()[1:]:
+                own.assign(0.5 * drawn(rng, own.shape))
+        ties[path] = found
+    return model, ties
+
+
+@pytest.mark.parametrize("where", ["model", "layers"])
+@pytest.mark.parametrize("kind", ["functional", "dict"])
+def test_a_model_with_the_choice_as_one_more_input(rng, kind, where, tmp_path):
+    model, ties = two_branches(rng, kind)
+    if where == "model":
+        tether.route(model, ties)
+    else:
+        for path, found in ties.items():
+            parent, _, name = path.rpartition("/")
+            layer = model.get_layer("inner").get_layer("inner_dense") if "inner" in parent else model.get_layer(parent)
+            tether.route(layer, {name: found})
+    by_choice = tether.routed(model)
+    left, right, ids = drawn(rng, (6, 4)), drawn(rng, (6, 4)), np.array([0, 1, -1, 2, 2, 0])
+    given = {"left": left, "right": right, "choice": ids} if kind == "dict" else [left, right, ids]
+
+    def alone(i):
+        one = (
+            {"left": left[i : i + 1], "right": right[i : i + 1]}
+            if kind == "dict"
+            else [left[i : i + 1], right[i : i + 1]]
+        )
+        with tether.weights.bind({tether.weights.Argument("choice", (), "int32"): int(ids[i])}):
+            return numpy(model(one))
+
+    wanted = np.concatenate([alone(i) for i in range(6)])
+    assert_close(by_choice.predict(given, verbose=0), wanted, 1e-4)
+    assert {v.path for v in by_choice.weights} == {v.path for v in model.weights}
+    by_choice.compile(keras.optimizers.SGD(0.01), "mse")
+    by_choice.fit(given, wanted, verbose=0)
+    by_choice.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    assert_close(again.predict(given, verbose=0), by_choice.predict(given, verbose=0), 1e-5)
+    assert len(again.weights) == len(model.weights)
+
+
+def test_a_mixture_and_tokens_as_the_input_of_a_model(rng):
+    inputs = keras.Input((3, 4))
+    layer, _, _, _ = make(rng, "dense, tokens", "low_rank")
+    model = keras.Model(inputs, layer(inputs))
+    x, ids = drawn(rng, (6, 3, 4)), rng.integers(-1, COUNT, (6, 3))
+    by_token = tether.routed(model, choice=keras.Input((3,), dtype="int32"))
+    assert_close(by_token.predict([x, ids], verbose=0), layer(x, choice=ids), 1e-4)
+    mixed = tether.routed(model, choice=keras.Input((COUNT,)))
+    weights = rng.random((6, COUNT)).astype("float32")
+    assert_close(mixed.predict([x, weights], verbose=0), layer(x, choice=weights), 1e-4)
+
+
+def test_a_model_that_is_not_routed_is_refused(rng):
+    model, ties = two_branches(rng)
+    with pytest.raises(TetherError, match=r"tether\.route"):
+        tether.routed(model)
+    tether.route(model, ties, argument="task")
+    with pytest.raises(TetherError, match="it has: task"):
+        tether.routed(model)
+    assert len(tether.routed(model, "task").inputs) == 3

@@ -16,8 +16,10 @@ from tether.weights import Argument, Constant, Node, bind
 from tether.weights.algebra import is_invertible
 from tether.weights.codec import decode, encode
 from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, live_weights, program
-from tether.weights.operators.choice import Adapted
+from tether.weights.leaves import Choice
+from tether.weights.operators.choice import Adapted, Choose
 from tether.weights.operators.quantized import Dequantize, Unpack
+from tether.weights.operators.routing import Routed
 
 ops = tether.ops
 
@@ -277,6 +279,21 @@ CASES = [
         "[a, b, 2.0 * a][choice]",
         lambda x: tether.ops.choose(Argument("choice", (), "int32", default=2), [x.a, x.b, 2.0 * x.a]),
         lambda x: 2 * x.a,
+    ),
+    (
+        "[a, b, 2.0 * a][choice]",
+        lambda x: Choose(Choice("choice", [*"abc"], default=2), x.a, x.b, 2.0 * x.a, strict=True),
+        lambda x: 2 * x.a,
+    ),
+    (
+        "a + [b, a][choice]",
+        lambda x: Routed(c := Choice("choice", [*"ab"], none="none"), x.a, x.a + Choose(c, x.b, x.a, strict=True)),
+        lambda x: x.a + x.b,
+    ),
+    (
+        "a + [b, 2.0 * a][choice]",
+        lambda x: Routed(c := Choice("choice", [*"ab"], default=-1, none="none"), x.a, x.a + Choose(c, x.b, 2.0 * x.a)),
+        lambda x: x.a,
     ),
     (
         "a + 0.5 * b + 2.0 * (a * b)",

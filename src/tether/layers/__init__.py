@@ -5,7 +5,7 @@ from tether.layers import liveness, quantization
 from tether.layers.family.bank import bank, unbank
 from tether.layers.family.call import Lambda, call
 from tether.layers.family.repeat import Repeat
-from tether.layers.family.route import route
+from tether.layers.family.route import route, routed
 from tether.layers.records import reader, verification
 from tether.layers.tying.tie import tie, weight_of
 from tether.layers.tying.untie import materialize, untie
@@ -17,4 +17,4 @@ keras_seam.answers.update(
 _FROM_ABOVE = (quantization, reader, verification)
 """Imported for what they tell those below them."""
 
-__all__ = ["Lambda", "Repeat", "bank", "call", "materialize", "route", "tie", "unbank", "untie", "weight_of"]
+__all__ = ["Lambda", "Repeat", "bank", "call", "materialize", "route", "routed", "tie", "unbank", "untie", "weight_of"]

@@ -19,24 +19,14 @@ FIXED = {"NASNetLarge": {}, "NASNetMobile": {}}
 """Those that take no small input with their top."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def kept_by_nobody():
-    """On JAX, compiled programs are not written to the cache: no other test has these models."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    import jax
-
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 @pytest.fixture(autouse=True)
 def alone():
     yield
     keras.backend.clear_session()
+    if keras.backend.backend() == "jax":  # or the programs of all models are more than a process can have
+        import jax
+
+        jax.clear_caches()
     gc.collect()
 
 

@@ -15,9 +15,7 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
-from tether.forms.low_rank import stored_behind
 from tether.layers.tying.swap import become_all
-from tether.planning.products import labels_of, products
 from tether.types import Array, Config, Tensor
 from tether.weights.expression import (
     Expression,
@@ -33,9 +31,10 @@ from tether.weights.expression import (
     rewritten,
 )
 from tether.weights.leaves import Constant
+from tether.weights.operators.arithmetic import ScaleGradient, StopGradient
 from tether.weights.operators.choice import Choose
 from tether.weights.operators.indexing import Gather
-from tether.weights.operators.structure import Reshape, stack
+from tether.weights.operators.structure import Cast, Reshape, stack
 from tether.weights.operators.structure import index as index_of
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
@@ -220,6 +219,8 @@ def _refuse_filling(options: Sequence[Expression], largest: int) -> None:
 
     That is so where the axes that differ are summed over, and nothing but a product reads the weights.
     """
+    from tether.planning.products import labels_of, products  # imported with the first tie
+
     model = products(options[largest])
     for option in options:
         weights = zip(option.weights_used(), options[largest].weights_used(), strict=True)
@@ -236,13 +237,20 @@ def _refuse_filling(options: Sequence[Expression], largest: int) -> None:
             for mine, theirs in zip(one.labels, other.labels, strict=False)
         }
         read = [factor.expression for term in found.terms for factor in term.factors]
-        whole = [each for each in read if smaller & set(each.weights_used()) and stored_behind(each) is None]
+        whole = [each for each in read if smaller & set(each.weights_used()) and not _is_stored(each)]
         if not alike or whole or any(a != b and label in kept for label, (a, b) in sizes.items()):
             first = next(iter(smaller)) if smaller else option
             raise TetherError(
                 f"Weights that are stacked have one shape, or are thin factors of a product that zeros fill up. "
                 f"{received(expression=option.notation(), shape=first.shape)}"
             )
+
+
+def _is_stored(expression: Expression) -> bool:
+    """Whether an expression is a weight in another shape or dtype, and nothing is computed with it."""
+    while isinstance(expression, (Reshape, Cast, StopGradient, ScaleGradient)):
+        expression = expression.operands[0]
+    return isinstance(expression, Weight)
 
 
 def _check(leaves: Sequence[Expression], stacked_in: dict[int, tuple[int, ...]]) -> None:

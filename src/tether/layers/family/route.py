@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import keras
+
+from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.layers.family.bank import Stack, as_options, followers, origins_of, zipped
+from tether.layers.tying.fit import refuse_layer
+from tether.layers.tying.state import arguments_in, slots_of
 from tether.layers.tying.swap import become_all
 from tether.layers.tying.tie import tie
-from tether.types import AnyLayer
+from tether.types import AnyLayer, Config, Tensor
 from tether.weights.algebra import split_sum, terms_of
 from tether.weights.expression import Expression, Shape, Stored, as_expression
-from tether.weights.leaves import Choice
+from tether.weights.leaves import Argument, Choice, bind
 from tether.weights.operators.choice import Choose
 from tether.weights.operators.routing import Routed
 from tether.weights.weight import Weight
@@ -110,6 +116,112 @@ def route(
     return layer
 
 
+# --------------------------------------------------------------------------- a model with the choice as an input
+
+
+def routed(model: keras.Model, argument: str = "choice", *, choice: keras.KerasTensor | None = None) -> keras.Model:
+    """A model over the same weights with one more input: the choice of each example, for all routed layers in it.
+
+    So `fit`, `predict` and `evaluate` take a column of choices, and a model that is saved or exported has it as an
+    input. Layers inside may be routed at any depth, by `tether.route` on the model or on each of them.
+
+    Args:
+        model: A functional or sequential model with routed layers.
+        argument: The name of the choice, as it was given to `route`; the new input has it too.
+        choice: Another input in the place of whole numbers of shape `(batch,)`: `keras.Input((None,), dtype="int32")`
+            for a choice for each token, `keras.Input((options,))` for the weights of a mixture.
+
+    Returns:
+        The model. Its inputs are a dict, with the choice under its name, if those of the model are; else a list that
+        ends with the choice.
+
+    Raises:
+        TetherError: No layer in the model is routed by this name, or the model's inputs are not known.
+
+    Example:
+    ```python
+    weight = tether.weight_of(model, "head/kernel")
+    tether.route(model, {"head/kernel": [weight.stop_gradient() + tether.low_rank(2) for _ in range(4)]})
+    tasks = tether.routed(model)
+    tasks.compile("adam", loss)
+    tasks.fit([x, np.array([0, 1, 2, 3, -1, 0, 1, 2])], y, verbose=0)
+    ```
+    """
+    refuse_layer("routed", model)
+    if not isinstance(getattr(model, "inputs", None), list):
+        raise TetherError(
+            "`routed` needs a model whose inputs are known: a functional or a sequential one that is built. In a model "
+            f"of your own hand the choice on: `layer(x, {argument}={argument})`. {received(model=model.name)}"
+        )
+    call = RoutedCall(model, argument, name=f"{model.name}_routed")
+    number = keras.Input((), dtype="int32", name=argument) if choice is None else choice
+    given = model.input if isinstance(model.input, Mapping) else list(model.inputs)
+    outputs = call(given if len(model.inputs) > 1 or isinstance(given, Mapping) else given[0], number)
+    inputs = {**given, argument: number} if isinstance(given, Mapping) else [*given, number]
+    return keras.Model(inputs, outputs, name=f"{model.name}_by_{argument}")
+
+
+@keras.saving.register_keras_serializable(package="tether", name="RoutedCall")
+class RoutedCall(keras.layers.Layer):
+    """A call of a model in which all layers have the same choice: what `tether.routed` makes.
+
+    Args:
+        model: The model.
+        argument: The name of the choice.
+        **kwargs: As for any layer.
+    """
+
+    def __init__(self, model: keras.Model, argument: str = "choice", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model, self.argument = model, argument
+        self._choices()
+
+    def _choices(self) -> list[Argument]:
+        found = [
+            leaf
+            for layer in keras_seam.contained_layers(self.model)
+            for slot in slots_of(layer)
+            for leaf in arguments_in(slot.view.expression)
+        ]
+        named = [leaf for leaf in dict.fromkeys(found) if leaf.name == self.argument]
+        if not named:
+            names = ", ".join(sorted({leaf.name for leaf in found})) or "none"
+            raise TetherError(
+                f"No layer in {self.model.name!r} takes a choice of this name; it has: {names}. Route its layers "
+                f"first: `tether.route(model, {{'dense/kernel': [...]}})`. {received(argument=self.argument)}"
+            )
+        return named
+
+    def build(self, inputs_shape: Any, choice_shape: Any) -> None:
+        """The model is built already."""
+
+    def call(self, inputs: Tensor, choice: Tensor) -> Tensor:
+        """The model's outputs, each example with its choice."""
+        with bind(dict.fromkeys(self._choices(), choice)):
+            return self.model(inputs)
+
+    def compute_mask(self, inputs: Tensor, previous_mask: Tensor) -> None:
+        """The model has dealt with masks."""
+        return
+
+    def get_config(self) -> Config:
+        """The model and the name."""
+        return {
+            **super().get_config(),
+            "model": keras.saving.serialize_keras_object(self.model),
+            "argument": self.argument,
+        }
+
+    @classmethod
+    def from_config(cls, config: Config) -> RoutedCall:
+        """Makes the layer again from what `get_config` wrote."""
+        config = dict(config)
+        return cls(keras.saving.deserialize_keras_object(config.pop("model")), **config)
+
+
+# --------------------------------------------------------------------------- options
+
+
 def _chosen(number: Choice, options: Sequence[Expression]) -> tuple[Expression, list[Stack]]:
     """One of several expressions by number: of one form by their weights, else by a switch of them all."""
     _refuse_shapes(options)
@@ -185,4 +297,4 @@ def _listed(path: str, options: object) -> tuple[tuple[str, ...], list[object]]:
     )
 
 
-__all__ = ["route"]
+__all__ = ["route", "routed"]

@@ -1,0 +1,140 @@
+"""One layer, many children, one batch: `KERAS_BACKEND=torch python -m benchmarks.route [case ...]`.
+
+A Dense layer whose kernel is a base plus a low-rank part, of which each example (or token) of a batch has chosen
+another. Beside it the base layer alone, and what one does without: a loop over the parts, each with its own examples.
+Forward passes and training steps as each backend runs them, in turn, medians of ratios. Cases: forward, token, train,
+thousand.
+"""
+
+import sys
+
+import keras
+import numpy as np
+
+import tether
+from benchmarks._measure import compare, write
+from benchmarks._steps import forward, train
+from tether.weights.leaves import Choice
+from tether.weights.operators.routing import Routed
+
+BACKEND = keras.backend.backend()
+random = np.random.RandomState(0)
+
+
+def routed_dense(width, rank, count):
+    """A layer with so many low-rank parts, and the plain layer over the same base."""
+    base = tether.Weight((width, width), "glorot_uniform", name="base")
+    options = [base.stop_gradient() + tether.low_rank(rank) for _ in range(count)]
+    for option in options:
+        for weight in option.weights_used()[1:]:
+            weight.assign(0.02 * random.randn(*weight.shape))
+    layer = tether.route(keras.layers.Dense(width, use_bias=False), kernel=options)
+    plain = tether.tie(keras.layers.Dense(width, use_bias=False), kernel=base.stop_gradient())
+    return layer, plain
+
+
+def model_of(layer, shape, ids_shape=None):
+    """A model of one layer; with choices as its second input."""
+    inputs = keras.Input(shape)
+    if ids_shape is None:
+        return keras.Model(inputs, layer(inputs))
+    choice = keras.Input(ids_shape, dtype="int32")
+    return keras.Model([inputs, choice], layer(inputs, choice=choice))
+
+
+def measure_forward(name, width, rank, count, tokens, batch=64, each_token=False):
+    """The forward pass of a batch in which each example or token has its own part, beside the base alone."""
+    layer, plain = routed_dense(width, rank, count)
+    x = random.randn(batch, tokens, width).astype("float32")
+    ids = random.randint(0, count, (batch, tokens) if each_token else (batch,)).astype("int32")
+    ours = forward(model_of(layer, (tokens, width), ids.shape[1:]), [x, ids])
+    theirs = forward(model_of(plain, (tokens, width)), x)
+    return {"case": name, "of": "base alone", **compare(ours, theirs)}
+
+
+def forward_cases():
+    return [
+        measure_forward("16 parts of rank 8, an example each, width 512, 64 x 32 tokens", 512, 8, 16, 32),
+        measure_forward("64 parts of rank 16, an example each, width 1024, 64 x 1 token", 1024, 16, 64, 1),
+        measure_forward(
+            "16 parts of rank 8, a token each, width 512, 64 x 128 tokens", 512, 8, 16, 128, each_token=True
+        ),
+    ]
+
+
+def token_cases():
+    """One token an example beside a loop over the parts, each with its examples."""
+    layer, _ = routed_dense(1024, 16, 64)
+    x = random.randn(64, 1, 1024).astype("float32")
+    ids = np.arange(64, dtype="int32")
+    by_one = [forward(model_of_choice(layer, place, (1, 1024)), x[place : place + 1]) for place in range(64)]
+    ours = forward(model_of(layer, (1, 1024), ()), [x, ids])
+    return [
+        {
+            "case": "64 parts, 64 x 1 token",
+            "of": "loop over parts",
+            **compare(ours, lambda: [call() for call in by_one]),
+        }
+    ]
+
+
+def model_of_choice(layer, place, shape):
+    """A model of one layer with one choice for good."""
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, layer(inputs, choice=place))
+
+
+def train_cases():
+    """A training step of a mixed batch beside one step for each part with its own examples."""
+    found = []
+    for count in (16, 64):
+        layer, _ = routed_dense(512, 8, count)
+        x = random.randn(64, 32, 512).astype("float32")
+        ids = np.repeat(np.arange(count, dtype="int32"), 64 // count)
+        ours = train(model_of(layer, (32, 512), ()), [x, ids], of_input=False)
+        apart = [
+            train(model_of_choice(layer, place, (32, 512)), x[ids == place], of_input=False) for place in range(count)
+        ]
+        row = compare(ours, lambda apart=apart: [call() for call in apart])
+        found.append({"case": f"training step, {count} parts, 64 x 32 tokens", "of": "loop over parts", **row})
+    return found
+
+
+def thousand_cases():
+    """A base of 12 layers with a thousand parts on two projections of each, beside the same with 16."""
+    models = {}
+    for count in (16, 1000):
+        inputs, choice = keras.Input((32, 768)), keras.Input((), dtype="int32")
+        x = inputs
+        for _ in range(12):
+            attention = keras.layers.MultiHeadAttention(12, 64)
+            attention.build((None, 32, 768), (None, 32, 768))
+            ties = {}
+            for path in ("query/kernel", "value/kernel"):
+                weight = tether.weight_of(attention, path)
+                stacks = [
+                    tether.Weight((count, *shape), "zeros", name=name, trainable=False)
+                    for name, shape in (("a", (768, 8)), ("b", (8, 12, 64)))
+                ]
+                number = Choice("choice", [str(n) for n in range(count)], none="none")
+                a, b = (tether.ops.take(stack, number) for stack in stacks)
+                part = (a @ b.reshape(8, 768)).reshape(768, 12, 64)
+                ties[path] = Routed(number, weight, weight + part)
+            tether.tie(attention, ties)
+            x = keras.layers.LayerNormalization()(x + attention(x, x, choice=choice))
+        models[count] = keras.Model([inputs, choice], x)
+    x = random.randn(16, 32, 768).astype("float32")
+    ids = {count: random.randint(0, count, 16).astype("int32") for count in models}
+    many, few = (forward(models[count], [x, ids[count]]) for count in (1000, 16))
+    size = lambda count: sum(int(np.prod(w.shape)) * 4 for w in models[count].weights)  # noqa: E731
+    exact = size(1000) - size(16) == 984 * 24 * (768 * 8 + 8 * 768) * 4
+    return [
+        {"case": "1000 parts on 24 projections, 16 x 32 tokens", "of": "16 parts", "exact": exact, **compare(many, few)}
+    ]
+
+
+CASES = {"forward": forward_cases, "token": token_cases, "train": train_cases, "thousand": thousand_cases}
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or CASES:
+        write("route", CASES[chosen]())
