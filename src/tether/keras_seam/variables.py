@@ -103,6 +103,27 @@ def _quick(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 add, subtract, multiply, matmul = map(_quick, ("add", "subtract", "multiply", "matmul"))
 
 
+def _make_add_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def apart(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return add(y, matmul(a, b))
+
+    if not RUNS_FROM_PYTHON:
+        return apart
+    import torch
+
+    def at_once(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        fits = type(y) is type(a) is torch.Tensor and a.dtype == y.dtype == b.dtype and y.is_floating_point()
+        if not fits or a.dim() != 2 or b.dim() != 2 or y.shape != (a.shape[0], b.shape[1]):
+            return apart(y, a, b)
+        return torch.addmm(y, a, b)
+
+    return at_once
+
+
+add_product = _make_add_product()
+"""A matrix and the product of two more: on PyTorch in one operation, which goes through the result once."""
+
+
 def stored_dtype(variable: keras.Variable) -> str:
     """The dtype of what is stored, whatever the autocast scope says."""
     return str(keras.backend.standardize_dtype(variable._dtype))

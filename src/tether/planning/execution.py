@@ -136,7 +136,10 @@ def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve
 
 def _run(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve | None = None) -> Tensor:
     values: list[Tensor] = [x, *factors]
-    for step in plan.steps:
+    for step in plan.done:
+        if step is None:
+            values.append(None)
+            continue
         inputs = [values[place] for place in step.inputs]
         if step.op == "take" and isinstance(inputs[0], Integers):
             values.append(inputs[0].take(inputs[1], step.detail))
@@ -233,5 +236,6 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "mask": _mask,
     "multiply": _multiply,
     "matmul": lambda _, a, b: keras_seam.matmul(a, b),
+    "add_product": lambda _, y, a, b: keras_seam.add_product(y, a, b),
     "einsum": _einsum,
 }

@@ -7,6 +7,7 @@ one weight first; building all of them is what the layer does without a plan.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,6 +95,9 @@ class Plan:
     trained: tuple[int, ...] = ()
     """The factors that train, if there is such a plan."""
 
+    done: tuple[Operation | None, ...] = field(init=False, compare=False)
+    """The steps as they are done: a product that is only added to something is done with the sum (`None` before)."""
+
     # What follows from these is a field too: `torch.compile` reads the fields of a frozen dataclass, and no property.
     materializes: bool = field(init=False, compare=False)
     """Whether the whole weight is built."""
@@ -115,11 +119,26 @@ class Plan:
         )
         products_only = all(step.op == "matmul" for step in self.steps if 0 in step.inputs)
         object.__setattr__(self, "materializes", self.name == "materialize")
+        object.__setattr__(self, "done", self._joined_steps())
         object.__setattr__(self, "reads", reads)
         object.__setattr__(
             self, "chooses", any(read is not None and read[0].how not in ("value", "once") for read in reads)
         )
         object.__setattr__(self, "takes_sparse", self.gradient is None and products_only)
+
+    def _joined_steps(self) -> tuple[Operation | None, ...]:
+        first = 1 + len(self.factors)
+        uses = Counter(place for step in self.steps for place in step.inputs)
+        done: list[Operation | None] = list(self.steps)
+        for index, step in enumerate(self.steps):
+            if step.op != "add":
+                continue
+            for other, place in (step.inputs, step.inputs[::-1]):
+                product = done[place - first] if place >= first else None
+                if product is not None and product.op == "matmul" and uses[place] == 1 and place != self.output:
+                    done[place - first], done[index] = None, Operation("add_product", (other, *product.inputs))
+                    break
+        return tuple(done)
 
 
 # --------------------------------------------------------------------------- rows of integers
