@@ -448,3 +448,35 @@ def test_a_model_that_is_not_routed_is_refused(rng):
     with pytest.raises(TetherError, match="it has: task"):
         tether.routed(model)
     assert len(tether.routed(model, "task").inputs) == 3
+
+
+@pytest.mark.parametrize("count", [COUNT, 11])
+def test_a_tie_that_is_made_again_from_a_model_keeps_the_choice(rng, count):
+    layer, _, _, x = make(rng, "dense", "low_rank", count)
+    inputs, choice = keras.Input((4,)), keras.Input((), dtype="int32")
+    model = keras.Model([inputs, choice], layer(inputs, choice=choice))
+    ids = np.array([0, -1, 2, 1, 2, 0])
+    wanted = numpy(model([x, ids]))
+    tether.adapters.add(model, "more", {f"{layer.name}/kernel": tether.low_rank(2)})
+    assert_close(model([x, ids]), wanted, 1e-5)
+    tether.adapters.remove(model, "more")
+    assert_close(model([x, ids]), wanted, 1e-5)
+    assert_close(layer(x, choice=ids), wanted, 1e-5)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    assert_close(clone([x, ids]), wanted, 1e-5)
+    layer.quantize("int8")
+    assert_close(layer(x, choice=ids), wanted, 0.2)
+    assert not np.allclose(numpy(layer(x, choice=ids)), numpy(layer(x)))
+
+
+def test_the_value_of_a_choice_is_taken_by_binding_it(rng):
+    layer, base, found, x = make(rng, "dense", "low_rank", 11)
+    layer(x)
+    number = tether.weights.Argument("choice", (), "int32")
+    with tether.weights.bind({number: 2}):
+        assert_close(layer.kernel, found[2].numpy(), 1e-5)
+        value = numpy(layer.kernel)
+        tether.untie(layer)
+    assert_close(layer.kernel, value, 1e-6)
+    assert type(layer) is layers.Dense

@@ -472,9 +472,13 @@ def new_use(layer: keras.Layer, name: str, expression: Expression, regularizer: 
 
 
 def arguments_by_name(state: State) -> dict[str, list[Argument]]:
-    """The arguments in the ties recorded on a layer, and in those that were asked for there."""
+    """The arguments in the ties recorded on a layer, in those asked for there, and in the layer's own weights.
+
+    A tie of the layer's own weight may be recorded on a model around it, and the layer be called by itself.
+    """
     found: dict[str, list[Argument]] = {}
-    for leaf in [*(leaf for tie in state.recorded.values() for leaf in arguments_in(tie.expression)), *state.takes]:
+    expressions = [tie.expression for tie in state.recorded.values()] + [slot.view.expression for slot in state.slots]
+    for leaf in [*(leaf for expression in expressions for leaf in arguments_in(expression)), *state.takes]:
         if leaf not in found.setdefault(leaf.name, []):
             found[leaf.name].append(leaf)
     return found
