@@ -1906,3 +1906,20 @@ def test_an_error_in_a_traced_function_comes_out_as_it_is():
 
     with pytest.raises(tether.TetherError, match=r"^as it is"):
         keras_seam.trace(wrong, keras.KerasTensor((2,)))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 2), (3, 4), (4, 2)), ((5, 3, 2), (5, 3, 4), (4, 2)), ((2,), (3, 4), (4, 2))], ids=str
+)
+def test_a_sum_with_a_product_is_what_both_give_apart(rng, shapes):
+    y, a, b = (rng.normal(size=shape).astype("float32") for shape in shapes)
+    found = keras_seam.add_product(*map(keras.ops.convert_to_tensor, (y, a, b)))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found), y + a @ b, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (1,)], ids=str)
+def test_entries_are_in_the_axes_of_their_numbers(rng, shape):
+    table, numbers = rng.normal(size=(5, 2, 3)).astype("float32"), rng.integers(0, 5, shape).astype("int32")
+    found = keras_seam.entries(keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(numbers))
+    assert tuple(found.shape) == (*shape, 2, 3)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(found), table[numbers])

@@ -454,3 +454,23 @@ def test_a_folder_whose_rename_fails_is_the_old_one(tmp_path, monkeypatch):
         (beside / "new").write_text("new")
     assert (served / "saved_model.pb").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["served"]
+
+
+@pytest.mark.parametrize("format", HERE)
+@pytest.mark.parametrize("count", [3, 11])
+def test_a_choice_for_each_example_is_one_more_input(format, count, tmp_path, rng):
+    x = keras.Input((64,))
+    first, second = layers.Dense(64, name="first"), layers.Dense(32, name="second")
+    model = keras.Model(x, second(first(x)))
+    ties = {}
+    for path in ("first/kernel", "second/kernel"):
+        weight = tether.weight_of(model, path)
+        ties[path] = [weight + tether.low_rank(2) for _ in range(count)]
+    tether.route(model, ties)
+    by_choice = scaled(tether.routed(model), rng)
+    path = tmp_path / f"model{SUFFIXES[format]}"
+    tether.files.export(by_choice, path, format)
+    for batch in (1, 4):
+        given = [rng.normal(size=(batch, 64)).astype("float32"), rng.integers(-1, count, batch).astype("int32")]
+        (found,) = outputs(path, format, given)
+        np.testing.assert_allclose(found, numpy(by_choice(given, training=False)), rtol=1e-5, atol=1e-5)

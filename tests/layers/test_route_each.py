@@ -471,7 +471,7 @@ def test_a_tie_that_is_made_again_from_a_model_keeps_the_choice(rng, count):
 
 
 def test_the_value_of_a_choice_is_taken_by_binding_it(rng):
-    layer, base, found, x = make(rng, "dense", "low_rank", 11)
+    layer, _, found, x = make(rng, "dense", "low_rank", 11)
     layer(x)
     number = tether.weights.Argument("choice", (), "int32")
     with tether.weights.bind({number: 2}):

@@ -124,6 +124,26 @@ add_product = _make_add_product()
 """A matrix and the product of two more: on PyTorch in one operation, which goes through the result once."""
 
 
+def _make_entries() -> Callable[[Tensor, Tensor], Tensor]:
+    def taken(table: Tensor, numbers: Tensor) -> Tensor:
+        return keras.ops.take(table, numbers, axis=0)
+
+    if not RUNS_FROM_PYTHON:
+        return taken
+    import torch
+
+    def selected(table: Tensor, numbers: Tensor) -> Tensor:
+        # Keras squeezes an axis that has as many entries as there are numbers, which an ONNX file then does always.
+        found = torch.index_select(table, 0, numbers.reshape(-1))
+        return found.reshape(*numbers.shape, *table.shape[1:])
+
+    return selected
+
+
+entries = _make_entries()
+"""The entries along the first axis of a table, for numbers of any shape that all exist."""
+
+
 def stored_dtype(variable: keras.Variable) -> str:
     """The dtype of what is stored, whatever the autocast scope says."""
     return str(keras.backend.standardize_dtype(variable._dtype))

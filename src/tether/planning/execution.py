@@ -217,7 +217,7 @@ def _pick(detail: tuple[int, float], tables: Tensor, ids: Tensor, numbers: Tenso
     options, size = tables.shape[:2]
     numbers = keras.ops.reshape(numbers, (*keras.ops.shape(numbers), *(1,) * (len(ids.shape) - len(numbers.shape))))
     rows = keras.ops.clip(numbers, 0, options - 1) * size + keras.ops.cast(ids, "int32")
-    found = keras.ops.take(keras.ops.reshape(tables, (options * size, *tables.shape[2:])), rows, axis=0)
+    found = keras_seam.entries(keras.ops.reshape(tables, (options * size, *tables.shape[2:])), rows)
     exists = keras.ops.logical_and(keras.ops.greater_equal(numbers, 0), keras.ops.less(numbers, options))
     exists = keras.ops.reshape(exists, (*keras.ops.shape(exists), *(1,) * (len(found.shape) - len(exists.shape))))
     return keras.ops.where(exists, found, keras.ops.cast(other, found.dtype))

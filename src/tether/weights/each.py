@@ -94,7 +94,7 @@ def rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
     few = len(known) < len(bound.shape) or len(choice.choices) <= math.prod(known)
     if few and not is_read_only(expression):
         flat = keras.ops.clip(bound, 0, len(choice.choices) - 1)
-        value = keras.ops.take(for_options(expression, choice), flat, axis=0)
+        value = keras_seam.entries(for_options(expression, choice), flat)
     else:
         value = for_numbers(expression, choice, bound)
     return masked(value, choice, bound)
@@ -178,7 +178,7 @@ class _Spread:
             dtypes = sorted({keras.backend.standardize_dtype(option.dtype) for option in options})
             stacked = keras.ops.stack([keras.ops.cast(option, result_type(*dtypes)) for option in options])
             number = spread[step.operands[0]]
-            return stacked if number is None else keras.ops.take(stacked, number, axis=0)
+            return stacked if number is None else keras_seam.entries(stacked, number)
         if isinstance(node, Mask):
             return self._mask(node)
         if isinstance(node, Routed):
@@ -216,7 +216,7 @@ class _Spread:
         axis = node.parameters["axis"] % len(whole.shape)
         if axis:
             whole = keras.ops.moveaxis(whole, axis, 0)
-        return whole if number is None else keras.ops.take(whole, number, axis=0)
+        return whole if number is None else keras_seam.entries(whole, number)
 
     def _mask(self, node: Mask) -> Tensor:
         of = node.parameters["of"]
