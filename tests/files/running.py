@@ -24,7 +24,10 @@ def _served(path, arrays):
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(path))
-    found = loaded.serve(*arrays)
+    try:
+        found = loaded.serve(*arrays)
+    except TypeError:  # a model with a list of inputs takes one
+        found = loaded.serve(list(arrays))
     return [np.asarray(output) for output in keras.tree.flatten(found)]
 
 
@@ -43,8 +46,11 @@ def _litert(path, arrays):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's interpreter says that it will move to a package of its own
         interpreter = tf.lite.Interpreter(model_path=str(path))
-    details = interpreter.get_input_details()
-    assert len(details) == len(arrays)
+    details, left = [], interpreter.get_input_details()
+    assert len(left) == len(arrays)
+    for array in arrays:  # inputs are listed by name: those of one dtype are in order
+        details.append(next(detail for detail in left if detail["dtype"] == array.dtype))
+        left = [detail for detail in left if detail is not details[-1]]
     for detail, array in zip(details, arrays, strict=True):
         interpreter.resize_tensor_input(detail["index"], array.shape)
     interpreter.allocate_tensors()

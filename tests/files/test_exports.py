@@ -459,7 +459,7 @@ def test_a_folder_whose_rename_fails_is_the_old_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", HERE)
 @pytest.mark.parametrize("count", [3, 11])
 def test_a_choice_for_each_example_is_one_more_input(format, count, tmp_path, rng):
-    x = keras.Input((64,), name="a_row")  # converters list inputs by name
+    x = keras.Input((64,))
     first, second = layers.Dense(64, name="first"), layers.Dense(32, name="second")
     model = keras.Model(x, second(first(x)))
     ties = {}
