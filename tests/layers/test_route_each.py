@@ -480,3 +480,25 @@ def test_the_value_of_a_choice_is_taken_by_binding_it(rng):
         tether.untie(layer)
     assert_close(layer.kernel, value, 1e-6)
     assert type(layer) is layers.Dense
+
+
+@pytest.mark.parametrize("count", [COUNT, 11])
+def test_one_choice_is_for_each_example_and_another_for_the_call(rng, count):
+    _, found = options(rng, (4, 5), low, count)
+    layer = tether.route(layers.Dense(5, use_bias=False), kernel=found, argument="first")
+    layer.build((None, 4))
+    whole = tether.weight_of(layer, "kernel")
+    more = [whole + tether.low_rank(1) for _ in range(count)]
+    for expression in more:
+        for own in expression.weights_used()[-2:]:
+            own.assign(drawn(rng, own.shape))
+    tether.route(layer, kernel=more, argument="second")
+    x = drawn(rng, (6, 4))
+    ids = np.array([2, -1, 0, 2, 1, count - 1])
+    for one in (0, 2, -1):
+        wanted = [numpy(layer(x[i : i + 1], first=int(c), second=one)) for i, c in enumerate(ids)]
+        assert_close(layer(x, first=ids, second=one), np.concatenate(wanted), 1e-4)
+        wanted = [numpy(layer(x[i : i + 1], first=one, second=int(c))) for i, c in enumerate(ids)]
+        assert_close(layer(x, first=one, second=ids), np.concatenate(wanted), 1e-4)
+    with pytest.raises(Unsupported, match="One choice"):
+        layer(x, first=ids, second=ids)

@@ -25,7 +25,7 @@ from tether.planning.products import Products, products
 from tether.types import Function, Tensor
 from tether.weights.each import (
     bound_for_each,
-    choice_in,
+    choices_in,
     for_options,
     once,
     rows,
@@ -66,8 +66,8 @@ class Planner:
     def __init__(self, expression: Expression) -> None:
         self.expression = expression
         self.weights = expression.weights_used()
-        self.choice = choice_in(expression)
-        """The choice that the weight reads, which examples may make for themselves."""
+        self.choices = choices_in(expression)
+        """The choices that the weight reads, of which examples may make one for themselves."""
         self._others: dict[Expression, Planner | None] = {}
         self._pieces: tuple[tuple[Planner, InputDropout | None], ...] | None = None
         self._products: dict[bool, Products] = {}
@@ -107,23 +107,24 @@ class Planner:
         flags: tuple[bool, ...],
         mode: Mode,
         kept: bool,
-        chosen: tuple[int, bool],
+        chosen: tuple[int, int, bool],
     ) -> Plan:
         """The plan for calls of one kind, made at the first of them; `flags` say which weights train."""
         key = (shape, dtype, training, live, flags, mode, kept, chosen, problem, settings)
         found = self._plans.get(key)
         if found is None:
             asked = problem(shape, *settings, training=training, itemsize=BYTES.get(dtype, 4))
-            if chosen[0]:
-                asked = replace(asked, chosen=chosen[0], mixed=chosen[1])
+            axes, place, mixed = chosen
+            if axes:
+                asked = replace(asked, choice=self.choices[place], chosen=axes, mixed=mixed)
                 refuse_axes(asked)
 
             def trains(expression: Expression) -> bool:
                 return live and any(weight.trainable for weight in live_weights(expression))
 
-            of_weight = self.products(chosen[0] > 0)
+            of_weight = self.products(axes > 0)
             found = make_plan(replace(asked, repeated=True) if kept else asked, of_weight, trains, mode)
-            if chosen[0] and found.materializes:
+            if axes and found.materializes:
                 raise Unsupported(
                     f"{self.expression.notation()} cannot be chosen for each example: it has no plan for a "
                     "layer of this kind. Make one choice for a call."
@@ -190,12 +191,13 @@ def refuse_axes(problem: Problem) -> None:
         )
 
 
-def _chosen_now(choice: Choice | None, x: Tensor) -> tuple[int, bool]:
-    """How many axes the choice has that examples make for themselves, and whether they mix options."""
-    bound = None if choice is None else bound_for_each(choice)
-    if bound is None:
-        return 0, False
-    mixed = keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype))
+def _chosen_now(choices: tuple[Choice, ...], x: Tensor) -> tuple[int, int, bool]:
+    """How many axes the choice has that examples make for themselves, which it is, and whether they mix options."""
+    found = bound_for_each(choices) if choices else None
+    if found is None:
+        return 0, 0, False
+    choice, bound = found
+    mixed = keras_seam.is_float(keras_seam.tensor_dtype(bound))
     sizes = tuple(bound.shape)[: len(bound.shape) - mixed]
     for size, of_input in zip(sizes, x.shape, strict=False):
         if isinstance(size, int) and isinstance(of_input, int) and size != of_input:
@@ -203,12 +205,12 @@ def _chosen_now(choice: Choice | None, x: Tensor) -> tuple[int, bool]:
                 f"A choice for each example has the leading axes of the layer's input, {tuple(x.shape)}. "
                 f"{received(shape=tuple(bound.shape))}"
             )
-    return len(sizes), mixed
+    return len(sizes), choices.index(choice), mixed
 
 
 def _kind_of_call(
-    view: View, x: Tensor, weights: tuple[Stored, ...], choice: Choice | None
-) -> tuple[Shape, str, bool, bool, tuple[bool, ...], Mode, bool, tuple[int, bool]]:
+    view: View, x: Tensor, weights: tuple[Stored, ...], choices: tuple[Choice, ...]
+) -> tuple[Shape, str, bool, bool, tuple[bool, ...], Mode, bool, tuple[int, int, bool]]:
     """What tells calls with other plans apart, as plain values: the last arguments of `Planner.find`."""
     live = view.use.live
     training = control.assumed_training()
@@ -220,7 +222,7 @@ def _kind_of_call(
     # JAX has symbols for sizes that are not known yet, which cannot be compared.
     shape = tuple(size if isinstance(size, int) else None for size in x.shape)
     flags = tuple([weight.trainable for weight in weights]) if training and live else ()
-    return shape, view.dtype, training, live, flags, control.mode(), remembers(), _chosen_now(choice, x)
+    return shape, view.dtype, training, live, flags, control.mode(), remembers(), _chosen_now(choices, x)
 
 
 def applied(
@@ -247,7 +249,7 @@ def applied(
             return None
         if whole is not None and keras_seam.is_training_call() and _count_of_pieces(view.number):
             return _by_pieces(view, x, None, problem, convolve, settings, whole)
-        kind = _kind_of_call(view, x, view.expression.weights_used(), choice_in(view.expression))
+        kind = _kind_of_call(view, x, view.expression.weights_used(), choices_in(view.expression))
         plan = getattr(view, f"plan_{_number_of_plan(view.number, None, problem, settings, *kind)}")
     else:
         planner = planner_of(view)
@@ -260,7 +262,7 @@ def applied(
                 return None
         if whole is not None and _drops() and planner.pieces:
             return _by_pieces(view, x, planner, problem, convolve, settings, whole)
-        kind = _kind_of_call(view, x, planner.weights, planner.choice)
+        kind = _kind_of_call(view, x, planner.weights, planner.choices)
         plan = planner.find(problem, settings, *kind)
         control.note_plan(lambda: Noted(view.path, view.expression.notation(), kind[0], plan))
     if plan.materializes or (keras_seam.is_sparse(x) and not plan.takes_sparse):
@@ -269,7 +271,7 @@ def applied(
 
 
 def _carried_out(view: View, plan: Plan, x: Tensor, convolve: Convolve | None) -> Tensor:
-    if plan.chooses:
+    if plan.choice is not None:
         return execute(plan, x, _read_for_each(view, plan), convolve)
     factors = [
         None
@@ -282,14 +284,10 @@ def _carried_out(view: View, plan: Plan, x: Tensor, convolve: Convolve | None) -
 
 def _read_for_each(view: View, plan: Plan) -> list[Tensor]:
     """The factors of a plan, as they are read where examples choose for themselves."""
-    choice = next(
-        choice_in(read[0].expression)
-        for read in plan.reads
-        if read is not None and read[0].how not in ("value", "once")
-    )
-    bound = None if choice is None else bound_for_each(choice)
-    if choice is None or bound is None:
+    found = None if plan.choice is None else bound_for_each([plan.choice])
+    if found is None:
         raise TypeError("A plan for choices of examples was asked for where there are none.")
+    choice, bound = found
     values: list[Tensor] = [None] * len(plan.reads)
     options: list[int] = []
     for place, read in enumerate(plan.reads):
@@ -297,7 +295,7 @@ def _read_for_each(view: View, plan: Plan) -> list[Tensor]:
             continue
         (expression, how), coded_as = (read[0].expression, read[0].how), read[1]
         if how in ("value", "once"):
-            values[place] = _value(view, expression, view.dtype, coded_as)
+            values[place] = _value(view, expression, view.dtype, coded_as, once if how == "once" else evaluate)
         elif how == "numbers":
             values[place] = bound
         elif how == "rows":
@@ -342,7 +340,7 @@ def _by_pieces(
             piece, dropout = planner.pieces[place]
             expression, weights = piece.expression, piece.weights
         given = x if dropout is None or control.assumed_training() else dropout.dropped(x)
-        kind = _kind_of_call(view, given, weights, choice_in(expression))
+        kind = _kind_of_call(view, given, weights, choices_in(expression))
         if planner is None:
             plan = getattr(view, f"plan_{_number_of_plan(view.number, place, problem, settings, *kind)}")
         else:
@@ -416,9 +414,8 @@ def chosen_for_each(view: object) -> tuple[View, Choice, Tensor] | None:
     """A view whose weight examples choose for themselves now, the choice, and what it is bound to."""
     if not isinstance(view, View) or is_view(view.expression):
         return None
-    choice = choice_in(view.expression)
-    bound = None if choice is None else bound_for_each(choice)
-    return None if choice is None or bound is None else (view, choice, bound)
+    found = bound_for_each(choices_in(view.expression))
+    return None if found is None else (view, *found)
 
 
 def _beside(weight: Tensor, y: Tensor, own: Sequence[int] | None = None) -> Tensor:
@@ -436,7 +433,7 @@ def _beside(weight: Tensor, y: Tensor, own: Sequence[int] | None = None) -> Tens
     mixed = keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype))
     axes, rank = len(bound.shape) - mixed, len(y.shape)
     own = range(rank - len(view.shape), rank) if own is None else [axis % rank for axis in own]
-    _chosen_now(choice, y)
+    _chosen_now((choice,), y)
     if axes > min(own):
         raise Unsupported(
             f"A choice for each example has the leading axes of the layer's input, up to those of {view.path}. "
@@ -786,7 +783,7 @@ def _held(view: View) -> list[Held]:
     return [
         entry
         for part in parts
-        if choice_in(part) is not None
+        if choice in choices_in(part)
         for entry in hold_for_each(("each", part), _rows_of(view, part, choice, bound))
     ]
 

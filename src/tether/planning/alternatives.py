@@ -12,7 +12,7 @@ from tether.planning.control import Mode
 from tether.planning.cost import Draft, Machine, NoPlan, Value, machine
 from tether.planning.plan import ASSUMED_ROWS, MATERIALIZE, Alternative, Plan, Problem, Reading, coded
 from tether.planning.products import Factor, Labels, Products, Summand
-from tether.weights.each import choice_in, is_read_only
+from tether.weights.each import choices_in, has_base, is_read_only
 from tether.weights.expression import Expression, Node, program
 from tether.weights.leaves import Choice
 from tether.weights.operators.arithmetic import MatMul
@@ -168,7 +168,9 @@ def make_plan(
     if best.name == "materialize":
         return replace(MATERIALIZE, seconds=best.seconds, alternatives=alternatives)
     factors = tuple(search.places)
-    plan = Plan(best.name, tuple(draft.steps), factors, output.register, best.seconds, alternatives)
+    plan = Plan(
+        best.name, tuple(draft.steps), factors, output.register, best.seconds, alternatives, choice=problem.choice
+    )
     if mixed is not None and best is mixed[0]:
         trained = tuple(place for place, factor in enumerate(factors) if live(factor.expression))
         plan = replace(plan, gradient=mixed[-1], trained=trained)
@@ -213,7 +215,7 @@ class Search:
         self.rows = frozenset(self.letters.values())
         self.chosen = tuple(self.letters[letter] for letter in problem.inputs[: problem.chosen])
         """The labels of the axes of the choice."""
-        self.choice: Choice | None = None
+        self.choice = problem.choice
         self.places: dict[Reading, int] = {}
         """The register of each factor, in each way in which it may be read."""
         for term in products.terms:
@@ -228,13 +230,10 @@ class Search:
 
     def _readings(self, expression: Expression) -> list[Reading]:
         """In which ways a factor may be read."""
-        choice = choice_in(expression)
-        if choice is None:
-            return [Reading(expression)]
-        if not self.problem.chosen:
-            return [Reading(expression, "value" if isinstance(expression, Mask) else "once")]
-        self.choice = choice
-        if isinstance(expression, Mask):
+        choices = choices_in(expression)
+        if self.choice is None or self.choice not in choices:
+            return [Reading(expression, "once" if choices and not isinstance(expression, Mask) else "value")]
+        if isinstance(expression, Mask) or has_base(expression, self.choice):
             return [Reading(expression, "rows")]
         return [Reading(expression, "rows"), Reading(expression, "options"), Reading(expression, "table")]
 
@@ -378,6 +377,11 @@ class Search:
             if way == "options" and not options:
                 options = (self.label(len(self.choice.choices)),)
                 found.append(Value(self._used(draft, Reading(self.choice, "weights")), (*self.chosen, *options)))
+            if Reading(expression, "options") not in self.places:
+                if self._is_looked_up(term, factor):
+                    raise NoPlan  # a whole table for each example
+                found.append(Value(self._used(draft, Reading(expression, "rows")), self.chosen + labels))
+                continue
             if way == "rows" and self._is_looked_up(term, factor):
                 found.append(Value(self._used(draft, Reading(expression, "table")), labels))
             elif way == "rows":
@@ -389,7 +393,7 @@ class Search:
     def _masked(self, draft: Draft, term: Summand, value: Value) -> Value:
         """The result of a term where its masks let it be, and zero elsewhere, whatever it is there."""
         for factor in term.factors:
-            if isinstance(factor.expression, Mask) and self.chosen:
+            if isinstance(factor.expression, Mask) and Reading(factor.expression, "rows") in self.places:
                 mask = self._used(draft, Reading(factor.expression, "rows"))
                 value = draft.mask(value, Value(mask, self.chosen))
         return value
@@ -426,12 +430,9 @@ class Search:
             if draft.registers[place].live:
                 seconds += machine.elementwise(moved + stack) if reading.how == "rows" else seconds
             if not (isinstance(reading.expression, (Mask, Choice)) or is_read_only(reading.expression)):
-                per = (
-                    min(draft.size(self.chosen), len(self.choice.choices))
-                    if reading.how == "rows"
-                    else len(self.choice.choices)
-                )
-                seconds += per * self._evaluation(reading.expression, draft.registers[place].live)
+                options = len(self.choice.choices)
+                times = min(draft.size(self.chosen), options) if reading.how == "rows" else options
+                seconds += times * self._evaluation(reading.expression, draft.registers[place].live)
             draft.given += 0.0 if draft.repeated else seconds
         return place
 

@@ -17,6 +17,7 @@ from tether.errors import NUMERIC
 from tether.planning.cost import Operation
 from tether.types import Tensor
 from tether.weights.expression import Expression
+from tether.weights.leaves import Choice
 from tether.weights.operators.arithmetic import ScaleGradient, StopGradient
 from tether.weights.operators.quantized import Unpack
 from tether.weights.operators.structure import Cast
@@ -52,8 +53,10 @@ class Problem:
     training: bool = False
     repeated: bool = False
     """Whether this is one of many equal calls before which weights are built once: the steps of a time loop."""
+    choice: Choice | None = None
+    """The choice that examples make for themselves."""
     chosen: int = 0
-    """How many of the input's first axes a choice has: with one, each example has an option of its own."""
+    """How many of the input's first axes that has: with one, each example has an option of its own."""
     mixed: bool = False
     """Whether the choice is the weights of a mixture."""
 
@@ -94,6 +97,8 @@ class Plan:
     """Steps whose result has the gradient of the factors that train, where the plan's own steps give them none."""
     trained: tuple[int, ...] = ()
     """The factors that train, if there is such a plan."""
+    choice: Choice | None = None
+    """The choice that examples make for themselves, by which factors are read."""
 
     done: tuple[Operation | None, ...] = field(init=False, compare=False)
     """The steps as they are done: a product that is only added to something is done with the sum (`None` before)."""
@@ -103,8 +108,6 @@ class Plan:
     """Whether the whole weight is built."""
     reads: tuple[tuple[Reading, Coded | None] | None, ...] = field(init=False, compare=False)
     """The factors that a step needs, and for those stored as integers of which only some entries are needed, how."""
-    chooses: bool = field(init=False, compare=False)
-    """Whether a factor is read for each example."""
     takes_sparse: bool = field(init=False, compare=False)
     """Whether the layer's input is only multiplied with matrices: what can be done with a sparse one."""
 

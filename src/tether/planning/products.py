@@ -411,12 +411,13 @@ def _off(expansion: _Expansion, part: Products, strength: Expression) -> Product
 
 def _routed(expansion: _Expansion, node: routing.Routed, _: Products, base: Products, option: Products) -> Products:
     """The options' terms that read the choice, what base and options have in common, and the rest of both by a mask."""
-    if any(_reads_choice(factor.expression) for term in base.terms for factor in term.factors):
+    number = node.operands[0]
+    if any(_reads(factor.expression, number) for term in base.terms for factor in term.factors):
         raise _NoForm
     left = list(base.terms)
     terms: list[Summand] = []
     for term in option.terms:
-        if any(_reads_choice(factor.expression) for factor in term.factors):
+        if any(_reads(factor.expression, number) for factor in term.factors):
             terms.append(term)
             continue
         same = next((other for other in left if _is_same(other, term)), None)
@@ -443,8 +444,8 @@ def _reads_stored(node: choice.Choose) -> bool:
     return all(isinstance(option, Stored) for option in node.operands[1:])
 
 
-def _reads_choice(expression: Expression) -> bool:
-    return any(isinstance(step.expression, Choice) for step in program(expression))
+def _reads(expression: Expression, choice: Expression) -> bool:
+    return any(step.expression == choice for step in program(expression))
 
 
 def _masked(node: Node, term: Summand, of: str | int) -> Summand:

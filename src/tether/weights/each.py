@@ -7,10 +7,12 @@ read once for all numbers, and what is computed from them is computed for each.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import keras
 
 from tether import keras_seam
+from tether.errors import Unsupported, received
 from tether.types import Tensor
 from tether.weights.evaluation import cast_to_scope, evaluate
 from tether.weights.expression import Expression, Node, Step, leaves, program
@@ -36,15 +38,23 @@ _OF_ANY_SHAPE = (Negative, StopGradient, ScaleGradient, Cast, Switched)
 _ARITHMETIC = (Add, Subtract, Multiply, Divide)
 
 
-def choice_in(expression: Expression) -> Choice | None:
-    """The choice that an expression reads, if it reads one."""
-    return next((leaf for leaf in leaves(expression) if isinstance(leaf, Choice)), None)
+def choices_in(expression: Expression) -> tuple[Choice, ...]:
+    """The choices that an expression reads."""
+    return tuple(leaf for leaf in leaves(expression) if isinstance(leaf, Choice))
 
 
-def bound_for_each(choice: Choice) -> Tensor | None:
-    """What a choice is bound to now, if that is one for each example."""
-    found = bindings().get(choice.key)
-    return found if is_for_each(found) else None
+def bound_for_each(choices: Iterable[Choice]) -> tuple[Choice, Tensor] | None:
+    """The one of several choices that examples make for themselves now, and what it is bound to.
+
+    Raises:
+        Unsupported: There are two.
+    """
+    bound = bindings()
+    found = [(choice, value) for choice in choices if is_for_each(value := bound.get(choice.key))]
+    if len(found) > 1:
+        names = [choice.name for choice, _ in found]
+        raise Unsupported(f"One choice is made for each example, and the others for a call. {received(choices=names)}")
+    return found[0] if found else None
 
 
 def for_options(expression: Expression, choice: Choice) -> Tensor:
@@ -63,18 +73,29 @@ def for_numbers(expression: Expression, choice: Choice, numbers: Tensor) -> Tens
     return found if len(numbers.shape) == 1 else keras.ops.reshape(found, (*keras.ops.shape(numbers), *shape))
 
 
+def has_base(expression: Expression, choice: Choice) -> bool:
+    """Whether an expression says itself what it is where a choice is none of the options."""
+    return any(isinstance(each, Routed) and each.operands[0] == choice for each in _nodes(expression))
+
+
+def _nodes(expression: Expression) -> Iterator[Node]:
+    return (step.expression for step in program(expression) if isinstance(step.expression, Node))
+
+
 def once(expression: Expression) -> Tensor:
     """A factor of a plan for the one choice of a call: zeros where that is none of the options, and there is a base."""
-    choice = choice_in(expression)
-    if choice is None or choice.none is None:
-        return evaluate(expression)
-    number = choice.bound()
-    if isinstance(number, int):
-        if 0 <= number < len(choice.choices):
-            return evaluate(expression)
+    numbers = [
+        (choice.bound(), len(choice.choices))
+        for choice in choices_in(expression)
+        if choice.none is not None and not has_base(expression, choice)
+    ]
+    if any(isinstance(number, int) and not 0 <= number < count for number, count in numbers):
         return keras.ops.zeros(expression.shape or (), expression.dtype)
     value = evaluate(expression)
-    return keras.ops.where(is_option(number, len(choice.choices)), value, keras.ops.zeros((), value.dtype))
+    for number, count in numbers:
+        if not isinstance(number, int):
+            value = keras.ops.where(is_option(number, count), value, keras.ops.zeros((), value.dtype))
+    return value
 
 
 def rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
@@ -90,6 +111,9 @@ def rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
         mask = mask.operands[0]
     if isinstance(mask, Mask):
         return cast_to_scope(_mask(mask, bound))
+    if has_base(expression, choice):
+        value = for_numbers(expression, choice, bound)
+        return masked(value, choice, bound) if choice.none is None else value
     known = [size for size in bound.shape if isinstance(size, int)]
     few = len(known) < len(bound.shape) or len(choice.choices) <= math.prod(known)
     if few and not is_read_only(expression):
@@ -137,11 +161,7 @@ def masked(value: Tensor, choice: Choice, numbers: Tensor) -> Tensor:
 
 def is_read_only(expression: Expression) -> bool:
     """Whether an expression only reads entries, and computes nothing that costs much."""
-    return all(
-        isinstance(step.expression, (Gather, Choose, Reshape, *_OF_ANY_SHAPE))
-        for step in program(expression)
-        if isinstance(step.expression, Node)
-    )
+    return all(isinstance(node, (Gather, Choose, Reshape, *_OF_ANY_SHAPE)) for node in _nodes(expression))
 
 
 class _Spread:
@@ -275,9 +295,10 @@ def weights_of_choice(choice: Choice, bound: Tensor, bad: Tensor | None, dtype: 
 
 __all__ = [
     "bound_for_each",
-    "choice_in",
+    "choices_in",
     "for_numbers",
     "for_options",
+    "has_base",
     "is_read_only",
     "masked",
     "once",
