@@ -30,6 +30,33 @@ def array(x):
     return np.array(ops.convert_to_numpy(x))
 
 
+@pytest.mark.parametrize("highest", [15, 200], ids=["packed", "bytes"])
+@pytest.mark.parametrize("road", ["safetensors", "weights.h5"])
+def test_a_file_with_numbers_beyond_the_table_is_refused(road, highest, tmp_path):
+    size = highest if highest == 15 else highest + 1  # the largest number that fits in 4 bits, or none that does
+
+    def made():
+        table = tether.Weight(np.arange(4.0 * size, dtype="float32").reshape(size, 4), name="table")
+        codes = tether.ops.integers(np.array([0, 1, 2, size - 1]), name="codes")
+        kernel, inputs = tether.ops.take(table, codes).reshape(2, 8), keras.Input((2,))
+        return keras.Model(inputs, tether.tie(keras.layers.Dense(8, name="d"), kernel=kernel)(inputs))
+
+    model, other = made(), made()
+    before = [array(w) for w in model.weights]
+    beyond = tether.ops.integers(np.array([0, 1, 2, size])).weights_used()[0]
+    next(w for w in other.weights if "codes" in w.path).assign(beyond.value)
+    path = tmp_path / ("codes.safetensors" if road == "safetensors" else "codes.weights.h5")
+    if road == "safetensors":
+        tether.files.save_safetensors(other, path)
+    else:
+        other.save_weights(path)
+    load = tether.files.load_safetensors if road == "safetensors" else keras.Model.load_weights
+    with pytest.raises((ShapeMismatch, ValueError), match="entries on axis"):  # Keras makes its own error of it
+        load(model, path)
+    if road == "safetensors":
+        assert all(np.array_equal(a, array(b)) for a, b in zip(before, model.weights, strict=True))
+
+
 # ------------------------------------------------------------------ banks
 
 

@@ -27,6 +27,7 @@ from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
 from tether.weights.expression import Expression, Shape, Stored, live_weights, note_replacement, resolved
 from tether.weights.identity import told_by_file
+from tether.weights.operators.indexing import refuse_entries
 
 
 @dataclass(eq=False)
@@ -384,6 +385,8 @@ class Storage(Stored):
                     "file into the untied model, average, and tie then."
                 )
             return
+        if self.role == "integers":
+            refuse_entries(self, array, source)
         self.assign(array)
         loaded[id(self)] = source
 

@@ -25,6 +25,7 @@ from tether.types import Array, Tensor
 from tether.weights.algebra import as_it_is, base_of, invert, put
 from tether.weights.expression import Expression, Stored
 from tether.weights.leaves import numpy_dtype
+from tether.weights.operators.indexing import refuse_entries
 from tether.weights.weight import Weight
 
 Resolve = str | Callable[[str, list[Array]], Any]
@@ -182,6 +183,9 @@ class Assignment:
                 self._compare(key, candidates)
         for offer in self.to_compare:
             self._compare_view(offer)
+        for key, owner in self.owners.items():
+            if owner.role == "integers" and key in self.values:
+                refuse_entries(owner, self.values[key](), self.candidates[key][0].source)
         if self.resolve == "error" and self.conflicts:
             raise ValueConflict(_conflict_message(self.conflicts))
 

@@ -13,8 +13,19 @@ import numpy as np
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, as_int, as_ints, received
-from tether.types import Config, Tensor
-from tether.weights.expression import Expression, Node, Shape, Term, _ways, as_expression, program, register
+from tether.types import Array, Config, Tensor
+from tether.weights.expression import (
+    Expression,
+    Node,
+    Shape,
+    Stored,
+    Term,
+    _ways,
+    as_expression,
+    program,
+    register,
+    rewritten,
+)
 from tether.weights.leaves import Argument, Constant, bindings
 
 MAX_WRITTEN = 1024
@@ -153,6 +164,32 @@ class Gather(_Entries):
         return [keras.ops.slice_update(now, start, keras.ops.cast(entry, now.dtype)), None]
 
 
+def refuse_entries(weight: Stored, value: Array, source: str) -> None:
+    """Refuses a value for stored numbers of entries, if one of them does not exist in a table that they are read from.
+
+    Raises:
+        ShapeMismatch: A number is outside of the axis.
+    """
+    for use in weight.uses:
+        for step in program(use.expression):
+            node = step.expression
+            if not isinstance(node, Gather) or weight not in node.operands[1].weights_used():
+                continue
+            given = Constant(array=np.asarray(value))
+
+            def instead(_: int, leaf: Expression, given: Constant = given) -> Constant | None:
+                return given if leaf is weight else None
+
+            numbers = rewritten(node.operands[1], instead)
+            shape = node.operands[0].shape
+            if shape is None or any(leaf is not weight for leaf in node.operands[1].weights_used()):
+                continue
+            try:
+                node._refuse_outside(np.asarray(numbers.numpy()), shape[node._place(shape)])
+            except ShapeMismatch as error:
+                raise ShapeMismatch(f"{source} has other numbers for {weight.name!r}. {error}") from None
+
+
 def readings(expression: Expression) -> list[dict[Argument, object]]:
     """What to bind so that each entry is read once that an argument without a default names; nothing if none does.
 
@@ -222,4 +259,4 @@ def take(x: object, indices: object, axis: int = 0) -> Expression:
     return Take(x, indices=tuple(found.tolist()), axis=axis)
 
 
-__all__ = ["Gather", "Take", "readings", "take"]
+__all__ = ["Gather", "Take", "readings", "refuse_entries", "take"]
