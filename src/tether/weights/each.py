@@ -49,8 +49,11 @@ def bound_for_each(choices: Iterable[Choice]) -> tuple[Choice, Tensor] | None:
     Raises:
         Unsupported: There are two.
     """
-    bound = bindings()
-    found = [(choice, value) for choice in choices if is_for_each(value := bound.get(choice.key))]
+    bound, found = bindings(), []
+    for choice in choices:
+        value = bound.get(choice.key)
+        if is_for_each(value):
+            found.append((choice, value))
     if len(found) > 1:
         names = [choice.name for choice, _ in found]
         raise Unsupported(f"One choice is made for each example, and the others for a call. {received(choices=names)}")
