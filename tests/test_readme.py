@@ -14,6 +14,7 @@ WITH_CODE = [
     "docs/adapters.md",
     "docs/inheriting.md",
     "docs/depth.md",
+    "docs/routing.md",
     "docs/planning.md",
     "docs/saving.md",
     "docs/quantizing.md",

@@ -116,6 +116,22 @@ def test_a_call_that_drops_the_input_of_a_part_is_one_graph(rng):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [low_rank, convolution, einsum])
+def test_a_size_that_is_open_is_one_graph_too(rng, make):
+    import torch
+
+    layer, shape = make(rng)
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, layer(inputs))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for rows in (4, 7, 9):
+        x = rng.random((rows, *shape)).astype("float32")
+        assert_close(compiled(torch.as_tensor(x)).detach(), model(x).detach(), tolerance=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_graph_follows_another_expression_and_another_size_of_batch(rng):
     import torch
 

@@ -212,6 +212,29 @@ def found_once(function: Function) -> Function:
     return function
 
 
+def _make_known_sizes() -> Callable[[Tensor], tuple[int | None, ...]]:
+    def plain(tensor: Tensor) -> tuple[int | None, ...]:
+        # JAX has symbols for sizes that are not known yet, which cannot be compared.
+        return tuple([size if isinstance(size, int) else None for size in tensor.shape])
+
+    if _backend.backend() != "torch":
+        return plain
+
+    def static(tensor: Tensor) -> tuple[int | None, ...]:
+        if not is_compiling():
+            return tuple(tensor.shape)
+        # The compiler's own symbols pass for integers, and are no plain values for `found_once`.
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return tuple([size if has_static_value(size) else None for size in tensor.shape])
+
+    return static
+
+
+known_sizes = _make_known_sizes()
+"""The sizes of a tensor, `None` where a compiler leaves one open."""
+
+
 def is_traced(value: Tensor) -> bool:
     """Whether a tensor stands for one that a compiler will know later."""
     if _backend.backend() == "jax":

@@ -219,8 +219,7 @@ def _kind_of_call(
         if not training and keras_seam.may_differentiate():
             stored = [keras_seam.raw_value(weight.variable) for weight in weights]
             training = keras_seam.is_differentiated(x, *stored)
-    # JAX has symbols for sizes that are not known yet, which cannot be compared.
-    shape = tuple(size if isinstance(size, int) else None for size in x.shape)
+    shape = keras_seam.known_sizes(x)
     flags = tuple([weight.trainable for weight in weights]) if training and live else ()
     return shape, view.dtype, training, live, flags, control.mode(), remembers(), _chosen_now(choices, x)
 
