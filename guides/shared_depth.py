@@ -13,7 +13,7 @@ equal depth, and whether it is better than fewer blocks at equal parameters. Dif
 spread over seeds are noise.
 
 Run it with `python guides/shared_depth.py --quick` to see it run, and without `--quick` to read numbers: three seeds of
-600 steps (`--steps 600`) took 26 minutes of one CPU core on PyTorch, and the 1,500 that it takes by itself are two and a
+600 steps (`--steps 600`) took 26 minutes of one CPU core on PyTorch; the 1,500 that it takes by itself are two and a
 half times as many.
 The text is a file of your own, `--text FILE`, or that of the Debian packages bible-kjv and bible-kjv-text
 (`apt-get install bible-kjv`; 4.4 MB), or else, so that it runs anywhere, what Python says of its own language

@@ -428,6 +428,15 @@ def test_a_model_with_the_choice_as_one_more_input(rng, kind, where, tmp_path):
     assert len(again.weights) == len(model.weights)
 
 
+def test_a_sequential_model_takes_a_column_of_choices(rng):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(5, name="d"), layers.Dense(2)])
+    weight = tether.weight_of(model, "d/kernel")
+    tether.route(model, {"d/kernel": [weight + tether.low_rank(1) for _ in range(COUNT)]})
+    x, ids = drawn(rng, (6, 4)), np.array([0, 1, -1, 2, 2, 0])
+    found = tether.routed(model).predict([x, ids], verbose=0)
+    assert_close(found, by_each(model, x, ids), 1e-4)
+
+
 def test_a_mixture_and_tokens_as_the_input_of_a_model(rng):
     inputs = keras.Input((3, 4))
     layer, _, _, _ = make(rng, "dense, tokens", "low_rank")

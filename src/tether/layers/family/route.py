@@ -155,7 +155,8 @@ def routed(model: keras.Model, argument: str = "choice", *, choice: keras.KerasT
         )
     call = RoutedCall(model, argument, name=f"{model.name}_routed")
     number = keras.Input((), dtype="int32", name=argument) if choice is None else choice
-    given = model.input if isinstance(model.input, Mapping) else list(model.inputs)
+    named = getattr(model, "input", None)  # a sequential model has the list alone
+    given = named if isinstance(named, Mapping) else list(model.inputs)
     outputs = call(given if len(model.inputs) > 1 or isinstance(given, Mapping) else given[0], number)
     inputs = {**given, argument: number} if isinstance(given, Mapping) else [*given, number]
     return keras.Model(inputs, outputs, name=f"{model.name}_by_{argument}")
