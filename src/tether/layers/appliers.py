@@ -298,9 +298,7 @@ def _read_for_each(view: View, plan: Plan) -> list[Tensor]:
         elif how == "numbers":
             values[place] = bound
         elif how == "rows":
-            values[place] = _value(
-                view, expression, view.dtype, None, functools.partial(rows, choice=choice, bound=bound)
-            )
+            values[place] = _of_each(view, expression, rows, choice, bound)
         elif how in ("options", "table"):
             values[place] = _value(view, expression, view.dtype, None, functools.partial(for_options, choice=choice))
             options += [place] if how == "options" else []
@@ -438,8 +436,7 @@ def _beside(weight: Tensor, y: Tensor, own: Sequence[int] | None = None) -> Tens
             f"A choice for each example has the leading axes of the layer's input, up to those of {view.path}. "
             f"{received(axes_of_choice=axes, weight_axes=tuple(own))}"
         )
-    value = _value(view, view.expression, view.dtype, None, functools.partial(whole_rows, choice=choice, bound=bound))
-    value = keras.ops.cast(value, y.dtype)
+    value = keras.ops.cast(_of_each(view, view.expression, whole_rows, choice, bound), y.dtype)
     sizes = [view.shape[list(own).index(axis)] if axis in own else 1 for axis in range(axes, rank)]
     return keras.ops.reshape(value, (*keras.ops.shape(value)[:axes], *sizes))
 
@@ -769,29 +766,31 @@ def _hold(cell: keras.Layer) -> None:
         return
     casts = cell.compute_dtype != cell.variable_dtype and keras_seam.is_float(cell.compute_dtype)
     with keras_seam.AutocastScope(cell.compute_dtype) if casts else contextlib.nullcontext():
-        state.held = [entry for slot in state.slots for entry in _held(slot.view)]
+        state.held = [entry for slot in state.slots for entry in _held(cell, slot.view)]
 
 
-def _held(view: View) -> list[Held]:
+def _held(cell: keras.Layer, view: View) -> list[Held]:
     """What a loop reads of a weight: its value; or what it reads for each example, if these choose for themselves."""
     found, planner = chosen_for_each(view), planner_of(view)
     if found is None or planner is None:
         return view.read(view.expression, hold)
     _, choice, bound = found
+    if view is getattr(cell, "bias", None):
+        value = _of_each(view, view.expression, whole_rows, choice, bound)
+        return hold_for_each((whole_rows, view.number, view.expression), value)
     parts = {factor.expression for term in planner.products(True).terms for factor in term.factors}
-    return [
-        entry
-        for part in parts
-        if choice in choices_in(part)
-        for entry in hold_for_each(("each", part), _rows_of(view, part, choice, bound))
-    ]
+    held: list[Held] = []
+    for part in parts:
+        if choice in choices_in(part):
+            held += hold_for_each((rows, view.number, part), _of_each(view, part, rows, choice, bound))
+    return held
 
 
-def _rows_of(view: View, part: Expression, choice: Choice, bound: Tensor) -> Tensor:
-    """A factor for each example, in the view's dtype; as it is held, where that is."""
-    value = held_for_each(("each", part))
+def _of_each(view: View, part: Expression, read: Callable[..., Tensor], choice: Choice, bound: Tensor) -> Tensor:
+    """What a function reads of a part for each example, in the view's dtype; as a loop holds it, if one does."""
+    value = held_for_each((read, view.number, part))
     if value is None:
-        value = _value(view, part, view.dtype, None, functools.partial(rows, choice=choice, bound=bound))
+        value = _value(view, part, view.dtype, None, functools.partial(read, choice=choice, bound=bound))
     return value
 
 
