@@ -22,8 +22,10 @@ from tether.layers.records.record import read_record
 from tether.weights import Argument, Constant, Expression, Node, Weight, bind
 from tether.weights.codec import decode, encode
 from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, leaves, program
-from tether.weights.operators.choice import Adapted
+from tether.weights.leaves import Choice
+from tether.weights.operators.choice import Adapted, Choose
 from tether.weights.operators.quantized import Dequantize, Unpack
+from tether.weights.operators.routing import Routed
 
 ops = tether.ops
 BACKEND = keras.backend.backend()
@@ -191,6 +193,10 @@ def chosen(pool):
 def routed(pool):
     x, fx, shape = pool.choose()
     y, fy, _ = pool.choose(lambda other: other == shape)
+    if pool.draw(st.booleans()):
+        place = pool.draw(st.integers(-1, 2))
+        number = Choice("each", [*"abc"], default=place, none="none")
+        return Routed(number, x, Choose(number, y, x, y, strict=True)), (fy, fx, fy, fx)[place]
     place = pool.draw(st.integers(0, 2))
     argument = Argument("choice", (), "int32", default=place)
     return ops.choose(argument, [x, y, x]), (fx, fy, fx)[place]
