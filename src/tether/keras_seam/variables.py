@@ -105,7 +105,7 @@ add, subtract, multiply, matmul = map(_quick, ("add", "subtract", "multiply", "m
 
 def _make_add_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def apart(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return add(y, matmul(a, b))
+        return y + matmul(a, b)  # `keras.ops.add` takes an empty batch on TensorFlow for a bias
 
     if not RUNS_FROM_PYTHON:
         return apart
