@@ -511,3 +511,26 @@ def test_one_choice_is_for_each_example_and_another_for_the_call(rng, count):
         assert_close(layer(x, first=one, second=ids), np.concatenate(wanted), 1e-4)
     with pytest.raises(Unsupported, match="One choice"):
         layer(x, first=ids, second=ids)
+
+
+def test_options_of_several_forms_under_an_adapter(rng):
+    base, french, german = (tether.Weight(drawn(rng, (4, 5)), name=name) for name in ("base", "french", "german"))
+    chosen = {"plain": base, "french": base + french, "scaled": 2.0 * base + german}
+    layer = tether.route(layers.Dense(5, name="d"), kernel=chosen, base=base)
+    inputs, choice = keras.Input((4,)), keras.Input((), dtype="int32")
+    model = keras.Model([inputs, choice], layer(inputs, choice=choice))
+    values = [base.numpy(), base.numpy() + french.numpy(), 2.0 * base.numpy() + german.numpy()]
+    tether.adapters.add(model, "more", {"d/kernel": tether.low_rank(2)})
+    x, ids = drawn(rng, (6, 4)), np.array([0, 1, 2, -1, 1, 0])
+    before = numpy(model([x, ids]))
+    assert_close(before, by_each(layer, x, ids), 1e-4)
+    weights = rng.random((6, 3)).astype("float32") / 3
+    wanted = [
+        row @ (sum(w * value for w, value in zip(each, values, strict=True)) + (1 - each.sum()) * base.numpy())
+        for row, each in zip(x, weights, strict=True)
+    ]
+    assert_close(layer(x, choice=weights), np.stack(wanted), 1e-4)
+    german.assign(np.full((4, 5), np.nan))
+    after = numpy(model([x, ids]))
+    assert np.isnan(after[2]).all()
+    assert_close(np.delete(after, 2, 0), np.delete(before, 2, 0), 1e-5)

@@ -45,7 +45,7 @@ from tether.weights.evaluation import (
 )
 from tether.weights.expression import Expression, Stored, is_view, live_weights
 from tether.weights.leaves import Choice, bind
-from tether.weights.operators.routing import is_option
+from tether.weights.operators.routing import where_option
 
 # --------------------------------------------------------------------------- calls by plan
 # The plan of one use: made at the first call of each kind, then kept with the view.
@@ -741,9 +741,7 @@ def normalization_call(base: type[keras.Layer]) -> Function:
             return y
         with bind({choice: -1}):  # to the last bit
             of_base = base.call(self, inputs, *args, **kwargs)
-        exists = is_option(bound, len(choice.choices))
-        exists = keras.ops.reshape(exists, (*keras.ops.shape(bound), *(1,) * (len(y.shape) - len(bound.shape))))
-        return keras.ops.where(exists, y, of_base)
+        return where_option(bound, len(choice.choices), y, of_base)
 
     return call
 

@@ -12,6 +12,7 @@ import keras
 from tether import keras_seam
 from tether.planning.plan import Integers, Plan, as_floats
 from tether.types import Tensor
+from tether.weights.operators.routing import where_option
 
 # --------------------------------------------------------------------------- gradients by other steps
 # A value whose gradient is computed in another way than the value was.
@@ -218,9 +219,7 @@ def _pick(detail: tuple[int, float], tables: Tensor, ids: Tensor, numbers: Tenso
     numbers = keras.ops.reshape(numbers, (*keras.ops.shape(numbers), *(1,) * (len(ids.shape) - len(numbers.shape))))
     rows = keras.ops.clip(numbers, 0, options - 1) * size + keras.ops.cast(ids, "int32")
     found = keras_seam.entries(keras.ops.reshape(tables, (options * size, *tables.shape[2:])), rows)
-    exists = keras.ops.logical_and(keras.ops.greater_equal(numbers, 0), keras.ops.less(numbers, options))
-    exists = keras.ops.reshape(exists, (*keras.ops.shape(exists), *(1,) * (len(found.shape) - len(exists.shape))))
-    return keras.ops.where(exists, found, keras.ops.cast(other, found.dtype))
+    return where_option(numbers, options, found, keras.ops.cast(other, found.dtype))
 
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {

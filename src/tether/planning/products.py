@@ -373,6 +373,8 @@ def _on_each_factor(expansion: _Expansion, node: Node, a: Products) -> Products:
     # The gradient of a product to one factor is linear in the gradient of the product, so cutting or scaling
     # the product's gradient is cutting or scaling each factor's.
     def wrapped(factor: Factor) -> Factor:
+        if isinstance(factor.expression, routing.Mask):  # which has no gradient, and which a plan knows by its class
+            return factor
         again = isinstance(node, arithmetic.StopGradient) and isinstance(factor.expression, arithmetic.StopGradient)
         expression = factor.expression if again else type(node)(factor.expression, **node.parameters)
         return replace(factor, expression=expression)
@@ -399,6 +401,8 @@ def _off(expansion: _Expansion, part: Products, strength: Expression) -> Product
         return part
 
     def switched(factor: Factor) -> Factor:
+        if isinstance(factor.expression, routing.Mask):  # zero or one, whatever the part holds
+            return factor
         return expansion.factor(choice.Switched(factor.expression, strength), factor.labels)
 
     terms = tuple(replace(term, factors=tuple(map(switched, term.factors))) for term in part.terms)

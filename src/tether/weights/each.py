@@ -30,7 +30,7 @@ from tether.weights.operators.arithmetic import (
 )
 from tether.weights.operators.choice import Choose, Switched
 from tether.weights.operators.indexing import Gather
-from tether.weights.operators.routing import Mask, Routed, is_option
+from tether.weights.operators.routing import Mask, Routed, is_option, where_option
 from tether.weights.operators.structure import Cast, Reshape
 
 _OF_ANY_SHAPE = (Negative, StopGradient, ScaleGradient, Cast, Switched)
@@ -97,7 +97,7 @@ def once(expression: Expression) -> Tensor:
     value = evaluate(expression)
     for number, count in numbers:
         if not isinstance(number, int):
-            value = keras.ops.where(is_option(number, count), value, keras.ops.zeros((), value.dtype))
+            value = where_option(number, count, value, keras.ops.zeros((), value.dtype))
     return value
 
 
@@ -109,11 +109,8 @@ def rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
         choice: The choice that it reads.
         bound: What that is bound to: whole numbers, or (of a mask only) the weights of a mixture.
     """
-    mask = expression
-    while isinstance(mask, (StopGradient, ScaleGradient)):
-        mask = mask.operands[0]
-    if isinstance(mask, Mask):
-        return cast_to_scope(_mask(mask, bound))
+    if isinstance(expression, Mask):
+        return cast_to_scope(_mask(expression, bound))
     if has_base(expression, choice):
         value = for_numbers(expression, choice, bound)
         return masked(value, choice, bound) if choice.none is None else value
@@ -156,10 +153,8 @@ def _mask(mask: Mask, bound: Tensor) -> Tensor:
 
 def masked(value: Tensor, choice: Choice, numbers: Tensor) -> Tensor:
     """The values with those that belong to none of the options replaced: by zeros where there is a base, else NaN."""
-    exists = is_option(numbers, len(choice.choices))
-    exists = keras.ops.reshape(exists, (*keras.ops.shape(numbers), *(1,) * (len(value.shape) - len(numbers.shape))))
     other = keras.ops.cast(float("nan") if choice.none is None else 0.0, value.dtype)
-    return keras.ops.where(exists, value, other)
+    return where_option(numbers, len(choice.choices), value, other)
 
 
 def is_read_only(expression: Expression) -> bool:
@@ -202,15 +197,12 @@ class _Spread:
             stacked = keras.ops.stack([keras.ops.cast(option, result_type(*dtypes)) for option in options])
             number = spread[step.operands[0]]
             return stacked if number is None else keras_seam.entries(stacked, number)
-        if isinstance(node, Mask):
-            return self._mask(node)
         if isinstance(node, Routed):
             option = self._value(steps, step.operands[2], spread)
             if self.numbers is None:
                 return option
             base = self._value(steps, step.operands[1], spread)
-            exists = keras.ops.reshape(is_option(self.numbers, self.count), (-1, *(1,) * len(node.shape or ())))
-            return keras.ops.where(exists, option, base)
+            return where_option(self.numbers, self.count, option, base)
         values = [spread[at] if at in spread else evaluate(steps[at].expression) for at in step.operands]
         if isinstance(node, _OF_ANY_SHAPE) and all(at not in spread for at in step.operands[1:]):
             return node.compute(*values)
@@ -240,11 +232,6 @@ class _Spread:
         if axis:
             whole = keras.ops.moveaxis(whole, axis, 0)
         return whole if number is None else keras_seam.entries(whole, number)
-
-    def _mask(self, node: Mask) -> Tensor:
-        of = node.parameters["of"]
-        numbers = keras.ops.arange(self.count, dtype="int32") if self.numbers is None else self.numbers
-        return cast_to_scope(node.compute(numbers) if of != "base" or self.numbers is not None else numbers * 0.0)
 
     def _mapped(self, node: Node, step: Step, values: list[Tensor], spread: dict[int, Tensor]) -> Tensor:
         """A node of several axes, computed for each number."""

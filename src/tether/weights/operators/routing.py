@@ -51,7 +51,7 @@ class Routed(Node):
                 nothing = keras.ops.sum(keras.ops.reshape(each, (-1,))[:0])
                 chosen = keras.ops.add(chosen, keras.ops.cast(nothing, chosen.dtype))
             return chosen
-        return keras.ops.where(is_option(number, self.count), option, base)
+        return where_option(number, self.count, option, base)
 
     def format(self, *terms: Term) -> Term:
         """As the options are written: the base is what they have in common."""
@@ -105,4 +105,11 @@ def is_option(number: Tensor, count: int) -> Tensor:
     return keras.ops.logical_and(keras.ops.greater_equal(number, 0), keras.ops.less(number, count))
 
 
-__all__ = ["Mask", "Routed", "is_option"]
+def where_option(numbers: Tensor, count: int, value: Tensor, other: Tensor) -> Tensor:
+    """Values where numbers are those of options, and others elsewhere; the numbers' axes are the values' first ones."""
+    exists = is_option(numbers, count)
+    missing = len(value.shape) - len(numbers.shape)
+    return keras.ops.where(keras.ops.reshape(exists, (*keras.ops.shape(exists), *(1,) * missing)), value, other)
+
+
+__all__ = ["Mask", "Routed", "is_option", "where_option"]
