@@ -141,8 +141,7 @@ def test_a_bank_trains_and_is_saved_as_one(tmp_path):
         (lambda a, b: tether.bank([a, keras.layers.Dense(2)], choice()), TetherError, "which weight"),
         (lambda a, b: tether.bank([a + a.T, a + b.T], choice()), TetherError, "one form"),
         (lambda a, b: tether.bank([2 * a, 3 * b], choice()), TetherError, "where number 1"),
-        (lambda a, b: tether.bank([a, tether.Weight((4, 4), "zeros", trainable=False)], choice()), TetherError,
-        "frozen"), (lambda a, b: tether.bank([a, tether.Weight((3, 4), name="c")], choice()), TetherError, r"\(3, 4\)"),
+        (lambda a, b: tether.bank([a, tether.Weight((3, 4), name="c")], choice()), TetherError, r"\(3, 4\)"),
         (
             lambda a, b: tether.bank([a, tether.Weight((4, 4), "zeros", constraint="non_neg", name="c")], choice()),
             Unsupported, "constraint",
@@ -155,6 +154,27 @@ def test_what_cannot_be_a_bank_is_named_and_changes_nothing(make, error, words):
     with pytest.raises(error, match=words):
         make(a, b)
     assert a.is_built and b.is_built and a.became is None and b.became is None
+
+
+@pytest.mark.parametrize("frozen", [(1,), (0, 3), (0, 1, 2, 3)], ids=str)
+def test_what_trains_and_what_is_frozen_are_stacked_apart(frozen):
+    parts = [tether.Weight((3, 2), "normal", name=f"part{n}", trainable=n not in frozen) for n in range(4)]
+    values = [part.numpy() for part in parts]
+    number = choice()
+    found = tether.bank([2 * part for part in parts], number)
+    stacks = {weight.trainable: weight.shape[0] for weight in found.weights_used()}
+    assert stacks == {True: 4 - len(frozen), False: len(frozen)} or stacks == {False: 4}
+    for n, (part, value) in enumerate(zip(parts, values, strict=True)):
+        with tether.weights.bind({number: n}):
+            np.testing.assert_array_equal(found.numpy(), 2 * value)
+        with tether.weights.bind({number: keras.ops.convert_to_tensor(n, "int32")}):
+            np.testing.assert_array_equal(found.numpy(), 2 * value)
+        np.testing.assert_array_equal(part.numpy(), value)
+    back = tether.unbank(found)
+    assert [one.weights_used()[0].trainable for one in back] == [n not in frozen for n in range(4)]
+    assert [one.notation().count("[") for one in back] == [0] * 4
+    for one, value in zip(back, values, strict=True):
+        np.testing.assert_array_equal(one.numpy(), 2 * value)
 
 
 # ------------------------------------------------------------------ entries by number

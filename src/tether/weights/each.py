@@ -197,6 +197,8 @@ class _Spread:
             stacked = keras.ops.stack([keras.ops.cast(option, result_type(*dtypes)) for option in options])
             number = spread[step.operands[0]]
             return stacked if number is None else keras_seam.entries(stacked, number)
+        if isinstance(node, Choose):
+            return self._chosen(steps, step, spread)
         if isinstance(node, Routed):
             option = self._value(steps, step.operands[2], spread)
             if self.numbers is None:
@@ -215,6 +217,19 @@ class _Spread:
         if isinstance(node, MatMul) and all(len(operand.shape or ()) == 2 for operand in node.operands):
             return node.compute(*values)
         return self._mapped(node, step, values, spread)
+
+    def _chosen(self, steps: tuple[Step, ...], step: Step, spread: dict[int, Tensor]) -> Tensor:
+        """One of several values for each number, by a number that is computed from it: the stack in which it is."""
+        index = self._value(steps, step.operands[0], spread)
+        if index is None:
+            index = keras.ops.arange(self.count, dtype="int32")
+        options = [self._value(steps, at, spread) for at in step.operands[1:]]
+        dtype = result_type(*sorted({keras.backend.standardize_dtype(option.dtype) for option in options}))
+        chosen, *others = (keras.ops.cast(option, dtype) for option in options)
+        index = keras.ops.reshape(index, (-1, *(1,) * (len(chosen.shape) - 1)))
+        for place, option in enumerate(others, 1):
+            chosen = keras.ops.where(keras.ops.greater_equal(index, place), option, chosen)
+        return chosen
 
     @staticmethod
     def _padded(node: Node, steps: tuple[Step, ...], at: int, value: Tensor, spread: dict[int, Tensor]) -> Tensor:

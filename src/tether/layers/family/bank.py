@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -51,7 +52,7 @@ def bank(expressions: Iterable[object], index: object) -> Expression:
 
     Args:
         expressions: Weights or expressions of one form: they differ in their weights only, and these have the same
-            shape, dtype and role, and train alike.
+            shape, dtype and role. What trains and what does not are stacked apart.
         index: A whole number of shape `()`: an argument of the call (`tether.weights.Argument("choice", (), "int32")`),
             a weight or an expression.
 
@@ -117,7 +118,9 @@ class Stack:
         self.weight, self.parts = weight, parts
 
 
-def zipped(options: Sequence[Expression], number: Expression, *, stored: bool = True) -> tuple[Expression, list[Stack]]:
+def zipped(
+    options: Sequence[Expression], number: Expression, *, stored: bool = True, train: Collection[int] | None = None
+) -> tuple[Expression, list[Stack]]:
     """One expression that is the option of a number, and the stacks in it. The weights that were stacked stay.
 
     Args:
@@ -125,6 +128,8 @@ def zipped(options: Sequence[Expression], number: Expression, *, stored: bool = 
         number: What names one of them.
         stored: Whether the weights in which they differ become stacks; else each stays stored by itself, and one of
             them is chosen.
+        train: Which options train, by their places: their weights become one stack, and those of the others another,
+            which is frozen. Left out, weights train as they did; those that do and those that do not are stacked apart.
 
     Raises:
         TetherError: The options are of different forms, or their weights cannot be stacked.
@@ -137,6 +142,7 @@ def zipped(options: Sequence[Expression], number: Expression, *, stored: bool = 
     if states and not stored:
         raise Unsupported(f"{states[0].notation()} keeps a state, which goes on in a stack of them only.")
     known: dict[tuple[int, ...], Stack] = {}
+    trains = _trains(programs, train)
     stacked_in: dict[int, tuple[int, ...]] = {}
     plans: list[Sequence[Expression] | None] = []
     seeds = {s.operands[at] for s in programs[0] if isinstance(s.expression, Node) for at in s.expression.seeds}
@@ -159,13 +165,31 @@ def zipped(options: Sequence[Expression], number: Expression, *, stored: bool = 
         weights = [each for each in found if isinstance(each, Weight)]
         if not stored:
             return Choose(number, *weights, strict=True)
-        parts = tuple({id(weight): weight for weight in weights}.values())
-        key = tuple(map(id, parts))
-        if key not in known:
-            known[key] = Stack(_stacked(parts, known_shape(current)), parts)
-        return _entry(known[key], weights, number)
+        parts = {id(weight): weight for weight in weights}
+        found_in: list[Stack] = []
+        for trainable in (False, True):
+            apart = tuple(weight for weight in parts.values() if trains(weight) is trainable)
+            if apart:
+                key = tuple(map(id, apart))
+                if key not in known:
+                    known[key] = Stack(_stacked(apart, known_shape(current), trainable), apart)
+                found_in.append(known[key])
+        entries = [_entry(each, weights, number) for each in found_in]
+        if len(entries) == 1:
+            return entries[0]
+        which = Gather(Constant.of(np.array([trains(weight) for weight in weights], "int32")), number)
+        return Choose(which, *entries)
 
     return rewritten(options[largest], entry), list(known.values())
+
+
+def _trains(programs: Sequence[Sequence[Step]], train: Collection[int] | None) -> Callable[[Weight], bool]:
+    """Whether a weight that is stacked trains."""
+    if train is None:
+        return lambda weight: weight.trainable_flag
+    used = [{step.expression for step in steps if isinstance(step.expression, Weight)} for steps in programs]
+    learns = {id(weight) for place in train for weight in used[place]}
+    return lambda weight: weight.trainable_flag and id(weight) in learns
 
 
 def _size_of(option: Expression) -> int:
@@ -178,9 +202,12 @@ def _number(constant: Expression) -> float:
 
 
 def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
-    """The entry of a stack for a number; with several numbers for one entry, by a table of them."""
+    """The entry of a stack for a number; with several numbers for one entry, by a table of them.
+
+    A weight that is in another stack has the number of the first entry here, which then is not chosen.
+    """
     places = {id(weight): place for place, weight in enumerate(stack.parts)}
-    table = [places[id(weight)] for weight in of]
+    table = [places.get(id(weight), 0) for weight in of]
     if table != list(range(len(stack.parts))):
         number = Gather(Constant.of(np.array(table, "int32")), number)
     return Gather(stack.weight, number)
@@ -277,19 +304,18 @@ def _check(leaves: Sequence[Expression], stacked_in: dict[int, tuple[int, ...]])
 
 
 def _described(weight: Weight) -> str:
-    trains = "trains" if weight.trainable_flag else "is frozen"
     regularizer = "" if weight.regularizer is None else f", {keras.regularizers.serialize(weight.regularizer)}"
     role = "" if weight.role is None else f", role {weight.role!r}"
-    return f"dtype {weight.dtype}, {trains}{role}{regularizer}"
+    return f"dtype {weight.dtype}{role}{regularizer}"
 
 
-def _stacked(parts: Sequence[Weight], shape: Shape) -> Weight:
+def _stacked(parts: Sequence[Weight], shape: Shape, trainable: bool) -> Weight:
     """A new weight of the values of several, one after another, in the name and at the path of the first.
 
     Values that are smaller than the shape are filled up with zeros.
     """
     first = parts[0]
-    found = _like(first, (len(parts), *shape), first.name)
+    found = _like(first, (len(parts), *shape), first.name, trainable)
     waiting = [keras_seam.waiting_start(weight.variable) for weight in parts]
     alike = all(known_shape(weight) == shape for weight in parts)
     if any(start is not None for start in waiting):  # inside a trace: there are no values yet
@@ -311,12 +337,12 @@ def _filled(value: Array, shape: Shape) -> Array:
     return found
 
 
-def _like(weight: Weight, shape: Shape, name: str) -> Weight:
+def _like(weight: Weight, shape: Shape, name: str, trainable: bool | None = None) -> Weight:
     """A weight of another shape and name that is otherwise like one, without a value yet."""
     return Weight(
         shape,
         dtype=weight.dtype,
-        trainable=weight.trainable_flag,
+        trainable=weight.trainable_flag if trainable is None else trainable,
         regularizer=weight.regularizer,
         name=name,
         role=weight.role,
@@ -444,7 +470,7 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
             table = tables[stacked]
             return parts[stacked][number if table is None else table[number]]
 
-        found.append(rewritten(root, own))
+        found.append(rewritten(root, own, partial(_one_of_both, number)))
     origins = {
         id(part.variable): keras_seam.Origin((weight.variable,), _Entry(place))
         for weight, entries in parts.items()
@@ -452,6 +478,15 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
     }
     become_all({weight: stack(entries) for weight, entries in parts.items()}, origins)
     return found
+
+
+def _one_of_both(number: int, node: Node, operands: list[Expression]) -> Expression:
+    """A node over the entries of one option: where stacks of what trains and of what is frozen meet, that one's."""
+    if isinstance(node, Choose):
+        which = _table(node.operands[0])
+        if which is not None:
+            return operands[1 + which[number]]
+    return type(node)(*operands, **node.parameters)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from tether import keras_seam
-from tether.errors import ShapeMismatch, TetherError, received
+from tether.errors import ShapeMismatch, TetherError, did_you_mean, received
 from tether.layers.family.bank import Stack, as_options, followers, origins_of, zipped
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import arguments_in, slots_of
@@ -38,6 +38,7 @@ def route(
     base: object = None,
     default: object = 0,
     argument: str = "choice",
+    train: Iterable[str | int] | None = None,
     **by_name: object,
 ) -> AnyLayer:
     """Gives weights of a layer several expressions, one of which is chosen: for a call, an example or a token.
@@ -52,8 +53,8 @@ def route(
     it is known it is an error.
 
     An option that was not chosen in a step gets a gradient of zero, on every backend; it is a live weight all the
-    same, so an optimizer with weight decay or momentum goes on changing it. Put the options that must not change under
-    `stop_gradient()`.
+    same, so an optimizer with weight decay or momentum goes on changing it. With `train` the weights of the other
+    options are frozen and stored apart, so that no optimizer touches them or keeps anything for them.
 
     Args:
         layer: A Keras layer or model, built or not. Changed in place.
@@ -62,6 +63,9 @@ def route(
             option; if they have none in common, one of the options must be chosen.
         default: The choice where a call makes none, as `fit` and `predict` do: a number, a name or a bool.
         argument: What the keyword of the call is named.
+        train: The options that train, by name or number: `["french"]`, or none of them with `[]`. The weights in which
+            the options differ become two banks, one that trains and one that is frozen. Left out, they train as they
+            did. What options have in common is as it was either way.
         **by_name: The options by the weight's name: a list of expressions, or a dict of them by name. With names
             the choice may be one of them. Options in a list are named after the weights that they are, if each is
             one. All weights of one `route` have equally many options. More than 8 of one form become a bank
@@ -103,11 +107,12 @@ def route(
     named = next((found for found, _ in listed.values() if all(map(_is_a_name, found))), names)
     expressions = {path: as_options(found) for path, (_, found) in listed.items()}
     bases = {path: _base_of(path, found, base, len(listed)) for path, found in expressions.items()}
+    learning = None if train is None else _places(train, named)
     none = NONE if all(each is not None for each in bases.values()) and NONE not in named else None
     number = Choice(argument, named, default=default, none=none)
     ties, stacked = {}, []
     for path, found in expressions.items():
-        chosen, stacks = _chosen(number, found)
+        chosen, stacks = _chosen(number, found, learning)
         root = bases[path]
         ties[path] = chosen if root is None or none is None else Routed(number, root, chosen)
         stacked += stacks
@@ -223,9 +228,31 @@ class RoutedCall(keras.layers.Layer):
 # --------------------------------------------------------------------------- options
 
 
-def _chosen(number: Choice, options: Sequence[Expression]) -> tuple[Expression, list[Stack]]:
+def _places(wanted: object, names: Sequence[str]) -> set[int]:
+    """The numbers of options that are named.
+
+    Raises:
+        TetherError: One is none of the options.
+    """
+    if isinstance(wanted, (str, Mapping)) or not isinstance(wanted, Iterable):
+        raise TetherError(f"`train` is a list of options, as in `train=[{names[0]!r}]`. {received(train=wanted)}")
+    found = set()
+    for each in wanted:
+        place = names.index(each) if each in names else each
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(names):
+            near = did_you_mean(str(each), names)
+            raise TetherError(f"What trains are options, by name or number.{near} {received(train=each)}")
+        found.add(place)
+    return found
+
+
+def _chosen(
+    number: Choice, options: Sequence[Expression], train: Collection[int] | None
+) -> tuple[Expression, list[Stack]]:
     """One of several expressions by number: of one form by their weights, else by a switch of them all."""
     _refuse_shapes(options)
+    if train is not None:
+        return zipped(options, number, train=train)
     few = len(options) <= FEW_OPTIONS and len({tuple(map(_shape_of, each.weights_used())) for each in options}) == 1
     if len(options) > 1:
         try:
