@@ -236,6 +236,8 @@ def test_ranks_may_differ(rng, count):
     values = [each.numpy() for each in found]
     layer = tether.route(layers.Dense(5, use_bias=False), kernel=found)
     x = drawn(rng, (count + 1, 4))
+    layer(x)
+    assert [weight.shape for weight in layer.weights] == [(4, 5), (count, 4, min(count, 3)), (count, min(count, 3), 5)]
     y = numpy(layer(x, choice=np.arange(-1, count)))
     for place, value in enumerate([base.numpy(), *values]):
         assert_close(y[place], x[place] @ value, 1e-4)

@@ -11,10 +11,12 @@ tether.adapters.save(model, "french", "french.safetensors")      # kilobytes
 tether.adapters.set_strengths(model, {"french": 0.3, "german": 0.7})
 ```
 
-`manage` adds, switches and merges; `combine` makes one adapter of several; `file` writes and reads one;
+`manage` adds, switches and merges; `capacity` makes room for many of which each example of a batch chooses one, in
+slots that `slotted` writes and reads; `combine` makes one adapter of several; `file` writes and reads one;
 `rates` lets the factors of one learn at rates of their own, `starts` starts them from data.
 """
 
+from tether.adapters.capacity import capacity, slots
 from tether.adapters.combine import combine
 from tether.adapters.file import load, save
 from tether.adapters.manage import (
@@ -35,6 +37,7 @@ from tether.adapters.starts import start_from
 __all__ = [
     "activate",
     "add",
+    "capacity",
     "combine",
     "disabled",
     "learning_rates",
@@ -44,6 +47,7 @@ __all__ = [
     "remove",
     "save",
     "set_strengths",
+    "slots",
     "start_from",
     "strengths",
     "trainable",

@@ -10,7 +10,8 @@ from typing import Literal
 import keras
 import numpy as np
 
-from tether.adapters.manage import Part, adapt, adapted_weights, check, check_known, check_new_name, check_strength
+from tether.adapters.manage import adapt, adapted_weights, check, check_known, check_new_name, check_strength
+from tether.adapters.slotted import Part
 from tether.errors import TetherError, did_you_mean, received
 from tether.forms.form import part, rows_and_columns, start_value
 from tether.forms.low_rank import factors_of, low_rank

@@ -1,4 +1,4 @@
-"""The file of one adapter: safetensors, with a header that says in which weights its parts are.
+"""The file of adapters, mostly of one: safetensors, with a header that says in which weights its parts are.
 
 Weights are named as a person knows them: by the names of layers. So an adapter that was trained in a classifier goes to
 the same weights of the backbone alone, or of a classifier with another head.
@@ -13,13 +13,15 @@ import os
 import pathlib
 import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from dataclasses import replace as replaced
 from functools import partial
 from typing import Any
 
 import keras
 
 from tether import keras_seam, patterns
+from tether.adapters import slotted
 from tether.adapters.manage import (
     Freeze,
     adapt,
@@ -30,6 +32,7 @@ from tether.adapters.manage import (
     strengths,
     taken_apart,
 )
+from tether.adapters.slotted import Part
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, no_file, received
 from tether.files.keras.archive import reading
 from tether.files.keras.load import making
@@ -52,6 +55,8 @@ from tether.weights.weight import Weight
 
 _VERSIONS = (1, 2)
 """Version 1 named weights by positions in lists of layers, and tensors by the weights' ids."""
+_VERSION_OF_SEVERAL = 3
+"""Of a file with several adapters: each is as one of the last version, and their tensors stand side by side."""
 _FORMAT = "tether.adapter"
 _MAX_HEADER = 1 << 26
 
@@ -59,12 +64,13 @@ _MAX_HEADER = 1 << 26
 # --------------------------------------------------------------------------- writing
 
 
-def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
-    """Writes one adapter, and nothing of the base, to a safetensors file.
+def save(model: keras.Layer, name: str | Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Writes one adapter or several, and nothing of the base, to a safetensors file.
 
     Args:
         model: The model.
-        name: The adapter.
+        name: The adapter, or a list of adapters, which `load` adds together. One in a slot (`capacity`) is written as
+            others are, with the rank of the slot.
         path: Where to, with the ending `.safetensors`. Written beside and renamed.
 
     Raises:
@@ -83,35 +89,72 @@ def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
             "An adapter is saved in a file that ends in '.safetensors', in a folder that exists. "
             f"{received(path=str(path))}"
         )
-    check_known(model, [name])
+    several = [name] if isinstance(name, str) else list(name)
+    if not several or len(set(several)) < len(several):
+        raise TetherError(f"What is saved is an adapter, or a list of several. {received(name=name)}")
+    in_slots = slotted.names_in(model)
+    check_known(model, [each for each in several if each not in in_slots])
     addresses = names_apart(named_weights(model))
-    parts, bases, where = {}, {}, {}
-    for place, expression in adapted_weights(model).items():
-        if name in expression.parts:
-            address = addresses[place]
-            _, parts[address] = expression.parts[name]
-            bases[address], where[address] = list(expression.base.weights_used()), place
+    taken: set[str] = set()
+    headers, tensors = [], []
+    for each in several:
+        found = _in_slot(model, in_slots[each]) if each in in_slots else _adapted(model, each)
+        header, weights = _header(each, found, addresses, taken)
+        headers.append(header)
+        tensors += [entry_of(weight.variable, header["keys"][uid]) for uid, weight in weights.items()]
+    content: object = headers[0] if len(headers) == 1 else {"version": _VERSION_OF_SEVERAL, "adapters": headers}
+    write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(content)})
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an adapter is in a model: by path what it adds, and the weights of the base."""
+
+    strength: float
+    parts: dict[str, Expression]
+    bases: dict[str, list[Stored]]
+
+
+def _adapted(model: keras.Layer, name: str) -> _Found:
+    found = {path: each for path, each in adapted_weights(model).items() if name in each.parts}
+    return _Found(
+        strengths(model)[name],
+        {path: each.parts[name][1] for path, each in found.items()},
+        {path: list(each.base.weights_used()) for path, each in found.items()},
+    )
+
+
+def _in_slot(model: keras.Layer, number: int) -> _Found:
+    places = slotted.slotted_weights(model)
+    parts = slotted.part_of(places.values(), number)
+    return _Found(1.0, parts, {path: list(places[path].base.weights_used()) for path in parts})
+
+
+def _header(
+    name: str, found: _Found, addresses: Mapping[str, str], taken: set[str]
+) -> tuple[Config, dict[str, Stored]]:
+    """What a file says of an adapter, and the weights that it holds of it."""
+    parts = {addresses[path]: part for path, part in found.parts.items()}
+    bases = {addresses[path]: base for path, base in found.bases.items()}
     weights: dict[str, Stored] = {}
     for address, part in parts.items():
         of_base = {weight.uid for weight in bases[address]}
         weights.update({weight.uid: weight for weight in part.weights_used() if weight.uid not in of_base})
     keys: dict[str, str] = {}
-    taken: set[str] = set()
     for uid, weight in weights.items():
         keys[uid] = keras_seam.numbered(weight.path, taken)
         taken.add(keys[uid])
     header = {
         "version": _VERSIONS[-1],
         "name": name,
-        "strength": strengths(model)[name],
+        "strength": found.strength,
         "ties": {address: encode(part) for address, part in parts.items()},
-        "positions": where,
+        "positions": {addresses[path]: path for path in found.parts},
         "bases": {address: [weight.uid for weight in base] for address, base in bases.items()},
         "weights": {uid: weight.get_config() for uid, weight in weights.items()},
         "keys": keys,
     }
-    tensors = [entry_of(weight.variable, keys[uid]) for uid, weight in weights.items()]
-    write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
+    return header, weights
 
 
 # --------------------------------------------------------------------------- reading
@@ -126,8 +169,11 @@ def load(
     names: Names = None,
     freeze: Freeze = "adapted",
     trainable: bool = True,
+    replace: bool = False,
 ) -> AnyLayer:
     """Adds the adapter of a file, or of a folder of PEFT's, to a model, in place, at the strength that it had.
+
+    Of a file with several all are added. In a model with slots (`capacity`) each takes a free one.
 
     The weights are found by the names of their layers. The model may be a part of the one that the adapter was saved
     from, contain it, or have another head: what counts is where the names agree, and that there is one such place.
@@ -135,10 +181,11 @@ def load(
     Args:
         model: A built model with weights of the same names and shapes as the one that it was saved from.
         path: The file, or the folder.
-        name: What to call it here; the name in the file, or that of the folder, if left out.
+        name: What to call it here; the name in the file, or that of the folder, if left out. Several keep their names.
         names: What the weights are called where a folder comes from, as for `tether.files.load_peft`.
         freeze: As for `add`.
         trainable: Whether it trains here.
+        replace: Whether it takes the place of an adapter of its name, if there is one.
 
     Returns:
         The model.
@@ -160,17 +207,67 @@ def load(
     check(model, "load")
     if pathlib.Path(path).is_dir():
         name = pathlib.Path(path).resolve().name if name is None else name
-        check_new_name(model, name)
+        check_new_name(model, name, replace)
         with opened_peft(model, path, names, trainable=trainable) as opened, Rollback.below(model):
-            adapt(model, name, 1.0, opened.parts(model), freeze=freeze, trainable=trainable)
+            parts = opened.parts(model)
+            if places := slotted.slotted_weights(model):
+                made = slotted.made_of(places, parts, name)
+                opened.assign()
+                parts = {path: partial(_as_made, part) for path, part in made.items()}
+            adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
             opened.assign()
         return model
-    header, weights = _read_file(path, {variable.path for variable in model.weights})
+    found = _read_file(path, {variable.path for variable in model.weights})
+    if name is not None and len(found) > 1:
+        listed = ", ".join(repr(header["name"]) for header, _ in found[:6])
+        raise TetherError(f"{str(path)!r} holds {len(found)} adapters, which keep their names: {listed}. Omit `name`.")
+    if len(found) > 1:
+        return _load_several(model, found, freeze=freeze, trainable=trainable, replace=replace)
+    ((header, weights),) = found
     name = header["name"] if name is None else name
-    check_new_name(model, name)
+    check_new_name(model, name, replace)
+    return adapt(
+        model, name, header["strength"], _parts(model, name, header, weights), freeze=freeze, trainable=trainable
+    )
+
+
+def _as_made(part: Expression, base: Expression) -> Expression:
+    return part
+
+
+def _parts(model: keras.Layer, name: str, header: Config, weights: Mapping[str, Weight]) -> dict[str, Part]:
+    """What makes the part of each weight that an adapter of a file changes, by path."""
     found = _places(model, header, name)
-    parts = {place: partial(_read_part, model, place, address, header, weights) for address, place in found.items()}
-    return adapt(model, name, header["strength"], parts, freeze=freeze, trainable=trainable)
+    return {place: partial(_read_part, model, place, address, header, weights) for address, place in found.items()}
+
+
+def _load_several(
+    model: AnyLayer,
+    found: Sequence[tuple[Config, Mapping[str, Weight]]],
+    *,
+    freeze: Freeze,
+    trainable: bool,
+    replace: bool,
+) -> AnyLayer:
+    """Adds the adapters of a file with several: all or none."""
+    for header, _ in found:
+        check_new_name(model, header["name"], replace)
+    places = slotted.slotted_weights(model)
+    if not places:
+        with Rollback.below(model):
+            for header, weights in found:
+                name = header["name"]
+                parts = _parts(model, name, header, weights)
+                adapt(model, name, header["strength"], parts, freeze=freeze, trainable=trainable)
+        return model
+    numbers = slotted.slots_for(places, [header["name"] for header, _ in found], trainable)
+    contents = []
+    for header, weights in found:
+        made = slotted.made_of(places, _parts(model, header["name"], header, weights), header["name"])
+        contents.append(slotted.content_of(places, made, header["name"], header["strength"]))
+    for number, (header, _), content in zip(numbers, found, contents, strict=True):
+        slotted.put(model, places, number, header["name"], content)
+    return model
 
 
 def _places(model: keras.Layer, header: Config, name: str) -> dict[str, str]:
@@ -254,8 +351,10 @@ def _read_part(
     return part
 
 
-def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Weight]]:
-    """Header, and weights by uid, of a file that a stranger may have written.
+def _read_file(
+    path: str | os.PathLike[str], taken: Container[str] = ()
+) -> list[tuple[dict[str, Any], dict[str, Weight]]]:
+    """Header, and weights by uid, of each adapter in a file that a stranger may have written.
 
     Args:
         path: The file.
@@ -271,55 +370,80 @@ def _read_file(path: str | os.PathLike[str], taken: Container[str] = ()) -> tupl
     with open(target, "rb", buffering=0) as opened:
         with reading(target):
             file = TensorFile(opened, target.name)
-            header = read_header(file.metadata, target)
-        with making(target, header["weights"], what="adapter"):
-            return header, _weights_of(header, file.entries, taken)
+            headers = read_headers(file.metadata, target)
+        rest, found = dict(file.entries), []
+        for header in headers:
+            own = rest
+            if len(headers) > 1:
+                own = {key: rest.pop(key) for key in map(str, header["keys"].values()) if key in rest}
+            with making(target, header["weights"], what="adapter"):
+                found.append((header, _weights_of(header, own, taken)))
+        if len(headers) > 1 and rest:
+            raise InvalidConfig(f"{str(path)!r} holds tensors of no adapter, such as {next(iter(rest))!r}.")
+        return found
 
 
 def file_facts(path: str | os.PathLike[str]) -> Facts:
-    """The facts of an adapter's file: the weights that it holds, and the adapter.
+    """The facts of a file of adapters: the weights that it holds, and the adapters.
 
     Raises:
         InvalidConfig: The file is damaged, or holds no adapter.
         TetherError: There is no file.
     """
-    header, weights = _read_file(path)
-    keys = header.get("keys") or {uid: uid for uid in weights}
-    places: dict[Stored, str] = {weight: keys[uid] for uid, weight in weights.items()}
-    stored = [
-        StoredWeight(keys[uid], tuple(w.shape or ()), str(w.dtype), path=w.path, trainable=w.trainable_flag)
-        for uid, w in weights.items()
-    ]
-    seen = Adapters()
-    with making(path, header["ties"], what="adapter"):
-        for address, steps in header["ties"].items():
-            bases = {uid: Weight(name="base") for uid in header["bases"].get(address, ())}
-            seen.add(header["name"], address, None, decode(steps, {**weights, **bases}), set(bases.values()))
-    (found,) = seen.found(stored, lambda weight: places.get(weight))
-    return Facts(header["name"], tuple(stored), (), adapters=(replace(found, strength=header["strength"]),), ties=False)
+    stored: list[StoredWeight] = []
+    adapters = []
+    for header, weights in _read_file(path):
+        keys = header.get("keys") or {uid: uid for uid in weights}
+        places: dict[Stored, str] = {weight: keys[uid] for uid, weight in weights.items()}
+        own = [
+            StoredWeight(keys[uid], tuple(w.shape or ()), str(w.dtype), path=w.path, trainable=w.trainable_flag)
+            for uid, w in weights.items()
+        ]
+        seen = Adapters()
+        with making(path, header["ties"], what="adapter"):
+            for address, steps in header["ties"].items():
+                bases = {uid: Weight(name="base") for uid in header["bases"].get(address, ())}
+                seen.add(header["name"], address, None, decode(steps, {**weights, **bases}), set(bases.values()))
+        (found,) = seen.found(own, places.get)
+        stored += own
+        adapters.append(replaced(found, strength=header["strength"]))
+    name = adapters[0].name if len(adapters) == 1 else pathlib.Path(path).stem
+    return Facts(name, tuple(stored), (), adapters=tuple(adapters), ties=False)
 
 
-def read_header(metadata: Mapping[str, str], path: pathlib.Path) -> Config:
-    """What the header of an adapter's file says.
+def read_headers(metadata: Mapping[str, str], path: pathlib.Path) -> list[Config]:
+    """What the header of a file says of each adapter in it.
 
     Raises:
-        InvalidConfig: It is not that of an adapter.
+        InvalidConfig: It is not that of adapters.
     """
     text = metadata.get("adapter", "")
     if metadata.get("format") != _FORMAT or len(text) > _MAX_HEADER:
         raise InvalidConfig(f"{str(path)!r} holds no adapter of Tether's.")
-    header = json.loads(text)
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.get("version") != _VERSION_OF_SEVERAL:
+        return [_checked(content, _VERSIONS, path)]
+    several = content.get("adapters")
+    if not isinstance(several, list) or len(several) < 2:
+        raise InvalidConfig(f"{str(path)!r} says that it holds several adapters, and names fewer than two.")
+    found = [_checked(each, _VERSIONS[-1:], path) for each in several]
+    if len({header["name"] for header in found}) < len(found):
+        raise InvalidConfig(f"{str(path)!r} holds two adapters of one name.")
+    return found
+
+
+def _checked(header: Any, versions: Sequence[int], path: pathlib.Path) -> Config:
     kinds = {"name": str, "strength": float, "ties": dict, "bases": dict, "weights": dict}
     if isinstance(header, dict) and header.get("version") == _VERSIONS[-1]:
         kinds.update(positions=dict, keys=dict)
     if (
         not isinstance(header, dict)
-        or header.get("version") not in _VERSIONS
+        or header.get("version") not in versions
         or not all(isinstance(header.get(key), kind) for key, kind in kinds.items())
         or not header["ties"]
         or not math.isfinite(header["strength"])
     ):
-        raise InvalidConfig(f"{str(path)!r} holds no adapter of a version up to {_VERSIONS[-1]}.")
+        raise InvalidConfig(f"{str(path)!r} holds no adapter of a version up to {_VERSION_OF_SEVERAL}.")
     return header
 
 

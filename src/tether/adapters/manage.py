@@ -7,7 +7,7 @@ strength is one stored number for all of an adapter. Nothing else is remembered,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,8 @@ import keras
 import numpy as np
 
 from tether import keras_seam
+from tether.adapters import slotted
+from tether.adapters.slotted import Part
 from tether.errors import TetherError, UnknownName, did_you_mean, received
 from tether.forms.form import Form
 from tether.forms.full import full
@@ -36,8 +38,6 @@ from tether.weights.weight import Weight
 _MERGED = "_tether_merged"
 
 Freeze = Literal["adapted", "all"] | bool | None
-Part = Callable[[Expression], Expression]
-"""Makes what is added to a weight, from the weight."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ class _Merged:
 def add(
     model: AnyLayer,
     name: str,
-    changes: Mapping[Any, Any],
+    changes: Mapping[Any, Any] | None = None,
     /,
     *,
     also: Pattern | None = None,
     freeze: Freeze = "adapted",
     trainable: bool = True,
+    replace: bool = False,
 ) -> AnyLayer:
     """Adds a named adapter to weights of a model, in place. Its strength is 1.
 
@@ -74,18 +75,20 @@ def add(
         name: What the adapter is called: no name that another adapter of the model has.
         changes: Forms by the weight's path or a pattern (`tether.patterns`), or by `"all-linear"`:
             `{"*/query/kernel": tether.low_rank(8)}`. Of two patterns that fit a weight the later counts, and
-            `"!head/*": None` leaves weights out. A form that is not a sum adds the difference that it makes.
+            `"!head/*": None` leaves weights out. A form that is not a sum adds the difference that it makes. In a
+            model with slots (`capacity`) these may be left out: the adapter then starts as the form of the slots does.
         also: Weights that are trained whole, such as a new head: `["classifier/*"]`. The adapter has them, and its
             file too (`tether.forms.full`).
         freeze: `"adapted"`: the weights that are adapted stop training. `"all"`: everything else in the model does.
             `None`: nothing does.
-        trainable: Whether the adapter trains.
+        trainable: Whether the adapter trains. In a model with slots, whether it takes one of those that train.
+        replace: Whether it takes the place of an adapter of this name, if there is one.
 
     Returns:
         The model.
 
     Raises:
-        TetherError: The name is taken, the model is merged, or a change is none.
+        TetherError: The name is taken, the model is merged, a change is none, or no slot is free.
         UnknownName: A pattern fits no weight.
 
     Example:
@@ -94,19 +97,34 @@ def add(
     ```
     """
     check(model, "add")
-    check_new_name(model, name)
+    check_new_name(model, name, replace)
+    places = slotted.slotted_weights(model)
+    if places and changes is None and also is None:
+        slotted.put(model, places, slotted.slot_for(places, name, trainable), name, slotted.start_of(places))
+        return model
+    parts = as_parts(model, {} if changes is None and also is not None else changes, also, "adapter")
+    return adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
+
+
+def as_parts(model: keras.Layer, changes: object, also: Pattern | None, what: str) -> dict[str, Part]:
+    """What makes the part of each weight that changes name, by path.
+
+    Raises:
+        TetherError: They are no mapping of forms.
+        UnknownName: A pattern fits no weight.
+    """
     given: Any = changes
     if not isinstance(given, Mapping) or (not given and also is None):
         raise TetherError(
-            "An adapter changes weights by name or pattern, as in "
+            f"{'An' if what == 'adapter' else 'A'} {what} changes weights by name or pattern, as in "
             f"`{{{_as_pattern(given)}: tether.low_rank(8)}}`. {received(changes=changes)}"
         )
     weights = named_weights(model)
-    chosen = select_all(model, weights, changes)
+    chosen = select_all(model, weights, given)
     parts: dict[str, Part] = {weight.path: partial(_delta, change, weight.name) for weight, change in chosen}
     for weight in [] if also is None else select(model, weights, also):
         parts[weight.path] = full().delta
-    return adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
+    return parts
 
 
 def _as_pattern(given: object) -> str:
@@ -136,6 +154,10 @@ def remove(model: AnyLayer, name: str) -> AnyLayer:
     ```
     """
     check(model, "remove")
+    present = slotted.names_in(model)
+    if name in present:
+        slotted.put(model, slotted.slotted_weights(model), present[name], None, {})
+        return model
     check_known(model, [name])
     found = adapted_weights(model).items()
     with Rollback.below(model):
@@ -151,16 +173,17 @@ def adapt(
     Raises:
         TetherError: `freeze` is none of its words.
     """
-    if freeze not in ("adapted", "all", True, False, None):
-        raise TetherError(f"`freeze` is 'adapted', 'all' or None. {received(freeze=freeze)}")
+    places = slotted.slotted_weights(model)
+    if places:
+        content = slotted.content_of(places, slotted.made_of(places, parts, name), name, strength)
+        slotted.put(model, places, slotted.slot_for(places, name, trainable), name, content)
+        return model
     with Rollback.below(model):
+        if name in names(model):
+            remove(model, name)
         present = adapted_weights(model)
         number = 1 + max((n for each in present.values() for n in each.order.values()), default=-1)
-        if freeze == "all":
-            kept = _training(model)
-            model.trainable = False
-            for weight in kept:
-                weight.trainable = True
+        frozen_for(model, freeze, own_weights(model))
         found = named_weights(model)
         factor = Weight(np.array(strength, "float32"), trainable=False, name=f"{name}.strength", role="strength")
         ties = {}
@@ -176,9 +199,19 @@ def adapt(
     return model
 
 
-def _training(model: keras.Layer) -> list[Stored]:
-    """What trains of the adapters that are there."""
-    return [weight for own in own_weights(model).values() for weight in own if weight.trainable_flag]
+def frozen_for(model: keras.Layer, freeze: Freeze, own: Mapping[str, Sequence[Stored]]) -> None:
+    """Freezes a model for an adapter, if all of it shall be; what trains of the adapters that are there trains on.
+
+    Raises:
+        TetherError: `freeze` is none of its words.
+    """
+    if freeze not in ("adapted", "all", True, False, None):
+        raise TetherError(f"`freeze` is 'adapted', 'all' or None. {received(freeze=freeze)}")
+    if freeze == "all":
+        kept = [weight for weights in own.values() for weight in weights if weight.trainable_flag]
+        model.trainable = False
+        for weight in kept:
+            weight.trainable = True
 
 
 def _delta(change: object, name: str, base: Expression) -> Expression:
@@ -217,7 +250,7 @@ def names(model: keras.Layer) -> list[str]:
     assert tether.adapters.names(model) == ["french"]
     ```
     """
-    return _names(_expressions(model))
+    return [*_names(_expressions(model)), *slotted.names_in(model)]
 
 
 def _names(expressions: Iterable[Adapted]) -> list[str]:
@@ -449,6 +482,8 @@ def _check_known(model: keras.Layer, expressions: Iterable[Adapted], wanted: Ite
     unknown = [name for name in wanted if name not in present]
     if unknown:
         near = did_you_mean(unknown[0], present)
+        if unknown[0] in slotted.names_in(model):
+            near = f" It has a slot of that name: a call chooses it, as in `model(x, choice={unknown[0]!r})`."
         raise UnknownName(
             f"{model.name!r} has no adapter {unknown[0]!r}.{near} It has: {', '.join(present) or 'none'}."
         )
@@ -470,18 +505,18 @@ def check(model: keras.Layer, function: str) -> None:
         raise TetherError(f"The adapters of {model.name!r} are merged. Take them apart first: `unmerge(model)`.")
 
 
-def check_new_name(model: keras.Layer, name: object) -> None:
-    """Raises if a new adapter cannot have this name.
+def check_new_name(model: keras.Layer, name: object, replace: bool = False) -> None:
+    """Raises if a new adapter cannot have this name, or that of one that it replaces.
 
     Raises:
         TetherError: It is no name, or another adapter has it.
     """
     present = names(model)
-    if not isinstance(name, str) or not name or name in present:
+    if not isinstance(name, str) or not name or (name in present and not replace):
         listed = ", ".join(present) or "none"
         raise TetherError(
             f"An adapter has a name of its own, a string; {model.name!r} has: {listed}. Take another, or the old one "
-            f"off: `remove(model, name)`. {received(name=name)}"
+            f"off: `remove(model, name)`, or give `replace=True`. {received(name=name)}"
         )
 
 

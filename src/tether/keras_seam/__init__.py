@@ -111,6 +111,7 @@ from tether.keras_seam.memory import (
     snapshot,
     stored_value,
     write,
+    write_entry,
     write_rows,
 )
 from tether.keras_seam.optimizers import Origin, RatedOptimizer, move_slots
@@ -152,6 +153,7 @@ from tether.keras_seam.training import (
     answers,
     before_change,
     before_freezing,
+    forget_entries,
     is_given_what_trains,
     keep_slots,
     note_new_use,
@@ -239,6 +241,7 @@ __all__ = [
     "entry_notes",
     "find_class",
     "forget_attribute",
+    "forget_entries",
     "found_once",
     "get_autocast_scope",
     "give_back_quantize",
@@ -367,5 +370,6 @@ __all__ = [
     "waiting_start",
     "without_parameters",
     "write",
+    "write_entry",
     "write_rows",
 ]  # fmt: skip

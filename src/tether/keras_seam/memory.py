@@ -217,6 +217,47 @@ write = _make_write()
 """Stores a copy of an array of a variable's own shape, and of the dtype of what it holds."""
 
 
+def _make_write_entry() -> Callable[[keras.Variable, int, Array], None]:
+    name = _backend.backend()
+
+    def of_torch(variable: keras.Variable, place: int, array: Array) -> None:
+        import torch
+
+        with torch.no_grad():
+            variable.value[place].copy_(_lent_to_torch(numpy.array(array)))
+
+    def of_tensorflow(variable: keras.Variable, place: int, array: Array) -> None:
+        value = keras.ops.convert_to_tensor(array[numpy.newaxis], dtype=variable._dtype)
+        variable._value.scatter_nd_update([[place]], value)
+
+    if name != "jax":
+        return {"torch": of_torch, "tensorflow": of_tensorflow}.get(name, _rewritten)
+    import jax
+
+    def put(whole: Tensor, place: Tensor, entry: Tensor) -> Tensor:
+        return whole.at[place].set(entry)
+
+    copied, in_place = jax.jit(put), jax.jit(put, donate_argnums=0)
+
+    def of_jax(variable: keras.Variable, place: int, array: Array) -> None:
+        # Nobody else may hold the array that is written over: it counts as held here, in the call and by the variable.
+        alone = sys.getrefcount(variable._value) <= 2
+        entry = numpy.asarray(array, variable._value.dtype)
+        variable._value = (in_place if alone else copied)(variable._value, numpy.int32(place), entry)
+
+    return of_jax
+
+
+def _rewritten(variable: keras.Variable, place: int, array: Array) -> None:
+    whole = numpy.array(on_host(variable.value))
+    whole[place] = array
+    write(variable, whole)
+
+
+write_entry = _make_write_entry()
+"""Stores an entry along the first axis of a variable: an array of the entry's shape. The others are not touched."""
+
+
 def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
     name = _backend.backend()
 

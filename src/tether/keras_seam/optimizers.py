@@ -11,11 +11,13 @@ weight takes the place of others, `move_slots` brings these lists to the new var
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy
 
 from tether.keras_seam.layers import (
     decay_pattern,
@@ -25,7 +27,8 @@ from tether.keras_seam.layers import (
     optimized_variables,
     set_untracked,
 )
-from tether.keras_seam.variables import own_copy, raw_value
+from tether.keras_seam.memory import write_entry
+from tether.keras_seam.variables import own_copy, raw_value, stored_dtype
 from tether.types import Tensor
 
 _Base: Any = keras.Optimizer if TYPE_CHECKING else object
@@ -233,4 +236,46 @@ def _carry_out(
         set_untracked(optimizer, name, value)
 
 
-__all__ = ["Origin", "RatedOptimizer", "move_slots"]
+def forget_entries_of(optimizer: keras.Optimizer, entries: Sequence[tuple[keras.Variable, int]]) -> None:
+    """Lets what a built optimizer keeps for entries of variables, along their first axes, start anew.
+
+    What it keeps in another shape than the variable's, as Adafactor does, stays.
+
+    Args:
+        optimizer: A built optimizer, also one in a loss scale.
+        entries: Variables, and the places of entries.
+    """
+    inner = inner_optimizer(optimizer)
+    known = optimized_variables(inner)
+    places = {id(variable): place for place, variable in enumerate(known)}
+    concerned = [(variable, entry) for variable, entry in entries if id(variable) in places]
+    if not concerned:
+        return
+    for name, number in _starts_of(inner).items():
+        slots = vars(inner)[name]
+        for variable, entry in concerned:
+            slot = slots[places[id(variable)]] if len(slots) == len(known) else None
+            if slot is not None and slot.shape == variable.shape:
+                array = numpy.full(tuple(slot.shape)[1:], number, stored_dtype(slot))
+                write_entry(slot, entry, array)
+
+
+_starts: weakref.WeakKeyDictionary[keras.Optimizer, dict[str, float]] = weakref.WeakKeyDictionary()
+
+
+def _starts_of(optimizer: Any) -> dict[str, float]:
+    """The number that each slot of an optimizer starts at, by the name of the list: of those shaped as variables."""
+    found = _starts.get(optimizer)
+    if found is None:
+        fresh = type(optimizer).from_config(optimizer.get_config())
+        fresh.build([keras.Variable([0.0], name="one", trainable=True)])
+        found = {}
+        for name, slots in vars(fresh).items():
+            known = name not in _OF_ALL and _is_of_slots(slots) and _is_of_slots(vars(optimizer).get(name))
+            if known and slots and slots[0] is not None and tuple(slots[0].shape) == (1,):
+                found[name] = float(keras.ops.convert_to_numpy(slots[0].value)[0])
+        _starts[optimizer] = found
+    return found
+
+
+__all__ = ["Origin", "RatedOptimizer", "forget_entries_of", "move_slots"]

@@ -31,7 +31,7 @@ from tether.keras_seam.frames import (
     saving_scope,
 )
 from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
-from tether.keras_seam.optimizers import Origin, move_slots
+from tether.keras_seam.optimizers import Origin, forget_entries_of, move_slots
 from tether.types import Function, Tensor
 
 answers: dict[str, Function] = {}
@@ -163,6 +163,18 @@ def keep_slots(origins: Mapping[int, Origin], gone: Iterable[keras.Variable] = (
             gate = vars(model).get(_GATE)
             if gate is not None and gate.trained is not None:
                 gate.trained = [weakref.ref(variable) for variable in now]
+
+
+def forget_entries(entries: Sequence[tuple[keras.Variable, int]]) -> None:
+    """Called after entries of variables were replaced: the optimizers of compiled models start anew for these.
+
+    Args:
+        entries: Variables, and the places of entries along their first axes.
+    """
+    for model in list(_models):
+        optimizer = vars(model).get("optimizer")
+        if vars(model).get("compiled") and _is_built(optimizer):
+            forget_entries_of(optimizer, entries)
 
 
 def _is_concerned(model: keras.Model, changed: Mapping[int, object], *, again: bool) -> bool:

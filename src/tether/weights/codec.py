@@ -12,7 +12,7 @@ import numpy as np
 from tether.errors import NUMERIC, InvalidConfig, TetherError, received
 from tether.types import Array, Config
 from tether.weights.expression import MAX_AXES, MAX_STEPS, Expression, Node, Stored, Term, operator, program, provide
-from tether.weights.leaves import MAX_CONSTANT, Argument, Choice, Constant, numpy_dtype
+from tether.weights.leaves import MAX_CONSTANT, Argument, Choice, Constant, Slots, numpy_dtype
 
 # --------------------------------------------------------------------------- as JSON
 # Expressions as JSON: a flat list of steps that name earlier steps, so that no file can hold a cycle.
@@ -45,6 +45,8 @@ def _plain(value: object) -> object:
 
 def _encode_argument(argument: Argument) -> Config:
     found: Config = {"name": argument.name, "shape": list(argument.shape), "dtype": argument.dtype}
+    if isinstance(argument, Slots):
+        return {**found, "slots": list(argument.names), "none": argument.none}
     if argument.default is not None:
         found["default"] = argument.default
     if argument.choices is not None:
@@ -159,7 +161,7 @@ def _decode_step(step: Config, done: list[Expression], weights: Mapping[str, Sto
 
 def _decode_argument(content: object) -> Argument:
     needed = {"name", "shape", "dtype"}
-    known = {*needed, "default", "choices", "each", "none"}
+    known = {*needed, "default", "choices", "each", "none", "slots"}
     if not isinstance(content, dict) or not needed <= set(content) <= known:
         raise InvalidConfig(f"An argument has name, shape and dtype. {received(argument=content)}")
     shape, default = content["shape"], content.get("default")
@@ -170,9 +172,11 @@ def _decode_argument(content: object) -> Argument:
     if type(default) not in (int, float, type(None)):
         raise InvalidConfig(f"An argument's default is a number. {received(default=default)}")
     choices, none = content.get("choices"), content.get("none")
+    if not isinstance(none, (str, type(None))):
+        raise InvalidConfig(f"What -1 is called is a name. {received(none=none)}")
+    if "slots" in content:
+        return Slots(content["name"], content["slots"], none=none)
     if content.get("each"):
-        if not isinstance(none, (str, type(None))):
-            raise InvalidConfig(f"What -1 is called is a name. {received(none=none)}")
         return Choice(content["name"], choices, default=default, none=none)
     return Argument(content["name"], tuple(shape), content["dtype"], default=default, choices=choices)
 

@@ -274,6 +274,49 @@ class Choice(Argument):
         return (_rebuild_choice, (self.name, self.choices, self.default, self.none))
 
 
+class Slots(Choice):
+    """A choice among a fixed number of places, whose names come and go: the expression, and what is compiled, stay.
+
+    Args:
+        name: What it is called in notation, in files and in the layer's call.
+        names: The name of each place; `None` where it is free.
+        none: The name for -1, which is none of the places, and which is chosen where a call makes no choice.
+    """
+
+    __slots__ = ("names",)
+    names: list[str | None]
+
+    def __init__(self, name: object, names: object, *, none: str | None = "none") -> None:
+        if not isinstance(names, (list, tuple)) or not all(isinstance(each, str) or each is None for each in names):
+            raise TetherError(f"Each slot has a name, or none. {received(names=names)}")
+        given = [each for each in names if each is not None]
+        if len(set(given)) < len(given) or none is None or none in given:
+            raise TetherError(f"Each slot has another name, and none that of -1, {none!r}. {received(names=names)}")
+        object.__setattr__(self, "names", list(names))
+        super().__init__(name, [str(place) for place in range(len(names))], default=-1, none=none)
+
+    def number(self, value: Any) -> int | float:
+        """A Python number for the choice: that of the slot for a name."""
+        if isinstance(value, str) and value != self.none:
+            if value in self.names:
+                return self.names.index(value)
+            present = ", ".join(name for name in self.names if name is not None) or "none"
+            raise TetherError(f"No slot has the name {value!r}. There are: {present}.")
+        return super().number(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slots) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        return (*super()._identity(), "slots")
+
+    def __reduce__(self) -> tuple[Function, tuple[object, ...]]:
+        return (_rebuild_slots, (self.name, tuple(self.names), self.none))
+
+
 def is_for_each(value: object) -> bool:
     """Whether what is bound to a choice is one for each example, and not one for the call."""
     return not isinstance(value, (int, float)) and value is not None and len(getattr(value, "shape", ())) > 0
@@ -281,6 +324,10 @@ def is_for_each(value: object) -> bool:
 
 def _rebuild_choice(name: str, choices: object, default: object, none: str | None) -> Choice:
     return Choice(name, choices, default=default, none=none)
+
+
+def _rebuild_slots(name: str, names: tuple[str | None, ...], none: str) -> Slots:
+    return Slots(name, names, none=none)
 
 
 def _rebuild_argument(name: str, shape: Shape, dtype: str, default: object, choices: object) -> Argument:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -32,13 +33,16 @@ from tether.weights.expression import (
     rewritten,
 )
 from tether.weights.leaves import Constant
-from tether.weights.operators.arithmetic import ScaleGradient, StopGradient
+from tether.weights.operators.arithmetic import Add, Multiply, Negative, ScaleGradient, StopGradient
 from tether.weights.operators.choice import Choose
 from tether.weights.operators.indexing import Gather
 from tether.weights.operators.structure import Cast, Reshape, stack
 from tether.weights.operators.structure import index as index_of
 from tether.weights.storage import Copy
 from tether.weights.weight import Weight
+
+if TYPE_CHECKING:
+    from tether.planning.products import Labels, Summand
 
 
 def bank(expressions: Iterable[object], index: object) -> Expression:
@@ -137,7 +141,7 @@ def zipped(
     programs = [program(option) for option in options]
     largest = max(range(len(options)), key=lambda place: _size_of(options[place]))
     for place in range(len(options)):
-        _refuse_other_form(options, programs, largest, place)
+        refuse_other_form(options, programs, largest, place)
     states = [step.expression for step in programs[largest] if isinstance(step.expression, StatefulNode)]
     if states and not stored:
         raise Unsupported(f"{states[0].notation()} keeps a state, which goes on in a stack of them only.")
@@ -154,7 +158,7 @@ def zipped(
             _check(here, stacked_in)
         plans.append(here if differs else None)
     if any(plan is not None and len({each.shape for each in plan}) > 1 for plan in plans):
-        _refuse_filling(options, largest)
+        refuse_filling(options, largest)
 
     def entry(place: int, current: Expression) -> Expression | None:
         found = plans[place]
@@ -213,7 +217,7 @@ def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression
     return Gather(stack.weight, number)
 
 
-def _refuse_other_form(
+def refuse_other_form(
     options: Sequence[Expression], programs: Sequence[tuple[Step, ...]], largest: int, place: int
 ) -> None:
     """Refuses an option that is not of the form of the largest one, and names what differs."""
@@ -241,27 +245,27 @@ def _refuse_other_form(
         refuse(options[largest], options[place])
 
 
-def _refuse_filling(options: Sequence[Expression], largest: int) -> None:
+def refuse_filling(options: Sequence[Expression], largest: int) -> None:
     """Refuses weights of different shapes, but for those that zeros may fill up: the thin factors of a product.
 
     That is so where the axes that differ are summed over, and nothing but a product reads the weights.
     """
-    from tether.planning.products import labels_of, products  # imported with the first tie
+    from tether.planning.products import products  # imported with the first tie
 
     model = products(options[largest])
+    kept = {label for term in model.terms for axis in term.axes for label in axis}
     for option in options:
         weights = zip(option.weights_used(), options[largest].weights_used(), strict=True)
         smaller = {weight for weight, other in weights if weight.shape != other.shape}
         found = products(option)
-        alike = len(found.terms) == len(model.terms) and all(
-            labels_of(a) == labels_of(b) for a, b in zip(found.terms, model.terms, strict=True)
-        )
-        kept = {label for term in found.terms for axis in term.axes for label in axis}
+        pairs = zip(found.terms, model.terms, strict=len(found.terms) == len(model.terms))
+        matched = [_matched(mine, theirs, kept) for mine, theirs in pairs]
+        alike = len(found.terms) == len(model.terms) and None not in matched
         sizes = {
-            mine: (found.sizes[mine], model.sizes[theirs])
-            for a, b in zip(found.terms, model.terms, strict=False)
-            for one, other in zip(a.factors, b.factors, strict=False)
-            for mine, theirs in zip(one.labels, other.labels, strict=False)
+            label: (found.sizes[mine], model.sizes[label])
+            for term, same in zip(found.terms, matched, strict=False)
+            for factor, labels in zip(term.factors, same or (), strict=False)
+            for mine, label in zip(factor.labels, labels, strict=True)
         }
         read = [factor.expression for term in found.terms for factor in term.factors]
         whole = [each for each in read if smaller & set(each.weights_used()) and not _is_stored(each)]
@@ -271,6 +275,47 @@ def _refuse_filling(options: Sequence[Expression], largest: int) -> None:
                 f"Weights that are stacked have one shape, or are thin factors of a product that zeros fill up. "
                 f"{received(expression=option.notation(), shape=first.shape)}"
             )
+
+
+def _matched(term: Summand, model: Summand, kept: Collection[int]) -> list[Labels] | None:
+    """The labels of a term's factors, as another term calls them that is alike; `None` if it is not.
+
+    An axis of size 1 has no label, so the other may have more: of those that are summed over.
+    """
+    from tether.planning.products import labels_of
+
+    summed = sorted({label for factor in model.factors for label in factor.labels} - set(kept))
+    for count in range(len(summed) + 1):
+        for left_out in itertools.combinations(summed, count):
+            labels = [tuple(n for n in factor.labels if n not in left_out) for factor in model.factors]
+            narrowed = [replace(f, labels=own) for f, own in zip(model.factors, labels, strict=True)]
+            if labels_of(term) == labels_of(replace(model, factors=tuple(narrowed))):
+                return labels
+    return None
+
+
+def taken_out(part: Expression) -> tuple[float, Expression]:
+    """The number that a part is multiplied with, and the part without it."""
+    if isinstance(part, Negative):
+        scale, rest = taken_out(part.operands[0])
+        return -scale, rest
+    if isinstance(part, Multiply):
+        numbers = [each for each in part.operands if isinstance(each, Constant) and each.number is not None]
+        if len(numbers) == 1:
+            scale, rest = taken_out(next(each for each in part.operands if each is not numbers[0]))
+            return scale * float(numbers[0].number or 0.0), rest
+    if isinstance(part, (Reshape, Cast)):
+        scale, rest = taken_out(part.operands[0])
+        return scale, part if rest is part.operands[0] else type(part)(rest, **part.parameters)
+    return 1.0, part
+
+
+def with_number(option: Expression) -> Expression:
+    """A sum with the number before its last part written, also where it is 1: so that others may have another."""
+    if not isinstance(option, Add):
+        return option
+    scale, part = taken_out(option.operands[1])
+    return Add(option.operands[0], Multiply(Constant.of(scale), part))
 
 
 def _is_stored(expression: Expression) -> bool:
@@ -315,7 +360,7 @@ def _stacked(parts: Sequence[Weight], shape: Shape, trainable: bool) -> Weight:
     Values that are smaller than the shape are filled up with zeros.
     """
     first = parts[0]
-    found = _like(first, (len(parts), *shape), first.name, trainable)
+    found = like(first, (len(parts), *shape), first.name, trainable)
     waiting = [keras_seam.waiting_start(weight.variable) for weight in parts]
     alike = all(known_shape(weight) == shape for weight in parts)
     if any(start is not None for start in waiting):  # inside a trace: there are no values yet
@@ -323,13 +368,14 @@ def _stacked(parts: Sequence[Weight], shape: Shape, trainable: bool) -> Weight:
         found.start_by(_Entries(starts, [known_shape(weight) for weight in parts]), path=first.path)
     else:
         values = [keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts]
-        found.start_at(np.stack([_filled(value, shape) for value in values]), path=first.path)
+        found.start_at(np.stack([filled(value, shape) for value in values]), path=first.path)
     if alike and len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
         found.initializer = EachEntry(first.initializer)
     return found
 
 
-def _filled(value: Array, shape: Shape) -> Array:
+def filled(value: Array, shape: Shape) -> Array:
+    """An array with zeros at the ends of its axes, so that it has a shape."""
     if value.shape == shape:
         return value
     found = np.zeros(shape, value.dtype)
@@ -337,7 +383,7 @@ def _filled(value: Array, shape: Shape) -> Array:
     return found
 
 
-def _like(weight: Weight, shape: Shape, name: str, trainable: bool | None = None) -> Weight:
+def like(weight: Weight, shape: Shape, name: str, trainable: bool | None = None) -> Weight:
     """A weight of another shape and name that is otherwise like one, without a value yet."""
     return Weight(
         shape,
@@ -447,7 +493,7 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
     """
     root = resolved(expression)
     tables = {
-        step.expression.operands[0]: _table(step.expression.operands[1])
+        step.expression.operands[0]: table_of(step.expression.operands[1])
         for step in program(root)
         if isinstance(step.expression, Gather)
         and isinstance(step.expression.operands[0], Weight)
@@ -483,7 +529,7 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
 def _one_of_both(number: int, node: Node, operands: list[Expression]) -> Expression:
     """A node over the entries of one option: where stacks of what trains and of what is frozen meet, that one's."""
     if isinstance(node, Choose):
-        which = _table(node.operands[0])
+        which = table_of(node.operands[0])
         if which is not None:
             return operands[1 + which[number]]
     return type(node)(*operands, **node.parameters)
@@ -499,7 +545,7 @@ class _Entry:
         return slots[0][self.place]
 
 
-def _table(number: Expression) -> list[int] | None:
+def table_of(number: Expression) -> list[int] | None:
     """The entries of a stack by number, where not each number has one of its own."""
     if isinstance(number, Gather) and isinstance(number.operands[0], Constant):
         array = number.operands[0].array
@@ -511,10 +557,26 @@ def _parts(weight: Weight) -> list[Weight]:
     values = keras_seam.on_host(keras_seam.plain_tensor(weight.value))
     found = []
     for place, value in enumerate(values):
-        part = _like(weight, tuple(value.shape), f"{weight.name}_{place}")
+        part = like(weight, tuple(value.shape), f"{weight.name}_{place}")
         part.start_at(np.array(value), path=f"{weight.path}_{place}")
         found.append(part)
     return found
 
 
-__all__ = ["Stack", "as_options", "bank", "followers", "origins_of", "unbank", "zipped"]
+__all__ = [
+    "EachEntry",
+    "Stack",
+    "as_options",
+    "bank",
+    "filled",
+    "followers",
+    "like",
+    "origins_of",
+    "refuse_filling",
+    "refuse_other_form",
+    "table_of",
+    "taken_out",
+    "unbank",
+    "with_number",
+    "zipped",
+]

@@ -11,14 +11,14 @@ import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, did_you_mean, received
-from tether.layers.family.bank import Stack, as_options, followers, origins_of, zipped
+from tether.layers.family.bank import Stack, as_options, followers, origins_of, with_number, zipped
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import arguments_in, slots_of
 from tether.layers.tying.swap import become_all
 from tether.layers.tying.tie import tie
 from tether.types import AnyLayer, Config, Tensor
 from tether.weights.algebra import split_sum, terms_of
-from tether.weights.expression import Expression, Shape, Stored, as_expression
+from tether.weights.expression import Expression, Shape, Stored, as_expression, program
 from tether.weights.leaves import Argument, Choice, bind
 from tether.weights.operators.choice import Choose
 from tether.weights.operators.routing import Routed
@@ -251,6 +251,9 @@ def _chosen(
 ) -> tuple[Expression, list[Stack]]:
     """One of several expressions by number: of one form by their weights, else by a switch of them all."""
     _refuse_shapes(options)
+    if len(options) > 1:  # one of them may have an alpha that makes its scale 1, which is not written
+        written = [with_number(option) for option in options]
+        options = written if len({len(program(option)) for option in options}) > 1 else options
     if train is not None:
         return zipped(options, number, train=train)
     few = len(options) <= FEW_OPTIONS and len({tuple(map(_shape_of, each.weights_used())) for each in options}) == 1
