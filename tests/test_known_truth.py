@@ -72,3 +72,47 @@ def test_the_right_structure_has_at_most_a_quarter_of_the_error(structure, stude
     tied, own = test_error(structure, student, seed), test_error(structure, independent, seed)
     print(f"{structure.__name__} {seed}: {tied:.4f} tied, {own:.4f} independent")
     assert tied <= own / 4, f"{tied:.4f} tied, {own:.4f} independent"
+
+
+# --------------------------------------------------------------------------- a choice for each example
+
+
+def drawn_tasks(seed):
+    """A parent, and rows of twelve tasks that are it plus a difference of rank 1: to learn from, and to test with."""
+    rng = np.random.default_rng(seed)
+    parent = rng.normal(size=(INPUTS, OUTPUTS)).astype("float32") / np.sqrt(INPUTS)
+    left, right = rng.normal(size=(TASKS, INPUTS, 1)), rng.normal(size=(TASKS, 1, OUTPUTS))
+    truth = (parent + 0.3 * left @ right / np.sqrt(INPUTS)).astype("float32")
+    x, new = (rng.normal(size=(TASKS, rows, INPUTS)).astype("float32") for rows in (2 * ROWS, 500))
+    y = np.einsum("tri,tio->tro", x, truth) + 0.05 * rng.normal(size=(TASKS, 2 * ROWS, OUTPUTS))
+    return parent, x, y.astype("float32"), new, np.einsum("tri,tio->tro", new, truth)
+
+
+def learned(parent, x, y, new, steps=200):
+    """What children of one parent, in one batch, say of new rows after they have learned from theirs."""
+    count = len(x)
+    base = tether.Weight(parent, trainable=False, name="parent")
+    children = [base + tether.low_rank(1, seed=7) for _ in range(count)]
+    layer = tether.route(keras.layers.Dense(OUTPUTS, use_bias=False), kernel=children)
+    inputs, choice = keras.Input((INPUTS,)), keras.Input((), dtype="int32")
+    model = keras.Model([inputs, choice], layer(inputs, choice=choice))
+    rate = keras.optimizers.schedules.CosineDecay(0.05, steps)
+    model.compile(keras.optimizers.Adam(rate, epsilon=1e-12), "mse", jit_compile=keras.backend.backend() == "jax")
+    ids = np.repeat(np.arange(count, dtype="int32"), x.shape[1])
+    rows = [np.tile(each, (steps, *(1,) * (each.ndim - 1))) for each in (x.reshape(-1, INPUTS), ids)]
+    wanted = np.tile(y.reshape(-1, OUTPUTS), (steps, 1))
+    model.fit(rows, wanted, batch_size=len(ids), shuffle=False, verbose=0)
+    told = [new.reshape(-1, INPUTS), np.repeat(np.arange(count, dtype="int32"), new.shape[1])]
+    return model.predict(told, batch_size=6000, verbose=0).reshape(*new.shape[:2], OUTPUTS)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_children_in_mixed_batches_recover_their_tasks_as_those_trained_alone_do(seed):
+    parent, x, y, new, wanted = drawn_tasks(seed)
+    together = np.mean((learned(parent, x, y, new) - wanted) ** 2, axis=(1, 2))
+    some = [0, 11]
+    alone = np.array([np.mean((learned(parent, *(a[t : t + 1] for a in (x, y, new))) - wanted[t]) ** 2) for t in some])
+    untouched = np.mean((np.einsum("tri,io->tro", new, parent) - wanted) ** 2)
+    print(f"{seed}: {together.mean():.4f} in mixed batches, {untouched:.4f} of the parent; {together[some]} {alone}")
+    assert together.mean() < untouched / 20
+    np.testing.assert_allclose(together[some], alone, rtol=0.02)

@@ -61,6 +61,7 @@ LAYERS = {
     "einsum, joined": (lambda: layers.EinsumDense("abcd,cde->abe", (None, 5)), "kernel", (2, 3, 5), (6, 3, 2, 3)),
     "embedding": (lambda: layers.Embedding(7, 4), "embeddings", (7, 4), "ids"),
     "convolution": (lambda: layers.Conv1D(5, 2), "kernel", (2, 4, 5), (6, 7, 4)),
+    "convolution, one channel": (lambda: layers.Conv2D(3, 2, strides=2), "kernel", (2, 2, 1, 3), (6, 5, 4, 1)),
     "convolution, 1x1": (lambda: layers.Conv2D(5, 1), "kernel", (1, 1, 4, 5), (6, 3, 3, 4)),
 }  # fmt: skip
 
@@ -77,6 +78,7 @@ CASES = [
     *(("dense", form) for form in FORMS),
     *((kind, "low_rank") for kind in LAYERS if kind != "dense"),
     ("embedding", "full"), ("embedding", "scale"), ("einsum", "dora"), ("convolution", "full"),
+    ("convolution, one channel", "full"), ("convolution, one channel", "hadamard"),
     ("convolution", "scale"), ("einsum, joined", "frozen"), ("dense, tokens", "whole"), ("dense, tokens", "hadamard"),
 ]  # fmt: skip
 

@@ -170,7 +170,7 @@ class Stacks:
 
     def __init__(self, slots: Slots, train: int) -> None:
         self.slots, self.train = slots, train
-        self._known: dict[int, Expression] = {}
+        self._known: dict[Weight, Expression] = {}
 
     def routed(self, base: Expression, part: Expression) -> Routed:
         """A weight with slots, of its base and a part that one adapter would add."""
@@ -188,21 +188,21 @@ class Stacks:
         return Routed(self.slots, base, Add(base, Multiply(Gather(strength, self.slots), stacked)))
 
     def _read(self, weight: Weight) -> Expression:
-        if id(weight) not in self._known:
+        if weight not in self._known:
             count = len(self.slots.names)
             train = min(self.train, count) if weight.trainable_flag else 0
             found: list[Expression] = []
             for size, first, trainable in ((count - train, train, False), (train, 0, True)):
                 if size == count:
-                    self._known[id(weight)] = Gather(self._stack(weight, size, trainable), self.slots)
-                    return self._known[id(weight)]
+                    self._known[weight] = Gather(self._stack(weight, size, trainable), self.slots)
+                    return self._known[weight]
                 table = [place - first if first <= place < first + size else 0 for place in range(count)]
                 number = Gather(Constant.of(np.array(table, "int32")), self.slots)
                 if size:
                     found.append(Gather(self._stack(weight, size, trainable), number))
             flags = np.array([place < train for place in range(count)], "int32")
-            self._known[id(weight)] = Choose(Gather(Constant.of(flags), self.slots), *found)
-        return self._known[id(weight)]
+            self._known[weight] = Choose(Gather(Constant.of(flags), self.slots), *found)
+        return self._known[weight]
 
     @staticmethod
     def _stack(weight: Weight, size: int, trainable: bool) -> Weight:

@@ -77,14 +77,15 @@ def _convolution(
             label for letter in problem.inputs for label in (channels if letter == channels_in else axes[letter])
         )
         draft, x = search.multiplied(draft, [x, *before], 1.0, wanted, applied=False)
-    if not set(channels) <= of_core or (set(channels) & later and not depthwise):
+    of_kernel = tuple(label for label in channels if label in of_core or draft.size((label,)) > 1)  # one has no label
+    if not set(of_kernel) <= of_core or (set(of_kernel) & later and not depthwise):
         raise NoPlan
     if depthwise and channels != axes[channels_in]:
         raise NoPlan
     spatial = [axes[letter] for letter in problem.kernel[:-2]]
     places = {label for axis in spatial for label in axis}
     made = tuple(sorted((of_core & later) - places - set(channels), reverse=True))
-    kernel_axes = [*spatial, channels, made]
+    kernel_axes = [*spatial, of_kernel, made]
     order = tuple(label for axis in kernel_axes for label in axis)
     if of_core - set(order) & later:
         raise NoPlan
