@@ -3,10 +3,14 @@
 A Dense layer whose kernel is a base plus a low-rank part, of which each example (or token) of a batch has chosen
 another. Beside it the base layer alone, and what one does without: a loop over the parts, each with its own examples.
 Forward passes and training steps as each backend runs them, in turn, medians of ratios. Cases: forward, token, train,
-thousand.
+thousand, slots, and on PyTorch peft (`pip install peft`): one token an example beside PEFT's `adapter_names`.
 """
 
+import pathlib
+import statistics
 import sys
+import tempfile
+import time
 
 import keras
 import numpy as np
@@ -133,8 +137,86 @@ def thousand_cases():
     ]
 
 
-CASES = {"forward": forward_cases, "token": token_cases, "train": train_cases, "thousand": thousand_cases}
+def with_slots(slots, train=None, layers=1, width=512, rank=8):
+    """A model of Dense layers with slots for adapters, and the one that takes a column of numbers."""
+    inputs = keras.Input((32, width))
+    x = inputs
+    for place in range(layers):
+        x = keras.layers.Dense(width, use_bias=False, name=f"dense_{place}")(x)
+    model = keras.Model(inputs, x)
+    tether.adapters.capacity(model, {"*/kernel": tether.low_rank(rank)}, slots=slots, train=train)
+    return model, tether.routed(model)
+
+
+def slots_cases():
+    """A step of 16 slots of a thousand beside a set of 16; and how long an adapter takes to come into a running set."""
+    x = random.randn(64, 32, 512).astype("float32")
+    ids = random.randint(0, 16, 64).astype("int32")
+    few, many = (train(with_slots(*each)[1], [x, ids], of_input=False) for each in ((16, None), (1000, 16)))
+    found = [{"case": "training step, 16 of 1000 slots, 64 x 32 tokens", "of": "16 slots", **compare(many, few)}]
+    return found + [come_and_go(layers) for layers in (1, 24)]
+
+
+def come_and_go(layers, slots=64, rounds=30):
+    """Milliseconds to load an adapter's file into a free slot of a compiled model, and to start a new one."""
+    model, tasks = with_slots(slots, layers=layers)
+    tasks.compile("adam", "mse")
+    x = random.randn(4, 32, 512).astype("float32")
+    tasks.fit([x, np.zeros(4, "int32")], x, verbose=0)
+    seconds = {"add": [], "load": [], "remove": []}
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "one.safetensors"
+        tether.adapters.add(model, "one")
+        tether.adapters.save(model, "one", file)
+        acts = {
+            "add": lambda: tether.adapters.add(model, "new"),
+            "load": lambda: tether.adapters.load(model, file, name="new"),
+            "remove": lambda: tether.adapters.remove(model, "new"),
+        }
+        for _ in range(rounds):
+            for name in ("add", "remove", "load", "remove"):
+                started = time.perf_counter()
+                acts[name]()
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: round(1000 * statistics.median(found), 2) for name, found in seconds.items()}
+    return {"case": f"an adapter of {layers} weights comes into one of {slots} slots", "of": "ms", **medians}
+
+
+def peft_cases():
+    """One token an example: 64 parts of rank 16 of a Dense layer beside PEFT's loop over the names of a batch."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    layer, _ = routed_dense(1024, 16, 64)
+    x = random.randn(64, 1, 1024).astype("float32")
+    ids = np.arange(64, dtype="int32")
+    names = [f"a{place}" for place in range(64)]
+    theirs = torch.nn.Sequential()
+    theirs.add_module("linear", torch.nn.Linear(1024, 1024, bias=False))
+    config = LoraConfig(r=16, target_modules=["linear"], init_lora_weights=False)
+    theirs = get_peft_model(theirs, config, adapter_name=names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, config)
+    theirs.eval()
+    given = torch.as_tensor(x)
+
+    def looped():
+        with torch.no_grad():
+            return theirs(given, adapter_names=names)
+
+    ours = forward(model_of(layer, (1, 1024), ()), [x, ids])
+    return [{"case": "64 parts of rank 16, 64 x 1 token", "of": "PEFT adapter_names", **compare(ours, looped)}]
+
+
+CASES = {
+    "forward": forward_cases,
+    "token": token_cases,
+    "train": train_cases,
+    "thousand": thousand_cases,
+    "slots": slots_cases,
+    "peft": peft_cases,
+}
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or CASES:
+    for chosen in sys.argv[1:] or [case for case in CASES if case != "peft"]:
         write("route", CASES[chosen]())

@@ -12,6 +12,7 @@ from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName
 
 layers = keras.layers
 adapters = tether.adapters
+pytestmark = pytest.mark.spread
 
 
 def drawn(rng, shape):
@@ -254,7 +255,7 @@ def test_one_file_has_several_adapters(rng, tmp_path):
         adapters.load(back, tmp_path / "set.safetensors", name="one")
     few, _ = dense(rng)
     adapters.capacity(few, changes, slots=1)
-    with pytest.raises(TetherError, match="1 of 1 slots are free, and 2 are needed"):
+    with pytest.raises(TetherError, match="1 of 1 slots are free"):
         adapters.load(few, tmp_path / "set.safetensors")
     assert adapters.slots(few) == {}
 
@@ -285,7 +286,7 @@ def test_a_name_chooses_for_a_call_and_is_read_at_each(rng):
     french = numpy(layer(x, choice="french"))
     assert_close(french, layer(x, choice=0), 0)
     assert_close(layer(x, choice="none"), layer(x), 0)
-    with pytest.raises(TetherError, match="No slot has the name 'german'. There are: french"):
+    with pytest.raises(TetherError, match="No slot has the name 'german'"):
         layer(x, choice="german")
     adapters.remove(layer, "french")
     with pytest.raises(TetherError, match="There are: none"):
@@ -337,7 +338,7 @@ def add_all(model):
         (lambda m: adapters.activate(m, "old"), UnknownName, "a call chooses it"),
         (lambda m: adapters.merge(m, ["old"]), UnknownName, "a call chooses it"),
         (lambda m: adapters.save(m, ["old", "old"], "x.safetensors"), TetherError, "list of several"),
-        (add_all, TetherError, "0 of 2 slots are free, and 1 are needed"),
+        (add_all, TetherError, "0 of 2 slots are free"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_an_error_and_changes_nothing(rng, act, error, words):

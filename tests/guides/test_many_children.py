@@ -52,7 +52,7 @@ def test_a_mixed_batch_says_what_one_task_after_another_does(quick):
     result, _, _ = quick
     assert result.times.largest_difference < 1e-3
     assert result.times.images == result.size.tasks * result.size.timed_images
-    assert 0 < result.times.at_once
+    assert result.times.at_once > 0
 
 
 def test_a_batch_of_all_tasks_has_as_much_of_each(rng):

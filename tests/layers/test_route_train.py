@@ -121,3 +121,33 @@ def test_weights_of_a_mixture_and_tokens_meet_both_stacks(rng, kind):
         found = numpy(layer(x, choice=tokens))
         for place in (-1, 0, 4, 7):
             assert_close(found[tokens == place], numpy(layer(x, choice=place))[tokens == place], 1e-4)
+
+
+# ------------------------------------------------------------------ a plain copy of one choice
+
+
+@pytest.mark.parametrize("count", [3, 11])
+def test_a_plain_copy_has_the_weights_of_one_choice(rng, count):
+    layer, *_, x = make(rng, "dense", "low_rank", count)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    for choice in (0, count - 1, -1, "none", "1"):
+        plain = tether.materialize(model, choice=choice)
+        assert type(plain.layers[0]) is layers.Dense
+        assert_close(plain(x), layer(x, choice=choice), 1e-5)
+    assert_close(tether.materialize(layer)(x), layer(x, choice=0), 1e-5)
+    for wrong, words in ((count, "is one of"), ("seven", "is one of"), ([0, 1], "is one choice"), (0.5, "is one of")):
+        with pytest.raises(TetherError, match=words):
+            tether.materialize(model, choice=wrong)
+    with pytest.raises(TetherError, match="Did you mean 'choice'"):
+        tether.materialize(model, choise=0)
+
+
+def test_a_plain_copy_of_an_adapter_in_a_slot(rng):
+    layer = layers.Dense(3, name="head")
+    layer.build((None, 4))
+    x = rng.normal(size=(2, 4)).astype("float32")
+    tether.adapters.capacity(layer, {"kernel": tether.low_rank(2)}, slots=3)
+    tether.adapters.add(layer, "french", {"kernel": tether.low_rank(2, start=rng.normal(size=(4, 3)))})
+    plain = tether.materialize(layer, choice="french")
+    assert_close(plain(x), layer(x, choice="french"), 1e-5)
+    assert not np.allclose(numpy(plain(x)), numpy(layer(x)))

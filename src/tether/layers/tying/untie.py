@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import keras
+import numpy as np
 
 from tether import keras_seam
-from tether.errors import TetherError, UnknownName, Unsupported, received
+from tether.errors import TetherError, UnknownName, Unsupported, did_you_mean, received
 from tether.layers.family.call import Lambda
 from tether.layers.tying import paths
 from tether.layers.tying.fit import refuse_layer
-from tether.layers.tying.state import STATE, State, Tie, View, ViewSlot, arguments_in, state_of
+from tether.layers.tying.state import STATE, State, Tie, View, ViewSlot, arguments_in, slots_of, state_of
 from tether.layers.tying.swap import Rollback, exchange, swapped
 from tether.layers.tying.tie import drop_void_penalties, has_penalties
 from tether.layers.tying.tied import base_class, drop_use, take_arguments, takes_arguments
 from tether.types import AnyLayer
+from tether.weights.leaves import Argument, Choice, bind
 from tether.weights.weight import Weight
 
 
@@ -114,16 +118,19 @@ def _clear_up(layer: keras.Layer, affected: list[keras.Layer]) -> None:
         become_plain(each)
 
 
-def materialize(layer: AnyLayer) -> AnyLayer:
+def materialize(layer: AnyLayer, /, **arguments: object) -> AnyLayer:
     """A plain copy with the same outputs and none of Tether's classes left in it; the original stays as it is.
 
     Args:
         layer: A layer or model. It must be built.
+        **arguments: What its weights are given with a call, by name: `materialize(layer, choice="french")` has the
+            weights of that choice. Left out, the defaults.
 
     Returns:
         A new layer or model, not compiled.
 
     Raises:
+        TetherError: No weight takes such an argument, or it has not one value for all of a call.
         Unsupported: It holds something that is Tether's own (a `tether.Lambda`, a `Weight` as an
             attribute of a user's layer), which has no plain counterpart.
 
@@ -147,6 +154,7 @@ def materialize(layer: AnyLayer) -> AnyLayer:
                 f"The tether.Lambda {below.name!r} has no plain counterpart in Keras. Write it as a layer, or untie "
                 "the other layers one by one with `tether.untie`."
             )
+    _bindings(layer, arguments)
     buffer = io.BytesIO()
     keras_seam.save_to(layer, buffer)
     buffer.seek(0)
@@ -157,7 +165,8 @@ def materialize(layer: AnyLayer) -> AnyLayer:
         custom[keras.saving.get_registered_name(cls)] = cls
     with keras.saving.custom_object_scope(custom):
         copy = keras_seam.load_from(buffer, compile=False)
-    untie(copy)
+    with bind(_bindings(copy, arguments)):
+        untie(copy)
     left = [below.name for below in keras_seam.contained_layers(copy) if isinstance(below, Weight)]
     if left:
         raise Unsupported(
@@ -165,6 +174,32 @@ def materialize(layer: AnyLayer) -> AnyLayer:
             "those layers cannot be made plain."
         )
     return copy
+
+
+def _bindings(layer: keras.Layer, given: Mapping[str, Any]) -> dict[Argument, Any]:
+    """The arguments of the weights below a layer that values are given for by name.
+
+    Raises:
+        TetherError: There is none of a name, or a value is not one for a call.
+    """
+    slots = [slot for below in keras_seam.contained_layers(layer) for slot in slots_of(below)] if given else []
+    found = list(dict.fromkeys(leaf for slot in slots for leaf in arguments_in(slot.view.expression)))
+    names = sorted({argument.name for argument in found})
+    for name, value in given.items():
+        if name not in names:
+            raise TetherError(
+                f"No weight of {layer.name!r} takes an argument {name!r}.{did_you_mean(name, names)} They take: "
+                f"{', '.join(names) or 'none'}."
+            )
+        for argument in found:
+            if argument.name == name and isinstance(argument, Choice) and len(np.shape(value)):
+                raise TetherError(
+                    f"A plain copy has one value for each weight, so {name!r} is one choice, as in "
+                    f"`materialize(layer, {name}=0)`. {received(shape=np.shape(value))}"
+                )
+    bound = {argument: given[argument.name] for argument in found if argument.name in given}
+    with bind(bound):  # refuses what is none of the choices
+        return bound
 
 
 def _give_back(layer: keras.Layer, state: State, slot: ViewSlot) -> None:
