@@ -18,6 +18,7 @@ SECTION = re.compile(r"^(\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)
 RAISES_NOTHING = {
     "tether.adapters.disabled",
     "tether.adapters.names",
+    "tether.adapters.slots",
     "tether.adapters.strengths",
     "tether.inspection.aliases",
     "tether.inspection.unique",

@@ -8,7 +8,7 @@ from keras import ops
 import tether
 from tests.layers.test_route_each import LAYERS, by_each, make
 from tests.support import assert_close, gradients, numpy
-from tether.errors import TetherError
+from tether.errors import TetherError, Unsupported
 
 layers = keras.layers
 
@@ -140,6 +140,8 @@ def test_a_plain_copy_has_the_weights_of_one_choice(rng, count):
             tether.materialize(model, choice=wrong)
     with pytest.raises(TetherError, match="Did you mean 'choice'"):
         tether.materialize(model, choise=0)
+    with pytest.raises(Unsupported, match="of `tether.routed"):
+        tether.materialize(tether.routed(model))
 
 
 def test_a_plain_copy_of_an_adapter_in_a_slot(rng):

@@ -173,6 +173,13 @@ def materialize(layer: AnyLayer, /, **arguments: object) -> AnyLayer:
             f"The weights {', '.join(left)} are attributes of layers of your own, which read them as expressions; "
             "those layers cannot be made plain."
         )
+    own = [below for below in keras_seam.contained_layers(copy) if type(below).__module__.startswith("tether.")]
+    if own:
+        raise Unsupported(
+            f"{own[0].name!r} is a {type(own[0]).__name__}, which has no plain counterpart in Keras. Make what is in it "
+            "plain: of `tether.routed(model)` the model, `materialize(model, choice=0)`; of a `tether.Repeat` its "
+            "`layers()`."
+        )
     return copy
 
 
