@@ -23,6 +23,7 @@ from tether.errors import (
     received,
 )
 from tether.types import Array, Config, Store, Tensor
+from tether.weights import placement
 from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
 from tether.weights.expression import Expression, Shape, Stored, live_weights, note_replacement, resolved
@@ -186,6 +187,7 @@ class Storage(Stored):
                 trainable=self.trainable,
                 autocast=self.autocasts,
                 name=self.path.rpartition("/")[2],
+                **keras_seam.layout_argument(placement.at_creation(self.path, shape)),
             )
         self._hold(variable)
 
@@ -222,6 +224,7 @@ class Storage(Stored):
         Returns:
             The variable that it had, if it had one.
         """
+        lies = placement.layout_for(self) if self.is_built else placement.asked_for(self.path, self.shape or ())
         dtype, variable = self.dtype, self.release()
         self._given_dtype = dtype
         self._given_shape = expression.shape
@@ -229,6 +232,7 @@ class Storage(Stored):
         with keras_seam.unlocked(self):
             self.parts = list(expression.weights_used())
         note_replacement()
+        placement.follow_from(lies, expression)
         uses = list(self._uses)
         self._uses.clear()
         keras_seam.set_untracked(self, "_reached", 0)

@@ -16,6 +16,7 @@ from tether.layers.tying.swap import Rollback, exchange, swapped
 from tether.layers.tying.tie import drop_void_penalties, has_penalties
 from tether.layers.tying.tied import base_class, drop_use, take_arguments, takes_arguments
 from tether.types import AnyLayer
+from tether.weights import placement
 from tether.weights.weight import Weight
 
 
@@ -192,6 +193,7 @@ def plain_variable(view: View) -> keras.Variable:
             autocast=keras_seam.autocasts(view),
             name=view.name,
         )
+    placement.lay_out_as(variable, placement.layout_of_value(view.path, view.expression))
     variable.regularizer = view.use.regularizer
     return variable
 
