@@ -42,6 +42,7 @@ from tether.keras_seam.census import (
     without_parameters,
 )
 from tether.keras_seam.distribution import (
+    as_if_not_made,
     is_all_here,
     lay_out,
     lay_out_value,
@@ -224,6 +225,7 @@ __all__ = [
     "add",
     "add_product",
     "answers",
+    "as_if_not_made",
     "attributes",
     "autocasts",
     "before_change",

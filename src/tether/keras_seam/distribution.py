@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from tether.keras_seam.layers import set_untracked
+from tether.keras_seam.private import of_this_thread, set_in_this_thread
 
 _IS_JAX = keras.backend.backend() == "jax"
 
@@ -15,6 +19,25 @@ _IS_JAX = keras.backend.backend() == "jax"
 def layout_map() -> keras.distribution.LayoutMap | None:
     """The layouts by path of the distribution in force, if it has any."""
     return getattr(keras.distribution.distribution(), "_layout_map", None) if _IS_JAX else None
+
+
+@contextlib.contextmanager
+def as_if_not_made() -> Iterator[None]:
+    """What is made in the block lies on one device, and leaves no trace: not in names, nor in random numbers.
+
+    Keras numbers the names of layers, and draws seeds, by what has been made before.
+    """
+    names, drawn, of_numpy = of_this_thread("object_name_uids"), random.getstate(), np.random.get_state()
+    distribution = keras.distribution.distribution()
+    set_in_this_thread("object_name_uids", None if names is None else names.copy())
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
+        set_in_this_thread("object_name_uids", names)
+        random.setstate(drawn)
+        np.random.set_state(of_numpy)
 
 
 def mesh_sizes(mesh: keras.distribution.DeviceMesh) -> dict[str, int]:

@@ -66,22 +66,24 @@ class Traced:
     # ------------------------------------------------------------------ what is said
 
     def say(self, spec: Spec, of: Stored | None = None) -> None:
-        """Says how the value lies, or one of the weights in it. What was said before of an axis stands."""
-        for row, name in zip(self._value if of is None else self._axes[of], spec, strict=True):
-            self._say(self._links.row(row), name)
+        """Says how the value lies, or one of the weights in it. What was said before of an axis stands.
+
+        An axis that is in two places of it, as in `w + w.T`, cannot be divided in one of them, so it is whole.
+        """
+        rows = [self._links.row(row) for row in (self._value if of is None else self._axes[of])]
+        names = fitted(spec, tuple(map(self._links.size, rows)), self.sizes)
+        said: dict[Row, set[str | None]] = {}
+        for row, name in zip(rows, names, strict=True):
+            said.setdefault(row, set()).add(name)
+        for row, names_of in said.items():
+            if row and row not in self._rows:
+                self._say(row, names_of.pop() if len(names_of) == 1 else None)
 
     def _say(self, row: Row, name: str | None) -> None:
-        if not row or row in self._rows:
-            if name is not None and self._rows.get(row, name) != name:
-                self._rows[row] = None  # one axis in two places of a value, as in `w + w.T`: neither can be divided
-                self._marks.update(dict.fromkeys(row))
-            return
+        self._rows[row] = name
         if name is None:
             return
         left, done, marks = self.sizes[name], 1, dict[int, tuple[str, int, int] | None]()
-        if self._links.size(row) % left:
-            return
-        self._rows[row] = name
         for label in row:
             size = self._links.sizes[label]
             taken = left if size % left == 0 else size
@@ -101,6 +103,11 @@ class Traced:
     def of(self, weight: Stored) -> Spec:
         """How a weight in the expression lies, by what was said of the rest."""
         return self._read(self._axes[weight])
+
+    def is_said(self, weight: Stored) -> tuple[bool, ...]:
+        """Of which axes of a weight something was said: the others are no axes of what was spoken of."""
+        rows = [self._links.row(row) for row in self._axes[weight]]
+        return tuple(row in self._rows or any(label in self._marks for label in row[:1]) for row in rows)
 
     @property
     def value(self) -> Spec:

@@ -8,7 +8,7 @@ is known what the weight is for. Nothing is asked without a layout map, that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 
@@ -74,10 +74,10 @@ def layout_for(weight: Stored, expression: Expression | None = None) -> Spec | N
     if present is not None and any(present):
         return present
     shape = known_shape(weight)
-    return asked_for(weight.path, shape, entry=expression is not None and _is_read_by_entry(weight, expression))
+    return asked_for(weight.path, shape, entry=expression is not None and is_read_by_entry(weight, expression))
 
 
-def _is_read_by_entry(weight: Stored, expression: Expression) -> bool:
+def is_read_by_entry(weight: Stored, expression: Expression) -> bool:
     """Whether an expression reads entries of a weight along its first axis, as a bank does."""
     nodes = (step.expression for step in program(expression))
     return any(
@@ -100,21 +100,30 @@ def traced(path: str, expression: Expression) -> Traced | None:
     if not all(weight.is_built for weight in weights):
         return None
     bases = {weight: layout_for(weight, expression) for weight in weights if weight.role is None}
-    known = {weight: spec for weight, spec in bases.items() if spec is not None}
     asked = asked_for(path, expression.shape)
+    return tracing(expression, asked, bases, keras_seam.mesh_sizes(layouts.device_mesh))
+
+
+def tracing(
+    expression: Expression, asked: Spec | None, bases: Mapping[Stored, Spec | None], sizes: Mapping[str, int]
+) -> Traced | None:
+    """A use with what is known of its layout; `None` if nothing is.
+
+    Args:
+        expression: What the layer computes with.
+        asked: What is said of the use itself.
+        bases: The layouts of the weights in it that are no parts of others, as far as they are known.
+        sizes: How many devices each axis of the mesh has.
+    """
+    known = {weight: spec for weight, spec in bases.items() if spec is not None}
     if asked is None and not known:
         return None
-    sizes = keras_seam.mesh_sizes(layouts.device_mesh)
     found = Traced(expression, sizes)
     for weight, spec in known.items():
-        found.say(fitted(spec, known_shape(weight), sizes), weight)
+        found.say(spec, weight)
     if asked is not None:
         value = found.value
-        free = (
-            new if old is None and new not in value else None
-            for old, new in zip(value, fitted(asked, expression.shape, sizes), strict=True)
-        )
-        found.say(tuple(free))
+        found.say(tuple(None if name in value else name for name in asked))
     return found
 
 
@@ -149,7 +158,7 @@ def _lay_out(found: Traced, expression: Expression) -> None:
             spec = fitted(found.of(weight), known_shape(weight), found.sizes)
             if any(spec):
                 keras_seam.lay_out(weight.variable, spec, layouts.device_mesh)
-        elif layouts is not None and _is_read_by_entry(weight, expression):
+        elif layouts is not None and is_read_by_entry(weight, expression):
             spec = layout_for(weight, expression) or ()
             keras_seam.lay_out(weight.variable, fitted(spec, known_shape(weight), found.sizes), layouts.device_mesh)
 
@@ -180,6 +189,6 @@ def layout_of_value(path: str, expression: Expression) -> Spec | None:
 
 
 __all__ = [
-    "asked_for", "at_creation", "follow", "follow_from", "lay_out_as", "layout_for", "layout_of_value", "stacked",
-    "traced",
+    "asked_for", "at_creation", "follow", "follow_from", "is_read_by_entry", "lay_out_as", "layout_for", "layout_of_value", "stacked",
+    "traced", "tracing",
 ]  # fmt: skip
