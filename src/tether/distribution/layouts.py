@@ -163,8 +163,8 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
         axes = getattr(layout, "axes", layout)
         if isinstance(axes, str) or not isinstance(axes, (tuple, list)):
             raise TetherError(
-                f"A layout is a tuple with the name of an axis of the mesh, or None, for each axis of the weight, as in "
-                f"(None, 'model'). {received(**{'layout of ' + repr(key): layout})}"
+                "A layout is a tuple with the name of an axis of the mesh, or None, for each axis of the weight, as "
+                f"in (None, 'model'). {received(**{'layout of ' + repr(key): layout})}"
             )
         names = [axis for axis in axes if axis is not None]
         wrong = [axis for axis in names if axis not in self.sizes]

@@ -61,8 +61,8 @@ class Conflict:
     def __str__(self) -> str:
         mended = "" if self.instead is None else f": for example {self.other.name!r} as {self.instead}"
         return (
-            f"Two layouts are said of the stored weight {self.path!r}, of shape {self.shape}: {self.one}; {self.other}. "
-            f"It lies in one way, so they have to agree{mended}."
+            f"Two layouts are said of the stored weight {self.path!r}, of shape {self.shape}: {self.one}; "
+            f"{self.other}. It lies in one way, so they have to agree{mended}."
         )
 
 

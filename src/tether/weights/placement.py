@@ -189,6 +189,6 @@ def layout_of_value(path: str, expression: Expression) -> Spec | None:
 
 
 __all__ = [
-    "asked_for", "at_creation", "follow", "follow_from", "is_read_by_entry", "lay_out_as", "layout_for", "layout_of_value", "stacked",
-    "traced", "tracing",
+    "asked_for", "at_creation", "follow", "follow_from", "is_read_by_entry", "lay_out_as", "layout_for",
+    "layout_of_value", "stacked", "traced", "tracing",
 ]  # fmt: skip
