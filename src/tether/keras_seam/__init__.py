@@ -50,6 +50,7 @@ from tether.keras_seam.distribution import (
     layout_map,
     layout_of,
     lies_as,
+    mesh_of,
     mesh_sizes,
 )
 from tether.keras_seam.frames import (
@@ -308,6 +309,7 @@ __all__ = [
     "matmul",
     "may_differentiate",
     "mend_tf2onnx",
+    "mesh_of",
     "mesh_sizes",
     "move_slots",
     "multiply",

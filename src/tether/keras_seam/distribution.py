@@ -65,6 +65,11 @@ def layout_argument(axes: Sequence[str | None] | None) -> dict[str, object]:
     return {"layout": keras.distribution.TensorLayout(tuple(axes), layouts.device_mesh)}
 
 
+def mesh_of(variable: keras.Variable) -> keras.distribution.DeviceMesh | None:
+    """The mesh that a variable was laid out on."""
+    return getattr(getattr(variable, "_layout", None), "device_mesh", None)
+
+
 def lay_out(variable: keras.Variable, axes: Sequence[str | None], mesh: keras.distribution.DeviceMesh) -> bool:
     """Lets a variable lie on a mesh in another way, whatever it holds; whether that is another way than before."""
     if layout_of(variable) == tuple(axes):
@@ -79,7 +84,7 @@ def lay_out(variable: keras.Variable, axes: Sequence[str | None], mesh: keras.di
 
 def lay_out_value(variable: keras.Variable, value: Any) -> Any:
     """A tensor where the variable lies that is to hold it, as far as the devices can divide it so."""
-    axes, mesh = layout_of(variable), getattr(getattr(variable, "_layout", None), "device_mesh", None)
+    axes, mesh = layout_of(variable), mesh_of(variable)
     if axes is None or mesh is None or len(axes) != len(value.shape):
         return value
     sizes: Mapping[str, int] = mesh_sizes(mesh)
@@ -106,6 +111,6 @@ def lies_as(variable: keras.Variable) -> tuple[str | None, ...] | None:
 
 
 def is_all_here(variable: keras.Variable) -> bool:
-    """Whether the numbers of a variable can be read by this process: none lies on devices of another one alone."""
-    value = getattr(variable, "_value", None)
+    """Whether this process can read all numbers of a variable: none lies on devices of another one alone."""
+    value = getattr(variable, "_value", None) if _IS_JAX else None
     return bool(getattr(value, "is_fully_addressable", True) or getattr(value, "is_fully_replicated", True))

@@ -16,7 +16,7 @@ from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.weights.expression import Expression, Shape, Stored, known_shape
 from tether.weights.layouts import Spec, Traced, fitted
-from tether.weights.placement import is_read_by_entry, tracing
+from tether.weights.placement import is_base, is_read_by_entry, standing, tracing
 
 Answer = Callable[[tuple[str, ...], Mapping[str, bool]], tuple[Any, Spec] | None]
 """What a layout map says of what has these names (and is meant by these words): its key that fits, and the layout."""
@@ -124,18 +124,21 @@ class _Working:
         self.settled: dict[int, tuple[keras.Variable, Spec]] = {}
         weights: dict[int, tuple[Stored, Expression]] = {}
         for use in uses:
-            for weight in () if use.expression is None else use.expression.weights_used():
-                if weight.is_built:
-                    weights.setdefault(id(weight.variable), (weight, use.expression))
+            expression = use.expression
+            for weight in () if expression is None else expression.weights_used():
+                if weight.is_built and expression is not None:
+                    weights.setdefault(id(weight.variable), (weight, expression))
         for weight, expression in weights.values():
             self._say_of_itself(weight, expression)
         for use, of_use in zip(uses, asked, strict=True):
+            if use.expression is not None:
+                self._say_of_integers(use.expression)
             if of_use is not None:
                 self._say_of_use(use, *of_use)
         variables = {id(use.variable): use.variable for use in uses}
         for key, found in self.said.items():
-            weight, _ = weights.get(key, (None, None))
-            self._agree(variables[key] if weight is None else weight.variable, weight, found)
+            owner = weights[key][0] if key in weights else None
+            self._agree(variables[key] if owner is None else owner.variable, owner, found)
         for use, of_use in zip(uses, asked, strict=True):
             if use.expression is not None:
                 self._settle(use.expression, None if of_use is None else of_use[1])
@@ -162,6 +165,19 @@ class _Working:
                 self.found.undivided.append(Misfit(names[0], key, spec, shape, axis))
         return key, found
 
+    def _say_of_integers(self, expression: Expression) -> None:
+        """What is said of a weight that is stored as integers now, by its own path."""
+        for path, node in standing(expression):
+            asked = self._asked((path,), {}, node.shape or ())
+            if asked is None:
+                continue
+            traced = Traced(node, self.sizes)
+            traced.say(asked[1])
+            for weight in node.weights_used():
+                if weight.is_built and id(weight.variable) not in self.said:
+                    said = Said(path, asked[0], asked[1], node, traced.of(weight), traced.is_said(weight))
+                    self.said[id(weight.variable)] = [said]
+
     def _say_of_itself(self, weight: Stored, expression: Expression) -> None:
         shape = known_shape(weight)
         asked = self._asked((weight.path,), {}, shape, entry=is_read_by_entry(weight, expression))
@@ -179,7 +195,7 @@ class _Working:
         traced = Traced(use.expression, self.sizes)
         traced.say(asked)
         for weight in use.expression.weights_used():
-            if weight.is_built and weight.role is None:
+            if weight.is_built and is_base(weight):
                 through = None if use.expression is weight else use.expression
                 known, spec = traced.is_said(weight), traced.of(weight)
                 if any(known):
@@ -210,12 +226,12 @@ class _Working:
         weights = expression.weights_used()
         if expression.shape is None or not all(weight.is_built for weight in weights):
             return
-        bases = {
-            weight: self.settled.get(id(weight.variable), (None, None))[1] for weight in weights if weight.role is None
+        bases: dict[Expression, Spec | None] = {
+            weight: self.settled.get(id(weight.variable), (None, None))[1] for weight in weights if is_base(weight)
         }
         traced = tracing(expression, asked, bases, self.sizes)
-        for weight in weights if traced is not None else ():
-            spec = traced.of(weight)
+        for weight in weights:
+            spec = () if traced is None else traced.of(weight)
             if id(weight.variable) not in self.settled and any(spec):
                 self.settled[id(weight.variable)] = (weight.variable, spec)
 

@@ -446,6 +446,8 @@ if TYPE_CHECKING:
         only_named: bool
         was_used: bool
         first_initializer: Any
+        lies: tuple[str | None, ...] | None
+        stands_for: str | None
 
         def __init__(
             self,

@@ -65,8 +65,8 @@ class Traced:
 
     # ------------------------------------------------------------------ what is said
 
-    def say(self, spec: Spec, of: Stored | None = None) -> None:
-        """Says how the value lies, or one of the weights in it. What was said before of an axis stands.
+    def say(self, spec: Spec, of: Expression | None = None) -> None:
+        """Says how the value lies, or a weight or other step of it. What was said before of an axis stands.
 
         An axis that is in two places of it, as in `w + w.T`, cannot be divided in one of them, so it is whole.
         """

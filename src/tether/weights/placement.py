@@ -8,14 +8,16 @@ is known what the weight is for. Nothing is asked without a layout map, that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import keras
 
 from tether import keras_seam
-from tether.weights.expression import Expression, Shape, Stored, known_shape, program
+from tether.weights.algebra import MADE
+from tether.weights.expression import Expression, Node, Shape, Stored, known_shape, program
 from tether.weights.layouts import Spec, Traced, fitted, whole
 from tether.weights.operators.indexing import Gather
+from tether.weights.operators.quantized import Dequantize
 
 
 def asked_for(path: str, shape: Shape, *, entry: bool = False) -> Spec | None:
@@ -48,16 +50,36 @@ def _names_axes(spec: Iterable[object]) -> bool:
     return all(name is None or isinstance(name, str) for name in spec)
 
 
-def at_creation(path: str, shape: Shape) -> Spec | None:
+def is_base(weight: Stored) -> bool:
+    """Whether a weight is none that was made for another one."""
+    return weight.role not in MADE
+
+
+def standing(expression: Expression) -> Iterator[tuple[str, Node]]:
+    """The steps of an expression that are a weight in integers, with the path of that weight."""
+    for step in program(expression):
+        node = step.expression
+        if isinstance(node, Dequantize):
+            path = next((each.stands_for for each in node.operands[0].weights_used()), None)
+            if path is not None:
+                yield path, node
+
+
+def at_creation(path: str, shape: Shape, known: Spec | None = None) -> Spec | None:
     """The layout to make a variable with, where what the map says would not fit its shape; `None` to leave it to Keras.
 
     Keras takes whatever the map says of a path: a layout of another rank, or of an axis that the devices cannot divide,
     is an error of JAX's then, which names neither.
+
+    Args:
+        path: The path of the variable.
+        shape: Its shape.
+        known: What was found out of its layout before, where the map does not name it.
     """
     layouts = keras_seam.layout_map()
     layout = None if layouts is None else _answer(layouts, path)
     if layouts is None or layout is None:
-        return None
+        return known if known is not None and len(known) == len(shape) else None
     asked = asked_for(path, shape)
     found = whole(len(shape)) if asked is None else fitted(asked, shape, keras_seam.mesh_sizes(layouts.device_mesh))
     return None if found == tuple(layout.axes) else found
@@ -67,10 +89,10 @@ def layout_for(weight: Stored, expression: Expression | None = None) -> Spec | N
     """The layout that a weight has by itself: the map names its path, or something has laid it out before.
 
     Args:
-        weight: A weight that has its variable.
+        weight: A weight of a known shape.
         expression: What it is used in.
     """
-    present = keras_seam.layout_of(weight.variable)
+    present = keras_seam.layout_of(weight.variable) if weight.is_built else weight.lies
     if present is not None and any(present):
         return present
     shape = known_shape(weight)
@@ -91,36 +113,36 @@ def is_read_by_entry(weight: Stored, expression: Expression) -> bool:
 def traced(path: str, expression: Expression) -> Traced | None:
     """A use with all that is known of its layout: by the layouts of its bases, and by the name of the use itself.
 
-    `None` if nothing is: without a layout map in force, or before its weights have their variables.
+    `None` if nothing is: without a layout map in force, or before its weights have their shapes.
     """
     layouts = keras_seam.layout_map()
     if layouts is None or expression.shape is None:
         return None
-    weights = expression.weights_used()
-    if not all(weight.is_built for weight in weights):
-        return None
-    bases = {weight: layout_for(weight, expression) for weight in weights if weight.role is None}
+    bases: dict[Expression, Spec | None] = {
+        weight: layout_for(weight, expression) for weight in expression.weights_used() if is_base(weight)
+    }
+    bases.update((node, asked_for(path, node.shape or ())) for path, node in standing(expression))
     asked = asked_for(path, expression.shape)
     return tracing(expression, asked, bases, keras_seam.mesh_sizes(layouts.device_mesh))
 
 
 def tracing(
-    expression: Expression, asked: Spec | None, bases: Mapping[Stored, Spec | None], sizes: Mapping[str, int]
+    expression: Expression, asked: Spec | None, bases: Mapping[Expression, Spec | None], sizes: Mapping[str, int]
 ) -> Traced | None:
     """A use with what is known of its layout; `None` if nothing is.
 
     Args:
         expression: What the layer computes with.
         asked: What is said of the use itself.
-        bases: The layouts of the weights in it that are no parts of others, as far as they are known.
+        bases: The layouts of its weights that are no parts of others, or of other steps, as far as they are known.
         sizes: How many devices each axis of the mesh has.
     """
-    known = {weight: spec for weight, spec in bases.items() if spec is not None}
+    known = {step: spec for step, spec in bases.items() if spec is not None}
     if asked is None and not known:
         return None
     found = Traced(expression, sizes)
-    for weight, spec in known.items():
-        found.say(spec, weight)
+    for step, spec in known.items():
+        found.say(spec, step)
     if asked is not None:
         value = found.value
         found.say(tuple(None if name in value else name for name in asked))
@@ -144,7 +166,7 @@ def follow(path: str, expression: Expression) -> None:
 def follow_from(spec: Spec | None, expression: Expression) -> None:
     """Lays out the weights that store from now on what lay in a known way: integers and their scale, for example."""
     layouts = keras_seam.layout_map()
-    if layouts is None or spec is None or not all(weight.is_built for weight in expression.weights_used()):
+    if layouts is None or spec is None or expression.shape is None:
         return
     found = Traced(expression, keras_seam.mesh_sizes(layouts.device_mesh))
     found.say(spec)
@@ -153,14 +175,18 @@ def follow_from(spec: Spec | None, expression: Expression) -> None:
 
 def _lay_out(found: Traced, expression: Expression) -> None:
     layouts = keras_seam.layout_map()
+    if layouts is None:
+        return
     for weight in expression.weights_used():
-        if layouts is not None and layout_for(weight, expression) is None:
-            spec = fitted(found.of(weight), known_shape(weight), found.sizes)
-            if any(spec):
+        own = layout_for(weight, expression)
+        if own is None or is_read_by_entry(weight, expression):
+            spec = fitted(found.of(weight) if own is None else own, known_shape(weight), found.sizes)
+            if not any(spec):
+                continue
+            if weight.is_built:
                 keras_seam.lay_out(weight.variable, spec, layouts.device_mesh)
-        elif layouts is not None and is_read_by_entry(weight, expression):
-            spec = layout_for(weight, expression) or ()
-            keras_seam.lay_out(weight.variable, fitted(spec, known_shape(weight), found.sizes), layouts.device_mesh)
+            else:  # its variable is made when a file has its values
+                keras_seam.set_untracked(weight, "lies", spec)
 
 
 def lay_out_as(variable: keras.Variable, spec: Spec | None) -> None:
@@ -189,6 +215,6 @@ def layout_of_value(path: str, expression: Expression) -> Spec | None:
 
 
 __all__ = [
-    "asked_for", "at_creation", "follow", "follow_from", "is_read_by_entry", "lay_out_as", "layout_for",
-    "layout_of_value", "stacked", "traced", "tracing",
+    "asked_for", "at_creation", "follow", "follow_from", "is_base", "is_read_by_entry", "lay_out_as", "layout_for",
+    "layout_of_value", "stacked", "standing", "traced", "tracing",
 ]  # fmt: skip
