@@ -22,6 +22,7 @@ from tests.distribution.models import (
     tied_pair,
 )
 from tests.distribution.simulated import check
+from tether import keras_seam
 from tether.distribution import layout_map
 
 MESH = mesh_of(2, 4)
@@ -136,6 +137,15 @@ def the_map_of_somebody_else_is_completed():
     theirs = plain_map(MESH, {"embed.*": ("model", "batch")})
     found = layout_map(tied_pair(), theirs)
     assert found.device_mesh is MESH and found["table"].axes == ("model", "batch")
+
+
+@check("roads")
+def how_a_tensor_really_lies_is_read_off_it():
+    with scope(plain_map(MESH, TABLE)):
+        (variable,) = tied_pair().weights
+    assert keras_seam.lies_as(variable) == ("model", None) and keras_seam.is_all_here(variable)
+    keras_seam.lay_out(variable, ("batch", None), MESH)
+    assert keras_seam.lies_as(variable) == ("batch", None) and local(variable) == (16, 8)
 
 
 # --------------------------------------------------------------------------- parts
