@@ -42,3 +42,12 @@ def test_in_the_compiled_text_for_64_devices(name):
 def test_in_the_compiled_text_for_256_devices(name):
     error, _ = results("wide", devices=256, limit=800, quick=False)[name]
     assert error is None, error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", checks("hub"))
+def test_keras_hub_has_it_that(name):
+    pytest.importorskip("keras_hub")
+    error, _ = results("hub")[name]
+    assert error is None, error

@@ -38,7 +38,7 @@ def language_model():
     options = [base + tether.low_rank(2, seed=30 + number) for number in range(3)]
     h = tether.route(layers.Dense(16, name="routed", activation="tanh"), kernel=options)(h, choice=choice)
     block = layers.Dense(16, activation="tanh", name="repeat_up", kernel_initializer=seeded(21))
-    h = tether.Repeat(block, times=3, vary={"kernel": tether.low_rank(2, seed=40), "bias": "own"})(h)
+    h = tether.Repeat(block, times=3, vary={"kernel": tether.low_rank(2, seed=40), "bias": "own"}, name="repeat")(h)
     head = tether.tie(layers.Dense(32, use_bias=False, name="head"), kernel=table.T)
     return keras.Model([tokens, choice], head(h))
 
