@@ -1,5 +1,6 @@
 """Each assumption about private Keras, on the oldest and the newest supported version."""
 
+import contextlib
 import copy
 import gc
 import importlib
@@ -1553,17 +1554,65 @@ def test_what_is_excluded_from_weight_decay_is_known():
 
 
 def test_the_layout_map_in_force_is_found():
-    assert keras_seam.layout_map() is None
+    assert keras_seam.layout_map() is None and keras_seam.layout_argument((None, "model")) == {}
     if keras.backend.backend() != "jax":
         return
-    mesh = keras.distribution.DeviceMesh((1,), ["model"], keras.distribution.list_devices()[:1])
-    layouts = keras.distribution.LayoutMap(mesh)
-    layouts["head/kernel"] = (None, "model")
-    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts))
-    try:
+    with _on_one_device({"head/kernel": (None, "model")}) as mesh:
         assert list(keras_seam.layout_map()) == ["head/kernel"]
+        assert keras_seam.layout_argument((None, "model"))["layout"].axes == (None, "model")
+        assert keras_seam.mesh_sizes(mesh) == {"model": 1}
+    assert keras_seam.layout_map() is None
+
+
+@contextlib.contextmanager
+def _on_one_device(layouts):
+    """A distribution over a mesh of one device, on the backend that has any."""
+    mesh = keras.distribution.DeviceMesh((1,), ["model"], keras.distribution.list_devices()[:1])
+    found = keras.distribution.LayoutMap(mesh)
+    for key, spec in layouts.items():
+        found[key] = spec
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=found))
+    try:
+        yield mesh
     finally:
         keras.distribution.set_distribution(None)
+
+
+def test_a_variable_is_laid_out_as_it_is_made_and_afterwards():
+    plain = keras.Variable(np.ones((4, 2)))
+    assert keras_seam.layout_of(plain) is None and keras_seam.mesh_of(plain) is None
+    assert keras_seam.is_all_here(plain) and keras_seam.lies_as(plain) is None
+    if keras.backend.backend() != "jax":
+        return
+    with _on_one_device({"a": ("model", None)}) as mesh:
+        named, other = keras.Variable(np.ones((4, 2)), name="a"), keras.Variable(np.ones((4, 2)), name="b")
+        given = keras.Variable(np.ones((4, 2)), name="c", **keras_seam.layout_argument((None, "model")))
+        assert keras_seam.layout_of(named) == ("model", None)
+        assert keras_seam.layout_of(other) == (None, None) and keras_seam.mesh_of(other) is mesh
+        assert keras_seam.layout_of(given) == (None, "model")
+        assert keras_seam.lay_out(other, (None, "model"), mesh) and not keras_seam.lay_out(other, (None, "model"), mesh)
+        assert keras_seam.layout_of(other) == (None, "model") and keras_seam.is_all_here(other)
+        keras_seam.give_value(other, np.zeros((4, 6), "float32"))
+        assert keras_seam.layout_of(other) == (None, "model") and other.numpy().shape == tuple(other.shape) == (4, 6)
+        optimizer = keras.optimizers.SGD(momentum=0.9)
+        optimizer.build([given])
+        assert [keras_seam.layout_of(slot) for slot in optimizer.variables if slot.shape] == [(None, "model")]
+
+
+def test_what_is_made_as_if_not_leaves_no_trace():
+    first = keras.layers.Dense(3)
+    keras.utils.set_random_seed(3)
+    with keras_seam.as_if_not_made():
+        keras.layers.Dense(3).build((None, 4))
+        keras.layers.Embedding(3, 4)
+    second = keras.layers.Dense(3)
+    second.build((None, 4))
+    number = int(first.name.partition("_")[2] or 0)
+    assert second.name == f"dense_{number + 1}"
+    keras.utils.set_random_seed(3)
+    third = keras.layers.Dense(3)
+    third.build((None, 4))
+    np.testing.assert_array_equal(second.get_weights()[0], third.get_weights()[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])

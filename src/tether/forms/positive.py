@@ -13,6 +13,7 @@ import numpy as np
 
 from tether.forms.form import Float32Node, Form, as_array, base_expression
 from tether.types import Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Shape, register
 
 __all__ = ["positive"]
@@ -30,6 +31,9 @@ class Softplus(Float32Node):
 
     def compute_wide(self, *values: Tensor) -> Tensor:
         return keras.ops.softplus(values[0])
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        return operands[0]
 
     def operand_shape(self, shape: Shape) -> Shape | None:
         return shape

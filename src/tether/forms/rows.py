@@ -17,6 +17,7 @@ from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
 from tether.forms.form import Form, as_dtype, base_expression, part, shape_of_base, start_value
 from tether.forms.low_rank import stored_behind
 from tether.types import Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Node, Shape, Term, as_expression, register
 from tether.weights.operators.arithmetic import Subtract
 from tether.weights.operators.structure import Where
@@ -60,6 +61,10 @@ class Placed(Node):
         places = np.asarray(self.parameters["rows"], "int32")[:, None]
         zeros = keras.ops.zeros((self.parameters["size"], *values[0].shape[1:]), values[0].dtype)
         return keras.ops.scatter_update(zeros, places, values[0])  # Keras's `scatter` goes row by row on PyTorch
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """The columns: rows that are placed are no axis of the table."""
+        return (links.label(self.parameters["size"]), *operands[0][1:])
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """The rows that were placed."""

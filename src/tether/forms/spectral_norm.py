@@ -29,6 +29,7 @@ from tether.forms.form import (
     widened,
 )
 from tether.types import Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Shape, StatefulNode, Term, register
 from tether.weights.operators.indexing import Gather
 from tether.weights.weight import Weight
@@ -86,6 +87,13 @@ class SpectralNorm(Float32Node, StatefulNode):
         """The matrix divided by `vᵀ W u`, in whose gradient the vectors, which do not train, are constants."""
         matrix, u, v = values
         return keras.ops.divide(matrix, keras.ops.sum(keras.ops.multiply(v, keras.ops.matmul(matrix, u))))
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of the matrix; one vector has its columns, the other its rows."""
+        matrix, u, v = operands
+        links.same(matrix[1], u[0])
+        links.same(matrix[0], v[0])
+        return matrix
 
     def format(self, *terms: Term) -> Term:
         return Term(f"spectral_norm({terms[0].text})")

@@ -23,6 +23,7 @@ from tether.forms.form import (
     start_value,
 )
 from tether.types import Array, Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Shape, Term, register
 
 __all__ = ["weight_norm"]
@@ -70,6 +71,10 @@ class NormRatio(_OverNorms):
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         return super().infer_shape(*shapes)[self.parameters["rows"] :]
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of the outputs."""
+        return links.broadcast(self.shape or (), operands[1], operands[0][self.parameters["rows"] :])
 
     def compute_wide(self, *values: Tensor) -> Tensor:
         return self.ratio(*values)

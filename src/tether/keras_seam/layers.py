@@ -277,11 +277,6 @@ def is_excluded_from_decay(optimizer: keras.Optimizer, variable: keras.Variable)
     return optimizer._var_key(variable) in (getattr(optimizer, "_exclude_from_weight_decay", None) or ())
 
 
-def layout_map() -> keras.distribution.LayoutMap | None:
-    """The layouts by path of the distribution in force, if it has any."""
-    return getattr(keras.distribution.distribution(), "_layout_map", None)
-
-
 # --------------------------------------------------------------------------- losses
 # A loss, computed by somebody else than `fit`.
 

@@ -13,6 +13,7 @@ import keras
 from keras import Sequential
 from keras import backend as _backend
 
+from tether.keras_seam.distribution import lay_out_value
 from tether.keras_seam.layers import inner_optimizer, set_untracked
 from tether.keras_seam.private import (
     AutocastScope,
@@ -373,7 +374,7 @@ def _make_give_value() -> Callable[[keras.Variable, Tensor], None]:
         before, variable._shape = variable._shape, tuple(value.shape)
         try:
             if name == "jax":
-                set_untracked(variable, "_value", tensor)
+                set_untracked(variable, "_value", lay_out_value(variable, tensor))
             else:
                 variable._initialize(tensor)
         except BaseException:

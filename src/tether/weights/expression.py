@@ -18,6 +18,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import NotATensor, ShapeMismatch, TetherError, UnknownShape, received
 from tether.types import Array, Config, Function, Tensor
+from tether.weights.axes import Axes, Links
 
 # --------------------------------------------------------------------------- no silent conversion
 # What is no tensor and must not become one silently: the ways by which array libraries would take it for one.
@@ -445,6 +446,8 @@ if TYPE_CHECKING:
         only_named: bool
         was_used: bool
         first_initializer: Any
+        lies: tuple[str | None, ...] | None
+        stands_for: str | None
 
         def __init__(
             self,
@@ -736,6 +739,14 @@ class Node(Expression):
 
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """Values for the operands that give `value`, `None` for a constant; or `None` where there is no inverse."""
+        return None
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """The labels of the value's axes, from those of the operands' axes (`weights.axes`): which axes are the same.
+
+        `None` where none of them is an axis of an operand, as of a function of a whole matrix. An operator that is
+        `expanded` need not say it.
+        """
         return None
 
     def expanded(self) -> Expression | None:

@@ -23,10 +23,12 @@ from tether.errors import (
     received,
 )
 from tether.types import Array, Config, Store, Tensor
+from tether.weights import placement
 from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
 from tether.weights.expression import Expression, Shape, Stored, live_weights, note_replacement, resolved
 from tether.weights.identity import told_by_file
+from tether.weights.layouts import Spec
 from tether.weights.operators.indexing import refuse_entries
 
 
@@ -79,6 +81,10 @@ class Storage(Stored):
     _reached: int
     _beside: set[str]
     _numbers: dict[str, int]
+    lies: Spec | None
+    """How its variable is to lie on the devices once it is made, if that was found out before."""
+    stands_for: str | None
+    """The path of the weight that integers and their scale stand for, by which a layout map may name them."""
 
     @classmethod
     def beside(
@@ -113,6 +119,8 @@ class Storage(Stored):
         weight = cls(shape, dtype=dtype, trainable=trainable, name=name, role=role)
         if base is not None:
             weight._wanted_path = base.path + suffix
+            if role in ("integers", "scale"):
+                weight.__dict__["stands_for"] = base.path
         if isinstance(start, np.ndarray):
             weight._create(Copy(start), shape, dtype)
         else:
@@ -186,6 +194,7 @@ class Storage(Stored):
                 trainable=self.trainable,
                 autocast=self.autocasts,
                 name=self.path.rpartition("/")[2],
+                **keras_seam.layout_argument(placement.at_creation(self.path, shape, self.lies)),
             )
         self._hold(variable)
 
@@ -222,6 +231,7 @@ class Storage(Stored):
         Returns:
             The variable that it had, if it had one.
         """
+        lies = None if self.shape is None else placement.layout_for(self)
         dtype, variable = self.dtype, self.release()
         self._given_dtype = dtype
         self._given_shape = expression.shape
@@ -229,6 +239,7 @@ class Storage(Stored):
         with keras_seam.unlocked(self):
             self.parts = list(expression.weights_used())
         note_replacement()
+        placement.follow_from(lies, expression)
         uses = list(self._uses)
         self._uses.clear()
         keras_seam.set_untracked(self, "_reached", 0)
@@ -316,6 +327,7 @@ class Storage(Stored):
             "origin": self.origin,
             **({} if self.autocasts else {"autocast": False}),
             **({} if self._role is None else {"role": self._role}),
+            **({} if self.stands_for is None else {"of": self.stands_for}),
             **became,
         }
 

@@ -111,6 +111,8 @@ class Weight(Storage):
             _reached=0,
             _beside=set(),
             _numbers={},
+            lies=None,
+            stands_for=None,
         )
         born(self)
         keras_seam.see(self)
@@ -267,9 +269,10 @@ class Weight(Storage):
             known.only_named = False
             return known
         origin, path, initializer = config.pop("origin"), config.pop("path"), config.pop("initializer")
-        became, autocasts = config.pop("became", None), config.pop("autocast", True)
+        became, autocasts, of = config.pop("became", None), config.pop("autocast", True), config.pop("of", None)
         try:
             weight = cls(**config)  # without an initializer it makes no variable, whose path is not known yet
+            weight.__dict__["stands_for"] = of
             weight._wanted_path = path_of(weight.name) if path is None else path
             weight.autocasts = autocasts
             weight.initializer = keras.initializers.get(initializer)
@@ -322,7 +325,9 @@ def _rebuild(config: Config, value: object, became: Expression | None = None) ->
     config.pop("became", None)
     config.pop("uid")
     origin, path, autocasts = config.pop("origin"), config.pop("path"), config.pop("autocast", True)
+    of = config.pop("of", None)
     weight = Weight(**config)
+    weight.__dict__["stands_for"] = of
     weight.origin = origin
     weight._wanted_path = path_of(weight.name) if path is None else path
     weight.autocasts = autocasts
@@ -460,7 +465,7 @@ def check_shape(shape: object) -> Shape:
 def check_config(config: object) -> Config:
     """A copy of a weight's config, known to be well formed."""
     keys = {"name", "path", "shape", "dtype", "trainable", "initializer", "regularizer", "constraint", "uid", "origin"}
-    if not isinstance(config, dict) or set(config) - {"became", "autocast", "role"} != keys:
+    if not isinstance(config, dict) or set(config) - {"became", "autocast", "role", "of"} != keys:
         raise InvalidConfig(f"A weight's config has the keys {sorted(keys)}. {received(config=config)}")
     config = dict(config)
     if config["shape"] is not None:
@@ -483,6 +488,8 @@ def check_config(config: object) -> Config:
         check_role(config.get("role"))
     except TetherError as error:
         raise InvalidConfig(str(error)) from None
+    if not isinstance(config.get("of", ""), str) or len(config.get("of", "")) > 1000:
+        raise InvalidConfig(f"What a weight stands for is named by a path. {received(of=config['of'])}")
     for key in ("trainable", "autocast"):
         if not isinstance(config.get(key, True), bool):
             raise InvalidConfig(f"A weight's {key} is a bool. {received(**{key: config[key]})}")

@@ -1,5 +1,7 @@
 """Every rule finds its planted fault, says where, and the same model without the fault is clean."""
 
+from pathlib import Path
+
 import keras
 import pytest
 
@@ -10,8 +12,14 @@ from tether.inspection.checking.rules import RULES
 each_fault = pytest.mark.parametrize("name", list(FAULTS))
 
 
+DISTRIBUTED = {"layout-conflict", "layout-misfit", "layout-missed", "part-whole"}
+"""Their faults are planted on several devices, in `tests/distribution/roads.py`."""
+
+
 def test_every_rule_has_a_planted_fault():
-    assert {fault.rule for fault in FAULTS.values()} == set(RULES)
+    assert {fault.rule for fault in FAULTS.values()} | DISTRIBUTED == set(RULES)
+    planted = (Path(__file__).parents[2] / "distribution" / "roads.py").read_text(encoding="utf-8")
+    assert all(f'"{name}") == [(' in planted for name in DISTRIBUTED)
 
 
 @each_fault

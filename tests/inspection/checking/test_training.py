@@ -9,7 +9,6 @@ import pytest
 import tether
 from tests.inspection.checking.faults import Child, language_model, normal, tied_pair, trained
 from tests.support import numpy
-from tether import keras_seam
 
 layers = keras.layers
 
@@ -165,16 +164,6 @@ def test_an_optimizer_in_an_attribute_is_looked_into(rng):
     model.second_optimizer.build([codec.variable, codec.variable])
     (finding,) = tether.check(model)
     assert finding.rule == "stepped-twice" and "second_optimizer" in finding.why
-
-
-def test_a_layout_map_that_names_a_user_of_a_weight(rng, monkeypatch):
-    model = language_model(rng)
-    layouts = {"lm_head/kernel": ("model", None), ".*norm.*": (None,)}
-    monkeypatch.setattr(keras_seam, "layout_map", lambda: layouts)
-    (finding,) = tether.check(model)
-    assert finding.rule == "name-misses-alias" and finding.where == "lm_head/kernel"
-    layouts["embed/embeddings"] = (None, "model")
-    assert not tether.check(model)
 
 
 # --------------------------------------------------------------------------- freezing

@@ -19,6 +19,7 @@ from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.layers.tying.swap import become_all
 from tether.types import Array, Config, Tensor
+from tether.weights import placement
 from tether.weights.expression import (
     Expression,
     Node,
@@ -369,6 +370,7 @@ def _stacked(parts: Sequence[Weight], shape: Shape, trainable: bool) -> Weight:
     else:
         values = [keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts]
         found.start_at(np.stack([filled(value, shape) for value in values]), path=first.path)
+    placement.lay_out_as(found.variable, placement.stacked([weight.variable for weight in parts]))
     if alike and len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
         found.initializer = EachEntry(first.initializer)
     return found
@@ -559,6 +561,7 @@ def _parts(weight: Weight) -> list[Weight]:
     for place, value in enumerate(values):
         part = like(weight, tuple(value.shape), f"{weight.name}_{place}")
         part.start_at(np.array(value), path=f"{weight.path}_{place}")
+        placement.lay_out_as(part.variable, (keras_seam.layout_of(weight.variable) or ())[1:])
         found.append(part)
     return found
 

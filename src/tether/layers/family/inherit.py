@@ -24,10 +24,11 @@ from tether.layers.family.named import (
     train_only,
 )
 from tether.layers.tying.fit import given_twice, refuse_layer
-from tether.layers.tying.state import View, numpy_of, weights_below
+from tether.layers.tying.state import View, layout_of, numpy_of, weights_below
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import tie, weight_of, weights_of
 from tether.types import AnyLayer, Array
+from tether.weights import placement
 from tether.weights.expression import Expression, as_expression, live_weights
 from tether.weights.identity import sharing
 from tether.weights.storage import Copy
@@ -277,7 +278,7 @@ class _Heir:
 
     def make(self) -> keras.Layer:
         """Copies, then ties; everything is computed before anything of the child is tied."""
-        copies: list[tuple[Named, Array]] = []
+        copies: list[tuple[Named, Named, Array]] = []
         ties: dict[str, Expression] = {}
         report = Provenance()
         shared = (self.sources[weight.path].path for weight in self.mine if weight.path in self.shared)
@@ -293,9 +294,9 @@ class _Heir:
             else:
                 value, how = self._copied(weight, source)
                 if change is not None:
-                    ties[weight.path] = self._of_copy(weight, value, change)
+                    ties[weight.path] = self._of_copy(weight, source, value, change)
                 else:
-                    copies.append((weight, value))
+                    copies.append((weight, source, value))
                     if weight.path in self.kept and self._has_its_own:
                         ties[weight.path] = weight_of(self.child, weight.path).stop_gradient()
             if change is not None:
@@ -352,10 +353,11 @@ class _Heir:
         except ShapeMismatch as error:
             raise ShapeMismatch(f"{weight.name!r}: {error}") from error
 
-    def _of_copy(self, weight: Named, value: Array, change: object) -> Expression:
+    def _of_copy(self, weight: Named, source: Named, value: Array, change: object) -> Expression:
         own = Weight(name=_label(self.child, weight))
         own.find_path()
         own.give_start(value.shape, keras_seam.stored_dtype(weight.variable), Copy(value), path=weight.variable.path)
+        placement.lay_out_as(own.variable, layout_of(source.variable))
         expression = changed(change, own, weight.name)
         if expression is not own:
             try:
@@ -364,16 +366,18 @@ class _Heir:
                 own.assign(value)
         return expression
 
-    def _assign(self, copies: list[tuple[Named, Array]]) -> None:
+    def _assign(self, copies: list[tuple[Named, Named, Array]]) -> None:
         originals = {weight.origin: weight for weight in weights_below(self.parent)}
         done: set[int] = set()
-        for weight, value in copies:
+        for weight, source, value in copies:
             if not isinstance(weight.variable, View):
+                placement.lay_out_as(weight.variable, layout_of(source.variable))
                 weight.variable.assign(value)
                 continue
             for stored in weight.variable.expression.weights_used():
                 original = originals.get(stored.origin)
                 if original is not None and original.is_built and id(stored) not in done:
+                    placement.lay_out_as(stored.variable, keras_seam.layout_of(original.variable))
                     stored.assign(numpy_of(original.variable))
                     done.add(id(stored))
             if not all(id(stored) in done for stored in weight.variable.expression.weights_used()):
@@ -384,6 +388,7 @@ class _Heir:
         for weight, other in layer_pairs(self.child, self.parent) if self.copied else ():
             if isinstance(weight, Weight) and other.is_built and weight.shape in (None, other.shape):
                 weight.give_start(other.shape, other.dtype, "zeros")
+                placement.lay_out_as(weight.variable, keras_seam.layout_of(other.variable))
                 weight.assign(other.value)
 
     def _set_flags(self, ties: dict[str, Expression]) -> None:

@@ -23,6 +23,7 @@ from tether.layers.tying.paths import walk
 from tether.layers.tying.state import View, arguments_in, slots_of
 from tether.layers.tying.tie import by_path, tie, weight_of
 from tether.types import Config, Function, Nested, Tensor
+from tether.weights import placement
 from tether.weights.evaluation import once_more
 from tether.weights.expression import Expression, as_expression, known_shape, program, rewritten
 from tether.weights.leaves import Argument, bind, lend
@@ -601,6 +602,7 @@ def _own(base: Expression, role: str | None) -> Weight:
         found.start_by(waiting, path=path)
     else:
         found.start_at(keras_seam.on_host(keras_seam.plain_tensor(base.value)), path=path)
+    placement.lay_out_as(found.variable, placement.layout_of_value(path, base))
     return found
 
 

@@ -17,8 +17,10 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.types import Array, Function, Tensor
+from tether.weights import placement
 from tether.weights.evaluation import cast_to_scope, evaluate
 from tether.weights.expression import Expression, Stored, leaves
+from tether.weights.layouts import Spec
 from tether.weights.leaves import Argument, bind
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
@@ -230,6 +232,13 @@ def shape_of(variable: keras.Variable) -> tuple[int, ...]:
 def numpy_of(variable: keras.Variable) -> Array:
     """A copy of the value of a variable or view."""
     return np.array(keras.ops.convert_to_numpy(variable.value))
+
+
+def layout_of(variable: keras.Variable) -> Spec | None:
+    """How a variable lies on the devices, or the value of a view; `None` without a distribution."""
+    if isinstance(variable, View):
+        return placement.layout_of_value(variable.path, variable.expression)
+    return keras_seam.layout_of(variable)
 
 
 def users(weight: Weight) -> list[Any]:

@@ -50,6 +50,7 @@ from tether.layers.tying.state import (
 )
 from tether.layers.tying.swap import exchange, swapped
 from tether.types import Config, Function, Saveable, Store, Tensor
+from tether.weights import placement
 from tether.weights.expression import Expression, resolved
 from tether.weights.leaves import bind
 from tether.weights.operators.indexing import readings
@@ -399,6 +400,7 @@ def _register(layer: keras.Layer, view: View) -> None:
     view.follow(keras_seam.own_trainable_flag(layer))
     for weight in view.expression.weights_used():
         weight.add_use(view.use)
+    placement.follow(view.path, view.expression)
 
 
 def drop_use(use: Use) -> None:

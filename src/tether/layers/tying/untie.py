@@ -19,6 +19,7 @@ from tether.layers.tying.swap import Rollback, exchange, swapped
 from tether.layers.tying.tie import drop_void_penalties, has_penalties
 from tether.layers.tying.tied import base_class, drop_use, take_arguments, takes_arguments
 from tether.types import AnyLayer
+from tether.weights import placement
 from tether.weights.leaves import Argument, Choice, bind
 from tether.weights.weight import Weight
 
@@ -176,8 +177,8 @@ def materialize(layer: AnyLayer, /, **arguments: object) -> AnyLayer:
     own = [below for below in keras_seam.contained_layers(copy) if type(below).__module__.startswith("tether.")]
     if own:
         raise Unsupported(
-            f"{own[0].name!r} is a {type(own[0]).__name__}, which has no plain counterpart in Keras. Make what is in it "
-            "plain: of `tether.routed(model)` the model, `materialize(model, choice=0)`; of a `tether.Repeat` its "
+            f"{own[0].name!r} is a {type(own[0]).__name__}, which has no plain counterpart in Keras. Make what is in "
+            "it plain: of `tether.routed(model)` the model, `materialize(model, choice=0)`; of a `tether.Repeat` its "
             "`layers()`."
         )
     return copy
@@ -234,6 +235,7 @@ def plain_variable(view: View) -> keras.Variable:
             autocast=keras_seam.autocasts(view),
             name=view.name,
         )
+    placement.lay_out_as(variable, placement.layout_of_value(view.path, view.expression))
     variable.regularizer = view.use.regularizer
     return variable
 

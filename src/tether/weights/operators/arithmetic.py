@@ -10,6 +10,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, received
 from tether.types import Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Node, Shape, Term, as_expression, provide, register
 from tether.weights.leaves import Constant
 
@@ -54,6 +55,10 @@ class Binary(Node):
             if isinstance(operand, Constant) and (operand.number is not None or other.shape == self.shape):
                 return place, operand
         return None
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Axes that meet are one."""
+        return links.broadcast(self.shape or (), *operands)
 
     def operand_shape(self, shape: Shape) -> Shape | None:
         """The same shape, beside a number."""
@@ -181,6 +186,14 @@ class MatMul(Node):
     def compute(self, *values: Tensor) -> Tensor:
         return keras_seam.matmul(*values)
 
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Rows of the first, columns of the second; the inner axis is in neither."""
+        a, b = operands
+        links.same(a[-1], b[max(len(b) - 2, 0)])
+        columns = b[-1:] if len(b) > 1 else ()
+        batch = len(self.shape or ()) - len(a[-2:-1]) - len(columns)
+        return (*links.broadcast((self.shape or ())[:batch], a[:-2], b[:-2]), *a[-2:-1], *columns)
+
     def format(self, *terms: Term) -> Term:
         left, right = terms
         left_text = left.inside(PRODUCT) if not isinstance(self.operands[0], Binary) else left.inside(100)
@@ -198,6 +211,9 @@ class Negative(Node):
 
     def compute(self, *values: Tensor) -> Tensor:
         return keras.ops.negative(values[0])
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        return operands[0]
 
     def format(self, *terms: Term) -> Term:
         return Term(f"-{terms[0].inside(UNARY)}", UNARY)
@@ -359,6 +375,9 @@ class _Same(Node):
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         return shapes[0]
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        return operands[0]
 
     def operand_shape(self, shape: Shape) -> Shape | None:
         return shape

@@ -10,6 +10,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
 from tether.types import Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Node, Shape, Term, as_expression, register
 from tether.weights.operators.arithmetic import SUM, result_type
 
@@ -72,6 +73,10 @@ class Choose(Node):
         # The sum of no elements is zero, and so is its gradient: every option has one.
         nothing = [keras.ops.sum(keras.ops.reshape(option, (-1,))[:0]) for option in options]
         return keras.ops.add(chosen, keras.ops.cast(sum(nothing[1:], nothing[0]), chosen.dtype))
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of every option."""
+        return links.broadcast(self.shape or (), *operands[1:])
 
     def format(self, *terms: Term) -> Term:
         index, *options = terms
@@ -184,6 +189,10 @@ class Adapted(Node):
             total = keras_seam.add(total, _unless_zero(strength, weighted))
         return total
 
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of the base, and of the parts where they meet it."""
+        return links.broadcast(self.shape or (), operands[0], *operands[2::2])
+
     def format(self, *terms: Term) -> Term:
         """`base + french.strength * (a @ b)`."""
         pairs = zip(terms[1::2], terms[2::2], strict=True)
@@ -229,6 +238,9 @@ class Switched(Node):
     def compute(self, *values: Tensor) -> Tensor:
         value, strength = values
         return _unless_zero(strength, value)
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        return operands[0]
 
     def format(self, *terms: Term) -> Term:
         """As the value: the strength is a factor of the same product."""

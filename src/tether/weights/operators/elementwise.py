@@ -11,6 +11,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import InvalidConfig, NotATensor, NotInvertible, ShapeMismatch, as_int, as_ints, received
 from tether.types import Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Node, Shape, Term, as_expression, provide, register
 from tether.weights.operators.arithmetic import Binary, result_type
 
@@ -33,6 +34,9 @@ class _Invertible(Node):
 
     def infer_shape(self, *shapes: Shape) -> Shape:
         return shapes[0]
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        return operands[0]
 
     def operand_shape(self, shape: Shape) -> Shape | None:
         return shape
@@ -219,6 +223,12 @@ class Reduction(Node):
             raise ShapeMismatch(f"{self.notation()} would be that of no numbers. {received(shape=shape)}")
         kept = self.parameters["keepdims"]
         return tuple(1 if axis in axes else size for axis, size in enumerate(shape) if kept or axis not in axes)
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """The other axes."""
+        axes, kept = self._axes(self.operands[0].shape or ()), self.parameters["keepdims"]
+        rows = enumerate(operands[0])
+        return tuple(() if axis in axes else row for axis, row in rows if kept or axis not in axes)
 
     def infer_dtype(self, *dtypes: str) -> str:
         """That of the operand: a mean is a float at least, and small integers are added in 32 bits."""

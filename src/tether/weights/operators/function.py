@@ -9,10 +9,19 @@ import keras
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, received
 from tether.types import Config, Function, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Node, Shape, Term, as_expression, register
 from tether.weights.leaves import Constant
 
 _OPS = "keras.ops."
+_NUMBER_BY_NUMBER = {
+    "abs", "absolute", "add", "arctan", "ceil", "clip", "cos", "divide", "elu", "equal", "erf", "exp", "expm1",
+    "floor", "gelu", "greater", "greater_equal", "hard_sigmoid", "leaky_relu", "less", "less_equal", "log", "log1p",
+    "log_sigmoid", "logical_and", "logical_not", "logical_or", "maximum", "minimum", "multiply", "negative",
+    "not_equal", "power", "reciprocal", "relu", "round", "rsqrt", "selu", "sigmoid", "sign", "silu", "sin",
+    "softplus", "softsign", "sqrt", "square", "subtract", "swish", "tan", "tanh", "true_divide", "where",
+}  # fmt: skip
+"""Functions of `keras.ops` that make each number of the result from one number of each argument."""
 
 
 def _find(name: object) -> Function:
@@ -120,6 +129,12 @@ class Apply(Node):
                 f"and now it returned another: a shape must not depend on values. {received(shape=found)}"
             )
         return value
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Axes that meet are one, of a function that is known to go number by number."""
+        if self.parameters["function"].removeprefix(_OPS) not in _NUMBER_BY_NUMBER:
+            return None
+        return links.broadcast(self.shape or (), *operands)
 
     def format(self, *terms: Term) -> Term:
         short = self.parameters["function"].rpartition(">")[2].removeprefix(_OPS)

@@ -14,6 +14,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, as_int, as_ints, received
 from tether.types import Array, Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import (
     Expression,
     Node,
@@ -72,6 +73,11 @@ class Take(_Entries):
         self._refuse_outside(np.array(self.parameters["indices"], "int64"), shapes[0][axis])
         return (*shapes[0][:axis], len(self.parameters["indices"]), *shapes[0][axis + 1 :])
 
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """The other axes."""
+        place = self._place(self.operands[0].shape or ())
+        return (*operands[0][:place], links.label(len(self.parameters["indices"])), *operands[0][place + 1 :])
+
     def compute(self, *values: Tensor) -> Tensor:
         size = values[0].shape[self.parameters["axis"]]
         indices = np.array([index % size for index in self.parameters["indices"]], dtype="int32")
@@ -106,6 +112,11 @@ class Gather(_Entries):
         if "int" not in dtypes[1]:
             raise TetherError(f"The numbers of entries are whole. {received(dtype=dtypes[1])}")
         return dtypes[0]
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """The entry's axes, and those of the numbers where the axis of the entries was."""
+        place = self._place(self.operands[0].shape or ())
+        return (*operands[0][:place], *operands[1], *operands[0][place + 1 :])
 
     def compute(self, *values: Tensor) -> Tensor:
         value, number = values

@@ -11,6 +11,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, as_dtype, as_int, as_ints, received
 from tether.types import Array, Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Expression, Node, Shape, Stored, Term, register
 from tether.weights.operators import arithmetic, structure
 
@@ -43,6 +44,12 @@ class Unpack(Node):
         if dtypes[0] != "int8":
             raise InvalidConfig(f"Integers of 4 bits are packed into int8. {received(dtype=dtypes[0])}")
         return dtypes[0]
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """The bytes' axes; along the packed one, two integers in each byte, if they are even."""
+        axis, size = self.parameters["axis"], self.parameters["size"]
+        packed = links.label(size) if size % 2 else (*operands[0][axis], *links.label(2))
+        return (*operands[0][:axis], packed, *operands[0][axis + 1 :])
 
     def compute(self, *values: Tensor) -> Tensor:
         if 0 in (self.shape or ()):

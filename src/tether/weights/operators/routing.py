@@ -6,6 +6,7 @@ import keras
 
 from tether.errors import InvalidConfig, ShapeMismatch, received
 from tether.types import Config, Tensor
+from tether.weights.axes import Axes, Links
 from tether.weights.expression import Node, Shape, Term, register
 from tether.weights.leaves import Choice
 from tether.weights.operators.arithmetic import result_type
@@ -52,6 +53,10 @@ class Routed(Node):
                 chosen = keras.ops.add(chosen, keras.ops.cast(nothing, chosen.dtype))
             return chosen
         return where_option(number, self.count, option, base)
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of the base, which are those of the options."""
+        return links.broadcast(self.shape or (), *operands[1:])
 
     def format(self, *terms: Term) -> Term:
         """As the options are written: the base is what they have in common."""

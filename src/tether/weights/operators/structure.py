@@ -20,6 +20,7 @@ from tether.errors import (
     received,
 )
 from tether.types import Config, Tensor
+from tether.weights.axes import Axes, Links, Row
 from tether.weights.expression import (
     Expression,
     Node,
@@ -68,6 +69,10 @@ class Transpose(Node):
         """The value with its axes permuted."""
         return keras.ops.transpose(values[0], axes=self._axes(len(values[0].shape)))
 
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of the operand in another order."""
+        return tuple(operands[0][axis] for axis in self._axes(len(operands[0])))
+
     def format(self, *terms: Term) -> Term:
         axes = self.parameters["axes"]
         method = "T" if axes is None else f"transpose({', '.join(map(str, axes))})"
@@ -115,6 +120,10 @@ class Reshape(Node):
     def compute(self, *values: Tensor) -> Tensor:
         """The value in its other shape."""
         return keras.ops.reshape(values[0], self.shape)
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of the operand, split and joined."""
+        return links.reshaped(operands[0], self.shape or ())
 
     def format(self, *terms: Term) -> Term:
         return Term(f"{terms[0].inside(100)}.reshape{self.parameters['shape']}")
@@ -179,6 +188,26 @@ class Index(Node):
         value = value[key]
         return keras.ops.flip(value, axis=flips) if flips else value
 
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """The axes that are kept as they are."""
+        key, shape = self._key(), self.operands[0].shape or ()
+        left = len(shape) - sum(1 for part in key if part is not None and part is not Ellipsis)
+        full: list[Part] = []
+        for part in key if Ellipsis in key else (*key, Ellipsis):
+            full += [slice(None)] * left if part is Ellipsis else [part]
+        found: list[Row] = []
+        axis = 0
+        for part in full:
+            if part is None:
+                found.append(())
+                continue
+            if isinstance(part, slice):
+                taken = range(*part.indices(shape[axis]))
+                whole = taken == range(shape[axis])
+                found.append(operands[0][axis] if whole else links.label(len(taken)))
+            axis += 1
+        return tuple(found)
+
     def _positive(self, sizes: Shape) -> tuple[tuple[Part, ...], tuple[int, ...]]:
         """The key with negative steps written as a positive slice and a flip (PyTorch has no negative steps)."""
         key = self._key()
@@ -236,6 +265,9 @@ class Cast(Node):
     def compute(self, *values: Tensor) -> Tensor:
         """The value in its other dtype."""
         return keras.ops.cast(values[0], self.parameters["dtype"])
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        return operands[0]
 
     def format(self, *terms: Term) -> Term:
         return Term(f"{terms[0].inside(100)}.astype({self.parameters['dtype']})")
@@ -412,6 +444,14 @@ class Concatenate(_Joined):
     def compute(self, *values: Tensor) -> Tensor:
         return keras.ops.concatenate(values, axis=self.parameters["axis"])
 
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of every part, but for the one along which they are joined."""
+        shape = self.shape or ()
+        axis = self.parameters["axis"] % len(shape)
+        parts = [(*axes[:axis], (), *axes[axis + 1 :]) for axes in operands]
+        found = links.broadcast((*shape[:axis], 1, *shape[axis + 1 :]), *parts)
+        return (*found[:axis], links.label(shape[axis]), *found[axis + 1 :])
+
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """The value, cut where it was joined."""
         if any(isinstance(operand, Constant) for operand in self.operands):
@@ -437,6 +477,13 @@ class Stack(_Joined):
     def compute(self, *values: Tensor) -> Tensor:
         return keras.ops.stack(values, axis=self.parameters["axis"])
 
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Those of every entry, and the new one."""
+        shape = self.shape or ()
+        axis = self.parameters["axis"] % len(shape)
+        found = links.broadcast((*shape[:axis], *shape[axis + 1 :]), *operands)
+        return (*found[:axis], links.label(shape[axis]), *found[axis:])
+
     def inverse(self, value: Tensor) -> list[Tensor | None] | None:
         """The entries along the axis."""
         if any(isinstance(operand, Constant) for operand in self.operands):
@@ -461,6 +508,10 @@ class Where(Node):
     def compute(self, *values: Tensor) -> Tensor:
         condition = keras.ops.cast(values[0], "bool")
         return keras.ops.where(condition, values[1], values[2])
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """Axes that meet are one."""
+        return links.broadcast(self.shape or (), *operands)
 
 
 MAX_LABELS = 52
@@ -522,6 +573,15 @@ class Einsum(Node):
 
     def compute(self, *values: Tensor) -> Tensor:
         return keras.ops.einsum(self.parameters["equation"], *values)
+
+    def axes_from(self, links: Links, *operands: Axes) -> Axes | None:
+        """An axis for each letter, in all operands that have it."""
+        inputs, output = self.parameters["equation"].split("->")
+        found: dict[str, Row] = {}
+        for letters, axes in zip(inputs.split(","), operands, strict=True):
+            for letter, row in zip(letters, axes, strict=True):
+                found[letter] = links.same(found.get(letter, ()), row)
+        return tuple(found[letter] for letter in output)
 
     def format(self, *terms: Term) -> Term:
         return Term(f"einsum({self.parameters['equation']!r}, {', '.join(term.text for term in terms)})")

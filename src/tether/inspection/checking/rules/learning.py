@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -382,27 +381,6 @@ def name_misses_alias(context: Context) -> Iterator[Finding]:
                     "decayed.",
                     f"optimizer.exclude_from_weight_decay(var_list=tether.inspection.aliases(model).find("
                     f"{pattern.pattern!r}))  # before the optimizer is built",
-                )
-    yield from _missed_by_layouts({path: (variables[path].path, *others[1:]) for path, others in shared.items()})
-
-
-def _missed_by_layouts(shared: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
-    layouts = keras_seam.layout_map()
-    if layouts is None:
-        return
-    for path, *others in shared.values():
-        if any(key == path or re.fullmatch(key, path) for key in layouts):
-            continue
-        for key in layouts:
-            missed = next((name for name in others if key == name or re.fullmatch(key, name)), None)
-            if missed is not None:
-                yield Finding(
-                    "name-misses-alias",
-                    "warning",
-                    missed,
-                    f"The layout map of the distribution has {key!r}, which matches {missed!r}; that reads the stored "
-                    f"weight {path!r}, which matches nothing. It is on every device as a whole.",
-                    f"layout_map[{path!r}] = layout_map[{missed!r}]  # before the weight is made",
                 )
 
 

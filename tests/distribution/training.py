@@ -1,0 +1,98 @@
+"""Training on eight devices gives what one device gives."""
+
+import contextlib
+
+import keras
+import numpy as np
+
+import tether
+from tests.distribution.models import D, layers, local, mesh_of, plain_map, seeded
+from tests.distribution.simulated import check
+
+FORMS = {
+    "low_rank": lambda: tether.low_rank(2, seed=1),
+    "dora": lambda: tether.forms.dora(2, seed=1),
+    "vera": lambda: tether.forms.vera(2, seed=1),
+    "scale": lambda: tether.forms.scale(),
+    "gate": lambda: tether.forms.gate(per="output"),
+    "kronecker": lambda: tether.forms.kronecker(2, seed=1),
+    "hadamard": lambda: tether.forms.hadamard(2, seed=1),
+    "weight_norm": lambda: tether.forms.weight_norm(),
+    "spectral_norm": lambda: tether.forms.spectral_norm(seed=1),
+    "oft": lambda: tether.forms.oft(4),
+    "boft": lambda: tether.forms.boft(4),
+    "orthogonal": lambda: tether.forms.orthogonal(),
+}
+LAYOUTS = {".*_up/kernel": (None, "model"), "head/kernel": (None, "model")}
+
+
+def language_model():
+    """A tied table, a child of each form, a layer of which examples choose the kernel, and a block in depth."""
+    table = tether.Weight(name="table", initializer=seeded(1))
+    tokens, choice = keras.Input((4,), dtype="int32"), keras.Input((), dtype="int32")
+    h = tether.tie(layers.Embedding(32, 16, name="embed"), embeddings=table)(tokens)
+    for number, (name, form) in enumerate(FORMS.items()):
+        up = _built(f"{name}_up", number + 2)
+        h = tether.inherit(up, kernel=form(), name=name)(h)
+    base = tether.weight_of(_built("route_up", 20), "kernel")
+    options = [base + tether.low_rank(2, seed=30 + number) for number in range(3)]
+    h = tether.route(layers.Dense(16, name="routed", activation="tanh"), kernel=options)(h, choice=choice)
+    block = layers.Dense(16, activation="tanh", name="repeat_up", kernel_initializer=seeded(21))
+    h = tether.Repeat(block, times=3, vary={"kernel": tether.low_rank(2, seed=40), "bias": "own"}, name="repeat")(h)
+    head = tether.tie(layers.Dense(32, use_bias=False, name="head"), kernel=table.T)
+    return keras.Model([tokens, choice], head(h))
+
+
+def _built(name, seed):
+    layer = layers.Dense(16, name=name, activation="tanh", kernel_initializer=seeded(seed))
+    layer.build((None, 4, 16))
+    return layer
+
+
+def trained(distribution=None):
+    """The losses of some steps, and the model."""
+    rng = np.random.default_rng(0)
+    with contextlib.nullcontext() if distribution is None else distribution.scope():
+        model = language_model()
+        model.compile(keras.optimizers.SGD(0.5, momentum=0.9), "mse")
+        losses = []
+        for _ in range(3):
+            tokens, choice = rng.integers(0, 32, (8, 4)).astype("int32"), rng.integers(0, 3, 8).astype("int32")
+            target = rng.normal(size=(8, 4, 32)).astype("float32")
+            losses.append(float(model.train_on_batch([tokens, choice], target)))
+    return losses, model
+
+
+ALONE = []
+
+
+def _as_one_device(distribution):
+    if not ALONE:
+        ALONE.append(trained())
+    (right, one), (losses, model) = ALONE[0], trained(distribution)
+    np.testing.assert_allclose(losses, right, atol=1e-5, rtol=0)
+    for ours, theirs in zip(model.weights, one.weights, strict=True):
+        if ours.dtype.startswith("float"):
+            np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5, rtol=0, err_msg=ours.path)
+    return {variable.path: local(variable) for variable in model.weights}
+
+
+@check("training")
+def data_parallel():
+    found = _as_one_device(D.DataParallel(devices=D.list_devices("cpu")))
+    assert found["table"] == (32, 16)
+
+
+@check("training")
+def model_parallel_two_by_four():
+    layouts = plain_map(mesh_of(2, 4), LAYOUTS)
+    found = _as_one_device(D.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+    assert found["table"] == (8, 16) and found["hadamard_up/kernel_loha_b2"] == (2, 4)
+    assert found["repeat/repeat_up/kernel_lora_b"] == (3, 2, 4) and found["route_up/kernel_lora_b_2"] == (2, 4)
+
+
+@check("training")
+def model_parallel_one_by_eight():
+    layouts = plain_map(mesh_of(1, 8), LAYOUTS)
+    found = _as_one_device(D.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+    assert found["table"] == (4, 16) and found["dora_up/kernel_magnitude"] == (2,)
