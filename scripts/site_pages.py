@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("ops", "forms", "transfer", "planning", "files", "adapters", "inspection", "weights", "errors")
+MODULES = ("ops", "forms", "transfer", "planning", "files", "adapters", "distribution", "inspection", "weights", "errors")
 OUTSIDE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",

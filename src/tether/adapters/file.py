@@ -38,7 +38,7 @@ from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import as_offer
 from tether.files.tensors.dialects import Names
 from tether.files.tensors.peft_loading import opened_peft
-from tether.files.tensors.safetensors import TensorFile, write_tensors
+from tether.files.tensors.tensor_file import TensorFile, write_tensors
 from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, StoredWeight
 from tether.layers.family.named import named_weights, names_apart

@@ -40,7 +40,7 @@ from tether.files.tensors.peft_tensors import (
     transposed,
     turned,
 )
-from tether.files.tensors.safetensors import write_tensors
+from tether.files.tensors.tensor_file import write_tensors
 from tether.forms.boft import butterfly_of
 from tether.forms.dora import lengths_of
 from tether.forms.dropout import OutputDropout, output_dropout_of, rate_of
