@@ -62,6 +62,8 @@ _MAX_HEADER = 1 << 26
 def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
     """Writes one adapter, and nothing of the base, to a safetensors file.
 
+    Of a model that is split over several processes (JAX), all of them call it, and the first one writes.
+
     Args:
         model: The model.
         name: The adapter.
@@ -111,7 +113,8 @@ def save(model: keras.Layer, name: str, path: str | os.PathLike[str]) -> None:
         "keys": keys,
     }
     tensors = [entry_of(weight.variable, keys[uid]) for uid, weight in weights.items()]
-    write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
+    with keras_seam.in_step_for(model, f"adapters.save({target.name!r})"):
+        write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(header)})
 
 
 # --------------------------------------------------------------------------- reading

@@ -59,9 +59,10 @@ def time_limit(seconds: float) -> AbstractContextManager[None]:
         tether.files.save_model(model, "model.keras")
     ```
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e8:
+    given: object = seconds
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < 1e8:
         raise TetherError(f"A time limit is a number of seconds above zero. {received(seconds=seconds)}")
-    return keras_seam.time_limit(float(seconds))
+    return keras_seam.time_limit(float(given))
 
 
 __all__ = ["gathering", "time_limit"]

@@ -162,19 +162,19 @@ def _make_lent() -> Callable[[Tensor], Array]:
 _lent = _make_lent()
 
 
-def on_host(value: Tensor, name: str = "", verb: str = "") -> Array:
+def on_host(value: Tensor, name: str = "", *, in_step: bool = False) -> Array:
     """A tensor as a NumPy array; it shares the memory of one that lies in the processor's.
 
     One that lies partly on other processes is refused with a `TetherError`, or gathered: see `processes.gathered`,
-    which says what the name and the verb are for.
+    which says what the other arguments are for.
     """
-    return gathered(value, name, verb) if lies_elsewhere(value) else _lent(value)
+    return gathered(value, name, in_step=in_step) if lies_elsewhere(value) else _lent(value)
 
 
-def to_numpy(value: Tensor, name: str = "", verb: str = "") -> Array:
+def to_numpy(value: Tensor, name: str = "", *, in_step: bool = False) -> Array:
     """What `keras.ops.convert_to_numpy` gives, also of a value that lies partly on other processes; see `on_host`."""
-    tensor = getattr(value, "value", value) if isinstance(value, keras.Variable) else value
-    return gathered(tensor, name, verb) if lies_elsewhere(tensor) else keras.ops.convert_to_numpy(value)
+    tensor = value.value if isinstance(value, keras.Variable) else value
+    return gathered(tensor, name, in_step=in_step) if lies_elsewhere(tensor) else keras.ops.convert_to_numpy(tensor)
 
 
 def layout_of(variable: keras.Variable) -> Tensor:

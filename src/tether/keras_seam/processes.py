@@ -20,7 +20,7 @@ from typing import Any
 import keras
 import numpy
 
-from tether.errors import TetherError, received
+from tether.errors import TetherError, Unsupported, received
 from tether.types import Array, Tensor
 
 TIME_LIMIT = 600.0
@@ -125,10 +125,28 @@ def in_step_for(model: keras.Layer, what: str) -> Iterator[None]:
 
     If each of them lies on this process alone, other processes have nothing to do with it.
     """
-    variables = [*model.weights, *getattr(getattr(model, "optimizer", None), "variables", ())]
-    spans = any(spans_processes(variable._value) for variable in variables)
-    with gathering(what) if spans else contextlib.nullcontext():
+    with gathering(what) if _is_split(model) else contextlib.nullcontext():
         yield
+
+
+def _is_split(model: keras.Layer) -> bool:
+    if process_count() == 1:
+        return False
+    variables = [*model.weights, *getattr(getattr(model, "optimizer", None), "variables", ())]
+    return any(spans_processes(variable._value) for variable in variables)
+
+
+def refuse_if_split(model: keras.Layer, what: str, then: str) -> None:
+    """Refuses what one process has to do alone, of a model of which it may not have all values.
+
+    Raises:
+        Unsupported: The model lies on several processes; it says how to get it into one.
+    """
+    if _is_split(model):
+        raise Unsupported(
+            f"{what} is made by one process, and {model.name!r} is split over {process_count()}. Save it in all "
+            f"(`tether.files.save_model(model, 'model.keras')`), load that in one process, and {then}."
+        )
 
 
 @contextlib.contextmanager
@@ -265,20 +283,20 @@ def _client() -> Any:
     return client if all(hasattr(client, name) for name in needed) else None
 
 
-def gathered(value: Tensor, name: str = "", verb: str = "") -> Array:
+def gathered(value: Tensor, name: str = "", *, in_step: bool = False) -> Array:
     """All of a value that lies partly on other processes, as an array: every process has to ask for it.
 
     Args:
         value: The value.
         name: What it is called in messages.
-        verb: What reads it, if that is something that every process does anyway, since it changes the model.
+        in_step: Whether whoever reads it is something that every process does anyway, as what changes a model is.
 
     Raises:
         TetherError: Nobody gathers here, or another process does not take part.
     """
     said = f"{name or 'A value'} of shape {tuple(value.shape)} and {value.dtype}"
-    if verb and not _here.gathering:
-        with gathering(verb):
+    if in_step and not _here.gathering:
+        with gathering(said):
             return gathered(value, name)
     if not _here.gathering:
         raise TetherError(

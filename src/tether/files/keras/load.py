@@ -319,7 +319,7 @@ def load_model(
     again = tether.files.load_model("model.keras")
     ```
     """
-    with keras_seam.in_step_where_distributed(f"load_model({str(path)!r})"):
+    with keras_seam.in_step_where_distributed(f"load_model({os.path.basename(path)!r})"):
         found = contents(path, whole=True)
         with making(path, found.config, custom_objects, written_by=found.written_by, takes_custom_objects=True):
             _check_plan(found, path=path)

@@ -58,7 +58,7 @@ def save_model(model: keras.Model, path: str | os.PathLike[str]) -> None:
         )
     if not target.parent.is_dir():
         raise TetherError(no_folder(target))
-    with keras_seam.in_step_for(model, f"save_model({str(path)!r})"):
+    with keras_seam.in_step_for(model, f"save_model({target.name!r})"):
         record_further_out(model)
         if keras_seam.place_in_step()[0] == 0:
             with written_beside(target) as beside:

@@ -106,7 +106,7 @@ def save_safetensors(
     metadata = {"format": "pt"}  # how others name the layout of plain arrays
     if plan["ties"]:
         metadata[PLAN] = json.dumps(plan)
-    with keras_seam.in_step_for(model, f"save_safetensors({str(path)!r})"):
+    with keras_seam.in_step_for(model, f"save_safetensors({target.name!r})"):
         if per_process:
             _save_per_process(model, target, stored, naming, metadata)
         else:
@@ -257,7 +257,7 @@ def load_safetensors(
     named = named_weights(model)
     found = named_positions(model, named)
     naming = Naming(names, frozenset(each.place for each in found))
-    with keras_seam.in_step_for(model, f"load_safetensors({str(path)!r})"):
+    with keras_seam.in_step_for(model, f"load_safetensors({os.path.basename(path)!r})"):
         target = tensors_in(path)
         with opened_tensors(target) as (tensors, metadata):
             ties = _ties_of(metadata, tensors, target.name)
