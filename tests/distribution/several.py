@@ -63,6 +63,7 @@ def take_part(program, folder, processes, port, number):
 
     if processes > 1:
         keras.distribution.initialize(f"127.0.0.1:{port}", processes, number)
+    print("imported", time.process_time(), flush=True)
     module = importlib.import_module(f"tests.distribution.{program}")
     context, said = module.start(folder, number), {}
     wanted = os.environ.get("ONLY", "")

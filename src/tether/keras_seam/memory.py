@@ -440,10 +440,17 @@ _method = private_method(Variable, "_initialize_with_initializer", "A start with
 
 
 def _initialize(variable: keras.Variable, initializer: keras.Initializer) -> None:
-    if not _is_left_out(variable, initializer):
+    is_left_out = _is_left_out(variable, initializer)
+    if not is_left_out and not (_is_large(variable) and isinstance(initializer, keras.initializers.Zeros)):
         _method(variable, initializer)
         return
-    _method(variable, untouched_zeros)
+    layout = _layout_in_force(variable)
+    if layout is None:
+        _method(variable, untouched_zeros if is_left_out else initializer)
+    else:
+        _by_parts(variable, variable._dtype, lambda part, _: part.fill(0), layout)
+    if not is_left_out:
+        return
     begun, key = _here.begun, id(variable)
     start = functools.partial(initializer, tuple(variable._shape), dtype=variable._dtype)
     begun[key] = (weakref.ref(variable, lambda _: begun.pop(key, None)), start), _snapshot(variable)
@@ -454,10 +461,23 @@ def _is_left_out(variable: keras.Variable, initializer: keras.Initializer) -> bo
         return False
     if not isinstance(initializer.seed, int):
         return False  # from a generator of seeds, which would give other numbers to the next one who draws
-    size = math.prod(variable._shape) * numpy.dtype(variable._dtype).itemsize
-    if size <= _here.larger_than or keras.distribution.distribution() is not None:
+    if not _is_large(variable):
         return False
     return initializer._init_seed is None or _only_keras_builds()
+
+
+def _is_large(variable: keras.Variable) -> bool:
+    size = math.prod(variable._shape) * numpy.dtype(variable._dtype).itemsize
+    return _here.larger_than is not None and size > _here.larger_than
+
+
+def _layout_in_force(variable: keras.Variable) -> Tensor:
+    """Where a new variable is going to lie, if that is on several devices: Keras makes all of it in each process."""
+    find = getattr(variable, "_initialize_layout", None)
+    if find is None:
+        return None
+    find()
+    return layout_of(variable)
 
 
 def _only_keras_builds() -> bool:

@@ -54,7 +54,8 @@ def _refuse_split(model: keras.Model, filters: object) -> None:
         Unsupported: A weight of one lies partly on other processes.
     """
     for layer in keras_seam.contained_layers(model):
-        own = type(layer).quantize is not keras.Layer.quantize and not slots_of(layer)
+        has_own = type(layer).quantize is not keras.Layer.quantize
+        own = has_own and not (slots_of(layer) or isinstance(layer, Weight))
         if own and keras_seam.passes(layer, filters):
             for variable in chain(*keras_seam.variable_lists(layer).values()):
                 if keras_seam.lies_elsewhere(keras_seam.stored_value(variable)):
