@@ -4,6 +4,7 @@ Two processes do all of it; one process with several devices does what is not ab
 """
 
 import contextlib
+import importlib.util
 import json
 import time
 import types
@@ -578,3 +579,30 @@ def damage_is_told_in_all_processes(c):
         tether.files.load_safetensors(c.model, c.folder / "broken.safetensors")
     holds_all(c.model)
     tether.files.save_safetensors(c.model, c.folder / "together.safetensors")
+
+
+# --------------------------------------------------------------------------- Orbax, where it is installed
+
+
+def a_checkpoint_of_orbax_comes_back_on_another_mesh(c):
+    folder = c.folder / "orbax"
+    saving = keras.callbacks.OrbaxCheckpoint(directory=str(folder), monitor="loss", save_on_background=False)
+    model = build()
+    model.compile(keras.optimizers.Adam(1e-3), "mse")
+    model.fit(np.ones((4, 4), "int32"), np.zeros((4, 4, SIZE), "float32"), verbose=0, callbacks=[saving])
+    right = gathered([*model.weights, *model.optimizer.variables])
+    with layouts(rows=2).scope():
+        again = keras.saving.load_model(str(folder))
+        for variable, value in zip([*again.weights, *again.optimizer.variables], right, strict=True):
+            holds(variable, value, split=False)
+        assert is_split(again.get_layer("up").kernel)
+        assert again.get_layer("head").kernel.expression == again.get_layer("embed").embeddings.expression.T
+        other = zeroed(build())
+        other.compile(keras.optimizers.Adam(1e-3), "mse")  # which Keras asks for
+        other.load_weights(str(folder))
+        for variable, value in zip(other.weights, right, strict=False):
+            holds(variable, value)
+
+
+if importlib.util.find_spec("orbax") is not None:
+    check(a_checkpoint_of_orbax_comes_back_on_another_mesh)

@@ -26,7 +26,7 @@ def said_by(program, folder, *, processes=1, devices=1, variables=()):
         port = str(free.getsockname()[1])
     environment = {
         **os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **dict(variables),
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.distribution.several", program, str(folder), str(processes), port]
