@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("ops", "forms", "transfer", "planning", "files", "adapters", "distribution", "inspection", "weights", "errors")
+MODULES = (
+    "ops", "forms", "transfer", "planning", "files", "adapters", "distribution", "inspection", "weights", "errors"
+)  # fmt: skip
 OUTSIDE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",

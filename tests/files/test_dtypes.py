@@ -15,7 +15,7 @@ from tests.support import assert_close
 from tether import keras_seam
 from tether.errors import TetherError, Unsupported
 from tether.files.loading.entries import Entry
-from tether.files.tensors.safetensors import write_tensors
+from tether.files.tensors.tensor_file import write_tensors
 
 BACKEND = keras.backend.backend()
 REAL = [

@@ -447,7 +447,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = saved(model, tmp_path)
     before = path.read_bytes()
 
-    def fails(value):
+    def fails(value, name):
         raise MemoryError
 
     monkeypatch.setattr(tether.files.tensors.safetensors.keras_seam, "on_host", fails)

@@ -10,6 +10,7 @@ from typing import Literal
 import keras
 import numpy as np
 
+from tether import keras_seam
 from tether.adapters.manage import adapt, adapted_weights, check, check_known, check_new_name, check_strength
 from tether.adapters.slotted import Part
 from tether.errors import TetherError, did_you_mean, received
@@ -146,7 +147,9 @@ def _summed(given: list[tuple[float, Expression]], of: Adapted, base: Expression
 
 
 def _wide(weight: Weight) -> Array:
-    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(weight.value, "float32")), "float64")
+    return np.asarray(
+        keras_seam.to_numpy(keras.ops.cast(weight.value, "float32"), weight.name, in_step=True), "float64"
+    )
 
 
 def _product(base: Expression, left: Array, right: Array) -> Expression:
@@ -174,7 +177,7 @@ def _copied(made: Expression, old: Expression, base: Expression) -> Expression:
             copies[weight.uid] = Weight.beside(
                 first,
                 suffix,
-                np.asarray(weight.numpy()),
+                np.array(keras_seam.to_numpy(weight.value, weight.name, in_step=True)),
                 dtype=str(weight.dtype),
                 trainable=weight.role != "fixed",
                 role=weight.role or "part",

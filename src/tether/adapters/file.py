@@ -41,7 +41,7 @@ from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import as_offer
 from tether.files.tensors.dialects import Names
 from tether.files.tensors.peft_loading import opened_peft
-from tether.files.tensors.safetensors import TensorFile, write_tensors
+from tether.files.tensors.tensor_file import TensorFile, write_tensors
 from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, StoredWeight
 from tether.layers.family.named import named_weights, names_apart
@@ -66,6 +66,8 @@ _MAX_HEADER = 1 << 26
 
 def save(model: keras.Layer, name: str | Sequence[str], path: str | os.PathLike[str]) -> None:
     """Writes one adapter or several, and nothing of the base, to a safetensors file.
+
+    Of a model that is split over several processes (JAX), all of them call it, and the first one writes.
 
     Args:
         model: The model.
@@ -103,7 +105,8 @@ def save(model: keras.Layer, name: str | Sequence[str], path: str | os.PathLike[
         headers.append(header)
         tensors += [entry_of(weight.variable, header["keys"][uid]) for uid, weight in weights.items()]
     content: object = headers[0] if len(headers) == 1 else {"version": _VERSION_OF_SEVERAL, "adapters": headers}
-    write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(content)})
+    with keras_seam.in_step_for(model, f"adapters.save({target.name!r})"):
+        write_tensors(target, tensors, {"format": _FORMAT, "adapter": json.dumps(content)})
 
 
 @dataclass(frozen=True)

@@ -577,7 +577,7 @@ def merge(model: AnyLayer, names: Sequence[str] | None = None) -> AnyLayer:
             merged[path] = _Merged(expression, tuple(done))
             whole.append(path)
             continue
-        value = expression.without(rest).numpy()
+        value = np.array(keras_seam.to_numpy(expression.without(rest).value, path, in_step=True))
         base = Weight(value, trainable=False, name=f"{path.replace('/', '.')}.merged", dtype=expression.dtype)
         ties[path] = adapted(base, rest, expression.order)
         merged[path] = _Merged(expression, tuple(done), ties[path])

@@ -154,7 +154,7 @@ def _entry_like(read: Expression) -> Weight:
 
 
 def _array(expression: Expression) -> Array:
-    return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(expression.value)))
+    return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(expression.value), in_step=True))
 
 
 # --------------------------------------------------------------------------- making
@@ -403,7 +403,7 @@ def part_of(places: Iterable[Slotted], number: int) -> dict[str, Expression]:
     known: dict[tuple[int, int], Expression] = {}
     for place in places:
         stack, row = _located(place.strength, number)
-        strength = float(np.asarray(keras_seam.on_host(keras_seam.plain_tensor(stack.value)))[row])
+        strength = float(_array(stack)[row])
         if strength == 0.0:
             continue
         entries: dict[Node, Expression] = {}

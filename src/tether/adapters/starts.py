@@ -38,7 +38,7 @@ class _Seen:
 
     def add(self, rows: Tensor) -> None:
         """Takes in inputs, one a row."""
-        found = keras.ops.convert_to_numpy(keras.ops.matmul(keras.ops.transpose(rows), rows)).astype("float64")
+        found = keras_seam.to_numpy(keras.ops.matmul(keras.ops.transpose(rows), rows), in_step=True).astype("float64")
         self.products = found if self.products is None else self.products + found
 
 
@@ -78,7 +78,7 @@ def start_from(model: keras.Layer, name: str, data: object, /) -> dict[str, floa
             "inputs say where to start."
         )
     for each in seen:
-        if np.any(each.second.numpy()):
+        if np.any(keras_seam.to_numpy(each.second.value, each.second.name, in_step=True)):
             raise TetherError(
                 f"The part of {each.layers[0][0]!r} has trained, or has another start: its second factor is not zero, "
                 "so another first one would change what the model computes. Call `start_from` right after `add`."
@@ -166,7 +166,7 @@ def _started(seen: _Seen) -> dict[str, float]:
     if not math.isfinite(total) or total == 0:
         raise TetherError(f"The inputs of the layer of {seen.layers[0][0]!r} are zero, or not finite.")
     squares, directions = np.linalg.eigh(seen.products)
-    start = seen.factor.numpy().astype("float64")
+    start = keras_seam.to_numpy(seen.factor.value, seen.factor.name, in_step=True).astype("float64")
     columns = start.reshape(len(squares), -1)
     kept = min(columns.shape[1], int((squares > squares[-1] * len(squares) * np.finfo("float32").eps).sum()))
     columns[:, :kept] = directions[:, ::-1][:, :kept]  # what has no direction keeps its random start

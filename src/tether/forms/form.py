@@ -194,7 +194,7 @@ def widened(value: Tensor) -> Tensor:
 
 def as_array(value: Tensor) -> Array:
     """A tensor as a float64 array, for inverses: what they check and decompose has to be exact."""
-    return np.asarray(keras.ops.convert_to_numpy(widened(value)), dtype="float64")
+    return np.asarray(keras_seam.to_numpy(widened(value), in_step=True), dtype="float64")
 
 
 # --------------------------------------------------------------------------- what forms are made with
@@ -325,7 +325,7 @@ def part_dtype(base: Expression) -> str:
 
 def start_value(base: Expression) -> Array:
     """The base's present value in float64, for start values that depend on it."""
-    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(base.value, "float32")), dtype="float64")
+    return np.asarray(keras_seam.to_numpy(keras.ops.cast(base.value, "float32"), in_step=True), dtype="float64")
 
 
 def as_rank(rank: object, name: str = "rank") -> int:

@@ -485,7 +485,7 @@ def _mean_square(y_pred: Tensor) -> Tensor:
 
 def _measured(share: Shares) -> WeightGradient:
     """Norms and cosines of the shares; what comes from elsewhere is listed if anything does."""
-    arrays = [None if g is None else np.ravel(keras.ops.convert_to_numpy(g)) for g in share.gradients]
+    arrays = [None if g is None else np.ravel(keras_seam.to_numpy(g, in_step=True)) for g in share.gradients]
     products = _products(arrays)
     norms = np.sqrt(np.diagonal(products))
     listed = [place for place, reader in enumerate(share.readers) if reader is not ELSEWHERE or norms[place] != 0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tether.errors import InvalidConfig, Unsupported, no_file, received
 from tether.files.keras.archive import opened_archive, opened_values, reading
-from tether.files.tensors.safetensors import opened_tensors
+from tether.files.tensors.tensor_file import opened_tensors
 from tether.inspection.facts import Facts, Shape, StoredWeight, UseOf
 from tether.inspection.stored_layers import NOTE, StoredValues, noted_ties, stored_facts, stored_layers
 from tether.weights.algebra import is_kept_still

@@ -23,6 +23,7 @@ from tether.keras_seam.calls import is_traced
 from tether.keras_seam.frames import _first_local, _frames
 from tether.keras_seam.private import RandomInitializer as _RandomInitializer
 from tether.keras_seam.private import is_missing, private_method
+from tether.keras_seam.processes import gathered, lies_elsewhere
 from tether.keras_seam.variables import Variable
 from tether.types import Array, Function, Tensor
 
@@ -31,8 +32,8 @@ from tether.types import Array, Function, Tensor
 
 Snapshot = tuple[Tensor, object]
 """A tensor, and what tells whether it was written to since: a count, or its memory."""
-Rows = Callable[[Array, int], None]
-"""Fills an array with the rows of a value from a place on."""
+Rows = Callable[[Array, int | tuple[int, ...]], None]
+"""Fills an array with a part of a value: its rows from a number on, or what begins at a place on each axis."""
 
 SMALL, PART = 1 << 20, 1 << 22
 """Bytes of a value that is stored as a whole, and of one part of a larger one."""
@@ -123,7 +124,7 @@ _BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 """Dtypes that NumPy has only by an extension, which PyTorch does not know, and integers as large."""
 
 
-def _make_on_host() -> Callable[[Tensor], Array]:
+def _make_lent() -> Callable[[Tensor], Array]:
     name = _backend.backend()
     if name == "tensorflow":
 
@@ -149,6 +150,8 @@ def _make_on_host() -> Callable[[Tensor], Array]:
     def of_jax(value: Tensor) -> Array:
         import jax
 
+        if value.is_fully_replicated:
+            value = value.addressable_data(0)
         if any(device.platform != "cpu" for device in value.devices()):
             value = jax.device_put(value, jax.devices("cpu")[0])  # or JAX would keep what NumPy is given
         return numpy.asarray(value)
@@ -156,8 +159,49 @@ def _make_on_host() -> Callable[[Tensor], Array]:
     return of_jax if name == "jax" else numpy.asarray
 
 
-on_host = _make_on_host()
-"""A tensor as a NumPy array; it shares the memory of one that lies in the processor's."""
+_lent = _make_lent()
+
+
+def on_host(value: Tensor, name: str = "", *, in_step: bool = False) -> Array:
+    """A tensor as a NumPy array; it shares the memory of one that lies in the processor's.
+
+    One that lies partly on other processes is refused with a `TetherError`, or gathered: see `processes.gathered`,
+    which says what the other arguments are for.
+    """
+    return gathered(value, name, in_step=in_step) if lies_elsewhere(value) else _lent(value)
+
+
+def to_numpy(value: Tensor, name: str = "", *, in_step: bool = False) -> Array:
+    """What `keras.ops.convert_to_numpy` gives, also of a value that lies partly on other processes; see `on_host`."""
+    tensor = value.value if isinstance(value, keras.Variable) else value
+    return gathered(tensor, name, in_step=in_step) if lies_elsewhere(tensor) else keras.ops.convert_to_numpy(tensor)
+
+
+def sharding_of(variable: keras.Variable) -> Tensor:
+    """Where JAX puts the parts of a variable that is laid out over several devices; `None` of one that is on one."""
+    if _backend.backend() != "jax":
+        return None
+    layout = getattr(variable._layout, "backend_layout", variable._layout)
+    if layout is None and variable._value is not None:
+        layout = variable._value.sharding
+    return layout if layout is not None and len(layout.device_set) > 1 else None
+
+
+def _by_parts(variable: keras.Variable, dtype: DTypeLike, rows: Rows, layout: Tensor) -> None:
+    """Stores a value of which each device gets its part; this process asks for the parts of its own devices only."""
+    import jax
+
+    shape = tuple(variable.shape)
+    devices: dict[tuple[tuple[int, int], ...], list[object]] = {}
+    for device, index in layout.addressable_devices_indices_map(shape).items():
+        bounds = tuple(each.indices(n)[:2] for each, n in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, holders in devices.items():
+        part = _aligned(tuple(stop - start for start, stop in bounds), dtype)
+        rows(part, tuple(start for start, _ in bounds))
+        arrays += [jax.device_put(part, device) for device in holders]
+    variable.assign(jax.make_array_from_single_device_arrays(shape, layout, arrays))
 
 
 def _make_snapshot() -> Callable[[Tensor], Snapshot]:
@@ -191,6 +235,11 @@ def _address(view: memoryview) -> tuple[int, int]:
     return array.__array_interface__["data"][0], array.nbytes
 
 
+def _fill_from(value: Array, array: Array, first: int | tuple[int, ...]) -> None:
+    place = (first,) if isinstance(first, int) else first  # no axis at all of a scalar
+    array[...] = value[tuple(slice(at, at + n) for at, n in zip(place, array.shape, strict=False))]
+
+
 def _make_write() -> Callable[[keras.Variable, Array], None]:
     name = _backend.backend()
 
@@ -200,6 +249,11 @@ def _make_write() -> Callable[[keras.Variable, Array], None]:
     def of_jax(variable: keras.Variable, array: Array) -> None:
         import jax
 
+        layout = sharding_of(variable)
+        if layout is not None:
+            value = numpy.asarray(array, variable._value.dtype)
+            _by_parts(variable, value.dtype, functools.partial(_fill_from, value), layout)
+            return
         variable.assign(jax.numpy.array(array, dtype=variable._value.dtype, copy=True))
 
     def of_torch(variable: keras.Variable, array: Array) -> None:
@@ -280,7 +334,7 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
 
     def of_jax(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         value = types.SimpleNamespace(_value=object())
-        if holders(variable) > holders(value) or len(variable._value.devices()) > 1:
+        if holders(variable) > holders(value):
             whole(variable, dtype, rows)  # somebody else has the array
             return
         value._value, variable._value = variable._value, None
@@ -330,6 +384,10 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
     known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, whole)
 
     def write_rows(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
+        layout = sharding_of(variable)
+        if layout is not None:
+            _by_parts(variable, dtype, rows, layout)
+            return
         size = numpy.dtype(dtype).itemsize * int(numpy.prod(variable.shape))
         large = size > SMALL and getattr(variable, "_layout", None) is None
         (known if large else whole)(variable, dtype, rows)
@@ -340,8 +398,10 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
 write_rows = _make_write_rows()
 """Stores what a function gives: `rows(array, first)` fills an array with a variable's rows from the first on.
 
-For a large variable this takes the memory of a few rows at a time on JAX and PyTorch, and if the function raises it may
-have some of its new rows there. On JAX its array is given away, unless somebody else has it too.
+A variable that is laid out over several devices of JAX is asked for by the parts of this process's devices alone, with
+the place on each axis at which a part begins. For another large variable this takes the memory of a few rows at a time
+on JAX and PyTorch, and if the function raises it may have some of its new rows there. On JAX its array is given away,
+unless somebody else has it too.
 """
 
 
@@ -421,10 +481,17 @@ _method = private_method(Variable, "_initialize_with_initializer", "A start with
 
 
 def _initialize(variable: keras.Variable, initializer: keras.Initializer) -> None:
-    if not _is_left_out(variable, initializer):
+    is_left_out = _is_left_out(variable, initializer)
+    if not is_left_out and not (_is_large(variable) and isinstance(initializer, keras.initializers.Zeros)):
         _method(variable, initializer)
         return
-    _method(variable, untouched_zeros)
+    layout = _layout_in_force(variable)
+    if layout is None:
+        _method(variable, untouched_zeros if is_left_out else initializer)
+    else:
+        _by_parts(variable, variable._dtype, lambda part, _: part.fill(0), layout)
+    if not is_left_out:
+        return
     begun, key = _here.begun, id(variable)
     start = functools.partial(initializer, tuple(variable._shape), dtype=variable._dtype)
     begun[key] = (weakref.ref(variable, lambda _: begun.pop(key, None)), start), _snapshot(variable)
@@ -435,10 +502,23 @@ def _is_left_out(variable: keras.Variable, initializer: keras.Initializer) -> bo
         return False
     if not isinstance(initializer.seed, int):
         return False  # from a generator of seeds, which would give other numbers to the next one who draws
-    size = math.prod(variable._shape) * numpy.dtype(variable._dtype).itemsize
-    if size <= _here.larger_than or keras.distribution.distribution() is not None:
+    if not _is_large(variable):
         return False
     return initializer._init_seed is None or _only_keras_builds()
+
+
+def _is_large(variable: keras.Variable) -> bool:
+    size = math.prod(variable._shape) * numpy.dtype(variable._dtype).itemsize
+    return _here.larger_than is not None and size > _here.larger_than
+
+
+def _layout_in_force(variable: keras.Variable) -> Tensor:
+    """Where a new variable is going to lie, if that is on several devices: Keras makes all of it in each process."""
+    find = getattr(variable, "_initialize_layout", None)
+    if find is None:
+        return None
+    find()
+    return sharding_of(variable)
 
 
 def _only_keras_builds() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
@@ -11,14 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import IO, TYPE_CHECKING, Any
 
 import keras
+import numpy
 from keras import backend as _backend
 
 from tether.keras_seam.frames import _COPYING, _LOADING, _READING, code_of
 from tether.keras_seam.layers import inner_optimizer, optimized_variables
-from tether.keras_seam.memory import on_host, random_starts_left_out
+from tether.keras_seam.memory import on_host, random_starts_left_out, to_numpy
 from tether.keras_seam.private import KerasSaveable, is_missing, private, to_snake_case, unpickle
+from tether.keras_seam.processes import gathered, in_step_for, lies_elsewhere, place_in_step
 from tether.keras_seam.variables import _outside_stateless_scopes
-from tether.types import Config, Function, Saveable, Tensor
+from tether.types import Array, Config, Function, Saveable, Store, Tensor
 
 if TYPE_CHECKING:
     import h5py
@@ -91,6 +94,80 @@ def entry_notes(store: object) -> MutableMapping[str, Any] | None:
     `None` of a store that has no place for them.
     """
     return getattr(getattr(store, "_h5_entry_group", None), "attrs", None)
+
+
+class _Instead(keras.StatelessScope):
+    """Within, a variable of which a part lies on other processes has another value, as an array: that of a function."""
+
+    def __init__(self, instead: Callable[[Tensor, str], Array]) -> None:
+        super().__init__()
+        self._instead = instead
+
+    def get_current_value(self, variable: keras.Variable) -> Tensor:
+        """What Keras takes for the value of the variable, if it is not `None`."""
+        value = super().get_current_value(variable)
+        stored = variable._value if value is None else value
+        return self._instead(stored, str(variable.path)) if lies_elsewhere(stored) else value
+
+
+def _placeholder(value: Tensor, name: str) -> Array:
+    return numpy.broadcast_to(numpy.zeros((), value.dtype), value.shape)
+
+
+def own_values(saved: Saveable) -> dict[str, Tensor]:
+    """What a Keras object would write of its own, by key. What lies partly on other processes has its shape only."""
+    found: dict[str, Tensor] = {}
+    with _Instead(_placeholder):
+        saved.save_own_variables(found)
+    return found
+
+
+class _Unwritten(dict[str, Tensor]):
+    """A store that reads what it is given, and keeps nothing."""
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        to_numpy(value)
+
+
+@contextlib.contextmanager
+def saved_in_step(model: keras.Layer, *, by_all: bool = False) -> Iterator[None]:
+    """Within, Keras saves a model that is split over several processes: all of them call it, and the first one writes.
+
+    Each object writes its values as ever, `save_own_variables` with a scope around it in which Keras asks for values
+    that are gathered one at a time. The processes other than the first one do the same with a store that keeps
+    nothing, so that they take part in each of the gatherings, and in whatever else Keras does in between. What is kept
+    in memory is written `by_all`.
+    """
+    number, count = place_in_step()
+    if count == 1:
+        yield
+        return
+    changed: list[Saveable] = []
+    writes = by_all or number == 0
+    try:
+        for _, saved in list(saved_objects(model)):
+            write = getattr(saved, "save_own_variables", None)
+            if write is not None:
+                object.__setattr__(saved, "save_own_variables", functools.partial(_save_gathered, write, writes))
+                changed.append(saved)
+        yield
+    finally:
+        for saved in changed:
+            object.__delattr__(saved, "save_own_variables")
+
+
+def _save_gathered(write: Function, writes: bool, store: Store) -> None:
+    with _Instead(gathered):
+        write(store if writes else _Unwritten())
+
+
+def has_own_saving(optimizer: keras.Optimizer) -> bool:
+    """Whether an optimizer does not write its variables one after another, as Keras's do."""
+    cls = type(optimizer)
+    return (cls.save_own_variables, cls.load_own_variables) != (
+        keras.Optimizer.save_own_variables,
+        keras.Optimizer.load_own_variables,
+    )
 
 
 _NOT_FROM_NUMPY = ("float8_e4m3fn", "float8_e5m2")
@@ -301,7 +378,8 @@ def registered_function(name: str) -> object:
 def save_to(model: keras.Model, fileobj: IO[bytes]) -> None:
     """Writes the archive that a Keras model or layer is pickled as."""
     pickled: Function = KerasSaveable.__reduce__
-    _, (archive,) = pickled(model)
+    with in_step_for(model, f"a copy of {model.name!r}"), saved_in_step(model, by_all=True):
+        _, (archive,) = pickled(model)
     fileobj.write(archive.getbuffer())
 
 

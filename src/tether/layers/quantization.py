@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import keras
@@ -37,12 +38,32 @@ from tether.weights.weight import Weight
 
 def quantize_model(model: keras.Model, mode: object, config: object, filters: object) -> None:
     """Quantises the weights of the tied layers in a model: the part of `Model.quantize` that Keras leaves out."""
+    _refuse_split(model, filters)
     layers = [layer for layer in keras_seam.contained_layers(model) if slots_of(layer)]
     asked = [
         layer for layer in layers if keras_seam.passes(layer, filters) and (_own_matrices(layer) or _present(layer))
     ]
     if asked:
         _quantize(asked, mode, config, lambda layer: keras_seam.passes(layer, filters))
+
+
+def _refuse_split(model: keras.Model, filters: object) -> None:
+    """Refuses layers whose weights Keras itself would quantise, and could not read, before any layer is changed.
+
+    Raises:
+        Unsupported: A weight of one lies partly on other processes.
+    """
+    for layer in keras_seam.contained_layers(model):
+        has_own = type(layer).quantize is not keras.Layer.quantize
+        own = has_own and not (slots_of(layer) or isinstance(layer, Weight))
+        if own and keras_seam.passes(layer, filters):
+            for variable in chain(*keras_seam.variable_lists(layer).values()):
+                if keras_seam.lies_elsewhere(keras_seam.stored_value(variable)):
+                    raise Unsupported(
+                        f"Keras quantises {variable.path!r} of the plain layer {layer.name!r} in one process, and a "
+                        "part of it lies on others. Make it a weight of Tether's first, which all processes quantise: "
+                        f"`tether.weight_of(layer, {variable.name!r})`. Nothing has been changed."
+                    )
 
 
 def quantize_layer(
@@ -201,7 +222,7 @@ def _unless_all(operands: list[Expression], is_added: Callable[[Expression], boo
 
 
 def _rounded(weight: Weight, mode: str, block: int | None) -> Rounded:
-    array = np.asarray(keras_seam.on_host(keras_seam.plain_tensor(weight.value)))
+    array = np.asarray(keras_seam.on_host(keras_seam.plain_tensor(weight.value), weight.name, in_step=True))
     return rounded(array, mode, _inputs(weight), block)
 
 

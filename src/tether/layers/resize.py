@@ -287,7 +287,7 @@ def _resized(present: Array, shape: Shape, rule: Any, initializer: object, axis:
         given = "initializer"
     if given == "initializer" and shape != present.shape:
         made = keras.initializers.get(initializer or "glorot_uniform")(shape, dtype=str(present.dtype))
-        start = np.asarray(keras.ops.convert_to_numpy(made)).astype(present.dtype)
+        start = np.asarray(keras_seam.to_numpy(made, in_step=True)).astype(present.dtype)
     how: Rule = given if isinstance(given, str) or callable(rule) else "array"
     return filled(present, start, given or "zeros"), describe(present.shape, shape, how)
 

@@ -330,7 +330,7 @@ class _Assignments:
         except NotInvertible as error:
             raise NotInvertible(f"The value for {held.path!r} has no place to go: {error}") from error
         for weight, part in parts.items():
-            array = np.array(keras.ops.convert_to_numpy(part))
+            array = np.array(keras_seam.to_numpy(part, weight.name, in_step=True))
             self._take(held.path, weight, weight.variable, array, source)
         return how if isinstance(expression, Weight) else f"{how}, through {expression.notation()}"
 

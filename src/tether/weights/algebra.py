@@ -116,7 +116,7 @@ def _place_of(part: Expression, root: Expression, place: int, steps: tuple[Step,
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(np.array_equal(keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)))
+    return bool(np.array_equal(keras_seam.to_numpy(a, in_step=True), keras_seam.to_numpy(b, in_step=True)))
 
 
 def solve_shape(expression: Expression, shape: Shape) -> tuple[Stored, Shape] | None:

@@ -223,8 +223,14 @@ class Expression(NoTensor):
             raise NotATensor(f"The value of {self.notation()} is stored by a method: `w.assign(value)`.")
 
     def numpy(self) -> Array:
-        """The value as a NumPy array (a copy)."""
-        return np.array(keras.ops.convert_to_numpy(self.value))
+        """The value as a NumPy array (a copy).
+
+        Raises:
+            TetherError: A part of it lies on the devices of other processes, and this is not inside of
+                `tether.distribution.gathering()`.
+        """
+        value = self.value
+        return np.array(keras_seam.to_numpy(value, self.notation() if keras_seam.lies_elsewhere(value) else ""))
 
     def assign(self, value: object) -> None:
         """Stores a value through the expression: afterwards `expression.value` equals it.

@@ -254,7 +254,8 @@ class Choice(Argument):
             return tensor
         if not dtype.startswith(("int", "uint")):
             raise TetherError(f"A choice is made by whole numbers. {received(dtype=dtype)}")
-        if keras_seam.is_concrete(tensor) and not keras_seam.is_compiling():
+        can_be_read = keras_seam.is_concrete(tensor) and not keras_seam.lies_elsewhere(tensor)
+        if can_be_read and not keras_seam.is_compiling():
             known = keras_seam.on_host(tensor)
             outside = known[(known >= count) | (known < (0 if self.none is None else -1))]
             if outside.size:
@@ -508,7 +509,7 @@ class Constant(Expression):
                     "its present value. Compute with the weight's value, as in `x @ w.value`. An array that is fixed "
                     "for good is given as NumPy's."
                 )
-            value = keras.ops.convert_to_numpy(value)
+            value = keras_seam.to_numpy(value)
         if not isinstance(value, (np.ndarray, list, tuple)):
             raise TypeError(f"Neither a number nor an array. {received(type=type(value).__name__)}")
         try:

@@ -386,7 +386,7 @@ class Storage(Stored):
                 f"The weight {self.name!r} has shape {self.shape}; {source} has another. {received(shape=array.shape)}"
             )
         if id(self) in loaded:
-            present = keras.ops.convert_to_numpy(keras_seam.raw_value(self.variable))
+            present = keras_seam.to_numpy(keras_seam.raw_value(self.variable), self.name, in_step=True)
             array = array.view(present.dtype) if array.dtype.kind == "V" else array
             if not np.array_equal(present.astype("float64"), array.astype("float64"), equal_nan=True):
                 difference = float(np.max(np.abs(present.astype("float64") - array.astype("float64"))))

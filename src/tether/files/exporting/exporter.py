@@ -16,6 +16,7 @@ from typing import Literal
 import keras
 import numpy as np
 
+from tether import keras_seam
 from tether.atomic import written_beside
 from tether.errors import TetherError, Unsupported, received
 from tether.files.exporting import litert, onnx_files, saved_model, torch_program
@@ -109,8 +110,8 @@ def export(
         What was written, with sizes and the largest difference.
 
     Raises:
-        Unsupported: The format cannot be written on this backend, a package is missing, or the converter cannot
-            take the model; the error says what to write instead.
+        Unsupported: The format cannot be written on this backend, a package is missing, the converter cannot take the
+            model, or it is split over several processes; the error says what to write instead.
         TetherError: Outputs differ, or a weight would be stored more than once.
 
     Example:
@@ -123,6 +124,7 @@ def export(
     ```
     """
     written = _check(path, format)
+    keras_seam.refuse_if_split(model, "An export", "export the file")
     asked = ask(model, input_signature, options)
     target = pathlib.Path(path)
     with replaced(target, folder=not written.SUFFIX) as beside:

@@ -474,10 +474,6 @@ def with_config(source: pathlib.Path, target: pathlib.Path, config: Config) -> N
 # Where a `.keras` file has each value of a model.
 
 
-class _Noted(dict[str, Any]):
-    """A store that only notes what would be written."""
-
-
 def places_of(model: keras.Model, *, of_layers: bool = False) -> dict[str, tuple[int, ...]]:
     """The shapes of all values that a file of the model has, by their places.
 
@@ -487,12 +483,9 @@ def places_of(model: keras.Model, *, of_layers: bool = False) -> dict[str, tuple
     """
     found: dict[str, tuple[int, ...]] = {}
     for place, saved in keras_seam.saved_objects(model):
-        write = getattr(saved, "save_own_variables", None)
-        if write is None or (of_layers and not isinstance(saved, keras.layers.Layer)):
+        if not hasattr(saved, "save_own_variables") or (of_layers and not isinstance(saved, keras.layers.Layer)):
             continue
-        noted = _Noted()
-        write(noted)
-        for key, value in noted.items():
+        for key, value in keras_seam.own_values(saved).items():
             shape = value.shape if hasattr(value, "shape") else np.shape(value)
             found[f"{place}/vars/{key}" if place else f"vars/{key}"] = tuple(int(n) for n in shape)
     return found

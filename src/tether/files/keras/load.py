@@ -29,6 +29,7 @@ from tether.layers.tying.tied import KEY
 from tether.types import Array, Config
 from tether.weights.identity import dictionaries
 from tether.weights.leaves import numpy_dtype
+from tether.weights.weight import Weight
 
 # --------------------------------------------------------------------------- making the model
 # What goes wrong while a model is made of what a file says: whose fault it is, and what to do.
@@ -268,8 +269,14 @@ def _is_of_here(error: BaseException) -> bool:
     """Whether an error is of the process or the machine, and not of what the file says."""
     if isinstance(error, (MemoryError, OSError, ImportError)):
         return True
-    of_backend = type(error).__module__.partition(".")[0] in _BACKENDS
+    of_backend = type(error).__module__.partition(".")[0] in _BACKENDS or _is_of_placing(error)
     return of_backend or (isinstance(error, RuntimeError) and not isinstance(error, RecursionError))
+
+
+def _is_of_placing(error: BaseException) -> bool:
+    """Whether a backend could not lay a value out as the distribution in force says, of which no file says anything."""
+    raised_by = str(_innermost(error).f_globals.get("__name__", "")).partition(".")[0]
+    return keras.distribution.distribution() is not None and raised_by in _BACKENDS
 
 
 # --------------------------------------------------------------------------- reading its values
@@ -288,6 +295,9 @@ def load_model(
     The file is held against its checksums and against what it says about itself before anything in it is used.
     Afterwards every tie that it records has to be there, every weight of the model has to have had a value in it, and
     every value in it a weight.
+
+    Under a `keras.distribution` over several processes, all of them call it. Each reads, of a value that is laid out
+    over several devices, the parts that lie on its own devices.
 
     Args:
         path: The file.
@@ -309,16 +319,17 @@ def load_model(
     again = tether.files.load_model("model.keras")
     ```
     """
-    found = contents(path, whole=True)
-    with making(path, found.config, custom_objects, written_by=found.written_by, takes_custom_objects=True):
-        _check_plan(found, path=path)
-        with warnings.catch_warnings():
-            # Keras warns of some values that it does not find, and goes on; here that becomes an error below.
-            warnings.filterwarnings("ignore", "Skipping nested container")
-            model = _read(path, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
-        _check_values(model, found, compiled=compile, path=path)
-        _check_ties(model, found.config, path=path)
-    return model
+    with keras_seam.in_step_where_distributed(f"load_model({os.path.basename(path)!r})"):
+        found = contents(path, whole=True)
+        with making(path, found.config, custom_objects, written_by=found.written_by, takes_custom_objects=True):
+            _check_plan(found, path=path)
+            with warnings.catch_warnings():
+                # Keras warns of some values that it does not find, and goes on; here that becomes an error below.
+                warnings.filterwarnings("ignore", "Skipping nested container")
+                model = _read(path, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
+            _check_values(model, found, compiled=compile, path=path)
+            _check_ties(model, found.config, path=path)
+        return model
 
 
 def _read(path: str | os.PathLike[str], **options: Any) -> keras.Model:
@@ -329,23 +340,35 @@ def _read(path: str | os.PathLike[str], **options: Any) -> keras.Model:
 
 
 def _stored_in_parts(model: keras.Model, values: h5py.File) -> dict[str, keras.Variable]:
-    """Stores large weights that are in the file as they are in memory, a few rows at a time.
+    """Stores what is in the file as it is in memory: large weights a few rows at a time, and split ones by their parts.
 
     And those of float8, of which Keras writes the bytes and cannot read them.
     """
     found: dict[str, keras.Variable] = {}
-    for each in positions(model):
-        variable, dataset = each.target, values.get(each.place)
-        if isinstance(variable, View) or not isinstance(variable, keras.Variable):
-            continue
+    for place, variable in _places_of_variables(model, values):
+        dataset = values.get(place)
         if not isinstance(dataset, h5py.Dataset) or dataset.shape != tuple(variable.shape):
             continue
         dtype = numpy_dtype(keras_seam.held_dtype(variable))
         unreadable = is_bytes(dataset) and "dtype" not in dataset.attrs
-        if _holds(dataset, dtype) and (_is_large(dataset) or unreadable):
+        in_parts = _is_large(dataset) or (dataset.chunks is None and keras_seam.sharding_of(variable) is not None)
+        if _holds(dataset, dtype) and (in_parts or unreadable):
             keras_seam.write_rows(variable, dtype, partial(_read_rows, dataset))
-            found[each.place] = variable
+            found[place] = variable
     return found
+
+
+def _places_of_variables(model: keras.Model, values: h5py.File) -> Iterator[tuple[str, keras.Variable]]:
+    """The variables that a file has as they are: those of layers, and what optimizers keep for them."""
+    for each in positions(model):
+        is_looked_at = isinstance(each.holder, Weight) and each.holder.role == "integers"  # before it is stored
+        if isinstance(each.target, keras.Variable) and not isinstance(each.target, View) and not is_looked_at:
+            yield each.place, each.target
+    for place, saved in keras_seam.saved_objects(model):
+        if isinstance(saved, keras.Optimizer) and not keras_seam.has_own_saving(saved):
+            stored = values.get(f"{place}/vars")
+            if isinstance(stored, h5py.Group) and len(stored) == len(saved.variables):  # else Keras leaves them out
+                yield from ((f"{place}/vars/{number}", variable) for number, variable in enumerate(saved.variables))
 
 
 def _holds(dataset: h5py.Dataset, dtype: np.dtype[Any]) -> bool:
@@ -357,9 +380,11 @@ def _is_large(dataset: h5py.Dataset) -> bool:
     return dataset.chunks is None and dataset.nbytes > LARGE
 
 
-def _read_rows(dataset: h5py.Dataset, array: Array, first: int) -> None:
+def _read_rows(dataset: h5py.Dataset, array: Array, first: int | tuple[int, ...]) -> None:
+    place = (first,) if isinstance(first, int) else first
     if array.size:
-        dataset.read_direct(array.view(dataset.dtype), np.s_[first : first + len(array)] if array.ndim else ())
+        part = tuple(slice(at, at + n) for at, n in zip(place, array.shape, strict=False))
+        dataset.read_direct(array.view(dataset.dtype), part)
 
 
 LARGE = 2**20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pathlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,9 @@ def save_model(model: keras.Model, path: str | os.PathLike[str]) -> None:
     A layer that is in two models at once, in one and outside of it, or in a wrapper and alone, comes back as one
     layer. To see that, such a model is put together once more from its config while it is saved.
 
+    A model that is split over several processes (JAX) is saved by all of them. They gather one weight at a time, and
+    process 0 writes; each returns when the file is there.
+
     Args:
         model: A Keras model or layer.
         path: Where to, with the ending `.keras`.
@@ -37,7 +41,8 @@ def save_model(model: keras.Model, path: str | os.PathLike[str]) -> None:
     Raises:
         LostTie: The file would not hold a tie; the error says where to put it.
         Unsupported: A layer in several places would come back as several.
-        TetherError: The path has another ending, its folder does not exist, or the file came out incomplete.
+        TetherError: The path has another ending, its folder does not exist, or the file came out incomplete. Another
+            process has failed, or did not come within the time limit (`tether.distribution.time_limit`).
 
     Example:
     ```python
@@ -53,20 +58,34 @@ def save_model(model: keras.Model, path: str | os.PathLike[str]) -> None:
         )
     if not target.parent.is_dir():
         raise TetherError(no_folder(target))
-    record_further_out(model)
-    with written_beside(target) as beside:
-        keras.saving.save_model(model, beside)
-        found = contents(beside)
-        absent = sorted(set(places_of(model).items()) - set(found.values.items()))
-        if absent:
-            raise TetherError(
-                f"The file came out incomplete: it lacks {', '.join(place for place, _ in absent[:8])}. Is the disk "
-                "full, or does a layer's `save_own_variables` write something else each time?"
-            )
-        if has_shared_layers(model):
-            config = mended(model, found.config)
-            with written_beside(beside) as again:
-                with_config(beside, again, config)
+    with keras_seam.in_step_for(model, f"save_model({target.name!r})"):
+        record_further_out(model)
+        if keras_seam.place_in_step()[0] == 0:
+            with written_beside(target) as beside:
+                _write(model, beside)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                _write(model, pathlib.Path(folder) / target.name, is_kept=False)
+
+
+def _write(model: keras.Model, path: pathlib.Path, *, is_kept: bool = True) -> None:
+    """Writes the file; in other processes than the one that keeps it, without values, and for the sake of going along.
+
+    All that makes variables on the way, or reads them, is done in every process.
+    """
+    with keras_seam.saved_in_step(model):
+        keras.saving.save_model(model, path)
+    found = contents(path)
+    absent = sorted(set(places_of(model).items()) - set(found.values.items()))
+    if absent and is_kept:
+        raise TetherError(
+            f"The file came out incomplete: it lacks {', '.join(place for place, _ in absent[:8])}. Is the disk "
+            "full, or does a layer's `save_own_variables` write something else each time?"
+        )
+    if has_shared_layers(model):
+        config = mended(model, found.config)
+        with written_beside(path) as again:
+            with_config(path, again, config)
 
 
 # --------------------------------------------------------------------------- one layer in several places

@@ -147,7 +147,7 @@ class Assignment:
 
     def _part_reader(self, offer: Offer, way: _Way, weight: Stored) -> Callable[[], Array]:
         def read() -> Array:
-            part = keras_seam.on_host(keras_seam.plain_tensor(self._parts(offer, way)[weight]))
+            part = keras_seam.on_host(keras_seam.plain_tensor(self._parts(offer, way)[weight]), offer.source)
             return _cast(np.asarray(part), _dtype_of(weight), offer)
 
         return read
@@ -224,7 +224,7 @@ class Assignment:
             if reader is not None:
                 mapping.append((weight.variable, keras.ops.convert_to_tensor(reader(), dtype=weight.dtype)))
         with keras.StatelessScope(state_mapping=mapping):
-            return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(view.value)))
+            return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(view.value), view.path))
 
     def _compare_view(self, offer: Offer) -> None:
         view = offer.target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ from tether.weights.weight import Weight
 # --------------------------------------------------------------------------- entries
 
 
-Rows = Callable[[Array, int], None]
-"""Fills an array with rows of a larger one, from a row on."""
+Rows = Callable[[Array, int | tuple[int, ...]], None]
+"""Fills an array with a part of a larger one: its rows from a number on, or what begins at a place on each axis."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Entry:
     read: Callable[[], Array]
     rows: Rows | None = None
     """The same in parts, if the file has it as an array of this shape and dtype."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes the array has."""
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
     def part(self, first: int, count: int) -> Array:
         """Some rows of the array, read by themselves."""
@@ -48,7 +54,7 @@ def entry_of(variable: keras.Variable, name: str) -> Entry:
     """What a variable holds, as a file has it: in the dtype of the tensor that is really there."""
 
     def read() -> Array:
-        return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(keras_seam.raw_value(variable))))
+        return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(keras_seam.raw_value(variable)), name))
 
     shape = tuple(int(n) for n in variable.shape)
     return Entry(name, shape, keras_seam.held_dtype(variable), read)

@@ -79,7 +79,7 @@ def load_untied(
     check_built("load_untied", model)
     check_resolve(resolve)
     name = pathlib.Path(path).name
-    with opened(path) as values:
+    with keras_seam.in_step_for(model, f"load_untied({name!r})"), opened(path) as values:
         if values.old is not None:
             offers, skipped = _old_offers(model, values.old, name)
             return assign_offers(

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from tether import keras_seam
 from tether.errors import TetherError, Unsupported, received
 from tether.files.keras.load import load_model
 from tether.files.keras.save import save_model
@@ -31,6 +32,7 @@ def push(
     """Saves a model, with its card, into a repository of the Hugging Face Hub, which is made if there is none.
 
     The model is saved first (`tether.files.save_model`), into a temporary folder. If that fails, nothing is uploaded.
+    A model that is split over several processes is pushed by all of them, of which the first one uploads.
 
     Args:
         model: A built Keras model.
@@ -58,9 +60,11 @@ def push(
     hub = _hub()
     _check_name(repo_id)
     text = HEAD + described(model, f"tether.files.pull({repo_id!r})")
-    with tempfile.TemporaryDirectory() as name:
+    with keras_seam.in_step_for(model, f"push({repo_id!r})"), tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         save_model(model, folder / FILE)
+        if keras_seam.place_in_step()[0]:
+            return keras_seam.said_by_first("")
         if card:
             (folder / "README.md").write_text(text, encoding="utf-8")
         api = hub.HfApi(token=token)
@@ -71,7 +75,7 @@ def push(
             revision=revision,
             commit_message=commit_message or f"Saves {model.name}",
         )
-    return str(address)
+        return keras_seam.said_by_first(str(address))
 
 
 def pull(

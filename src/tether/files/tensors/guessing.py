@@ -13,8 +13,8 @@ import keras
 
 from tether.files.loading.entries import Entry
 from tether.files.loading.matching import check_built, stored_names
-from tether.files.tensors.safetensors import opened_tensors
 from tether.files.tensors.tables import Tensor
+from tether.files.tensors.tensor_file import opened_tensors
 
 Shape = tuple[int, ...]
 

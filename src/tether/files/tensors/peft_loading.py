@@ -29,7 +29,7 @@ from tether.files.tensors.dialects import Names
 from tether.files.tensors.peft_config import FIELDS, TENSORS, TRAINING, PeftConfig, read_config
 from tether.files.tensors.peft_parts import Addition, Made, is_part
 from tether.files.tensors.peft_places import LEAVES, PREFIX, Place, places_of, refuse_pieces
-from tether.files.tensors.safetensors import opened_tensors
+from tether.files.tensors.tensor_file import opened_tensors
 from tether.forms.dora import lengths_of
 from tether.forms.form import Form, part, start_value
 from tether.forms.low_rank import products_of

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import keras
 
+from tether import keras_seam
 from tether.atomic import written_beside
 from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.files.loading.entries import Entry, entry_of
@@ -40,7 +41,7 @@ from tether.files.tensors.peft_tensors import (
     transposed,
     turned,
 )
-from tether.files.tensors.safetensors import write_tensors
+from tether.files.tensors.tensor_file import write_tensors
 from tether.forms.boft import butterfly_of
 from tether.forms.dora import lengths_of
 from tether.forms.dropout import OutputDropout, output_dropout_of, rate_of
@@ -103,17 +104,19 @@ def save_peft(
     """
     check_built("save_peft", model)
     target = pathlib.Path(folder)
-    found = _Writing(model, names, adapter)
-    if not found.tensors:
-        raise TetherError(
-            f"{model.name!r} has no low-rank part to save. Make one: "
-            "`tether.inherit(model, {'*/kernel': tether.low_rank(8, alpha=16)})`."
-        )
-    config = {**found.config(), "base_model_name_or_path": base_model, "task_type": task_type}
-    target.mkdir(exist_ok=True)
-    write_tensors(target / TENSORS, found.tensors, {"format": "pt"})
-    with written_beside(target / CONFIG) as beside:
-        beside.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    with keras_seam.in_step_for(model, f"save_peft({target.name!r})"):
+        found = _Writing(model, names, adapter)
+        if not found.tensors:
+            raise TetherError(
+                f"{model.name!r} has no low-rank part to save. Make one: "
+                "`tether.inherit(model, {'*/kernel': tether.low_rank(8, alpha=16)})`."
+            )
+        config = {**found.config(), "base_model_name_or_path": base_model, "task_type": task_type}
+        target.mkdir(exist_ok=True)
+        write_tensors(target / TENSORS, found.tensors, {"format": "pt"})
+        if keras_seam.place_in_step()[0] == 0:
+            with written_beside(target / CONFIG) as beside:
+                beside.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 class _Writing:

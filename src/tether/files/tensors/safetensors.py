@@ -1,27 +1,21 @@
-"""The safetensors format: a header in JSON, then arrays, which are read where they are wanted, when they are.
-
-The libraries of the format read what is written here. Dtypes that NumPy lacks (bfloat16) are kept as they are.
-"""
+"""Models as safetensors: each stored weight once, with what is tied in the header, in one file or one a process."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import uuid
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 
 from tether import keras_seam
 from tether.atomic import written_beside
-from tether.errors import InvalidConfig, TetherError, Unsupported, no_file, received
-from tether.files.keras.archive import reading
+from tether.errors import InvalidConfig, TetherError, Unsupported, received
 from tether.files.loading.assignment import Resolve, assign_offers, check_resolve
 from tether.files.loading.entries import Conflict, Entry, Report, StoredTie, entry_of, stored_ties
 from tether.files.loading.matching import (
@@ -36,207 +30,15 @@ from tether.files.loading.matching import (
 )
 from tether.files.tensors.dialects import Names, Naming, to_file
 from tether.files.tensors.presets import TIED
+from tether.files.tensors.slices import SLICES, Slice, noted, owned
+from tether.files.tensors.tensor_file import INDEX, TensorFile, files_of, opened_tensors, tensors_in, write_tensors
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import weights_below
-from tether.types import Array, Config
+from tether.types import Config
 from tether.weights.codec import encode
-from tether.weights.leaves import numpy_dtype
 from tether.weights.weight import Weight
 
-# --------------------------------------------------------------------------- the format
-
-
-DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "C64": "complex64",
-}  # fmt: skip
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000
-"""Bytes of a header, as the format has it."""
-MAX_SHARDS = 10_000
-
-
-# --------------------------------------------------------------------------- reading
-
-
-class TensorFile:
-    """A file that is open for reading, with its tensors by name."""
-
-    def __init__(self, file: io.FileIO, name: str) -> None:
-        self._file, self._name = file, name
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise InvalidConfig(
-                f"{name!r} is not what its name says: it is shorter than a header. {received(bytes=size)}"
-            )
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(MAX_HEADER, size - 8):
-            raise InvalidConfig(
-                f"{name!r} is not what its name says: it has no header. {received(length=length, bytes=size)}"
-            )
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_doubles)
-        if not isinstance(header, dict):
-            raise InvalidConfig(f"The header of {name!r} is a dict. {received(header=header)}")
-        self.metadata = _checked_metadata(header.pop("__metadata__", None) or {}, name)
-        self._start = 8 + length
-        self._places: dict[str, tuple[int, int]] = {}
-        self.entries = {name: self._entry(name, value) for name, value in header.items()}
-        end = 0
-        for begin, stop in sorted(self._places.values()):
-            if begin != end:
-                raise InvalidConfig(f"The tensors of {name!r} overlap, or leave holes.")
-            end = stop
-        if end != size - self._start:
-            raise InvalidConfig(f"{name!r} has another length than its header says.")
-
-    def _entry(self, name: str, value: object) -> Entry:
-        if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-            raise InvalidConfig(f"The tensor {name!r} has dtype, shape and data_offsets. {received(tensor=value)}")
-        code, shape, place = value["dtype"], value["shape"], value["data_offsets"]
-        if code not in DTYPES:
-            raise Unsupported(f"The tensor {name!r} is of a dtype that Keras has not. {received(dtype=code)}")
-        if not all(isinstance(n, list) and all(type(m) is int and m >= 0 for m in n) for n in (shape, place)):
-            raise InvalidConfig(f"The shape and offsets of {name!r} are lists of integers. {received(tensor=value)}")
-        dtype = numpy_dtype(DTYPES[code])
-        if len(place) != 2 or place[1] - place[0] != math.prod(shape) * dtype.itemsize:
-            raise InvalidConfig(f"The offsets of {name!r} do not fit its shape. {received(tensor=value)}")
-        self._places[name] = (place[0], place[1])
-        return self._readable(name, tuple(shape), DTYPES[code], dtype)
-
-    def _readable(self, name: str, shape: tuple[int, ...], called: str, dtype: np.dtype[Any]) -> Entry:
-        start = self._start + self._places[name][0]
-        row = math.prod(shape[1:]) * dtype.itemsize
-
-        def rows(array: Array, first: int) -> None:
-            self._file.seek(start + first * row)
-            self._fill(array)
-
-        def read() -> Array:
-            array = np.empty(shape, dtype)
-            rows(array, 0)
-            return array
-
-        return Entry(name, shape, called, read, rows)
-
-    def _fill(self, array: Array) -> None:
-        if not array.size:
-            return
-        left = array.reshape(-1).view("uint8").data
-        while left:
-            count = self._file.readinto(left)
-            if not count:
-                raise InvalidConfig(f"{self._name!r} ends earlier than it did when it was opened.")
-            left = left[count:]
-
-
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise InvalidConfig("The header has one name twice.")
-    return found
-
-
-def _checked_metadata(metadata: object, name: str) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InvalidConfig(f"The metadata of {name!r} are strings by name. {received(metadata=metadata)}")
-    return metadata
-
-
-@contextlib.contextmanager
-def opened_tensors(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Entry], dict[str, str]]]:
-    """The entries and metadata of a `.safetensors` file, or of the shards that a `.safetensors.index.json` names.
-
-    Raises:
-        TetherError: There is no such file.
-        InvalidConfig: It is damaged, or not what its name says.
-    """
-    target = pathlib.Path(path)
-    if not target.is_file():
-        raise TetherError(no_file(path))
-    with contextlib.ExitStack() as stack:
-        with reading(target):
-            paths = _files(target)
-            files = [TensorFile(stack.enter_context(open(each, "rb", buffering=0)), each.name) for each in paths]
-        yield _together(files, target.name)
-
-
-def _together(files: Sequence[TensorFile], name: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    entries: dict[str, Entry] = {}
-    metadata: dict[str, str] = {}
-    for file in files:
-        twice = set(entries) & set(file.entries)
-        if twice:
-            raise InvalidConfig(f"Two shards of {name!r} have {sorted(twice)[0]!r}.")
-        entries.update(file.entries)
-        metadata.update(file.metadata)
-    return entries, metadata
-
-
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
-    if path.name.endswith(".safetensors"):
-        return [path]
-    if not path.name.endswith(".safetensors.index.json"):
-        raise Unsupported(
-            "Tensors are read from files that end with .safetensors or .safetensors.index.json. "
-            f"{received(path=str(path))}"
-        )
-    names = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    plain = all(isinstance(name, str) and name == pathlib.PurePosixPath(name).name for name in names)
-    if not plain or len(names) > MAX_SHARDS:
-        raise InvalidConfig(f"{path.name!r} names shards by their file names, beside it.")
-    found = [path.with_name(name) for name in names]
-    missing = [each.name for each in found if not each.is_file()]
-    if missing:
-        raise TetherError(f"The shard {missing[0]!r} of {path.name!r} is not beside it.")
-    return found
-
-
-# --------------------------------------------------------------------------- writing
-
-
-def write_tensors(path: pathlib.Path, tensors: Sequence[Entry], metadata: Mapping[str, str]) -> None:
-    """Writes tensors, one after another, beside the target, and renames.
-
-    Args:
-        path: The target.
-        tensors: What is written; each is read when its turn comes.
-        metadata: Strings for the header.
-    """
-    # Wide dtypes come first, so that each array is aligned to its own items.
-    ordered = sorted(tensors, key=lambda each: (-numpy_dtype(each.dtype).itemsize, each.name))
-    header: Config = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for each in ordered:
-        size = math.prod(each.shape) * numpy_dtype(each.dtype).itemsize
-        header[each.name] = {
-            "dtype": _code(each), "shape": list(each.shape), "data_offsets": [at, at + size],
-        }  # fmt: skip
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with written_beside(path) as beside, open(beside, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for each in ordered:
-            array = np.ascontiguousarray(each.read())
-            if (str(array.dtype), array.size) != (each.dtype, math.prod(each.shape)):
-                raise TetherError(
-                    f"{each.name!r} became something else while the file was written: the header says {each.dtype} of "
-                    f"shape {each.shape}. {received(dtype=str(array.dtype), shape=array.shape)}"
-                )
-            file.write(array.reshape(-1).view("uint8").data if array.size else b"")
-
-
-def _code(tensor: Entry) -> str:
-    if tensor.dtype not in _CODES:
-        raise Unsupported(f"{tensor.name!r} is of a dtype that safetensors has not. {received(dtype=tensor.dtype)}")
-    return _CODES[tensor.dtype]
-
-
-# --------------------------------------------------------------------------- models
-# Models as safetensors: each stored weight once, with what is tied in the header.
+# --------------------------------------------------------------------------- saving
 
 
 PLAN = "tether"
@@ -251,7 +53,9 @@ _PAIRS = (
 """What `tie_word_embeddings` speaks of: an embedding, and the kernel of a head."""
 
 
-def save_safetensors(model: keras.Model, path: str | os.PathLike[str], *, names: Names = None) -> None:
+def save_safetensors(
+    model: keras.Model, path: str | os.PathLike[str], *, names: Names = None, per_process: bool = False
+) -> None:
     """Writes the weights of a model, each once and in its own dtype, as safetensors.
 
     A weight has the name of the first layer that uses it as it is, with dots (`encoder.dense.kernel`), or that adds
@@ -259,16 +63,25 @@ def save_safetensors(model: keras.Model, path: str | os.PathLike[str], *, names:
     `load_safetensors` can fill models that are tied otherwise, or whose weights have other names. Any reader of
     safetensors reads the file. It is written beside the target, tensor by tensor, and renamed.
 
+    A model that is split over several processes is saved by all of them. They gather one weight at a time, and process
+    0 writes. With `per_process`, nothing is gathered: each process writes the parts that lie on its own devices into a
+    file of its own, a part of which several have a copy once, and process 0 writes an index when all are there. The
+    files of an earlier save are valid until then and are removed afterwards.
+
     Args:
         model: A built Keras model or layer.
-        path: Where to, with the ending `.safetensors`.
+        path: Where to, with the ending `.safetensors`. With `per_process`, a folder that exists and that all processes
+            see; it gets `model.safetensors.index.json` and the files that the index names.
         names: What the weights are called in the file: a mapping from the model's names, a function of a name, a
             `Table`, or the word of an architecture for Hugging Face's names: `"bert"`, `"distilbert"`, `"gemma"`,
             `"gpt2"`, `"llama"`, `"mistral"`, `"qwen2"`, `"roberta"`, `"t5"`, `"vit"`, `"vit5"`. It gives a name, a
             `Tensor` that says how it is laid out, or `None` to leave the weight out.
+        per_process: Whether each process writes a file of its own.
 
     Raises:
-        TetherError: The path has another ending, its folder does not exist, or two weights get one name.
+        TetherError: The path has another ending, its folder does not exist, or two weights get one name. Another
+            process has failed, or did not come within the time limit (`tether.distribution.time_limit`).
+        Unsupported: `per_process`, and `names` lays a tensor out in another way than the model has it.
 
     Example:
     ```python
@@ -277,20 +90,105 @@ def save_safetensors(model: keras.Model, path: str | os.PathLike[str], *, names:
     """
     check_built("save_safetensors", model)
     target = pathlib.Path(path)
-    if target.suffix != ".safetensors" or not target.parent.is_dir():
+    if per_process and not target.is_dir():
+        raise TetherError(
+            "With `per_process`, tensors are saved in a folder that exists, one file a process. "
+            f"{received(path=str(path))}"
+        )
+    if not per_process and (target.suffix != ".safetensors" or not target.parent.is_dir()):
         raise TetherError(
             "Tensors are saved in a file that ends in '.safetensors', in a folder that exists. "
             f"{received(path=str(path))}"
         )
     stored = stored_names(model)
     naming = Naming(names, frozenset(stored.values()))
-    weights = [entry_of(variable, stored[id(variable)]) for variable in model.weights]
-    tensors = to_file(weights, naming)
     plan = _plan(model, stored, naming)
     metadata = {"format": "pt"}  # how others name the layout of plain arrays
     if plan["ties"]:
         metadata[PLAN] = json.dumps(plan)
-    write_tensors(target, tensors, metadata)
+    with keras_seam.in_step_for(model, f"save_safetensors({target.name!r})"):
+        if per_process:
+            _save_per_process(model, target, stored, naming, metadata)
+        else:
+            weights = [entry_of(variable, stored[id(variable)]) for variable in model.weights]
+            write_tensors(target, to_file(weights, naming), metadata)
+
+
+def _save_per_process(
+    model: keras.Model, folder: pathlib.Path, stored: Mapping[int, str], naming: Naming, metadata: dict[str, str]
+) -> None:
+    """Writes what this process owns, and in process 0 then the index of all that the processes have written.
+
+    A save has names of its own, so that it takes nothing from an earlier one before it is complete.
+    """
+    tensors: list[Entry] = []
+    slices: dict[str, Slice] = {}
+    taken: dict[str, str] = {}
+    for variable in model.weights:
+        name = stored[id(variable)]
+        for tensor in naming.of(name)[:1]:
+            if not tensor.is_plain:
+                raise Unsupported(
+                    f"`names` lays {name!r} out in another way than the model ({tensor.describe()}), which needs all "
+                    "of it. With `per_process`, `names` gives names only; without it, one process writes one file."
+                )
+            called = tensor.names[0]
+            if called in taken:
+                raise TetherError(f"Two weights would be {called!r} in the file: {taken[called]!r} and {name!r}.")
+            taken[called] = name
+            entries, cut = owned(variable, called)
+            tensors += entries
+            slices.update(cut)
+    number, count = keras_seam.place_in_step()
+    save = keras_seam.said_by_first(uuid.uuid4().hex[:8])
+    files = [folder / f"model-{save}-{each + 1:05d}-of-{count:05d}.safetensors" for each in range(count)]
+    own = files[number]
+    if number:
+        metadata.pop(PLAN, None)  # process 0 says it for all
+    if slices:
+        metadata[SLICES] = noted(slices)
+    try:
+        write_tensors(own, tensors, metadata, own=True)
+        keras_seam.said_by_first("all files are written")
+        if number == 0:
+            _write_index(folder / f"model{INDEX}", files)
+    except BaseException:
+        own.unlink(missing_ok=True)
+        raise
+
+
+def _write_index(index: pathlib.Path, files: list[pathlib.Path]) -> None:
+    """Writes which tensors are in which file, and removes the files that the index named before."""
+    weights: dict[str, str] = {}
+    total = 0
+    for path in files:
+        if not path.is_file():
+            raise TetherError(
+                f"Process 0 does not see {path.name!r} in {str(index.parent)!r}, which another process has written. "
+                "Give a folder on a file system that all processes share."
+            )
+        with open(path, "rb", buffering=0) as file:
+            entries = TensorFile(file, path.name).entries
+        weights.update(dict.fromkeys(entries, path.name))
+        total += sum(each.size for each in entries.values())
+    before = _named_before(index)
+    with written_beside(index) as beside:
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=2, sort_keys=True)
+        beside.write_text(f"{text}\n", encoding="utf-8")
+    for path in set(before) - set(files):
+        if _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+_OURS = re.compile(r"model-[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors")
+"""The names that `per_process` gives."""
+
+
+def _named_before(index: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        return files_of(index)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # there is none, or a broken one
+        return []
 
 
 def _plan(model: keras.Model, stored: Mapping[int, str], naming: Naming) -> Config:
@@ -310,6 +208,9 @@ def _plan(model: keras.Model, stored: Mapping[int, str], naming: Naming) -> Conf
     return {"version": 1, "weights": {uid: plain[uid] for uid in plain if uid in used}, "ties": ties}
 
 
+# --------------------------------------------------------------------------- loading
+
+
 def load_safetensors(
     model: keras.Model,
     path: str | os.PathLike[str],
@@ -320,13 +221,14 @@ def load_safetensors(
 ) -> Report:
     """Loads the weights of a model by name from safetensors, whatever is tied in it or in the file.
 
-    The file is mapped into memory and loaded tensor by tensor. Names are those of `save_safetensors`, or what layers
-    call their weights. A name of a weight to which an adapter was added (`w + tether.low_rank(8)`) means the weight.
-    If anything is wrong, the model is as it was.
+    The file is read tensor by tensor. Of a weight that is laid out over several devices (JAX) each process reads the
+    parts that lie on its own devices, also from a file that was written on other devices. Names are those of
+    `save_safetensors`, or what layers call their weights. A name of a weight to which an adapter was added
+    (`w + tether.low_rank(8)`) means the weight. If anything is wrong, the model is as it was.
 
     Args:
         model: A built Keras model or layer.
-        path: A `.safetensors` file, or the `.safetensors.index.json` of several.
+        path: A `.safetensors` file, the `.safetensors.index.json` of several, or a folder with one of these.
         names: What the weights are called in the file, as for `save_safetensors`. Where it gives a list, all that
             the file has of it must agree.
         resolve: What is loaded where values of one weight differ, as for `load_untied`.
@@ -355,20 +257,21 @@ def load_safetensors(
     named = named_weights(model)
     found = named_positions(model, named)
     naming = Naming(names, frozenset(each.place for each in found))
-    target = pathlib.Path(path)
-    with opened_tensors(target) as (tensors, metadata):
-        ties = _ties_of(metadata, tensors, target.name)
-        entries = {each.place: naming.find(each.place, tuple(each.target.shape), tensors) for each in found}
-        structure = of_one_structure(tied_names(model, named), ties)
-        entries.update({each.place: structure[id(each.target)] for each in found if id(each.target) in structure})
-        if names is None:
-            entries.update(_of_older_names(found, entries, tensors))
-        offers, taken = offers_of(_each_once(found, entries), entries, ties)
-        left = [(name, not naming.spare(name)) for name in tensors if name not in taken]
-        report = assign_offers(
-            offers, wanted(model, named), resolve=resolve, strict=strict, skipped=left, what=repr(target.name)
-        )
-        flag = _flag_conflict(target, tensors)
+    with keras_seam.in_step_for(model, f"load_safetensors({os.path.basename(path)!r})"):
+        target = tensors_in(path)
+        with opened_tensors(target) as (tensors, metadata):
+            ties = _ties_of(metadata, tensors, target.name)
+            entries = {each.place: naming.find(each.place, tuple(each.target.shape), tensors) for each in found}
+            structure = of_one_structure(tied_names(model, named), ties)
+            entries.update({each.place: structure[id(each.target)] for each in found if id(each.target) in structure})
+            if names is None:
+                entries.update(_of_older_names(found, entries, tensors))
+            offers, taken = offers_of(_each_once(found, entries), entries, ties)
+            left = [(name, not naming.spare(name)) for name in tensors if name not in taken]
+            report = assign_offers(
+                offers, wanted(model, named), resolve=resolve, strict=strict, skipped=left, what=repr(target.name)
+            )
+            flag = _flag_conflict(target, tensors)
     return (
         report if flag is None else Report(report.loaded, report.skipped, report.missing, (*report.conflicting, flag))
     )
@@ -461,4 +364,4 @@ def _apart(first: Entry, second: Entry) -> float:
     return max((float(np.max(each, initial=0.0)) for each in found), default=0.0)
 
 
-__all__ = ["DTYPES", "TensorFile", "load_safetensors", "opened_tensors", "save_safetensors", "write_tensors"]
+__all__ = ["load_safetensors", "save_safetensors"]

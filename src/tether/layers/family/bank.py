@@ -365,10 +365,10 @@ def _stacked(parts: Sequence[Weight], shape: Shape, trainable: bool) -> Weight:
     waiting = [keras_seam.waiting_start(weight.variable) for weight in parts]
     alike = all(known_shape(weight) == shape for weight in parts)
     if any(start is not None for start in waiting):  # inside a trace: there are no values yet
-        starts = [start or Copy(weight.numpy()) for start, weight in zip(waiting, parts, strict=True)]
+        starts = [start or Copy(_values(weight)) for start, weight in zip(waiting, parts, strict=True)]
         found.start_by(_Entries(starts, [known_shape(weight) for weight in parts]), path=first.path)
     else:
-        values = [keras_seam.on_host(keras_seam.plain_tensor(weight.value)) for weight in parts]
+        values = [_values(weight) for weight in parts]
         found.start_at(np.stack([filled(value, shape) for value in values]), path=first.path)
     placement.lay_out_as(found.variable, placement.stacked([weight.variable for weight in parts]))
     if alike and len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
@@ -555,8 +555,12 @@ def table_of(number: Expression) -> list[int] | None:
     return None
 
 
+def _values(weight: Weight) -> Array:
+    return keras_seam.on_host(keras_seam.plain_tensor(weight.value), weight.name, in_step=True)
+
+
 def _parts(weight: Weight) -> list[Weight]:
-    values = keras_seam.on_host(keras_seam.plain_tensor(weight.value))
+    values = _values(weight)
     found = []
     for place, value in enumerate(values):
         part = like(weight, tuple(value.shape), f"{weight.name}_{place}")

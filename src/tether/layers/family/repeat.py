@@ -601,7 +601,8 @@ def _own(base: Expression, role: str | None) -> Weight:
     if waiting is not None:  # inside a trace, where the block has no value yet
         found.start_by(waiting, path=path)
     else:
-        found.start_at(keras_seam.on_host(keras_seam.plain_tensor(base.value)), path=path)
+        value = keras_seam.on_host(keras_seam.plain_tensor(base.value), path, in_step=True)
+        found.start_at(value, path=path)
     placement.lay_out_as(found.variable, placement.layout_of_value(path, base))
     return found
 

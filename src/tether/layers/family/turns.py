@@ -322,5 +322,5 @@ def _put_first(whole: Tensor, first: Tensor) -> Nested:
 
 def _all_zero(value: Tensor) -> bool:
     """Whether nothing is left of a tensor that can be read; a converter of PyTorch's has no numbers either."""
-    can_be_read = keras_seam.is_concrete(value) and not keras_seam.is_compiling()
+    can_be_read = keras_seam.is_concrete(value) and not (keras_seam.is_compiling() or keras_seam.lies_elsewhere(value))
     return can_be_read and not keras.ops.convert_to_numpy(value).any()

@@ -172,7 +172,7 @@ def take(view: View, array: Array) -> None:
     source = f"the entry of {view.path}"
     parts = _parts(view, array, loaded)
     if not parts:
-        present = keras.ops.convert_to_numpy(view.value).astype("float64")
+        present = keras_seam.to_numpy(view.value, str(view.path), in_step=True).astype("float64")
         difference = float(np.max(np.abs(present - array.astype("float64")))) if array.size else 0.0
         if difference > 1e-6:
             raise ValueConflict(
@@ -182,7 +182,7 @@ def take(view: View, array: Array) -> None:
             )
         return
     for weight, part in parts.items():
-        weight.load_value(keras.ops.convert_to_numpy(part), loaded, source=source)
+        weight.load_value(keras_seam.to_numpy(part, weight.name, in_step=True), loaded, source=source)
 
 
 def _parts(view: View, array: Array, loaded: Container[int]) -> dict[Stored, Tensor]:

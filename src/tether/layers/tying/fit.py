@@ -73,7 +73,7 @@ def start_from_values(layer: keras.Layer, name: str, expression: Expression, var
     for weight in missing:
         start = parts.get(weight)
         if start is not None:
-            array = keras.ops.convert_to_numpy(start)
+            array = keras_seam.to_numpy(start, weight.name, in_step=True)
             weight.give_start(array.shape, dtype, Copy(array))
             weight.assign(array)
         elif solved is not None and solved[0] is weight:

@@ -138,7 +138,7 @@ class View(keras_seam.Variable):
 
     def numpy(self) -> Array:
         """The present value as a NumPy array."""
-        return keras.ops.convert_to_numpy(self.value)
+        return keras_seam.to_numpy(self.value, self.path)
 
     @property
     def trainable(self) -> bool:
@@ -230,8 +230,8 @@ def shape_of(variable: keras.Variable) -> tuple[int, ...]:
 
 
 def numpy_of(variable: keras.Variable) -> Array:
-    """A copy of the value of a variable or view."""
-    return np.array(keras.ops.convert_to_numpy(variable.value))
+    """A copy of the value of a variable or view, for what all processes do if it lies on several."""
+    return np.array(keras_seam.to_numpy(variable.value, variable.path, in_step=True))
 
 
 def layout_of(variable: keras.Variable) -> Spec | None:

@@ -224,7 +224,7 @@ def _give_back(layer: keras.Layer, state: State, slot: ViewSlot) -> None:
 
 def plain_variable(view: View) -> keras.Variable:
     """A stored variable with a view's present value, name, path, dtype and flags."""
-    value = keras.ops.convert_to_numpy(view.value)
+    value = keras_seam.to_numpy(view.value, view.path, in_step=True)
     if value.shape != tuple(view.shape):
         raise TetherError(f"{view.path} has shape {tuple(view.shape)}. {received(value=value.shape)}")
     with keras_seam.path_scope(view.path):

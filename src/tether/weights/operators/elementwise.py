@@ -44,7 +44,7 @@ class _Invertible(Node):
     def _checked(self, value: Tensor, right: Tensor, expected: str) -> Tensor:
         """The value, if all of it is right."""
         if not bool(keras.ops.convert_to_numpy(keras.ops.all(right))):
-            array = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")))
+            array = np.asarray(keras_seam.to_numpy(keras.ops.cast(value, "float32"), in_step=True))
             raise NotInvertible(
                 f"{self.notation()} takes only {expected}, so this value cannot be assigned to it. "
                 f"{received(least=float(array.min()), most=float(array.max()))}"

@@ -125,7 +125,8 @@ class Gather(_Entries):
         if isinstance(number, int):
             self._refuse_outside(np.array([number]), size)
             return value[(slice(None),) * axis + (number % size,)]
-        if keras_seam.is_concrete(number) and not keras_seam.is_compiling():
+        can_be_read = keras_seam.is_concrete(number) and not keras_seam.lies_elsewhere(number)
+        if can_be_read and not keras_seam.is_compiling():
             self._refuse_outside(np.asarray(keras.ops.convert_to_numpy(number)), size)
         number = keras.ops.cast(number, "int32")
         number = keras.ops.where(keras.ops.less(number, 0), keras.ops.add(number, size), number)
@@ -167,7 +168,7 @@ class Gather(_Entries):
             number = keras.ops.cast(known, "int32")
             number = keras.ops.where(keras.ops.less(number, 0), keras.ops.add(number, size), number)
             return [keras.ops.where(keras.ops.equal(places, number), keras.ops.cast(entry, now.dtype), now), None]
-        known = known if isinstance(known, int) else int(keras.ops.convert_to_numpy(known))
+        known = known if isinstance(known, int) else int(keras_seam.to_numpy(known, in_step=True))
         self._refuse_outside(np.array([known]), size)
         now = keras.ops.convert_to_tensor(whole.value)
         start = [0] * len(now.shape)

@@ -184,7 +184,7 @@ def rounded(array: Array, mode: str, inputs: tuple[int, ...], block: int | None 
     size = codes.shape[axis]
     if mode == "int4":
         packed, _, _ = keras.quantizers.pack_int4(keras.ops.convert_to_tensor(codes, dtype="int8"), axis=axis)
-        codes = np.array(keras.ops.convert_to_numpy(packed))
+        codes = np.array(keras_seam.to_numpy(packed, in_step=True))
     return Rounded(codes, scale, mode, axis, size, shape)
 
 
