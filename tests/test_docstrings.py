@@ -11,7 +11,7 @@ from tests.documents import ROOT, python_blocks, run
 
 pytestmark = pytest.mark.spread
 
-MODULES = ("", "ops", "forms", "transfer", "planning", "files", "adapters", "inspection", "weights", "errors")
+MODULES = ("", "ops", "forms", "transfer", "planning", "files", "adapters", "distribution", "inspection", "weights", "errors")
 PAGE = "docs/reference.md"
 SECTION = re.compile(r"^(\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)
 # Where nothing can go wrong, or only what Python itself reports.

@@ -13,7 +13,7 @@ from tether.layers import Lambda, Repeat, bank, call, materialize, route, routed
 from tether.weights import Expression, Weight, expression, sharing
 
 if TYPE_CHECKING:
-    from tether import adapters, files, forms, planning, transfer
+    from tether import adapters, distribution, files, forms, planning, transfer
     from tether.forms.low_rank import low_rank
     from tether.inspection.checking import CheckCallback, check
     from tether.inspection.plotting import plot
@@ -36,6 +36,7 @@ __all__ = [
     "bank",
     "call",
     "check",
+    "distribution",
     "extend",
     "files",
     "forms",
@@ -63,6 +64,7 @@ _LATER = {
     "CheckCallback": "tether.inspection.checking",
     "adapters": "tether.adapters",
     "check": "tether.inspection.checking",
+    "distribution": "tether.distribution",
     "extend": "tether.layers.family.extend",
     "files": "tether.files",
     "forms": "tether.forms",

@@ -306,7 +306,7 @@ def _repeated(layer: keras.Layer) -> Iterator[keras.Layer]:
 
 def _look(layer: keras.Layer) -> tuple[object, ...]:
     own = [variable for inner in keras_seam.contained_layers(layer) for variable in paths.own_variables(inner)]
-    return (type(layer).__qualname__, *(tuple(variable.shape) for variable in own))
+    return (type(layer).__qualname__, *sorted(tuple(variable.shape) for variable in own))
 
 
 Groups = list[tuple[keras.Layer, list[keras.Variable]]]
