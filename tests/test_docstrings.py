@@ -11,7 +11,9 @@ from tests.documents import ROOT, python_blocks, run
 
 pytestmark = pytest.mark.spread
 
-MODULES = ("", "ops", "forms", "transfer", "planning", "files", "adapters", "distribution", "inspection", "weights", "errors")
+MODULES = (
+    "", "ops", "forms", "transfer", "planning", "files", "adapters", "distribution", "inspection", "weights", "errors",
+)  # fmt: skip
 PAGE = "docs/reference.md"
 SECTION = re.compile(r"^(\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)
 # Where nothing can go wrong, or only what Python itself reports.

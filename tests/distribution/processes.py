@@ -1,7 +1,7 @@
-"""Runs a script of this folder in several processes of PyTorch that find each other through a file, and reads what they say.
+"""Runs a script of this folder in several processes of PyTorch, and reads what they say.
 
-A script names its cases by `case` and ends with `run_cases()`. Each process runs them in order and writes after each how
-it went, so that one that fails or hangs is told from those before it.
+The processes find each other through a file. A script names its cases by `case` and ends with `run_cases()`. Each
+process runs them in order and writes after each how it went, so that one that fails or hangs is told from those before.
 """
 
 import datetime
@@ -47,6 +47,8 @@ def run_cases():
     sys.modules["tensorflow"] = None  # Keras would import it to write a config, which takes ten seconds
     said = {}
     for name, function in CASES.items():
+        if name not in os.environ.get("ONLY", name).split():
+            continue
         start = time.monotonic()
         try:
             function(folder)
@@ -64,11 +66,13 @@ def run_cases():
 
 def run(script, folder, count=2):
     """Starts the processes, waits for them, and returns what each said of each case."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]), "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    program = pathlib.Path(__file__).parent / script
     processes = []
     try:
         for rank in range(count):
-            arguments = [sys.executable, str(pathlib.Path(__file__).parent / script), str(rank), str(count), str(folder)]
+            arguments = [sys.executable, str(program), str(rank), str(count), str(folder)]
             processes.append(subprocess.Popen(arguments, cwd=folder, env=environment))
         end = time.monotonic() + LIMIT
         for process in processes:

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import torch
 import torch.distributed as dist
-from tests.distribution.processes import case, run_cases
-from tests.forms.cases import CASES, model_of
 
 import tether
+from tests.distribution.processes import case, run_cases
+from tests.forms.cases import CASES, model_of
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.integers(0, 12, (8, 4)), RNG.integers(0, 12, (8, 4))
@@ -174,8 +174,8 @@ def a_trained_number_is_whole_and_its_gradient_the_mean(folder):
         inputs = keras.Input((6,))
         return keras.Model(inputs, tether.tie(keras.layers.Dense(6, name="dense"), kernel=strength * table)(inputs))
 
-    _, model = same_step(make, WIDE, WIDE, optimizer=lambda p: torch.optim.AdamW(p, 0.1))
-    _, model = same_step(make, WIDE, WIDE, optimizer=lambda p: torch.optim.AdamW(p, 0.1, foreach=True))
+    same_step(make, WIDE, WIDE, optimizer=lambda p: torch.optim.AdamW(p, 0.1))
+    same_step(make, WIDE, WIDE, optimizer=lambda p: torch.optim.AdamW(p, 0.1, foreach=True))
 
 
 @case
@@ -323,7 +323,7 @@ def fit_trains_with_every_kind_of_optimizer(folder):
     assert_same_values(alone, model)
     slots = [slot for slot in model.optimizer.variables if len(slot.shape)]
     assert all(hasattr(slot.value, "full_tensor") for slot in slots)
-    assert np.abs(slots[0].numpy() - [s for s in alone.optimizer.variables if len(s.shape)][0].numpy()).max() < 1e-6
+    assert np.abs(slots[0].numpy() - next(s for s in alone.optimizer.variables if len(s.shape)).numpy()).max() < 1e-6
 
 
 @case

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -148,9 +148,35 @@ def store_whole(target: Tensor, value: Tensor) -> None:
             target.copy_(distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None))
 
 
+def local_rows(variable: keras.Variable) -> tuple[int, Tensor | None]:
+    """The first of the rows of a sharded variable that this process holds, and these; `None` if it holds no rows."""
+    variable._home.reshard()
+    value = variable._value.detach()
+    *others, last = value.placements
+    if not last.is_shard(0) or not all(one.is_replicate() for one in others):
+        return 0, None
+    part = -(-variable.shape[0] // value.device_mesh.size(-1))
+    return min(part * value.device_mesh.get_local_rank(value.device_mesh.ndim - 1), variable.shape[0]), value.to_local()
+
+
 def is_sharded(variable: keras.Variable) -> bool:
     """Whether the parameter of a variable is a shard between calls."""
     return isinstance(variable, ShardedVariable)
+
+
+def refuse_sharded(variables: Iterable[keras.Variable]) -> None:
+    """Refuses to change what layers compute with once FSDP2 has divided it among groups.
+
+    Raises:
+        Unsupported: One of the variables is sharded.
+    """
+    found = next((variable for variable in variables if isinstance(variable, ShardedVariable)), None)
+    if found is not None:
+        raise Unsupported(
+            f"The weight {found.path!r} is sharded with FSDP2, which gathers it for the layers that used it then. Tie, "
+            "untie, quantise, resize, and add or remove adapters before `tether.distribution.fully_shard(model)`. "
+            "Nothing was changed."
+        )
 
 
 def parameter_of(variable: keras.Variable) -> Tensor:
@@ -199,6 +225,16 @@ def stray_parameters(layer: keras.Layer) -> list[tuple[str, keras.Variable | Non
     listed = layer._modules.get(census.LIST)
     found = {} if listed is None else listed._parameters
     return [(key, named.get(key)) for key, parameter in found.items() if id(parameter) not in held]
+
+
+def listed_parameter(layer: keras.Layer, key: str) -> Tensor:
+    """The parameter that PyTorch has for a layer under a key."""
+    return layer._modules[census.LIST]._parameters[key]
+
+
+def strategy_of(variable: keras.Variable) -> Any:
+    """The strategy of TensorFlow in whose scope a variable was made, `None` if in none."""
+    return getattr(variable._value, "distribute_strategy", None)
 
 
 def computes(values: object) -> bool:

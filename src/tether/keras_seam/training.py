@@ -32,6 +32,7 @@ from tether.keras_seam.frames import (
 )
 from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
 from tether.keras_seam.optimizers import Origin, move_slots
+from tether.keras_seam.sharding import refuse_sharded
 from tether.types import Function, Tensor
 
 answers: dict[str, Function] = {}
@@ -122,9 +123,12 @@ def before_change(
 
     Raises:
         TetherError: A model that contains one of them is at work: this runs in one of its callbacks.
+        Unsupported: A variable of one of them is sharded with FSDP2.
     """
     global _changes
     _changes += 1
+    layers = list(layers)
+    refuse_sharded(variable for layer in layers for variable in layer.variables)
     changed, resized = {id(layer): layer for layer in layers}, list(resized)
     if not changed or not (census.has_optimizers() or census.alive(_OF_TRACES)):
         return

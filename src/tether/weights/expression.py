@@ -223,7 +223,8 @@ class Expression(NoTensor):
 
     def numpy(self) -> Array:
         """The value as a NumPy array (a copy)."""
-        return np.array(keras.ops.convert_to_numpy(self.value))
+        with keras_seam.whole_values():
+            return np.array(keras.ops.convert_to_numpy(self.value))
 
     def assign(self, value: object) -> None:
         """Stores a value through the expression: afterwards `expression.value` equals it.

@@ -192,11 +192,16 @@ class Context:
         return found
 
     def values_of(self, variable: keras.Variable) -> Readable | None:
-        """The values of a variable or array; `None` of a variable that has none yet."""
+        """The values of a variable or array; `None` of a variable that has none yet, or not all of them here."""
         if isinstance(variable, np.ndarray):
             return InMemory(variable.shape, lambda: variable)
         stored = keras_seam.stored_value(variable) if isinstance(variable, keras.Variable) else variable
-        if stored is None or keras_seam.is_sparse(stored) or not keras_seam.is_concrete(stored):
+        if (
+            stored is None
+            or keras_seam.is_shard(stored)
+            or keras_seam.is_sparse(stored)
+            or not keras_seam.is_concrete(stored)
+        ):
             return None
         return InMemory(stored.shape, partial(keras_seam.on_host, stored))
 

@@ -136,7 +136,8 @@ class View(keras_seam.Variable):
 
     def numpy(self) -> Array:
         """The present value as a NumPy array."""
-        return keras.ops.convert_to_numpy(self.value)
+        with keras_seam.whole_values():
+            return keras.ops.convert_to_numpy(self.value)
 
     @property
     def trainable(self) -> bool:
@@ -229,7 +230,8 @@ def shape_of(variable: keras.Variable) -> tuple[int, ...]:
 
 def numpy_of(variable: keras.Variable) -> Array:
     """A copy of the value of a variable or view."""
-    return np.array(keras.ops.convert_to_numpy(variable.value))
+    with keras_seam.whole_values():
+        return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
 def users(weight: Weight) -> list[Any]:
