@@ -178,6 +178,8 @@ def adapt(
         content = slotted.content_of(places, slotted.made_of(places, parts, name), name, strength)
         slotted.put(model, places, slotted.slot_for(places, name, trainable), name, content)
         return model
+    keras_seam.refuse_sharded(model.variables)
+    keras_seam.refuse_outside([model])
     with Rollback.below(model):
         if name in names(model):
             remove(model, name)

@@ -382,6 +382,7 @@ def put(model: keras.Layer, places: Mapping[str, Slotted], number: int, name: st
             shape = known_shape(stack)[1:]
             array = filled(value, shape) if value.shape or not shape else np.zeros(shape)
             entries[id(stack), row] = (stack, row, array)
+    keras_seam.refuse_sharded(model.variables)
     keras_seam.refuse_in_fit([stack for stack, _, _ in entries.values()], "Change slots before or after `fit`.")
     for stack, row, array in entries.values():
         keras_seam.write_entry(stack.variable, row, array)

@@ -210,6 +210,19 @@ _below: weakref.WeakKeyDictionary[keras.Layer, set[int]] = weakref.WeakKeyDictio
 """The layers below a module, by id, as they were last found."""
 
 
+def listings(variables: Sequence[keras.Variable]) -> dict[int, list[tuple[keras.Layer, str]]]:
+    """The modules that list the parameter of each variable, and under which key, by the variable's id."""
+    find_new()
+    wanted = {id(variable._value): id(variable) for variable in variables}
+    found: dict[int, list[tuple[keras.Layer, str]]] = {id(variable): [] for variable in variables}
+    for layer in layers():
+        if LIST in vars(layer).get("_modules", ()):
+            for key, parameter in _parameters(layer).items():
+                if id(parameter) in wanted:
+                    found[wanted[id(parameter)]].append((layer, key))
+    return found
+
+
 def _note(module: keras.Layer) -> None:
     _modules.add(module)
     for parameter in _parameters(module).values():

@@ -24,6 +24,7 @@ from tether.keras_seam.frames import _first_local, _frames
 from tether.keras_seam.private import RandomInitializer as _RandomInitializer
 from tether.keras_seam.private import is_missing, private_method
 from tether.keras_seam.processes import gathered, lies_elsewhere
+from tether.keras_seam.sharding import is_sharded, local_rows, whole
 from tether.keras_seam.variables import Variable
 from tether.types import Array, Function, Tensor
 
@@ -61,6 +62,8 @@ def is_concrete(value: Tensor) -> bool:
 def is_stored_in(value: Tensor, variable: keras.Variable) -> bool:
     """Whether a value is what a variable stores: that very tensor, or an array over its memory."""
     if isinstance(value, numpy.ndarray) and _backend.backend() == "torch":
+        if is_sharded(variable):
+            return False
         return bool(value.__array_interface__["data"][0] == variable._value.data_ptr())
     return value is variable._value
 
@@ -139,7 +142,7 @@ def _make_lent() -> Callable[[Tensor], Array]:
         import torch
 
         def of_torch(value: Tensor) -> Array:
-            value = value.detach().cpu()
+            value = whole(value).detach().cpu()
             name = str(value.dtype).removeprefix("torch.")
             if name not in _BITS:
                 return value.numpy()
@@ -261,6 +264,9 @@ def _make_write() -> Callable[[keras.Variable, Array], None]:
 
         if not array.flags.writeable or not array.flags.c_contiguous:
             array = numpy.array(array)
+        if is_sharded(variable):
+            variable.assign(_lent_to_torch(array))
+            return
         with torch.no_grad():
             variable.value.copy_(_lent_to_torch(array))
 
@@ -281,8 +287,11 @@ def _make_write_entry() -> Callable[[keras.Variable, int, Array], None]:
             variable.value[place].copy_(_lent_to_torch(numpy.array(array)))
 
     def of_tensorflow(variable: keras.Variable, place: int, array: Array) -> None:
+        import tensorflow as tf
+
+        # Not in place: after an assignment to some rows, TensorFlow copies the whole variable at each read.
         value = keras.ops.convert_to_tensor(array[numpy.newaxis], dtype=variable._dtype)
-        variable._value.scatter_nd_update([[place]], value)
+        variable.assign(tf.tensor_scatter_nd_update(variable.value, [[place]], value))
 
     if name != "jax":
         return {"torch": of_torch, "tensorflow": of_tensorflow}.get(name, _rewritten)
@@ -312,10 +321,15 @@ write_entry = _make_write_entry()
 """Stores an entry along the first axis of a variable: an array of the entry's shape. The others are not touched."""
 
 
+def _row(place: int | tuple[int, ...]) -> int:
+    assert isinstance(place, int)
+    return place
+
+
 def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
     name = _backend.backend()
 
-    def whole(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
+    def at_once(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         array = numpy.empty(tuple(variable.shape), dtype)
         rows(array, 0)
         write(variable, array)
@@ -334,8 +348,8 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
 
     def of_jax(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         value = types.SimpleNamespace(_value=object())
-        if holders(variable) > holders(value):
-            whole(variable, dtype, rows)  # somebody else has the array
+        if holders(variable) > holders(value) or len(variable._value.devices()) > 1:
+            at_once(variable, dtype, rows)  # somebody else has the array
             return
         value._value, variable._value = variable._value, None
 
@@ -360,7 +374,14 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
     def of_torch(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         import torch
 
-        tensor = variable._value.detach()
+        if is_sharded(variable):
+            first, tensor = local_rows(variable)
+            if tensor is None:
+                at_once(variable, dtype, rows)
+                return
+            given, rows = rows, lambda array, place: given(array, first + _row(place)) if len(array) else None
+        else:
+            tensor = variable._value.detach()
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             rows(on_host(tensor), 0)
             torch.autograd.graph.increment_version(tensor)  # which others look at to see whether a value is new
@@ -370,7 +391,7 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
 
     def of_tensorflow(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         if not _can_be_given(dtype):
-            whole(variable, dtype, rows)
+            at_once(variable, dtype, rows)
             return
         # Not a few rows at a time: after an assignment to some rows, TensorFlow copies the whole variable at each
         # read. The memory is TensorFlow's own, so that it is what the variable before this one has given back.
@@ -381,7 +402,7 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
         rows(_filled_by_hand(tensor, dtype), 0)
         variable._value.assign(tensor)
 
-    known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, whole)
+    known = {"jax": of_jax, "torch": of_torch, "tensorflow": of_tensorflow}.get(name, at_once)
 
     def write_rows(variable: keras.Variable, dtype: DTypeLike, rows: Rows) -> None:
         layout = sharding_of(variable)
@@ -390,7 +411,7 @@ def _make_write_rows() -> Callable[[keras.Variable, DTypeLike, Rows], None]:
             return
         size = numpy.dtype(dtype).itemsize * int(numpy.prod(variable.shape))
         large = size > SMALL and getattr(variable, "_layout", None) is None
-        (known if large else whole)(variable, dtype, rows)
+        (known if large else at_once)(variable, dtype, rows)
 
     return write_rows
 

@@ -229,8 +229,9 @@ class Expression(NoTensor):
             TetherError: A part of it lies on the devices of other processes, and this is not inside of
                 `tether.distribution.gathering()`.
         """
-        value = self.value
-        return np.array(keras_seam.to_numpy(value, self.notation() if keras_seam.lies_elsewhere(value) else ""))
+        with keras_seam.whole_values():
+            value = self.value
+            return np.array(keras_seam.to_numpy(value, self.notation() if keras_seam.lies_elsewhere(value) else ""))
 
     def assign(self, value: object) -> None:
         """Stores a value through the expression: afterwards `expression.value` equals it.

@@ -294,6 +294,8 @@ class Storage(Stored):
     def add_use(self, use: Use) -> None:
         """Registers a use; it decides with the others whether the weight trains."""
         if use not in self._uses:
+            if self._variable is not None:
+                keras_seam.refuse_sharded([self._variable])
             self._uses[use] = False
             self._beside.update(_made_for_others(use))
         if not self.was_used:
@@ -386,7 +388,7 @@ class Storage(Stored):
                 f"The weight {self.name!r} has shape {self.shape}; {source} has another. {received(shape=array.shape)}"
             )
         if id(self) in loaded:
-            present = keras_seam.to_numpy(keras_seam.raw_value(self.variable), self.name, in_step=True)
+            present = np.array(keras_seam.on_host(keras_seam.raw_value(self.variable), self.name, in_step=True))
             array = array.view(present.dtype) if array.dtype.kind == "V" else array
             if not np.array_equal(present.astype("float64"), array.astype("float64"), equal_nan=True):
                 difference = float(np.max(np.abs(present.astype("float64") - array.astype("float64"))))

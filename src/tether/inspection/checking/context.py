@@ -192,13 +192,18 @@ class Context:
         return found
 
     def values_of(self, variable: keras.Variable) -> Readable | None:
-        """The values of a variable or array; `None` of a variable that has none yet, or some on another machine."""
+        """The values of a variable or array; `None` of a variable that has none yet, or not all of them here."""
         if isinstance(variable, np.ndarray):
             return InMemory(variable.shape, lambda: variable)
         if isinstance(variable, keras.Variable) and not keras_seam.is_all_here(variable):
             return None
         stored = keras_seam.stored_value(variable) if isinstance(variable, keras.Variable) else variable
-        if stored is None or keras_seam.is_sparse(stored) or not keras_seam.is_concrete(stored):
+        if (
+            stored is None
+            or keras_seam.is_shard(stored)
+            or keras_seam.is_sparse(stored)
+            or not keras_seam.is_concrete(stored)
+        ):
             return None
         return InMemory(stored.shape, partial(keras_seam.on_host, stored))
 

@@ -138,7 +138,8 @@ class View(keras_seam.Variable):
 
     def numpy(self) -> Array:
         """The present value as a NumPy array."""
-        return keras_seam.to_numpy(self.value, self.path)
+        with keras_seam.whole_values():
+            return keras_seam.to_numpy(self.value, self.path)
 
     @property
     def trainable(self) -> bool:
@@ -231,7 +232,8 @@ def shape_of(variable: keras.Variable) -> tuple[int, ...]:
 
 def numpy_of(variable: keras.Variable) -> Array:
     """A copy of the value of a variable or view, for what all processes do if it lies on several."""
-    return np.array(keras_seam.to_numpy(variable.value, variable.path, in_step=True))
+    with keras_seam.whole_values():
+        return np.array(keras_seam.to_numpy(variable.value, variable.path, in_step=True))
 
 
 def layout_of(variable: keras.Variable) -> Spec | None:
