@@ -1972,3 +1972,22 @@ def test_entries_are_in_the_axes_of_their_numbers(rng, shape):
     found = keras_seam.entries(keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(numbers))
     assert tuple(found.shape) == (*shape, 2, 3)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(found), table[numbers])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="only JAX lays variables out over devices")
+def test_a_variable_finds_its_layout_before_it_has_a_value():
+    distribution = keras.distribution.DataParallel(devices=keras.distribution.list_devices("cpu")[:1])
+    with distribution.scope():
+        variable = keras.Variable("zeros", shape=(2, 2))
+        variable._layout = None
+        variable._initialize_layout()
+    assert variable._layout is not None
+    assert keras_seam.layout_of(variable) is None  # of one device there are no parts
+
+
+def test_what_an_object_writes_of_its_own_is_known_by_key():
+    optimizer = keras.optimizers.SGD(momentum=0.5)
+    optimizer.build([keras.Variable(np.ones((2, 3)), name="w")])
+    found = keras_seam.own_values(optimizer)
+    assert [tuple(np.shape(value)) for value in found.values()] == [tuple(v.shape) for v in optimizer.variables]
+    assert not keras_seam.has_own_saving(optimizer)

@@ -498,23 +498,23 @@ def a_copy_in_another_format_is_left_to_one_process(c):
 @of_several
 def a_call_that_one_process_makes_alone_ends(c):
     begun = time.monotonic()
-    with tether.distribution.time_limit(2):
+    with tether.distribution.time_limit(1):
         if c.number == 0:
-            with raises(tether.TetherError, "process 1", "2 seconds", "every process"):
+            with raises(tether.TetherError, "process 1", "1 seconds", "every process"):
                 tether.files.save_safetensors(c.model, c.folder / "alone.safetensors")
         else:
-            time.sleep(4)
-            with raises(tether.TetherError, "process 1", "2 seconds"):
+            time.sleep(2)
+            with raises(tether.TetherError, "process 1", "1 seconds"):
                 tether.files.save_safetensors(c.model, c.folder / "late.safetensors")
     assert time.monotonic() - begun < 20 and not list(c.folder.glob("*a*e.safetensors"))
     c.meet("ended")
-    with tether.distribution.time_limit(2):
+    with tether.distribution.time_limit(1):
         if c.number == 1:
-            with raises(tether.TetherError, "process 0", "2 seconds", "every process"):
+            with raises(tether.TetherError, "process 0", "1 seconds", "every process"):
                 tether.files.save_model(c.model, c.folder / "alone.keras")
         else:
-            time.sleep(4)
-            with raises(tether.TetherError, "process 1", "2 seconds"):
+            time.sleep(2)
+            with raises(tether.TetherError, "process 1", "1 seconds"):
                 tether.files.save_model(c.model, c.folder / "late.keras")
     c.meet("ended again")
     tether.files.save_safetensors(c.model, c.folder / "together.safetensors")

@@ -31,12 +31,11 @@ def said_by(program, folder, *, processes=1, devices=1, variables=()):
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.distribution.several", program, str(folder), str(processes), port]
     logs = [folder / f"log{number}.txt" for number in range(processes)]
-    running = [
-        subprocess.Popen(
-            [*command, str(number)], env=environment, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT
-        )
-        for number, log in enumerate(logs)
-    ]
+    running = []
+    for number, log in enumerate(logs):
+        with log.open("w") as output:
+            start = [*command, str(number)]
+            running.append(subprocess.Popen(start, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT))
     try:
         end = time.monotonic() + PATIENCE
         for each in running:
