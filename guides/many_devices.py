@@ -4,7 +4,7 @@ The model reads characters. One table embeds them and, transposed, makes the log
 of a frozen start plus low-rank parts. It trains for a few steps
 
 - on one device;
-- with `keras.distribution` (JAX, eight simulated devices): the batch divided over eight, and the weights divided over a
+- with `keras.distribution` (JAX, eight simulated devices): the batch divided over eight, and weights divided over a
   mesh of 2 × 4 and of 1 × 8, by a layout map that names the head and the blocks' kernels and nothing of the table and
   the parts: `tether.distribution.layout_map` derives those;
 - under PyTorch's DistributedDataParallel in two processes, each with half of each batch;
@@ -13,8 +13,10 @@ of a frozen start plus low-rank parts. It trains for a few steps
 The table that is printed has the loss at the end, how far losses and final outputs are from those of one device, and
 how many bytes of weights a device holds.
 
-Run it with `python guides/many_devices.py` (about a minute). It starts a process for each engine, since a process has
-one backend. The text are the help topics that Python brings.
+Run it with `python guides/many_devices.py` (about two minutes). It starts a process for each engine, since a
+process has one backend. The text are the help topics that Python brings. `--plan` prints what a model of two thousand million
+numbers and a thousand adapters would store and move on 8, 256 and 4,096 devices, by formulas that hold for the small
+model too: no device is asked.
 """
 
 import argparse
@@ -182,6 +184,91 @@ def child(backend, way, rank, processes, folder):
     os._exit(0)  # without waiting for the threads of the processes' connections
 
 
+# --------------------------------------------------------------------------- on paper
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight, how it is divided, and how many there are of it."""
+
+    shape: tuple[int, ...]
+    divided: int | None
+    """Which axis lies over the model axis of the mesh; `None` if it is whole on each device."""
+    count: int = 1
+
+    def local(self, devices):
+        """Numbers on each of so many devices along the model axis."""
+        shape = list(self.shape)
+        if self.divided is not None:
+            assert shape[self.divided] % devices == 0
+            shape[self.divided] //= devices
+        return self.count * int(np.prod(shape))
+
+
+def large_model(layers=18, width=2048, vocabulary=256_000, inner=16_384, heads=8, head=256):
+    """A tied model of 2.5 thousand million numbers: a table that is also the head, blocks with one key for all heads."""
+    return [
+        Stored((vocabulary, width), 0),
+        Stored((width, heads * head), 1, layers),  # query
+        Stored((width, head), None, 2 * layers),  # key and value
+        Stored((heads * head, width), 0, layers),
+        Stored((width, inner), 1, 2 * layers),
+        Stored((inner, width), 0, layers),
+        Stored((width,), None, 2 * layers + 1),
+    ]
+
+
+def adapters(count, layers=18, width=2048, rank=8, heads=8, head=256):
+    """So many adapters on queries and values: first factors whole, second ones as the columns of what they belong to."""
+    return [
+        Stored((width, rank), None, 2 * layers * count),
+        Stored((rank, heads * head), 1, layers * count),
+        Stored((rank, head), None, layers * count),
+    ]
+
+
+def bytes_stored(weights, model_devices, itemsize=4):
+    """Bytes of weights on one device."""
+    return itemsize * sum(each.local(model_devices) for each in weights)
+
+
+def bytes_reduced(weights, model_devices, itemsize=4):
+    """Bytes of gradients that one device gets in a step of data parallel training: of each weight that trains, its part.
+
+    For a kernel that trains and is divided by columns, with a low-rank part, these are the kernel's columns and the
+    first factor: the gradient of the second one is computed from what was reduced already.
+    """
+    return bytes_stored(weights, model_devices, itemsize)
+
+
+MESHES = {8: (1, 8), 256: (32, 8), 4096: (512, 8)}
+"""Devices along the batch and along the model."""
+
+
+def plan():
+    """What a device stores, and gets in a step, by the number of devices: the base in 2 bytes a number, the rest in 4.
+
+    By FSDP all weights are divided over all devices, and gathered for the forward pass and again for the backward one.
+    """
+    base, parts, some = large_model(), adapters(1000), adapters(16)
+    rows = []
+    for devices, (batch, model) in MESHES.items():
+        rows.append(
+            {
+                "devices": devices,
+                "mesh": f"{batch} x {model}",
+                "base, GB": bytes_stored(base, model, 2) / 1e9,
+                "base by FSDP, GB": bytes_stored(base, 1, 2) / devices / 1e9,
+                "1,000 adapters, GB": bytes_stored(parts, model) / 1e9,
+                "slots of Adam, 16 train, MB": 2 * bytes_stored(some, model) / 1e6,
+                "gradients, 16 train, MB": bytes_reduced(some, model) / 1e6,
+                "gradients, the base trains, GB": bytes_reduced(base, model) / 1e9,
+                "gathered by FSDP, GB": 2 * bytes_stored(base, 1, 2) / 1e9,
+            }
+        )
+    return rows
+
+
 # --------------------------------------------------------------------------- all of them
 
 
@@ -283,8 +370,18 @@ def main(engines=None, console=None):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A tied language model on many devices.")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--plan", action="store_true", help="the plan on paper alone")
     options = parser.parse_args()
     if options.child:
         backend, way, rank, processes, folder = options.child
         child(backend, way, int(rank), int(processes), pathlib.Path(folder))
-    main()
+    if options.plan:
+        for row in plan():
+            print(
+                ", ".join(
+                    f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}"
+                    for name, value in row.items()
+                )
+            )
+    else:
+        main()
