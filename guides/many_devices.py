@@ -13,8 +13,8 @@ of a frozen start plus low-rank parts. It trains for a few steps
 The table that is printed has the loss at the end, how far losses and final outputs are from those of one device, and
 how many bytes of weights a device holds.
 
-Run it with `python guides/many_devices.py` (about two minutes). It starts a process for each engine, since a
-process has one backend. The text are the help topics that Python brings. `--plan` prints what a model of two thousand million
+Run it with `python guides/many_devices.py` (about two minutes). It starts a process for each engine, since a process
+has one backend. The text are the help topics that Python brings. `--plan` prints what a model of 2.5 thousand million
 numbers and a thousand adapters would store and move on 8, 256 and 4,096 devices, by formulas that hold for the small
 model too: no device is asked.
 """
@@ -206,7 +206,7 @@ class Stored:
 
 
 def large_model(layers=18, width=2048, vocabulary=256_000, inner=16_384, heads=8, head=256):
-    """A tied model of 2.5 thousand million numbers: a table that is also the head, blocks with one key for all heads."""
+    """A tied model of 2.5 thousand million numbers, with a table that is also the head, and one key for all heads."""
     return [
         Stored((vocabulary, width), 0),
         Stored((width, heads * head), 1, layers),  # query
@@ -219,7 +219,7 @@ def large_model(layers=18, width=2048, vocabulary=256_000, inner=16_384, heads=8
 
 
 def adapters(count, layers=18, width=2048, rank=8, heads=8, head=256):
-    """So many adapters on queries and values: first factors whole, second ones as the columns of what they belong to."""
+    """So many adapters on queries and values: first factors whole, second ones divided as the columns they make."""
     return [
         Stored((width, rank), None, 2 * layers * count),
         Stored((rank, heads * head), 1, layers * count),
@@ -233,7 +233,7 @@ def bytes_stored(weights, model_devices, itemsize=4):
 
 
 def bytes_reduced(weights, model_devices, itemsize=4):
-    """Bytes of gradients that one device gets in a step of data parallel training: of each weight that trains, its part.
+    """Bytes of gradients that one device gets in a step of data parallel training: its part of each weight that trains.
 
     For a kernel that trains and is divided by columns, with a low-rank part, these are the kernel's columns and the
     first factor: the gradient of the second one is computed from what was reduced already.

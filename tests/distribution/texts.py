@@ -69,5 +69,5 @@ def a_tied_pair_costs_what_the_shared_table_of_keras_does():
                 costs.append((collectives(step_text(model, mesh, x, y)), bytes_here(model.weights)))
         assert costs[0] == costs[1], (head, costs)
         assert costs[0][1] == 32 * 8 * 4 // (4 if "model" in head else 1)
-    # Two uses, two reductions of the gradient, by hand and by Keras as here: docs/distribution_layouts.md has it.
+    # Two uses, two reductions of the gradient, by hand and by Keras as here: docs/distribution.md has it.
     assert _total(costs[0][0]) == 2 * 32 * 8 * 4
