@@ -68,12 +68,14 @@ def loss_of(model, x, y, **call):
     return loss + sum(model.losses) if model.losses else loss
 
 
-def gradients(model):
-    """The gradients of what trains, whole, by place and shape."""
+def gradients(model, by_name=False):
+    """The gradients of what trains, whole, by place and shape, or by name."""
     found = {}
-    for place, parameter in enumerate(model.parameters()):
+    for place, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.requires_grad:
-            found[place, *parameter.shape] = None if parameter.grad is None else whole(parameter.grad)
+            found[name if by_name else (place, *parameter.shape)] = (
+                None if parameter.grad is None else whole(parameter.grad)
+            )
     return found
 
 

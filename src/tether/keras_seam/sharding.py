@@ -227,11 +227,6 @@ def stray_parameters(layer: keras.Layer) -> list[tuple[str, keras.Variable | Non
     return [(key, named.get(key)) for key, parameter in found.items() if id(parameter) not in held]
 
 
-def listed_parameter(layer: keras.Layer, key: str) -> Tensor:
-    """The parameter that PyTorch has for a layer under a key."""
-    return layer._modules[census.LIST]._parameters[key]
-
-
 def strategy_of(variable: keras.Variable) -> Any:
     """The strategy of TensorFlow in whose scope a variable was made, `None` if in none."""
     return getattr(variable._value, "distribute_strategy", None)

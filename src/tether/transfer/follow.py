@@ -147,6 +147,8 @@ def _between(target: keras.Variable, source: keras.Variable | View, momentum: fl
         return keras_seam.own_copy(keras.ops.cast(new, dtype))
     wide = "float64" if dtype == "float64" else "float32"
     old = keras.ops.stop_gradient(keras.ops.convert_to_tensor(target.value))
+    if keras_seam.is_shard(old) != keras_seam.is_shard(new):  # one of the two is sharded, and its shard is no whole
+        old, new = keras_seam.whole(old), keras_seam.whole(new)
     mixed = momentum * keras.ops.cast(old, wide) + (1 - momentum) * keras.ops.cast(new, wide)
     return keras.ops.cast(mixed, dtype)
 

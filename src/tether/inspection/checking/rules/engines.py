@@ -23,16 +23,15 @@ def replaced_parameter(context: Context) -> Iterator[Finding]:
             if variable is None or key in reported:
                 continue
             reported.add(key)
-            is_shard = keras_seam.is_shard(keras_seam.listed_parameter(layer, key))
-            what = "a shard (a DTensor), as PyTorch's `fully_shard` puts it there" if is_shard else "another tensor"
             yield Finding(
                 "replaced-parameter",
                 "error",
                 context.unique_path(variable),
                 f"The parameter that PyTorch lists for {layer.name!r} under {key!r} is not the one that the layer "
-                f"computes with: it is {what}, and the Keras variable has the old one. An optimizer of PyTorch's steps "
-                "the listed one, which gets no gradient, so the model does not train.",
-                FULLY_SHARD if is_shard else "variable.assign(value)  # keeps the parameter",
+                "computes with: somebody has put another in its place, as PyTorch's `fully_shard` (FSDP2) does, and "
+                "the Keras variable has the old one. An optimizer of PyTorch's steps the listed one, which gets no "
+                "gradient, so the model does not train.",
+                FULLY_SHARD,
             )
 
 
