@@ -32,11 +32,11 @@ def names(script):
     return [line.partition("(")[0] for line in lines]
 
 
-def run_cases():
-    """In a process: runs the cases, and writes what came of each."""
+def join_torch(rank, count, folder):
+    """Starts the process group of PyTorch."""
     import torch.distributed as dist
 
-    rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+    sys.modules["tensorflow"] = None  # Keras would import it to write a config, which takes ten seconds
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
@@ -44,7 +44,17 @@ def run_cases():
         world_size=count,
         timeout=datetime.timedelta(seconds=60),
     )
-    sys.modules["tensorflow"] = None  # Keras would import it to write a config, which takes ten seconds
+    return dist.barrier
+
+
+def run_cases(join=None):
+    """In a process: runs the cases, and writes what came of each.
+
+    Args:
+        join: Called with the number of the process, how many there are, and their folder; returns what waits for all.
+    """
+    rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+    wait = join(rank, count, folder) if join is not None else lambda: None
     said = {}
     for name, function in CASES.items():
         if name not in os.environ.get("ONLY", name).split():
@@ -60,7 +70,8 @@ def run_cases():
             break  # the other processes may wait in the middle of a case
         if "TIMES" in os.environ:
             print(f"{rank} {name} {time.monotonic() - start:.1f}", flush=True)
-    dist.barrier() if len(said) == len(CASES) else None
+    if len(said) == len(CASES):
+        wait()
     os._exit(0)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import tether
-from tests.distribution.processes import case, run_cases
+from tests.distribution.processes import case, join_torch, run_cases
 from tests.forms.cases import CASES, model_of
 
 RNG = np.random.default_rng(0)
@@ -73,9 +73,8 @@ def gradients(model, by_name=False):
     found = {}
     for place, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.requires_grad:
-            found[name if by_name else (place, *parameter.shape)] = (
-                None if parameter.grad is None else whole(parameter.grad)
-            )
+            key = name if by_name else (place, *parameter.shape)
+            found[key] = None if parameter.grad is None else whole(parameter.grad)
     return found
 
 
@@ -337,4 +336,4 @@ def evaluate_and_predict_between_steps(folder):
 
 
 if __name__ == "__main__":
-    run_cases()
+    run_cases(join_torch)

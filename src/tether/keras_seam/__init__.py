@@ -162,11 +162,11 @@ from tether.keras_seam.sharding import (
     point,
     refuse_sharded,
     store_whole,
-    strategy_of,
     stray_parameters,
     whole,
     whole_values,
 )
+from tether.keras_seam.strategies import refuse_mixed, refuse_outside, strategy_of
 from tether.keras_seam.training import (
     answers,
     before_change,
@@ -349,6 +349,8 @@ __all__ = [
     "recognize_variables",
     "refresh_call_signature",
     "refuse_in_fit",
+    "refuse_mixed",
+    "refuse_outside",
     "refuse_sharded",
     "refuse_spectral_normalization",
     "refuse_to_be_looked_into",

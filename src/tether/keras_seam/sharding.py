@@ -170,6 +170,8 @@ def refuse_sharded(variables: Iterable[keras.Variable]) -> None:
     Raises:
         Unsupported: One of the variables is sharded.
     """
+    if not census.LISTS_PARAMETERS:
+        return
     found = next((variable for variable in variables if isinstance(variable, ShardedVariable)), None)
     if found is not None:
         raise Unsupported(
@@ -225,11 +227,6 @@ def stray_parameters(layer: keras.Layer) -> list[tuple[str, keras.Variable | Non
     listed = layer._modules.get(census.LIST)
     found = {} if listed is None else listed._parameters
     return [(key, named.get(key)) for key, parameter in found.items() if id(parameter) not in held]
-
-
-def strategy_of(variable: keras.Variable) -> Any:
-    """The strategy of TensorFlow in whose scope a variable was made, `None` if in none."""
-    return getattr(variable._value, "distribute_strategy", None)
 
 
 def computes(values: object) -> bool:

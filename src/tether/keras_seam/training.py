@@ -33,6 +33,7 @@ from tether.keras_seam.frames import (
 from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
 from tether.keras_seam.optimizers import Origin, move_slots
 from tether.keras_seam.sharding import refuse_sharded
+from tether.keras_seam.strategies import refuse_outside
 from tether.types import Function, Tensor
 
 answers: dict[str, Function] = {}
@@ -112,23 +113,31 @@ def before_freezing() -> None:
 
 
 def before_change(
-    layers: Iterable[keras.Layer], *, resized: Iterable[keras.Layer] = (), adjusted: object = None
+    layers: Iterable[keras.Layer],
+    *,
+    makes_variables: bool = True,
+    resized: Iterable[keras.Layer] = (),
+    adjusted: object = None,
 ) -> None:
     """Called before layers that are built get other variables, or other expressions to compute with.
 
     Args:
         layers: Those layers, or whatever else of Keras's the models contain.
+        makes_variables: Whether variables are made for the layers.
         resized: Variables that will have other shapes.
         adjusted: The model whose optimizer will get slots of the new shapes.
 
     Raises:
         TetherError: A model that contains one of them is at work: this runs in one of its callbacks.
-        Unsupported: A variable of one of them is sharded with FSDP2.
+        Unsupported: A variable of one of them is sharded with FSDP2; or of a strategy of TensorFlow's, and new ones are
+            made outside of its scope.
     """
     global _changes
     _changes += 1
     layers = list(layers)
     refuse_sharded(variable for layer in layers for variable in layer.variables)
+    if makes_variables:
+        refuse_outside(layers)
     changed, resized = {id(layer): layer for layer in layers}, list(resized)
     if not changed or not (census.has_optimizers() or census.alive(_OF_TRACES)):
         return

@@ -80,7 +80,7 @@ class Follow(keras.callbacks.Callback):
         """Checks everything again: layers may have been built or tied since."""
         if self.model.optimizer is None:
             raise TetherError(f"The model {self.model.name!r} has no optimizer whose steps `Follow` could count.")
-        self._seen, self._batches = int(self.model.optimizer.iterations), 0
+        self._seen, self._batches = _steps(self.model.optimizer), 0
         self._moves = None
         if self.model.built:  # else its first step builds it, on some backends
             self._moves = self._checked_plan()
@@ -105,12 +105,17 @@ class Follow(keras.callbacks.Callback):
             self.model.jax_state_sync()
         if self._moves is None:
             self._moves = self._checked_plan()
-        now = int(self.model.optimizer.iterations)
+        now = _steps(self.model.optimizer)
         due = now // self.every - self._seen // self.every
         self._seen, self._batches = now, 0
         if due > 0:
             for move in self._moves:
                 move.make(self.momentum**due)
+
+
+def _steps(optimizer: keras.Optimizer) -> int:
+    """The steps that an optimizer has made; a counter that TensorFlow keeps on each replica is no number to Python."""
+    return int(keras.ops.convert_to_numpy(optimizer.iterations))
 
 
 def _checked_momentum(momentum: object) -> float:

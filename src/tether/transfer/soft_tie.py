@@ -59,7 +59,7 @@ class SoftTie:
         model, recorder = self._model(), self._penalty.recorder()
         holders = [] if model is None else list(keras_seam.contained_layers(model))
         holders += [] if recorder is None else [recorder]
-        keras_seam.before_change([] if recorder is None else [recorder])
+        keras_seam.before_change([] if recorder is None else [recorder], makes_variables=False)
         detach_penalty(self._penalty, holders)
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ def soft_tie(model: keras.Model, a: object, b: object, strength: object) -> Soft
         present = _weights_of_layers(model)
         owned = tuple(weight for weight in weights if weight not in present)
         made_by_code = keras_seam.maker(model) is not None
-        keras_seam.before_change([recorder] if recorder.built else [])
+        keras_seam.before_change([recorder] if recorder.built else [], makes_variables=False)
         penalty = Penalty(recorder, left, right, scale, owned, made_by_code=made_by_code)
         attach_penalty(penalty, recorder, lent)
     return SoftTie(model, penalty)

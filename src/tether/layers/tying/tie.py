@@ -264,7 +264,8 @@ def _tie_all(
     for path, place in places.items():
         refuse_tie(place.layer, place.leaf_name, place.variable, wanted[path])
     if not is_new:
-        keras_seam.before_change([place.layer for place in places.values() if place.variable is not None])
+        built = [place.layer for place in places.values() if place.variable is not None]
+        keras_seam.before_change(built, makes_variables=False)
     takes = any(map(arguments_in, wanted.values()))
     # One tie that waits for its variable is known to fit, as far as anything can: nothing can fail below.
     waits = len(places) == 1 and not takes and all(place.variable is None for place in places.values())
@@ -287,6 +288,7 @@ def _tie_all(
         for taker in {id(each): each for each in (layer, *(place.recorder for place in places.values()))}.values():
             if takes or takes_arguments(taker):
                 take_arguments(taker)
+        keras_seam.refuse_mixed(changed.values())
 
 
 # --------------------------------------------------------------------------- penalties

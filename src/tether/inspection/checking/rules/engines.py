@@ -37,19 +37,30 @@ def replaced_parameter(context: Context) -> Iterator[Finding]:
 
 @rule("outside-strategy", "a variable that was not made in the scope of the strategy that has the model's others")
 def outside_strategy(context: Context) -> Iterator[Finding]:
-    """TensorFlow cannot assign to it in a replica, and no replica has a copy of its own."""
+    """TensorFlow cannot train it in a replica, or each replica writes to it."""
     variables = context.model.variables
-    outside = [variable for variable in variables if not keras_seam.strategy_of(variable)]
-    if not outside or len(outside) == len(variables):
+    inside = [variable for variable in variables if keras_seam.strategy_of(variable) is not None]
+    if not inside:
         return
-    inside = next(variable for variable in variables if keras_seam.strategy_of(variable))
-    for variable in outside:
+    scope = (
+        f"the scope of the `{type(keras_seam.strategy_of(inside[0])).__name__}` of {context.unique_path(inside[0])!r}"
+    )
+    for variable in variables:
+        if keras_seam.strategy_of(variable) is None:
+            yield Finding(
+                "outside-strategy",
+                "error",
+                context.unique_path(variable),
+                f"This variable was made outside of {scope}. It has no copy on each replica, and training it fails.",
+                "with strategy.scope():\n    model = ...  # all that makes variables: layers, ties, adapters",
+            )
+    optimizer = getattr(context.model, "optimizer", None)
+    if optimizer is not None and keras_seam.strategy_of(optimizer.iterations) is None:
         yield Finding(
             "outside-strategy",
             "error",
-            context.unique_path(variable),
-            f"This variable was made outside of the scope in which {context.unique_path(inside)!r} was made, a "
-            f"`{type(keras_seam.strategy_of(inside)).__name__}`. It has no copy on each replica, and training it there "
-            "fails.",
-            "with strategy.scope():\n    model = ...  # everything that makes variables: layers, ties, adapters",
+            optimizer.name,
+            f"This optimizer was made outside of {scope}. Each replica adds to its counter of steps, which schedules of "
+            "the learning rate and `Follow` read: it counts a step once for each replica.",
+            "with strategy.scope():\n    model.compile(...)  # with a new optimizer",
         )
