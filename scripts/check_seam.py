@@ -24,7 +24,8 @@ PRIVATE = re.compile(r"(tensorflow\.)?keras\.src(\.\w+)*")
 ATTRIBUTE = re.compile(r"_[a-z]\w*")
 BY_STRING = {"getattr", "setattr", "hasattr", "delattr", "__setattr__", "__delattr__", "get", "pop", "set_untracked"}
 OF_OTHERS = {
-    "_getframe", "_version", "_is_view", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set",
+    "_execution_engine", "_getframe", "_version", "_is_view", "_modules", "_parameters", "_buffers",
+    "_non_persistent_buffers_set",
     "_self_",
 }  # fmt: skip
 """Private attributes that are not Keras's but Python's, PyTorch's and TensorFlow's."""

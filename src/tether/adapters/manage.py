@@ -153,6 +153,8 @@ def adapt(
     """
     if freeze not in ("adapted", "all", True, False, None):
         raise TetherError(f"`freeze` is 'adapted', 'all' or None. {received(freeze=freeze)}")
+    keras_seam.refuse_sharded(model.variables)
+    keras_seam.refuse_outside([model])
     with Rollback.below(model):
         present = adapted_weights(model)
         number = 1 + max((n for each in present.values() for n in each.order.values()), default=-1)

@@ -17,7 +17,6 @@ from typing import Any
 
 import keras
 import torch
-from torch.autograd import Variable as Autograd
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as shard_module
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, distribute_tensor
@@ -159,7 +158,7 @@ class Sharding:
     def _queue(self, gradient: Tensor) -> None:
         if not self._queued:
             self._queued = True
-            Autograd._execution_engine.queue_callback(self._reduce)  # as FSDP2 ends its own backward pass
+            keras_seam.after_backward(self._reduce)
 
     def _reduce(self) -> None:
         """Averages the gradients of the parameters that each process holds, in one exchange."""

@@ -8,7 +8,7 @@ import importlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import keras
 
@@ -137,7 +137,8 @@ def fully_shard(
 
 def _forward(around: Any, layer: weakref.ref[keras.Layer], *args: Any, **kwargs: Any) -> Any:
     """A layer's `forward`, within its group; where no values are computed, without."""
-    own = functools.partial(type(layer()).forward, layer())
+    present: Any = layer()
+    own = functools.partial(type(present).forward, present)
     return around(own, *args, **kwargs) if keras_seam.computes((args, kwargs)) else own(*args, **kwargs)
 
 
@@ -204,7 +205,7 @@ def _sharding_of(model: keras.Layer) -> Sharding:
             "Expected a model that was sharded: `tether.distribution.fully_shard(model)`. "
             + received(model=getattr(model, "name", model))
         )
-    return found  # type: ignore[no-any-return]
+    return cast("Sharding", found)
 
 
 # --------------------------------------------------------------------------- what is refused
@@ -282,10 +283,10 @@ def _group_layers(model: keras.Layer, groups: object) -> list[keras.Layer]:
     return list(found.values())
 
 
-def _is_meant(asked: object, layer: keras.Layer, spelled: Sequence[paths.Path]) -> bool:
+def _is_meant(asked: Any, layer: keras.Layer, spelled: Sequence[paths.Path]) -> bool:
     if isinstance(asked, keras.layers.Layer):
         return layer is asked
-    return patterns.fits(asked, *("/".join(each) for each in spelled)) if patterns.parts(asked) else False
+    return patterns.fits(asked, *("/".join(each) for each in spelled))
 
 
 def _inside(layer: keras.Layer) -> Iterable[keras.Layer]:

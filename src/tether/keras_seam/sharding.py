@@ -188,7 +188,8 @@ def parameter_of(variable: keras.Variable) -> Tensor:
 
 def make_sharded(variable: keras.Variable, home: Home) -> None:
     """Lets a variable know that its parameter is about to be a shard."""
-    variable.__class__ = _class_of(ShardedVariable, type(variable))
+    cls: Any = type(variable)
+    variable.__class__ = _class_of(ShardedVariable, cls)
     variable._home = home
 
 
@@ -227,6 +228,13 @@ def stray_parameters(layer: keras.Layer) -> list[tuple[str, keras.Variable | Non
     listed = layer._modules.get(census.LIST)
     found = {} if listed is None else listed._parameters
     return [(key, named.get(key)) for key, parameter in found.items() if id(parameter) not in held]
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Calls a function at the end of the backward pass that runs now, as FSDP2 ends its own part of it."""
+    from torch.autograd import Variable
+
+    Variable._execution_engine.queue_callback(function)
 
 
 def computes(values: object) -> bool:
@@ -275,7 +283,8 @@ def _shard_slots(optimizer: keras.Optimizer) -> None:
             continue
         shard = distribute_tensor(slot._value.detach(), home.mesh, home.placements, src_data_rank=None)
         slot._value = torch.nn.Parameter(shard, requires_grad=False)
-        slot.__class__ = _class_of(_Slot, type(slot))
+        cls: Any = type(slot)
+        slot.__class__ = _class_of(_Slot, cls)
         slot._home = Home(home.mesh, home.placements, _stays)
 
 

@@ -154,11 +154,14 @@ def _remembered(
 
 
 def _snapshot(expression: Expression) -> list[keras_seam.Snapshot]:
-    found = []
+    found: list[keras_seam.Snapshot] = []
     for step in program(expression):
         leaf = step.expression
         if isinstance(leaf, Stored):
-            found.append(keras_seam.snapshot(keras_seam.raw_value(leaf.variable)))
+            if keras_seam.is_sharded(leaf.variable):  # FSDP2 gathers new values into a tensor without counting it
+                found.append((object(), 0))
+            else:
+                found.append(keras_seam.snapshot(keras_seam.raw_value(leaf.variable)))
         elif isinstance(leaf, Argument):
             found.append((bindings().get(leaf.key, leaf.default), 0))
     return found

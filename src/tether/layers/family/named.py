@@ -142,7 +142,8 @@ def tie_what_learns(root: keras.Layer, ties: Mapping[str, Expression], weights: 
     if not learns:
         tie(root, ties)
         return
-    still = weights_of(root, [path for path in frozen if path not in ties])
+    # In the model's order, not the set's: it becomes that of PyTorch's parameters, the same in every process.
+    still = weights_of(root, [w.path for w in weights if w.path in frozen and w.path not in ties])
     shielded = {path: _shielded(weight) for path, weight in still.items() if _would_train(weight)}
     tie(root, {**shielded, **ties})
     train_only(root, weights, learns, frozen)

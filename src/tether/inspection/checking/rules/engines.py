@@ -60,7 +60,7 @@ def outside_strategy(context: Context) -> Iterator[Finding]:
             "outside-strategy",
             "error",
             optimizer.name,
-            f"This optimizer was made outside of {scope}. Each replica adds to its counter of steps, which schedules of "
-            "the learning rate and `Follow` read: it counts a step once for each replica.",
+            f"This optimizer was made outside of {scope}. Each replica adds to its counter of steps, which "
+            "schedules of the learning rate and `Follow` read: it counts a step once for each replica.",
             "with strategy.scope():\n    model.compile(...)  # with a new optimizer",
         )
