@@ -241,7 +241,7 @@ def _refuse_model(model: object) -> None:
         )
     sharded = next((v for v in model.variables if keras_seam.is_shard(keras_seam.parameter_of(v))), None)
     if sharded is None:
-        sharded = next((variable for _, variable in keras_seam.stray_parameters(model) if variable is not None), None)
+        sharded = next((variable for _, variable in keras_seam.stray_parameters(model)), None)
     if sharded is not None:
         raise Unsupported(
             f"{sharded.path!r} of {model.name!r} is sharded already, or its parameter was replaced. Call "

@@ -217,17 +217,28 @@ def point(variable: keras.Variable, parameter: Tensor, places: Sequence[Place]) 
             listed[key] = parameter
 
 
-def stray_parameters(layer: keras.Layer) -> list[tuple[str, keras.Variable | None]]:
-    """The parameters that PyTorch has for a layer and that are not its variables', with the variable of that name."""
+def stray_parameters(layer: keras.Layer) -> list[tuple[str, keras.Variable]]:
+    """The parameters that PyTorch has for a layer in the place of one of its variables', and these variables.
+
+    One of another shape or kind is what Keras leaves in a model's list when a layer in it gets other variables.
+    """
     if not census.LISTS_PARAMETERS:
         return []
-    held = {id(variable._value): variable for variable in layer.variables}
+    held = {id(variable._value) for variable in layer.variables}
     named: dict[str, keras.Variable] = {}
     for variable in layer.variables:
         named.setdefault(variable.path, variable)
     listed = layer._modules.get(census.LIST)
-    found = {} if listed is None else listed._parameters
-    return [(key, named.get(key)) for key, parameter in found.items() if id(parameter) not in held]
+    found = []
+    for key, parameter in ({} if listed is None else listed._parameters).items():
+        present = None if id(parameter) in held else named.get(key)
+        if present is not None and present._value is not None and _is_like(parameter, present._value):
+            found.append((key, present))
+    return found
+
+
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    return bool(a.shape == b.shape and a.is_floating_point() and b.is_floating_point())
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -10,6 +10,8 @@ import tether
 
 layers = keras.layers
 FAULTS: dict[str, "Fault"] = {}
+ELSEWHERE: set[str] = set()
+"""The rules of which another backend has the fault."""
 
 
 @dataclass
@@ -27,8 +29,11 @@ class Fault:
     """Whether running the finding's `mend` makes the model clean; otherwise it shows what to write in one's code."""
 
 
-def fault(rule, where, severity="error", *, mends=False):
+def fault(rule, where, severity="error", *, mends=False, backend=None):
     def register(make):
+        if backend not in (None, keras.backend.backend()):
+            ELSEWHERE.add(rule)
+            return make
         FAULTS[make.__name__] = Fault(rule, severity, where, make, mends)
         return make
 
@@ -701,3 +706,32 @@ def a_tied_table_of_unit_variance(rng, faulty):
     model = keras.Model(x, head(layers.LayerNormalization(name="norm")(embed(x))))
     tether.tie(head, kernel=tether.weight_of(embed, "embeddings").T)
     return model, rng.integers(0, 50, (8, 4)).astype("int32")
+
+
+# --------------------------------------------------------------------------- engines
+
+
+@fault("replaced-parameter", "dense/kernel", backend="torch")
+def a_parameter_in_the_place_of_another(rng, faulty):
+    import torch
+
+    dense = layers.Dense(4, name="dense")
+    model = keras.Sequential([keras.Input((4,)), dense])
+    if faulty:
+        key = next(key for key in model.torch_params if key.endswith("dense/kernel"))
+        model.torch_params[key] = torch.nn.Parameter(model.torch_params[key].detach().clone())
+    return model, None
+
+
+@fault("outside-strategy", "dense/kernel", backend="tensorflow")
+def a_layer_made_outside_of_the_scope(rng, faulty):
+    import contextlib
+
+    import tensorflow as tf
+
+    scope = tf.distribute.MirroredStrategy(["CPU:0"]).scope
+    with scope():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="first")])
+    with contextlib.nullcontext() if faulty else scope():
+        model.add(layers.Dense(4, name="dense"))
+    return model, None

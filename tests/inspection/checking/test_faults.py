@@ -4,14 +4,14 @@ import keras
 import pytest
 
 import tether
-from tests.inspection.checking.faults import FAULTS
+from tests.inspection.checking.faults import ELSEWHERE, FAULTS
 from tether.inspection.checking.rules import RULES
 
 each_fault = pytest.mark.parametrize("name", list(FAULTS))
 
 
 def test_every_rule_has_a_planted_fault():
-    assert {fault.rule for fault in FAULTS.values()} == set(RULES)
+    assert {fault.rule for fault in FAULTS.values()} | ELSEWHERE == set(RULES)
 
 
 @each_fault

@@ -20,7 +20,7 @@ def replaced_parameter(context: Context) -> Iterator[Finding]:
     reported: set[str] = set()
     for layer in context.layers:
         for key, variable in keras_seam.stray_parameters(layer):
-            if variable is None or key in reported:
+            if key in reported:
                 continue
             reported.add(key)
             yield Finding(
