@@ -1923,3 +1923,76 @@ def test_entries_are_in_the_axes_of_their_numbers(rng, shape):
     found = keras_seam.entries(keras.ops.convert_to_tensor(table), keras.ops.convert_to_tensor(numbers))
     assert tuple(found.shape) == (*shape, 2, 3)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(found), table[numbers])
+
+
+# --------------------------------------------------------------------------- engines
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="FSDP2 is PyTorch's")
+def test_a_variable_and_every_list_follow_another_parameter():
+    import torch
+
+    layer = dense()
+    model = model_of(layer)
+    (kernel,) = (variable for variable in layer.variables if variable.name == "kernel")
+    places = keras_seam.listings([kernel], model)[id(kernel)]
+    assert {id(module) for module, _ in places} >= {id(layer), id(model)}
+    other = torch.nn.Parameter(keras_seam.parameter_of(kernel).detach() + 1)
+    keras_seam.point(kernel, other, places)
+    assert kernel.value is other and keras_seam.stray_parameters(model) == []
+    assert all(any(one is other for one in module.parameters()) for module in (layer, model))
+    keras_seam.point(kernel, torch.nn.Parameter(other.detach() + 1), [])
+    assert [variable for _, variable in keras_seam.stray_parameters(model)] == [kernel]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="FSDP2 is PyTorch's")
+def test_an_optimizer_asks_a_variable_for_its_layout_before_each_slot():
+    asked = []
+
+    class Asked(keras.Variable):
+        @property
+        def _layout(self):
+            asked.append(sys._getframe(1).f_code)
+            return "layout"
+
+    variable = keras.Variable(np.ones((2, 2)))
+    variable.__class__ = Asked
+    optimizer = keras.optimizers.Adam()
+    optimizer.build([variable])
+    assert len(asked) == 2 and set(asked) == {keras_seam.sharding._ADD_SLOT}
+    assert [slot.shape for slot in optimizer.variables if vars(slot)["_layout"] == "layout"] == [(2, 2), (2, 2)]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="FSDP2 is PyTorch's")
+def test_a_call_that_computes_shapes_is_told_from_one_that_computes_values():
+    found = []
+
+    class Told(keras.layers.Layer):
+        def call(self, x):
+            found.append(keras_seam.computes((x,)))
+            return x
+
+    Told()(keras.Input((2,)))
+    keras.Model(inputs := keras.Input((2,)), Told()(inputs))(np.ones((1, 2), "float32"))
+    with keras.StatelessScope():
+        Told()(np.ones((1, 2), "float32"))
+    assert found[-2:] == [True, False] and not any(found[:-2])
+    assert not keras_seam.computes((keras.Input((2,)),))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="strategies are TensorFlow's")
+def test_the_strategy_of_a_variable_is_known():
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        inside = dense()
+        keras_seam.refuse_outside([inside])
+    assert all(keras_seam.strategy_of(variable) is strategy for variable in inside.variables)
+    assert keras_seam.strategy_of(dense().kernel) is None
+    with pytest.raises(tether.errors.Unsupported, match=r"MirroredStrategy.*strategy\.scope\(\)"):
+        keras_seam.refuse_outside([inside])
+    keras_seam.refuse_outside([dense()])
+    with pytest.raises(tether.errors.Unsupported, match="Nothing was changed"):
+        keras_seam.refuse_mixed([keras.Sequential([keras.Input((2,)), inside, keras.layers.Dense(2)])])
+    keras_seam.refuse_mixed([inside, dense()])

@@ -716,7 +716,8 @@ def a_parameter_in_the_place_of_another(rng, faulty):
     import torch
 
     dense = layers.Dense(4, name="dense")
-    model = keras.Sequential([keras.Input((4,)), dense])
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, dense(inputs))
     if faulty:
         key = next(key for key in model.torch_params if key.endswith("dense/kernel"))
         model.torch_params[key] = torch.nn.Parameter(model.torch_params[key].detach().clone())
@@ -730,8 +731,9 @@ def a_layer_made_outside_of_the_scope(rng, faulty):
     import tensorflow as tf
 
     scope = tf.distribute.MirroredStrategy(["CPU:0"]).scope
+    inputs = keras.Input((4,))
     with scope():
-        model = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="first")])
+        hidden = layers.Dense(4, name="first")(inputs)
     with contextlib.nullcontext() if faulty else scope():
-        model.add(layers.Dense(4, name="dense"))
-    return model, None
+        outputs = layers.Dense(4, name="dense")(hidden)
+    return keras.Model(inputs, outputs), None
