@@ -6,7 +6,10 @@ import pytest
 
 from tests.distribution import processes
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "torch", reason="FSDP2 is PyTorch's")
+pytestmark = [
+    pytest.mark.skipif(keras.backend.backend() != "torch", reason="FSDP2 is PyTorch's"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # a checkpoint of one process is meant
+]
 
 
 def before_roads(folder):
