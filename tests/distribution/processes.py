@@ -50,6 +50,9 @@ def join_torch(rank, count, folder):
 def run_cases(join=None):
     """In a process: runs the cases, and writes what came of each.
 
+    For a person who looks for a fault: `ONLY="one_case another"` in the environment runs these, `TIMES=1` prints how
+    long each takes.
+
     Args:
         join: Called with the number of the process, how many there are, and their folder; returns what waits for all.
     """
