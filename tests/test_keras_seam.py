@@ -1982,7 +1982,7 @@ def test_a_variable_finds_its_layout_before_it_has_a_value():
         variable._layout = None
         variable._initialize_layout()
     assert variable._layout is not None
-    assert keras_seam.layout_of(variable) is None  # of one device there are no parts
+    assert keras_seam.sharding_of(variable) is None  # of one device there are no parts
 
 
 def test_what_an_object_writes_of_its_own_is_known_by_key():
