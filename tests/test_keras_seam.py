@@ -1559,7 +1559,7 @@ def test_the_layout_map_in_force_is_found():
         return
     with _on_one_device({"head/kernel": (None, "model")}) as mesh:
         assert list(keras_seam.layout_map()) == ["head/kernel"]
-        assert keras_seam.layout_argument((None, "model"))["layout"].axes == (None, "model")
+        assert tuple(keras_seam.layout_argument((None, "model"))["layout"].spec) == (None, "model")
         assert keras_seam.mesh_sizes(mesh) == {"model": 1}
     assert keras_seam.layout_map() is None
 
@@ -1580,7 +1580,7 @@ def _on_one_device(layouts):
 
 def test_a_variable_is_laid_out_as_it_is_made_and_afterwards():
     plain = keras.Variable(np.ones((4, 2)))
-    assert keras_seam.layout_of(plain) is None and keras_seam.mesh_of(plain) is None
+    assert keras_seam.layout_of(plain) is None and keras_seam.devices_of(plain) is None
     assert keras_seam.is_all_here(plain) and keras_seam.lies_as(plain) is None
     if keras.backend.backend() != "jax":
         return
@@ -1588,7 +1588,7 @@ def test_a_variable_is_laid_out_as_it_is_made_and_afterwards():
         named, other = keras.Variable(np.ones((4, 2)), name="a"), keras.Variable(np.ones((4, 2)), name="b")
         given = keras.Variable(np.ones((4, 2)), name="c", **keras_seam.layout_argument((None, "model")))
         assert keras_seam.layout_of(named) == ("model", None)
-        assert keras_seam.layout_of(other) == (None, None) and keras_seam.mesh_of(other) is mesh
+        assert keras_seam.layout_of(other) == (None, None) and keras_seam.devices_of(other) == {"model": 1}
         assert keras_seam.layout_of(given) == (None, "model")
         assert keras_seam.lay_out(other, (None, "model"), mesh) and not keras_seam.lay_out(other, (None, "model"), mesh)
         assert keras_seam.layout_of(other) == (None, "model") and keras_seam.is_all_here(other)

@@ -147,8 +147,11 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
     def __iter__(self) -> Iterator[Any]:
         return iter(dict.fromkeys([*self.found, *self.given]))
 
-    def answer(self, names: tuple[str, ...], words: Mapping[str, bool]) -> tuple[Any, Spec] | None:
-        """The name or pattern that counts for what is called so, and its layout; `None` if none fits."""
+    def answer(self, names: tuple[str, ...], words: Mapping[str, bool], made: bool = False) -> tuple[Any, Spec] | None:
+        """The name or pattern that counts for what is called so, and its layout; `None` if none fits.
+
+        Names and patterns fit as a whole, so it is no matter whether it was `made` for another weight.
+        """
         found: tuple[Any, Spec] | None = None
         for key, layout in self.given.items():
             excluding = patterns.leaves_out(key)

@@ -43,6 +43,7 @@ from tether.keras_seam.census import (
 )
 from tether.keras_seam.distribution import (
     as_if_not_made,
+    devices_of,
     is_all_here,
     lay_out,
     lay_out_value,
@@ -50,7 +51,6 @@ from tether.keras_seam.distribution import (
     layout_map,
     layout_of,
     lies_as,
-    mesh_of,
     mesh_sizes,
 )
 from tether.keras_seam.frames import (
@@ -294,6 +294,7 @@ __all__ = [
     "current_path",
     "decay_pattern",
     "deserialized",
+    "devices_of",
     "entries",
     "entry_notes",
     "find_class",
@@ -369,7 +370,6 @@ __all__ = [
     "matmul",
     "may_differentiate",
     "mend_tf2onnx",
-    "mesh_of",
     "mesh_sizes",
     "move_slots",
     "multiply",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -45,16 +45,31 @@ def mesh_sizes(mesh: keras.distribution.DeviceMesh) -> dict[str, int]:
     return dict(zip(mesh.axis_names, map(int, mesh.shape), strict=True))
 
 
+def _sharding(variable: keras.Variable) -> Any:
+    """JAX's own form of the layout that a variable was made with: until Keras 3.14 variables keep only that."""
+    layout = getattr(variable, "_layout", None)
+    return layout.backend_layout if isinstance(layout, keras.distribution.TensorLayout) else layout
+
+
 def layout_of(variable: keras.Variable) -> tuple[str | None, ...] | None:
     """The layout that a variable was made with, of the rank of its shape; `None` without a distribution."""
-    layout = getattr(variable, "_layout", None)
-    axes = getattr(layout, "axes", None)
-    if axes is None:
-        axes = getattr(layout, "spec", None)  # of JAX's own
-    rank = len(variable.shape)
-    if axes is None or len(axes) > rank or not all(isinstance(axis, (str, type(None))) for axis in axes):
+    return _named(getattr(_sharding(variable), "spec", None), len(variable.shape))
+
+
+def _named(spec: Any, rank: int) -> tuple[str | None, ...] | None:
+    """A partition of JAX's as a layout of a rank; `None` if it is none that has one axis of the mesh for each."""
+    if spec is None or len(spec) > rank:
         return None
-    return (*axes, *(None,) * (rank - len(axes)))
+    found = [axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis for axis in spec]
+    if not all(isinstance(axis, (str, type(None))) for axis in found):
+        return None
+    return (*found, *(None,) * (rank - len(found)))
+
+
+def devices_of(variable: keras.Variable) -> dict[str, int] | None:
+    """How many devices the mesh that a variable was laid out on has along each of its axes."""
+    mesh = getattr(_sharding(variable), "mesh", None)
+    return None if mesh is None else {str(name): int(size) for name, size in mesh.shape.items()}
 
 
 def layout_argument(axes: Sequence[str | None] | None) -> dict[str, object]:
@@ -62,37 +77,35 @@ def layout_argument(axes: Sequence[str | None] | None) -> dict[str, object]:
     layouts = layout_map()
     if axes is None or layouts is None:
         return {}
-    return {"layout": keras.distribution.TensorLayout(tuple(axes), layouts.device_mesh)}
-
-
-def mesh_of(variable: keras.Variable) -> keras.distribution.DeviceMesh | None:
-    """The mesh that a variable was laid out on."""
-    return getattr(getattr(variable, "_layout", None), "device_mesh", None)
+    return {"layout": keras.distribution.TensorLayout(tuple(axes), layouts.device_mesh).backend_layout}
 
 
 def lay_out(variable: keras.Variable, axes: Sequence[str | None], mesh: keras.distribution.DeviceMesh) -> bool:
     """Lets a variable lie on a mesh in another way, whatever it holds; whether that is another way than before."""
     if layout_of(variable) == tuple(axes):
         return False
-    layout = keras.distribution.TensorLayout(tuple(axes), mesh)
+    _move(variable, keras.distribution.TensorLayout(tuple(axes), mesh).backend_layout)
+    return True
+
+
+def _move(variable: keras.Variable, sharding: Any) -> None:
     value = variable._value
     if value is not None:
-        set_untracked(variable, "_value", keras.distribution.distribute_tensor(value, layout))
-    variable._layout = layout
-    return True
+        set_untracked(variable, "_value", keras.distribution.distribute_tensor(value, sharding))
+    variable._layout = sharding
 
 
 def lay_out_value(variable: keras.Variable, value: Any) -> Any:
     """A tensor where the variable lies that is to hold it, as far as the devices can divide it so."""
-    axes, mesh = layout_of(variable), mesh_of(variable)
-    if axes is None or mesh is None or len(axes) != len(value.shape):
+    axes, sizes = layout_of(variable), devices_of(variable)
+    if axes is None or sizes is None or len(axes) != len(value.shape):
         return value
-    sizes: Mapping[str, int] = mesh_sizes(mesh)
     fitted = tuple(
         axis if axis is None or size % sizes[axis] == 0 else None for axis, size in zip(axes, value.shape, strict=True)
     )
     if fitted != axes:
-        variable._layout = keras.distribution.TensorLayout(fitted, mesh)
+        sharding = _sharding(variable)
+        variable._layout = sharding.update(spec=type(sharding.spec)(*fitted))
     return keras.distribution.distribute_tensor(value, variable._layout)
 
 
@@ -101,13 +114,8 @@ def lies_as(variable: keras.Variable) -> tuple[str | None, ...] | None:
 
     Only what is known of the tensor is asked, and none of its numbers, some of which may lie on another machine.
     """
-    spec = getattr(getattr(getattr(variable, "_value", None), "sharding", None), "spec", None)
-    if spec is None:
-        return None
-    found = [axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis for axis in spec]
-    if not all(isinstance(axis, (str, type(None))) for axis in found):
-        return None
-    return (*found, *(None,) * (len(variable.shape) - len(found)))
+    sharding = getattr(getattr(variable, "_value", None), "sharding", None)
+    return _named(getattr(sharding, "spec", None), len(variable.shape))
 
 
 def is_all_here(variable: keras.Variable) -> bool:

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +15,11 @@ from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.weights.expression import Expression, Shape, Stored, known_shape
 from tether.weights.layouts import Spec, Traced, fitted
-from tether.weights.placement import is_base, is_read_by_entry, standing, tracing
+from tether.weights.placement import answer, is_base, is_read_by_entry, standing, tracing
 
-Answer = Callable[[tuple[str, ...], Mapping[str, bool]], tuple[Any, Spec] | None]
-"""What a layout map says of what has these names (and is meant by these words): its key that fits, and the layout."""
+Answer = Callable[[tuple[str, ...], Mapping[str, bool], bool], tuple[Any, Spec] | None]
+"""What a layout map says of what has these names (and is meant by these words), and whether that was made for another
+weight: its key that fits, and the layout."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,16 @@ class _Working:
         self.found.specs = list(self.settled.values())
 
     def _asked(
-        self, names: tuple[str, ...], words: Mapping[str, bool], shape: Shape, *, entry: bool = False
+        self,
+        names: tuple[str, ...],
+        words: Mapping[str, bool],
+        shape: Shape,
+        *,
+        of: Stored | None = None,
+        entry: bool = False,
     ) -> tuple[Any, Spec] | None:
         """The key and the layout that the map has for a shape; what does not fit it is noted and is nothing."""
-        answer = self.answer(names, words)
+        answer = self.answer(names, words, of is not None and of.role is not None)
         if answer is None:
             return None
         key, spec = answer
@@ -180,7 +186,7 @@ class _Working:
 
     def _say_of_itself(self, weight: Stored, expression: Expression) -> None:
         shape = known_shape(weight)
-        asked = self._asked((weight.path,), {}, shape, entry=is_read_by_entry(weight, expression))
+        asked = self._asked((weight.path,), {}, shape, of=weight, entry=is_read_by_entry(weight, expression))
         if asked is not None:
             every = (True,) * len(shape)
             self.said[id(weight.variable)] = [Said(weight.path, asked[0], asked[1], None, asked[1], every)]
@@ -239,24 +245,20 @@ class _Working:
 def answer_of(layouts: keras.distribution.LayoutMap) -> Answer:
     """What a layout map of Keras's says, by its own rule: a path, or one regular expression that fits."""
 
-    def answer(names: tuple[str, ...], words: Mapping[str, bool]) -> tuple[Any, Spec] | None:
+    def said(names: tuple[str, ...], words: Mapping[str, bool], made: bool) -> tuple[Any, Spec] | None:
         for name in names:
-            try:
-                layout = layouts[name]
-            except ValueError:  # several fit: Keras refuses a variable of that path
-                continue
+            layout = answer(layouts, name, made=made)
             if layout is not None:
-                return next(_keys(layouts, name), name), tuple(layout.axes)
+                return _key(layouts, name, layout), tuple(layout.axes)
         return None
 
     own: Answer | None = getattr(layouts, "answer", None)
-    return answer if own is None else own
+    return said if own is None else own
 
 
-def _keys(layouts: keras.distribution.LayoutMap, name: str) -> Iterator[Any]:
-    for key in layouts:
-        if key == name or re.fullmatch(key, name):
-            yield key
+def _key(layouts: keras.distribution.LayoutMap, name: str, layout: object) -> Any:
+    """The key by which a map has a layout for a name."""
+    return name if name in list(layouts) else next((key for key in layouts if layouts[key] is layout), name)
 
 
 __all__ = ["Answer", "Conflict", "LaidOut", "Misfit", "Said", "answer_of", "laid_out"]

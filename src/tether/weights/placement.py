@@ -8,6 +8,7 @@ is known what the weight is for. Nothing is asked without a layout map, that is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import keras
@@ -20,16 +21,17 @@ from tether.weights.operators.indexing import Gather
 from tether.weights.operators.quantized import Dequantize
 
 
-def asked_for(path: str, shape: Shape, *, entry: bool = False) -> Spec | None:
+def asked_for(path: str, shape: Shape, *, entry: bool = False, made: bool = False) -> Spec | None:
     """What the layout map in force says of a path; `None` if it says nothing, or nothing that fits the shape.
 
     Args:
         path: The path of a variable, or of a use.
         shape: Its shape.
         entry: Whether it is a stack of weights, of which the map may name one: the stack's own axis is whole then.
+        made: Whether it is a weight that was made for another one.
     """
     layouts = keras_seam.layout_map()
-    layout = None if layouts is None else _answer(layouts, path)
+    layout = None if layouts is None else answer(layouts, path, made=made)
     if layout is None:
         return None
     found: Spec = tuple(layout.axes)
@@ -38,8 +40,17 @@ def asked_for(path: str, shape: Shape, *, entry: bool = False) -> Spec | None:
     return found if len(found) == len(shape) and _names_axes(found) else None
 
 
-def _answer(layouts: keras.distribution.LayoutMap, path: str) -> keras.distribution.TensorLayout | None:
-    """What a map says of a path; nothing, if several of its patterns fit: Keras refuses a variable of that path."""
+def answer(
+    layouts: keras.distribution.LayoutMap, path: str, *, made: bool = False
+) -> keras.distribution.TensorLayout | None:
+    """What a map says of a path; nothing, if several of its patterns fit: Keras refuses a variable of that path.
+
+    In Keras 3.13 a key is for all that it is a piece of: `up/kernel` would be for `up/kernel_lora_a`, which has other
+    axes. So what was made for another weight has to be named as a whole.
+    """
+    if made and not hasattr(layouts, "answer"):
+        keys = [path] if path in list(layouts) else [key for key in layouts if re.fullmatch(key, path)]
+        return layouts[keys[0]] if len(keys) == 1 else None
     try:
         return layouts[path]
     except ValueError:
@@ -65,24 +76,23 @@ def standing(expression: Expression) -> Iterator[tuple[str, Node]]:
                 yield path, node
 
 
-def at_creation(path: str, shape: Shape, known: Spec | None = None) -> Spec | None:
-    """The layout to make a variable with, where what the map says would not fit its shape; `None` to leave it to Keras.
+def at_creation(weight: Stored, shape: Shape) -> Spec | None:
+    """The layout to make a weight's variable with; `None` to leave it to Keras, which asks the map by its path.
 
-    Keras takes whatever the map says of a path: a layout of another rank, or of an axis that the devices cannot divide,
-    is an error of JAX's then, which names neither.
-
-    Args:
-        path: The path of the variable.
-        shape: Its shape.
-        known: What was found out of its layout before, where the map does not name it.
+    Keras takes whatever the map says: a layout of another rank, or of an axis that the devices cannot divide, is an
+    error of JAX's then, which names neither.
     """
     layouts = keras_seam.layout_map()
-    layout = None if layouts is None else _answer(layouts, path)
-    if layouts is None or layout is None:
-        return known if known is not None and len(known) == len(shape) else None
-    asked = asked_for(path, shape)
+    if layouts is None:
+        return None
+    made = weight.role is not None
+    layout = answer(layouts, weight.path, made=made)
+    if layout is None:
+        known = weight.lies if weight.lies is not None and len(weight.lies) == len(shape) else None
+        return whole(len(shape)) if known is None and made else known
+    asked = asked_for(weight.path, shape, made=made)
     found = whole(len(shape)) if asked is None else fitted(asked, shape, keras_seam.mesh_sizes(layouts.device_mesh))
-    return None if found == tuple(layout.axes) else found
+    return None if found == tuple(layout.axes) and not made else found
 
 
 def layout_for(weight: Stored, expression: Expression | None = None) -> Spec | None:
@@ -96,7 +106,8 @@ def layout_for(weight: Stored, expression: Expression | None = None) -> Spec | N
     if present is not None and any(present):
         return present
     shape = known_shape(weight)
-    return asked_for(weight.path, shape, entry=expression is not None and is_read_by_entry(weight, expression))
+    entry = expression is not None and is_read_by_entry(weight, expression)
+    return asked_for(weight.path, shape, entry=entry, made=weight.role is not None)
 
 
 def is_read_by_entry(weight: Stored, expression: Expression) -> bool:
@@ -215,6 +226,6 @@ def layout_of_value(path: str, expression: Expression) -> Spec | None:
 
 
 __all__ = [
-    "asked_for", "at_creation", "follow", "follow_from", "is_base", "is_read_by_entry", "lay_out_as", "layout_for",
-    "layout_of_value", "stacked", "standing", "traced", "tracing",
+    "answer", "asked_for", "at_creation", "follow", "follow_from", "is_base", "is_read_by_entry", "lay_out_as",
+    "layout_for", "layout_of_value", "stacked", "standing", "traced", "tracing",
 ]  # fmt: skip

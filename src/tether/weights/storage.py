@@ -194,7 +194,7 @@ class Storage(Stored):
                 trainable=self.trainable,
                 autocast=self.autocasts,
                 name=self.path.rpartition("/")[2],
-                **keras_seam.layout_argument(placement.at_creation(self.path, shape, self.lies)),
+                **keras_seam.layout_argument(placement.at_creation(self, shape)),
             )
         self._hold(variable)
 

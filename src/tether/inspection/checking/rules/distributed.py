@@ -153,10 +153,9 @@ def part_whole(context: Context) -> Iterator[Finding]:
         weights: list[Stored] = [weight for weight in expression.weights_used() if weight.is_built]
         layouts = {weight: _present(weight.variable) for weight in weights}
         bases = {weight: spec for weight, spec in layouts.items() if is_base(weight) and spec and any(spec)}
-        mesh = next((found for weight in bases if (found := keras_seam.mesh_of(weight.variable)) is not None), None)
-        if mesh is None or expression.shape is None:
+        sizes = next((found for weight in bases if (found := keras_seam.devices_of(weight.variable)) is not None), None)
+        if sizes is None or expression.shape is None:
             continue
-        sizes = keras_seam.mesh_sizes(mesh)
         traced = Traced(expression, sizes)
         for weight, spec in bases.items():
             traced.say(spec, weight)
