@@ -185,8 +185,9 @@ def sharding_of(variable: keras.Variable) -> Tensor:
     if _backend.backend() != "jax":
         return None
     layout = getattr(variable._layout, "backend_layout", variable._layout)
-    if layout is None and variable._value is not None:
-        layout = variable._value.sharding
+    value = getattr(variable, "_value", None)  # none yet where the variable is being made
+    if layout is None and value is not None:
+        layout = value.sharding
     return layout if layout is not None and len(layout.device_set) > 1 else None
 
 
