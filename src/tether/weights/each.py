@@ -152,7 +152,14 @@ def _mask(mask: Mask, bound: Tensor) -> Tensor:
 
 
 def masked(value: Tensor, choice: Choice, numbers: Tensor) -> Tensor:
-    """The values with those that belong to none of the options replaced: by zeros where there is a base, else NaN."""
+    """The values with those that belong to none of the options replaced: by zeros where there is a base, else NaN.
+
+    Where the numbers can be read and all are those of options, there is nothing to replace, and no copy is made.
+    """
+    if keras_seam.is_concrete(numbers) and not keras_seam.is_compiling():
+        known = keras_seam.on_host(numbers)
+        if known.size and known.min() >= 0 and known.max() < len(choice.choices):
+            return value
     other = keras.ops.cast(float("nan") if choice.none is None else 0.0, value.dtype)
     return where_option(numbers, len(choice.choices), value, other)
 
