@@ -107,7 +107,9 @@ def what_processes_have_written_is_read_by_own_parts_only(c):
 def a_model_is_gathered_one_weight_at_a_time(c):
     with Measured() as measured:
         tether.files.save_safetensors(c.model, c.folder / "again.safetensors")
-    assert measured.peak <= 2.2 * BYTES  # in the collective operation, and what comes of it
+    # One in the collective operation and what comes of it; on a busy machine what is done with is given back a little
+    # later. All three at once would be four or more.
+    assert measured.peak <= 3 * BYTES
 
 
 @check
