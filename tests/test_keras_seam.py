@@ -2028,7 +2028,12 @@ def test_an_optimizer_asks_a_variable_for_its_layout_before_each_slot():
     optimizer = keras.optimizers.Adam()
     optimizer.build([variable])
     assert len(asked) == 2 and set(asked) == {keras_seam.sharding._ADD_SLOT}
-    assert [slot.shape for slot in optimizer.variables if vars(slot)["_layout"] == "layout"] == [(2, 2), (2, 2)]
+    slots = [slot for slot in optimizer.variables if tuple(slot.shape) == (2, 2)]
+    assert len(slots) == 2
+    keeps = hasattr(slots[0], "_layout")  # since Keras 3.14; before, the lists of slots are looked through
+    assert [getattr(slot, "_layout", None) for slot in slots] == ["layout" if keeps else None] * 2
+    lists = [value for name, value in vars(optimizer).items() if isinstance(value, list) and name != "_variables"]
+    assert [len(value) for value in lists if any(value and value[0] is slot for slot in slots)] == [1, 1]
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="FSDP2 is PyTorch's")

@@ -261,15 +261,20 @@ def computes(values: object) -> bool:
 def adopt_slots(optimizer: keras.Optimizer) -> None:
     """Shards what an optimizer, built before its model was sharded, keeps for variables that are sharded now."""
     inner = inner_optimizer(optimizer)
+    _note_homes(inner)
+    _waiting.append(optimizer)
+    finish_slots()
+
+
+def _note_homes(inner: Any) -> None:
+    """Says of slots in whole lists, one for each variable, how these are sharded."""
     known = optimized_variables(inner)
-    for slots in vars(inner).values():
-        if isinstance(slots, list) and len(slots) == len(known) and slots is not known:
+    for name, slots in vars(inner).items():
+        if isinstance(slots, list) and len(slots) == len(known) and slots is not known and name != "_variables":
             for slot, variable in zip(slots, known, strict=True):
                 plain = isinstance(slot, keras.Variable) and not isinstance(slot, ShardedVariable)
                 if plain and isinstance(variable, ShardedVariable) and slot.shape == variable.shape:
                     vars(slot)["_layout"] = variable._home
-    _waiting.append(optimizer)
-    finish_slots()
 
 
 def finish_slots() -> None:
@@ -288,7 +293,9 @@ def _shard_slots(optimizer: keras.Optimizer) -> None:
     import torch
     from torch.distributed.tensor import distribute_tensor
 
-    for slot in inner_optimizer(optimizer).variables:
+    inner = inner_optimizer(optimizer)
+    _note_homes(inner)  # slots of Keras before 3.14 do not keep what their variable was asked for
+    for slot in inner.variables:
         home = vars(slot).get("_layout")
         if not isinstance(home, Home) or isinstance(slot, ShardedVariable):
             continue
