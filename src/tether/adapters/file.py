@@ -94,13 +94,13 @@ def save(model: keras.Layer, name: str | Sequence[str], path: str | os.PathLike[
     several = [name] if isinstance(name, str) else list(name)
     if not several or len(set(several)) < len(several):
         raise TetherError(f"What is saved is an adapter, or a list of several. {received(name=name)}")
-    in_slots = slotted.names_in(model)
+    in_slots, places = slotted.names_in(model), slotted.slotted_weights(model)
     check_known(model, [each for each in several if each not in in_slots])
     addresses = names_apart(named_weights(model))
     taken: set[str] = set()
     headers, tensors = [], []
     for each in several:
-        found = _in_slot(model, in_slots[each]) if each in in_slots else _adapted(model, each)
+        found = _in_slot(places, in_slots[each]) if each in in_slots else _adapted(model, each)
         header, weights = _header(each, found, addresses, taken)
         headers.append(header)
         tensors += [entry_of(weight.variable, header["keys"][uid]) for uid, weight in weights.items()]
@@ -127,8 +127,7 @@ def _adapted(model: keras.Layer, name: str) -> _Found:
     )
 
 
-def _in_slot(model: keras.Layer, number: int) -> _Found:
-    places = slotted.slotted_weights(model)
+def _in_slot(places: Mapping[str, slotted.Slotted], number: int) -> _Found:
     parts = slotted.part_of(places.values(), number)
     return _Found(1.0, parts, {path: list(places[path].base.weights_used()) for path in parts})
 

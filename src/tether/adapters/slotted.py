@@ -20,7 +20,16 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.low_rank import ranks_of
-from tether.layers.family.bank import EachEntry, filled, like, refuse_filling, refuse_other_form, table_of, taken_out
+from tether.layers.family.bank import (
+    EachEntry,
+    filled,
+    like,
+    refuse_filling,
+    refuse_other_form,
+    table_of,
+    taken_out,
+    values_of,
+)
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import View, arguments_in, slots_of
 from tether.types import Array
@@ -62,7 +71,7 @@ class Slotted:
         return self.routed.operands[2].operands[1]  # type: ignore[attr-defined]
 
     @property
-    def strength(self) -> Expression:
+    def strength(self) -> Node:
         """The read of the stack of strengths."""
         return self._product.operands[0]  # type: ignore[attr-defined]
 
@@ -117,7 +126,7 @@ class Slotted:
         for mine, theirs in zip(program(template), program(core), strict=True):
             if id(mine.expression) in read_of:
                 assert isinstance(theirs.expression, Weight)
-                found[read_of[id(mine.expression)]] = _array(theirs.expression)
+                found[read_of[id(mine.expression)]] = values_of(theirs.expression)
         return found
 
 
@@ -151,10 +160,6 @@ def _entry_like(read: Expression) -> Weight:
     """A weight, without a value, of the shape, dtype and role of an entry."""
     stack, _ = _located(read, 0)
     return like(stack, known_shape(stack)[1:], stack.name)
-
-
-def _array(expression: Expression) -> Array:
-    return np.asarray(keras_seam.on_host(keras_seam.plain_tensor(expression.value), in_step=True))
 
 
 # --------------------------------------------------------------------------- making
@@ -210,7 +215,7 @@ class Stacks:
         found = like(weight, (size, *shape), f"{weight.name}{end}", trainable)
         found.start_at(np.zeros((size, *shape), weight.dtype), path=f"{weight.path}{end}")
         start = weight.initializer
-        if start is None and not np.any(_array(weight)):
+        if start is None and not np.any(values_of(weight)):
             start = keras.initializers.Zeros()
         if start is not None:
             found.initializer = EachEntry(start)
@@ -349,7 +354,7 @@ def start_of(places: Mapping[str, Slotted]) -> Content:
             if read not in known:
                 stack, _ = _located(read, 0)
                 if isinstance(place.part, Subtract) and place.part.operands == (read, place.base):  # of `full`
-                    known[read] = _array(place.base)
+                    known[read] = values_of(place.base)
                     continue
                 if not isinstance(stack.initializer, EachEntry):
                     raise TetherError(
@@ -378,10 +383,9 @@ def put(model: keras.Layer, places: Mapping[str, Slotted], number: int, name: st
         strength, values = content.get(path, (0.0, {}))
         for read in (place.strength, *place.reads()):
             stack, row = _located(read, number)
-            value = np.asarray(strength) if read is place.strength else values.get(read, np.zeros(()))  # type: ignore[call-overload]
             shape = known_shape(stack)[1:]
-            array = filled(value, shape) if value.shape or not shape else np.zeros(shape)
-            entries[id(stack), row] = (stack, row, array)
+            value = np.asarray(strength) if read is place.strength else values.get(read, np.zeros(shape))
+            entries[id(stack), row] = (stack, row, filled(value, shape))
     keras_seam.refuse_sharded(model.variables)
     keras_seam.refuse_in_fit([stack for stack, _, _ in entries.values()], "Change slots before or after `fit`.")
     for stack, row, array in entries.values():
@@ -404,7 +408,7 @@ def part_of(places: Iterable[Slotted], number: int) -> dict[str, Expression]:
     known: dict[tuple[int, int], Expression] = {}
     for place in places:
         stack, row = _located(place.strength, number)
-        strength = float(_array(stack)[row])
+        strength = float(values_of(stack)[row])
         if strength == 0.0:
             continue
         entries: dict[Node, Expression] = {}
@@ -412,7 +416,7 @@ def part_of(places: Iterable[Slotted], number: int) -> dict[str, Expression]:
             stack, row = _located(read, number)
             if (id(stack), row) not in known:
                 entry = like(stack, known_shape(stack)[1:], stack.name.removesuffix("_frozen"), True)
-                entry.start_at(np.array(_array(stack)[row]), path=stack.path.removesuffix("_frozen"))
+                entry.start_at(np.array(values_of(stack)[row]), path=stack.path.removesuffix("_frozen"))
                 known[id(stack), row] = entry
             entries[read] = known[id(stack), row]
         found[place.path] = scaled(strength, place.of(entries))

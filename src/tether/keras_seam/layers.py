@@ -266,6 +266,25 @@ def optimized_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
     return list(getattr(inner_optimizer(optimizer), "_trainable_variables", None) or ())
 
 
+def slots_by_kind(optimizer: keras.Optimizer) -> dict[str, list[Any]]:
+    """What a built optimizer (no loss scale around one) keeps for its variables, by kind: lists in their order."""
+    count = len(optimized_variables(optimizer))
+    return {
+        name: held
+        for name, held in vars(optimizer).items()
+        if name not in OF_ALL_VARIABLES and is_of_slots(held) and len(held) == count
+    }
+
+
+OF_ALL_VARIABLES = ("_variables", "_trainable_variables")
+"""The lists of an optimizer that have no slots, or all of them."""
+
+
+def is_of_slots(value: object) -> bool:
+    """Whether something is a list of slots."""
+    return isinstance(value, list) and all(each is None or isinstance(each, keras.Variable) for each in value)
+
+
 def decay_pattern(optimizer: keras.Optimizer) -> re.Pattern[str] | None:
     """The pattern of names that are excluded from weight decay, if there is one: it is searched for in `name`."""
     return getattr(inner_optimizer(optimizer), "_exclude_from_weight_decay_pattern", None)

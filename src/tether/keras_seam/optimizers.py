@@ -20,12 +20,15 @@ import keras
 import numpy
 
 from tether.keras_seam.layers import (
+    OF_ALL_VARIABLES,
     decay_pattern,
     forget_attribute,
     inner_optimizer,
     is_excluded_from_decay,
+    is_of_slots,
     optimized_variables,
     set_untracked,
+    slots_by_kind,
 )
 from tether.keras_seam.memory import write_entry
 from tether.keras_seam.variables import own_copy, raw_value, stored_dtype
@@ -143,9 +146,6 @@ def move_slots(optimizer: keras.Optimizer, variables: Sequence[keras.Variable], 
     return True
 
 
-_OF_ALL = ("_variables", "_trainable_variables")
-
-
 def _planned(
     old: Any,
     new: Any,
@@ -162,7 +162,7 @@ def _planned(
             if not isinstance(before, keras.Variable) or before.shape != slots.shape:
                 return None
             replaced[id(slots)] = before
-        elif name not in _OF_ALL and _is_of_slots(slots) and len(slots) == len(variables):
+        elif name not in OF_ALL_VARIABLES and is_of_slots(slots) and len(slots) == len(variables):
             if not isinstance(before, list) or len(before) != len(places):
                 return None
             moved: list[Any] = []
@@ -186,10 +186,6 @@ def _planned(
     if any(id(variable) not in replaced for variable in new._variables):
         return None
     return lists, [replaced[id(variable)] for variable in new._variables]
-
-
-def _is_of_slots(value: object) -> bool:
-    return isinstance(value, list) and all(each is None or isinstance(each, keras.Variable) for each in value)
 
 
 def _excluded(
@@ -251,12 +247,12 @@ def forget_entries_of(optimizer: keras.Optimizer, entries: Sequence[tuple[keras.
     concerned = [(variable, entry) for variable, entry in entries if id(variable) in places]
     if not concerned:
         return
-    for name, number in _starts_of(inner).items():
-        slots = vars(inner)[name]
-        for variable, entry in concerned:
-            slot = slots[places[id(variable)]] if len(slots) == len(known) else None
+    starts = _starts_of(inner)
+    for name, slots in slots_by_kind(inner).items():
+        for variable, entry in concerned if name in starts else ():
+            slot = slots[places[id(variable)]]
             if slot is not None and slot.shape == variable.shape:
-                array = numpy.full(tuple(slot.shape)[1:], number, stored_dtype(slot))
+                array = numpy.full(tuple(slot.shape)[1:], starts[name], stored_dtype(slot))
                 write_entry(slot, entry, array)
 
 
@@ -269,11 +265,11 @@ def _starts_of(optimizer: Any) -> dict[str, float]:
     if found is None:
         fresh = type(optimizer).from_config(optimizer.get_config())
         fresh.build([keras.Variable([0.0], name="one", trainable=True)])
-        found = {}
-        for name, slots in vars(fresh).items():
-            known = name not in _OF_ALL and _is_of_slots(slots) and _is_of_slots(vars(optimizer).get(name))
-            if known and slots and slots[0] is not None and tuple(slots[0].shape) == (1,):
-                found[name] = float(keras.ops.convert_to_numpy(slots[0].value)[0])
+        found = {
+            name: float(keras.ops.convert_to_numpy(slots[0].value)[0])
+            for name, slots in slots_by_kind(fresh).items()
+            if slots[0] is not None and tuple(slots[0].shape) == (1,)
+        }
         _starts[optimizer] = found
     return found
 

@@ -22,7 +22,7 @@ import keras
 from tether.errors import Unsupported
 from tether.keras_seam import census
 from tether.keras_seam.frames import code_of
-from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables
+from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, slots_by_kind
 from tether.keras_seam.private import ThreadScope, of_this_thread
 from tether.types import Array, Tensor
 
@@ -268,13 +268,11 @@ def adopt_slots(optimizer: keras.Optimizer) -> None:
 
 def _note_homes(inner: Any) -> None:
     """Says of slots in whole lists, one for each variable, how these are sharded."""
-    known = optimized_variables(inner)
-    for name, slots in vars(inner).items():
-        if isinstance(slots, list) and len(slots) == len(known) and slots is not known and name != "_variables":
-            for slot, variable in zip(slots, known, strict=True):
-                plain = isinstance(slot, keras.Variable) and not isinstance(slot, ShardedVariable)
-                if plain and isinstance(variable, ShardedVariable) and slot.shape == variable.shape:
-                    vars(slot)["_layout"] = variable._home
+    for slots in slots_by_kind(inner).values():
+        for slot, variable in zip(slots, optimized_variables(inner), strict=True):
+            plain = isinstance(slot, keras.Variable) and not isinstance(slot, ShardedVariable)
+            if plain and isinstance(variable, ShardedVariable) and slot.shape == variable.shape:
+                vars(slot)["_layout"] = variable._home
 
 
 def finish_slots() -> None:

@@ -259,7 +259,7 @@ def refuse_filling(options: Sequence[Expression], largest: int) -> None:
         weights = zip(option.weights_used(), options[largest].weights_used(), strict=True)
         smaller = {weight for weight, other in weights if weight.shape != other.shape}
         found = products(option)
-        pairs = zip(found.terms, model.terms, strict=len(found.terms) == len(model.terms))
+        pairs = zip(found.terms, model.terms, strict=False)
         matched = [_matched(mine, theirs, kept) for mine, theirs in pairs]
         alike = len(found.terms) == len(model.terms) and None not in matched
         sizes = {
@@ -365,10 +365,10 @@ def _stacked(parts: Sequence[Weight], shape: Shape, trainable: bool) -> Weight:
     waiting = [keras_seam.waiting_start(weight.variable) for weight in parts]
     alike = all(known_shape(weight) == shape for weight in parts)
     if any(start is not None for start in waiting):  # inside a trace: there are no values yet
-        starts = [start or Copy(_values(weight)) for start, weight in zip(waiting, parts, strict=True)]
+        starts = [start or Copy(values_of(weight, weight.name)) for start, weight in zip(waiting, parts, strict=True)]
         found.start_by(_Entries(starts, [known_shape(weight) for weight in parts]), path=first.path)
     else:
-        values = [_values(weight) for weight in parts]
+        values = [values_of(weight, weight.name) for weight in parts]
         found.start_at(np.stack([filled(value, shape) for value in values]), path=first.path)
     placement.lay_out_as(found.variable, placement.stacked([weight.variable for weight in parts]))
     if alike and len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
@@ -555,12 +555,13 @@ def table_of(number: Expression) -> list[int] | None:
     return None
 
 
-def _values(weight: Weight) -> Array:
-    return keras_seam.on_host(keras_seam.plain_tensor(weight.value), weight.name, in_step=True)
+def values_of(expression: Expression, name: str = "") -> Array:
+    """The values of a weight or expression, for what all processes do if it lies on several."""
+    return keras_seam.on_host(keras_seam.plain_tensor(expression.value), name, in_step=True)
 
 
 def _parts(weight: Weight) -> list[Weight]:
-    values = _values(weight)
+    values = values_of(weight, weight.name)
     found = []
     for place, value in enumerate(values):
         part = like(weight, tuple(value.shape), f"{weight.name}_{place}")
@@ -584,6 +585,7 @@ __all__ = [
     "table_of",
     "taken_out",
     "unbank",
+    "values_of",
     "with_number",
     "zipped",
 ]

@@ -16,7 +16,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
-from tether.layers.family.bank import zipped
+from tether.layers.family.bank import values_of, zipped
 from tether.layers.family.turns import Turns, are_written_out, entries_of, is_tensor, split
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.paths import walk
@@ -601,8 +601,7 @@ def _own(base: Expression, role: str | None) -> Weight:
     if waiting is not None:  # inside a trace, where the block has no value yet
         found.start_by(waiting, path=path)
     else:
-        value = keras_seam.on_host(keras_seam.plain_tensor(base.value), path, in_step=True)
-        found.start_at(value, path=path)
+        found.start_at(values_of(base, path), path=path)
     placement.lay_out_as(found.variable, placement.layout_of_value(path, base))
     return found
 
