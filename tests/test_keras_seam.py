@@ -1985,6 +1985,17 @@ def test_a_variable_finds_its_layout_before_it_has_a_value():
     assert keras_seam.sharding_of(variable) is None  # of one device there are no parts
 
 
+def test_a_tensor_of_the_processor_is_in_memory():
+    assert keras_seam.is_in_memory(keras.ops.convert_to_tensor([0, 1]))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch has a device without values")
+def test_a_tensor_of_another_device_is_not_in_memory():
+    import torch
+
+    assert not keras_seam.is_in_memory(torch.zeros(2, device="meta"))
+
+
 def test_what_an_object_writes_of_its_own_is_known_by_key():
     optimizer = keras.optimizers.SGD(momentum=0.5)
     optimizer.build([keras.Variable(np.ones((2, 3)), name="w")])

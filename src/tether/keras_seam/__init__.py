@@ -114,6 +114,7 @@ from tether.keras_seam.loops import compiled, is_traced_for_a_compiler, repeat_w
 from tether.keras_seam.memory import (
     Snapshot,
     is_concrete,
+    is_in_memory,
     is_random,
     is_same_snapshot,
     is_stored_in,
@@ -334,6 +335,7 @@ __all__ = [
     "is_excluded_from_decay",
     "is_float",
     "is_given_what_trains",
+    "is_in_memory",
     "is_locked",
     "is_nnx_enabled",
     "is_plain_eager",

@@ -165,6 +165,19 @@ def _make_lent() -> Callable[[Tensor], Array]:
 _lent = _make_lent()
 
 
+def _make_is_in_memory() -> Callable[[Tensor], bool]:
+    kinds: dict[str, Callable[[Tensor], bool]] = {
+        "jax": lambda value: all(device.platform == "cpu" for device in value.devices()) and not lies_elsewhere(value),
+        "torch": lambda value: value.device.type == "cpu",
+        "tensorflow": lambda value: "CPU" in value.device,
+    }
+    return kinds.get(_backend.backend(), lambda value: False)
+
+
+is_in_memory = _make_is_in_memory()
+"""Whether a tensor with a value can be read without waiting for an accelerator or another process."""
+
+
 def on_host(value: Tensor, name: str = "", *, in_step: bool = False) -> Array:
     """A tensor as a NumPy array; it shares the memory of one that lies in the processor's.
 

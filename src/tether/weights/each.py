@@ -154,9 +154,10 @@ def _mask(mask: Mask, bound: Tensor) -> Tensor:
 def masked(value: Tensor, choice: Choice, numbers: Tensor) -> Tensor:
     """The values with those that belong to none of the options replaced: by zeros where there is a base, else NaN.
 
-    Where the numbers can be read and all are those of options, there is nothing to replace, and no copy is made.
+    Where the numbers lie at hand and all are those of options, there is nothing to replace, and no copy is made. An
+    accelerator is not waited for: this is asked for every factor of every layer.
     """
-    if keras_seam.is_concrete(numbers) and not keras_seam.is_compiling():
+    if keras_seam.is_concrete(numbers) and not keras_seam.is_compiling() and keras_seam.is_in_memory(numbers):
         known = keras_seam.on_host(numbers)
         if known.size and known.min() >= 0 and known.max() < len(choice.choices):
             return value
