@@ -130,13 +130,13 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
         if key in self.found:
             return self.found[key]
         answer = self.answer((key,), {})
-        return None if answer is None else self._layout(answer[1])
+        return None if answer is None else self._on_mesh(answer[1])
 
     def __setitem__(self, key: Any, layout: object) -> None:
         if not patterns.leaves_out(key):
             self.given[key] = self._checked(key, layout)
         else:
-            self.given[key] = self._layout(())
+            self.given[key] = self._on_mesh(())
 
     def __delitem__(self, key: Any) -> None:
         del (self.found if key in self.found else self.given)[key]
@@ -159,7 +159,7 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
                 found = None if excluding else (key, tuple(layout.axes))
         return found
 
-    def _layout(self, spec: Spec) -> keras.distribution.TensorLayout:
+    def _on_mesh(self, spec: Spec) -> keras.distribution.TensorLayout:
         return keras.distribution.TensorLayout(spec, self.device_mesh)
 
     def _checked(self, key: Any, layout: object) -> keras.distribution.TensorLayout:
@@ -176,7 +176,7 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
                 f"The layout of {key!r} names each axis of the mesh once at most, and the mesh has "
                 f"{', '.join(map(repr, self.sizes))}. {received(layout=tuple(axes))}"
             )
-        return self._layout(tuple(axes))
+        return self._on_mesh(tuple(axes))
 
     # ------------------------------------------------------------------ of a model
 
@@ -206,7 +206,8 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
         by_path: dict[str, set[Spec]] = {}
         for variable, spec in found.specs:
             by_path.setdefault(variable.path, set()).add(spec)
-        self.found.update({path: self._layout(next(iter(specs))) for path, specs in by_path.items() if len(specs) == 1})
+        agreed = {path: next(iter(specs)) for path, specs in by_path.items() if len(specs) == 1}
+        self.found.update({path: self._on_mesh(spec) for path, spec in agreed.items()})
 
 
 def _fits(key: Any, names: tuple[str, ...], words: Mapping[str, bool]) -> bool:
