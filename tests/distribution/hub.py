@@ -5,7 +5,7 @@ import numpy as np
 
 import tether
 from tests.distribution.models import mesh_of, scope, shards
-from tests.distribution.simulated import check
+from tests.distribution.programs import check
 from tether.distribution import layout_map
 
 RULES = ["layout-missed", "layout-conflict", "layout-misfit", "part-whole"]
@@ -18,7 +18,7 @@ def gemma():
     )  # fmt: skip
 
 
-@check("hub")
+@check
 def gemma_with_its_own_map():
     mesh = mesh_of(2, 4)
     whole = gemma()

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 import tether
+from tests.distribution.programs import check
 
 D, L = keras.distribution, keras.layers
 PROCESSES, SIZE = 2, 2048
@@ -16,12 +17,6 @@ BYTES = SIZE * 2 * SIZE * 4
 MARGIN = 4 << 20
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 """Variables of the environment with which memory that is given back is given back at once, and so is not measured."""
-CHECKS = []
-
-
-def check(function):
-    CHECKS.append(function)
-    return function
 
 
 def right(name):

@@ -21,7 +21,7 @@ from tests.distribution.models import (
     shards,
     tied_pair,
 )
-from tests.distribution.simulated import check
+from tests.distribution.programs import check
 from tether import keras_seam
 from tether.distribution import layout_map
 
@@ -44,7 +44,7 @@ def raises(kind, act, *words):
 # --------------------------------------------------------------------------- the map
 
 
-@check("roads")
+@check
 def a_layout_goes_back_from_any_use():
     model = tied_pair()
     for layouts in (
@@ -61,7 +61,7 @@ def a_layout_goes_back_from_any_use():
             assert shards(tied_pair()) == {"table": (8, 8)}, layouts
 
 
-@check("roads")
+@check
 def a_map_is_made_of_a_model_of_a_function_of_paths_and_of_nothing():
     made = []
 
@@ -77,7 +77,7 @@ def a_map_is_made_of_a_model_of_a_function_of_paths_and_of_nothing():
     assert layout_map(["a/kernel", "b/kernel"], {"?/kernel": (None, "model")}, MESH)["b/kernel"].axes == (None, "model")
 
 
-@check("roads")
+@check
 def a_function_that_makes_a_model_is_called_without_a_trace():
     def build():
         return keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.Dense(8)])
@@ -94,7 +94,7 @@ def a_function_that_makes_a_model_is_called_without_a_trace():
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
-@check("roads")
+@check
 def two_uses_that_disagree_are_an_error_that_names_both():
     model, both = tied_pair(), {"embed/embeddings": (None, "model"), "head/kernel": (None, "model")}
     text = raises(
@@ -107,7 +107,7 @@ def two_uses_that_disagree_are_an_error_that_names_both():
     layout_map(model, {**TABLE, "head/kernel": (None, "model")}, MESH)
 
 
-@check("roads")
+@check
 def a_layout_that_cannot_be_is_an_error():
     model = tied_pair()
     raises(
@@ -121,7 +121,7 @@ def a_layout_that_cannot_be_is_an_error():
     raises(ValueError, lambda: layout_map(model, {"table": ("model",)}, MESH), "(32, 8)", "('model',)")
 
 
-@check("roads")
+@check
 def an_axis_that_is_not_divided_evenly_is_whole():
     with scope(layout_map(lambda: tied_pair(30), TABLE, MESH)):
         assert shards(tied_pair(30)) == {"table": (30, 8)}
@@ -132,14 +132,14 @@ def an_axis_that_is_not_divided_evenly_is_whole():
         assert finding.severity == "warning" and "size 30" in finding.why
 
 
-@check("roads")
+@check
 def the_map_of_somebody_else_is_completed():
     theirs = plain_map(MESH, {"embed.*": ("model", "batch")})
     found = layout_map(tied_pair(), theirs)
     assert found.device_mesh is MESH and found["table"].axes == ("model", "batch")
 
 
-@check("roads")
+@check
 def how_a_tensor_really_lies_is_read_off_it():
     with scope(plain_map(MESH, TABLE)):
         (variable,) = tied_pair().weights
@@ -157,7 +157,7 @@ def _of_form(form, layouts, **kwargs):
     return {path.removeprefix("up/kernel"): shape for path, shape in found.items()}
 
 
-@check("roads")
+@check
 def parts_lie_as_the_kernel_that_they_were_made_for():
     forms = tether.forms
     for form, columns, rows in (
@@ -181,7 +181,7 @@ def parts_lie_as_the_kernel_that_they_were_made_for():
         assert rows.items() <= _of_form(again, ROWS).items(), form
 
 
-@check("roads")
+@check
 def the_parts_of_attention_lie_as_its_heads():
     equation, shape = "abc,cde->abde", (None, None, 16)
     for spec, a, b in (((None, "model", None), (16, 3), (3, 2, 8)), (("model", None, None), (4, 3), (3, 8, 8)),
@@ -193,7 +193,7 @@ def the_parts_of_attention_lie_as_its_heads():
         assert (found["up/kernel_lora_a"], found["up/kernel_lora_b"]) == (a, b), spec
 
 
-@check("roads")
+@check
 def a_name_of_the_part_itself_counts_for_it():
     with scope(plain_map(MESH, {**COLUMNS, ".*lora_b": (None, None)})):
         found = shards(child(tether.low_rank(4)))
@@ -209,7 +209,7 @@ def _autoencoder():
     return keras.Model(i, tether.tie(layers.Dense(32, name="dec"), kernel=code.T)(h))
 
 
-@check("roads")
+@check
 def integers_and_their_scale_lie_as_what_they_stand_for():
     for mode, codes in (("int8", (32, 4)), ("int4", (16, 4))):
         with scope(plain_map(MESH, {"code": (None, "model")})):
@@ -222,7 +222,7 @@ def integers_and_their_scale_lie_as_what_they_stand_for():
             assert shards(tether.files.load_model(path)) == found, mode
 
 
-@check("roads")
+@check
 def what_is_made_plain_again_lies_as_its_use_did():
     with scope(plain_map(MESH, {"code": (None, "model")})):
         model = _autoencoder()
@@ -232,7 +232,7 @@ def what_is_made_plain_again_lies_as_its_use_did():
             assert local(each.get_layer("enc").kernel) == (32, 4) and local(each.get_layer("dec").kernel) == (4, 32)
 
 
-@check("roads")
+@check
 def an_adapter_that_is_added_later_lies_as_its_base():
     with scope(layout_map(None, {"*/kernel": (None, "model")}, MESH)):
         model = keras.Sequential([keras.Input((16,)), layers.Dense(32, name="one"), layers.Dense(8, name="two")])
@@ -248,7 +248,7 @@ def an_adapter_that_is_added_later_lies_as_its_base():
     assert found == right, found
 
 
-@check("roads")
+@check
 def a_copy_lies_as_its_parent_does():
     with scope(plain_map(MESH, {"up/kernel": (None, "model"), "up/bias": ("model",)})):
         up = layers.Dense(32, name="up")
@@ -260,7 +260,7 @@ def a_copy_lies_as_its_parent_does():
             assert found.get("kernel_lora_b", (2, 8)) == (2, 8), found
 
 
-@check("roads")
+@check
 def what_is_resized_stays_divided_if_it_can_be():
     with scope(plain_map(MESH, TABLE)):
         model = tied_pair()
@@ -273,7 +273,7 @@ def what_is_resized_stays_divided_if_it_can_be():
             assert {local(slot) for slot in model.optimizer.variables if len(slot.shape) == 2} == {(here, 8)}
 
 
-@check("roads")
+@check
 def a_bank_is_whole_along_its_own_axis():
     with scope(plain_map(MESH, {"[abc]/kernel": (None, "model")})):
         kernels = []
@@ -296,7 +296,7 @@ def a_bank_is_whole_along_its_own_axis():
     assert found == {(64, 128): (64, 32), (3, 64, 2): (3, 64, 2), (3, 2, 128): (3, 2, 32)}, found
 
 
-@check("roads")
+@check
 def slots_lie_as_their_weights_and_each_device_has_its_share():
     with scope(plain_map(MESH, COLUMNS)):
         model = child(tether.low_rank(4))
@@ -315,7 +315,7 @@ def _found(model, rule):
     return [(finding.severity, finding.where) for finding in tether.check(model, rules=[rule])]
 
 
-@check("roads")
+@check
 def a_model_that_lies_as_the_map_says_is_clean():
     rules = ["layout-missed", "layout-conflict", "layout-misfit", "part-whole"]
     for layouts, build in (({"head/kernel": (None, "model")}, tied_pair), (COLUMNS, lambda: child(tether.low_rank(4)))):
@@ -326,7 +326,7 @@ def a_model_that_lies_as_the_map_says_is_clean():
     assert not tether.check(tied_pair(), rules=rules)
 
 
-@check("roads")
+@check
 def a_layout_that_reaches_nothing_is_found():
     before = tied_pair()
     with scope(plain_map(MESH, {"head/kernel": (None, "model"), "hed/kernel": (None, "model")})):
@@ -334,13 +334,13 @@ def a_layout_that_reaches_nothing_is_found():
         assert _found(before, "layout-missed") == [("warning", "table"), ("hint", "hed/kernel")]
 
 
-@check("roads")
+@check
 def layouts_in_conflict_are_found():
     with scope(plain_map(MESH, {".*/(embeddings|kernel)": (None, "model")})):
         assert _found(tied_pair(), "layout-conflict") == [("error", "head/kernel")]
 
 
-@check("roads")
+@check
 def a_layout_of_another_rank_is_found():
     with scope(plain_map(MESH, {"table": ("model", None, None)})):
         model = tied_pair()
@@ -348,7 +348,7 @@ def a_layout_of_another_rank_is_found():
         assert _found(model, "layout-misfit") == [("error", "table")]
 
 
-@check("roads")
+@check
 def a_part_that_is_whole_is_found():
     with scope(plain_map(MESH, {**COLUMNS, ".*lora.*": (None, None)})):
         assert _found(child(tether.low_rank(4)), "part-whole") == [("warning", "up/kernel_lora_b")]

@@ -14,22 +14,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import tether
+from tests.distribution.programs import check, of_several
 
 D, L = keras.distribution, keras.layers
 SIZE, WIDTH = 16, 8
-CHECKS = []
-OF_SEVERAL = []
-"""The checks that are about other processes."""
-
-
-def check(function):
-    CHECKS.append(function)
-    return function
-
-
-def of_several(function):
-    OF_SEVERAL.append(function)
-    return function
 
 
 # --------------------------------------------------------------------------- a model
@@ -111,8 +99,6 @@ def start(folder, number):
 
     D.set_distribution(layouts())
     count = jax.process_count()
-    if count == 1:
-        CHECKS[:] = [each for each in CHECKS if each not in OF_SEVERAL]
     return types.SimpleNamespace(folder=folder, number=number, count=count, model=build(), meet=sync_global_devices)
 
 

@@ -11,12 +11,16 @@ tf.config.set_logical_device_configuration(
 )
 
 import tether  # noqa: E402
-from tests.distribution.processes import case, run_cases  # noqa: E402
+from tests.distribution.programs import check  # noqa: E402
 
 STRATEGY = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 RNG = np.random.default_rng(0)
 X, Y = (RNG.integers(0, 12, (16, 4)).astype("int32") for _ in range(2))
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def start(folder, number):
+    return folder
 
 
 def glorot(seed):
@@ -78,7 +82,7 @@ def refused(model, change, *words):
     assert present() == before
 
 
-@case
+@check
 def a_slow_copy_follows(folder):
     (alone, model), (of_alone, of_model) = make(), make()
     fit(alone, tether.transfer.Follow(target=of_alone, source=alone, momentum=0.5))
@@ -92,7 +96,7 @@ def a_slow_copy_follows(folder):
     assert all(np.abs(a.numpy() - b.numpy()).max() < 1e-5 for a, b in zip(plain.weights, of_alone.weights, strict=True))
 
 
-@case
+@check
 def other_callbacks_run(folder):
     alone, model = make()
     stop = keras.callbacks.EarlyStopping(monitor="loss", restore_best_weights=True)
@@ -104,7 +108,7 @@ def other_callbacks_run(folder):
     assert again.get_layer("head").kernel.expression.notation() == "table.T"
 
 
-@case
+@check
 def soft_ties(folder):
     def change(model):
         tether.transfer.soft_tie(model, "up/kernel", "down/kernel", strength=0.1)
@@ -112,7 +116,7 @@ def soft_ties(folder):
     assert_same(*make(change))
 
 
-@case
+@check
 def adapters_are_added_switched_and_removed(folder):
     def change(model):
         tether.adapters.add(model, "task", {"up/kernel": tether.low_rank(2, seed=1)})
@@ -130,7 +134,7 @@ def adapters_are_added_switched_and_removed(folder):
     assert_same(alone, model)
 
 
-@case
+@check
 def ties_are_made_and_ended(folder):
     alone, model = make()
     assert_same(alone, model)
@@ -145,7 +149,7 @@ def ties_are_made_and_ended(folder):
     assert not np.allclose(model.get_layer("head").kernel.numpy(), model.get_layer("embed").embeddings.numpy().T)
 
 
-@case
+@check
 def outside_of_the_scope_it_is_refused(folder):
     alone, model = make()
     refused(model, lambda model: tether.untie(model.get_layer("head")))
@@ -158,7 +162,7 @@ def outside_of_the_scope_it_is_refused(folder):
     assert_same(alone, model)
 
 
-@case
+@check
 def what_makes_no_variables_is_not_refused(folder):
     alone, model = make()
     for one in (alone, model):
@@ -167,7 +171,7 @@ def what_makes_no_variables_is_not_refused(folder):
     assert_same(alone, model)
 
 
-@case
+@check
 def a_variable_outside_is_a_finding(folder):
     with STRATEGY.scope():
         model = language_model()
@@ -186,7 +190,7 @@ def a_variable_outside_is_a_finding(folder):
     assert not tether.check(model).by_rule("outside-strategy")
 
 
-@case
+@check
 def files_go_out_and_in(folder):
     model = make()[1]
     fit(model)
@@ -201,7 +205,7 @@ def files_go_out_and_in(folder):
     assert all(len(variable.value.values) == 2 for variable in loaded.weights)
 
 
-@case
+@check
 def routes_and_repeats(folder):
     def one():
         inputs, choice = keras.Input((6,)), keras.Input((), dtype="int32")
@@ -222,7 +226,3 @@ def routes_and_repeats(folder):
         each.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=False)
         losses.append(each.fit(batches, epochs=2, shuffle=False, verbose=0).history["loss"])
     assert np.allclose(*losses, atol=1e-5)
-
-
-if __name__ == "__main__":
-    run_cases()

@@ -7,11 +7,9 @@ import pytest
 import tether
 from tests.distribution import memory_of_loading as memory
 from tests.distribution import roads_of_files as roads
-from tests.distribution.several import said_by
+from tests.distribution.programs import names, said_by
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="`keras.distribution` is of JAX")
-NAMES = [each.__name__ for each in roads.CHECKS]
-OF_ONE = [each.__name__ for each in roads.CHECKS if each not in roads.OF_SEVERAL]
 
 
 def run(program, folder, **options):
@@ -40,17 +38,17 @@ def measured(tmp_path_factory):
     return run(memory, tmp_path_factory.mktemp("memory"), processes=2, variables=memory.ALLOCATOR)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names("roads_of_files"))
 def test_in_two_processes(two_processes, name):
     assert [each[name] for each in two_processes] == ["", ""], "\n".join(each[name] for each in two_processes)
 
 
-@pytest.mark.parametrize("name", OF_ONE)
+@pytest.mark.parametrize("name", names("roads_of_files", processes=1))
 def test_in_one_process_with_eight_devices(eight_devices, name):
     assert eight_devices[0][name] == "", eight_devices[0][name]
 
 
-@pytest.mark.parametrize("name", [each.__name__ for each in memory.CHECKS])
+@pytest.mark.parametrize("name", names("memory_of_loading"))
 def test_the_memory_of_two_processes(measured, name):
     assert [each[name] for each in measured] == ["", ""], "\n".join(each[name] for each in measured)
 

@@ -1,53 +1,65 @@
 """Layouts on simulated devices, with JAX: each group of checks runs in a process of its own, once."""
 
+import functools
+
 import keras
 import pytest
 
-from tests.distribution.running import checks, results
+from tests.distribution.programs import names, said_by
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="`keras.distribution` is JAX's")
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", checks("roads"))
-def test_what_is_stored_lies_as_its_uses_say_and(name):
-    error, _ = results("roads")[name]
-    assert error is None, error
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    @functools.cache
+    def of(program, devices=8, limit=240, quick=True):
+        folder = tmp_path_factory.mktemp(program)
+        return said_by(program, folder, devices=devices, limit=limit, quick=quick)[0]
+
+    return of
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", checks("training"))
-def test_training_is_that_of_one_device_with(name):
-    error, _ = results("training")[name]
-    assert error is None, error
+@pytest.mark.parametrize("name", names("roads"))
+def test_what_is_stored_lies_as_its_uses_say_and(said, name):
+    error = said("roads")[name]
+    assert error == "", error
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", checks("texts"))
-def test_in_the_compiled_text(name):
-    error, _ = results("texts", quick=False)[name]
-    assert error is None, error
+@pytest.mark.parametrize("name", names("training"))
+def test_training_is_that_of_one_device_with(said, name):
+    error = said("training")[name]
+    assert error == "", error
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", checks("wide"))
-def test_in_the_compiled_text_for_64_devices(name):
-    error, _ = results("wide", devices=64, quick=False)[name]
-    assert error is None, error
+@pytest.mark.parametrize("name", names("texts"))
+def test_in_the_compiled_text(said, name):
+    error = said("texts", quick=False)[name]
+    assert error == "", error
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", names("wide"))
+def test_in_the_compiled_text_for_64_devices(said, name):
+    error = said("wide", devices=64, quick=False)[name]
+    assert error == "", error
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", checks("wide"))
-def test_in_the_compiled_text_for_256_devices(name):
-    error, _ = results("wide", devices=256, limit=800, quick=False)[name]
-    assert error is None, error
+@pytest.mark.parametrize("name", names("wide"))
+def test_in_the_compiled_text_for_256_devices(said, name):
+    error = said("wide", devices=256, limit=800, quick=False)[name]
+    assert error == "", error
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", checks("hub"))
-def test_keras_hub_has_it_that(name):
+@pytest.mark.parametrize("name", names("hub"))
+def test_keras_hub_has_it_that(said, name):
     pytest.importorskip("keras_hub")
-    error, _ = results("hub")[name]
-    assert error is None, error
+    error = said("hub")[name]
+    assert error == "", error

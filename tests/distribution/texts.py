@@ -16,7 +16,7 @@ from tests.distribution.models import (
     step_text,
     tied_pair,
 )
-from tests.distribution.simulated import check
+from tests.distribution.programs import check
 
 COLUMNS = {"up/kernel": (None, "model")}
 
@@ -32,7 +32,7 @@ def _of_child(form, mesh, layouts=COLUMNS):
         return collectives(step_text(model, mesh, *batch))
 
 
-@check("texts")
+@check
 def a_part_costs_what_its_own_gradient_takes():
     """The kernel's part on a device, and A's gradient, which every device needs: 64·32·4 + 64·4·4 bytes."""
     mesh = mesh_of(2, 4)
@@ -54,7 +54,7 @@ def _reversible():
     return keras.Model(i, table(table(i), reverse=True))
 
 
-@check("texts")
+@check
 def a_tied_pair_costs_what_the_shared_table_of_keras_does():
     x, y = np.zeros((16, 4), "int32"), np.ones((16, 4, 32), "float32")
     for mesh, head, table in (

@@ -6,12 +6,16 @@ import torch
 import torch.distributed as dist
 
 import tether
-from tests.distribution.processes import case, join_torch, run_cases
+from tests.distribution.programs import check
 from tests.forms.cases import CASES, model_of
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.integers(0, 12, (8, 4)), RNG.integers(0, 12, (8, 4))
 WIDE = RNG.normal(size=(8, 6)).astype("float32")
+
+
+def start(folder, number):
+    return folder
 
 
 def glorot(seed):
@@ -111,7 +115,7 @@ def local_bytes(model):
     )
 
 
-@case
+@check
 def a_tied_model_learns_as_in_one_process_and_each_stores_half(folder):
     alone, model = same_step(language_model)
     assert local_bytes(model) * 2 == local_bytes(alone)
@@ -119,19 +123,19 @@ def a_tied_model_learns_as_in_one_process_and_each_stores_half(folder):
     assert len(list(groups.groups)) == 2  # the blocks; the table is the model's own
 
 
-@case
+@check
 def a_kernel_that_blocks_share_is_in_the_group_around_them(folder):
     _, model = same_step(lambda: language_model(3, shared=True))
     names = [name for name, _ in tether.distribution.fsdp_module(model).named_parameters(recurse=False)]
     assert [name.partition("_")[2] for name in names] == ["table", "kernel"]
 
 
-@case
+@check
 def one_group_is_as_good(folder):
     same_step(language_model, groups="model")
 
 
-@case
+@check
 def groups_are_named_by_patterns(folder):
     _, model = same_step(language_model, groups=["block_1", "block_0/down"])
     assert len(list(tether.distribution.fsdp_module(model).groups)) == 2
@@ -141,7 +145,7 @@ def slow(parameters):
     return torch.optim.SGD(parameters, 0.01)
 
 
-@case
+@check
 def every_form_of_a_frozen_base(folder):
     for name in CASES:
         rows, columns = CASES[name].shape
@@ -161,13 +165,13 @@ def child_of(frozen):
     return keras.Model(inputs, child(keras.ops.tanh(parent(inputs))))
 
 
-@case
+@check
 def a_child_beside_its_parent(folder):
     same_step(lambda: child_of(frozen=True), WIDE, WIDE)
     same_step(lambda: child_of(frozen=False), WIDE, WIDE)
 
 
-@case
+@check
 def a_trained_number_is_whole_and_its_gradient_the_mean(folder):
     def make():
         strength = tether.Weight((), keras.initializers.Constant(0.7), name="strength")
@@ -179,7 +183,7 @@ def a_trained_number_is_whole_and_its_gradient_the_mean(folder):
     same_step(make, WIDE, WIDE, optimizer=lambda p: torch.optim.AdamW(p, 0.1, foreach=True))
 
 
-@case
+@check
 def adapters_on_frozen_bases(folder):
     def make():
         model = language_model()
@@ -192,7 +196,7 @@ def adapters_on_frozen_bases(folder):
     assert len(list(tether.distribution.fsdp_module(model).groups)) == 2
 
 
-@case
+@check
 def a_bank_that_examples_choose_from(folder):
     def make():
         base = tether.Weight((6, 6), glorot(2), name="base")
@@ -212,7 +216,7 @@ def a_bank_that_examples_choose_from(folder):
         assert np.abs(right[name] - found[name]).max() < 1e-6, name
 
 
-@case
+@check
 def a_block_that_is_repeated_with_weights_of_its_own(folder):
     def make():
         inputs = keras.Input((6,))
@@ -224,7 +228,7 @@ def a_block_that_is_repeated_with_weights_of_its_own(folder):
     same_step(make, WIDE, WIDE)
 
 
-@case
+@check
 def a_layer_that_is_called_twice(folder):
     def make():
         inputs = keras.Input((6,))
@@ -234,7 +238,7 @@ def a_layer_that_is_called_twice(folder):
     same_step(make, WIDE, WIDE)
 
 
-@case
+@check
 def penalties_on_weights(folder):
     def make():
         inputs = keras.Input((6,))
@@ -247,7 +251,7 @@ def penalties_on_weights(folder):
     same_step(make, WIDE, WIDE)
 
 
-@case
+@check
 def keras_policies_of_mixed_precision(folder):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -256,7 +260,7 @@ def keras_policies_of_mixed_precision(folder):
         keras.config.set_dtype_policy("float32")
 
 
-@case
+@check
 def torch_policies_of_mixed_precision(folder):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -268,7 +272,7 @@ def torch_policies_of_mixed_precision(folder):
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
 
 
-@case
+@check
 def gradients_accumulate_with_and_without_exchange(folder):
     alone, model, quiet = language_model(), language_model(), language_model()
     for one in (model, quiet):
@@ -307,7 +311,7 @@ def assert_same_values(alone, model, tolerance=2e-5):
         assert difference <= tolerance, (one.path, difference)
 
 
-@case
+@check
 def fit_trains_with_every_kind_of_optimizer(folder):
     optimizers = keras.optimizers
     for make in (
@@ -327,13 +331,9 @@ def fit_trains_with_every_kind_of_optimizer(folder):
     assert np.abs(slots[0].numpy() - next(s for s in alone.optimizer.variables if len(s.shape)).numpy()).max() < 1e-6
 
 
-@case
+@check
 def evaluate_and_predict_between_steps(folder):
     alone, model = fitted(language_model, lambda: keras.optimizers.SGD(0.5))
     assert np.abs(model.predict(X, verbose=0) - alone.predict(X, verbose=0)).max() < 1e-5
     assert abs(model.evaluate(X, Y, verbose=0) - alone.evaluate(X, Y, verbose=0)) < 1e-5
     assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-
-
-if __name__ == "__main__":
-    run_cases(join_torch)

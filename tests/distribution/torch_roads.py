@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tether
 from tests.distribution import torch_fsdp
-from tests.distribution.processes import CASES, case, join_torch, run_cases
+from tests.distribution.programs import check
 from tests.distribution.torch_fsdp import (
     RNG,
     WIDE,
@@ -25,9 +25,12 @@ from tests.distribution.torch_fsdp import (
     whole,
 )
 
-CASES.clear()
 sharded = tether.distribution.fully_shard
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def start(folder, number):
+    return folder
 
 
 def raises(kind, *words):
@@ -55,7 +58,7 @@ def outputs(model):
         return whole(model(torch.as_tensor(X)))
 
 
-@case
+@check
 def files_hold_the_whole_values(folder):
     alone, model = language_model(), sharded(language_model())
     for one, data in ((alone, (X, Y)), (model, (half(X), half(Y)))):
@@ -91,7 +94,7 @@ def files_hold_the_whole_values(folder):
     dist.barrier()
 
 
-@case
+@check
 def values_go_in_and_out_whole(folder):
     plain, model = language_model(), sharded(language_model())
     table = tether.weight_of(plain, "embed/embeddings")
@@ -115,7 +118,7 @@ def values_go_in_and_out_whole(folder):
     equal(clone, model)
 
 
-@case
+@check
 def uneven_parts_and_state(folder):
     def make():
         inputs = keras.Input((5,))
@@ -139,7 +142,7 @@ def uneven_parts_and_state(folder):
         assert np.array_equal(a.numpy(), b.numpy())
 
 
-@case
+@check
 def what_trains_can_change_and_what_is_tied_cannot(folder):
     model = language_model()
     tether.adapters.add(model, "task", {"block_*/up/kernel": tether.low_rank(2, seed=1)})
@@ -174,7 +177,7 @@ def what_trains_can_change_and_what_is_tied_cannot(folder):
     assert np.abs(outputs(model) - before).max() < 1e-6
 
 
-@case
+@check
 def wrong_arguments_are_refused_and_change_nothing(folder):
     model = language_model()
     with raises(tether.errors.UnknownName, "blok_*", "block_0"):
@@ -195,7 +198,7 @@ def wrong_arguments_are_refused_and_change_nothing(folder):
         sharded(recurrent, groups=["lstm/*"])
 
 
-@case
+@check
 def a_model_that_torch_sharded_is_found_out(folder):
     model = language_model()
     torch.distributed.fsdp.fully_shard(model)
@@ -210,7 +213,7 @@ def a_model_that_torch_sharded_is_found_out(folder):
     assert not tether.check(ours).by_rule("replaced-parameter")
 
 
-@case
+@check
 def a_slow_copy_follows(folder):
     def trained(shard, shard_target):
         model, target = language_model(), language_model()
@@ -228,7 +231,7 @@ def a_slow_copy_follows(folder):
             assert np.abs(a.numpy() - b.numpy()).max() < 1e-5
 
 
-@case
+@check
 def limits_on_weights_and_gradients(folder):
     optimizers = keras.optimizers
 
@@ -254,7 +257,7 @@ def limits_on_weights_and_gradients(folder):
         torch_fsdp.assert_same_values(alone, model)
 
 
-@case
+@check
 def a_loop_with_an_optimizer_of_keras(folder):
     alone, model = language_model(), sharded(language_model())
     for one, data in ((alone, (X, Y)), (model, (half(X), half(Y)))):
@@ -271,7 +274,7 @@ def a_loop_with_an_optimizer_of_keras(folder):
         model.fit(half(X), half(Y), verbose=0)
 
 
-@case
+@check
 def masks_reach_the_layers_in_a_group(folder):
     class Inner(keras.layers.Layer):
         def __init__(self, **kwargs):
@@ -302,7 +305,7 @@ def masks_reach_the_layers_in_a_group(folder):
     torch_fsdp.same_step(make, x, WIDE)
 
 
-@case
+@check
 def checkpoints_of_torch_hold_each_weight_once(folder):
     model = sharded(language_model())
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
@@ -323,7 +326,7 @@ def checkpoints_of_torch_hold_each_weight_once(folder):
     np.savez(folder / f"values_{dist.get_rank()}.npz", *[weight.numpy() for weight in model.weights])
 
 
-@case
+@check
 def a_checkpoint_of_one_process_is_read_by_two(folder):
     model = sharded(language_model())
     values = model.state_dict()
@@ -333,7 +336,7 @@ def a_checkpoint_of_one_process_is_read_by_two(folder):
     assert all(np.array_equal(weight.numpy(), right[f"arr_{place}"]) for place, weight in enumerate(model.weights))
 
 
-@case
+@check
 def under_ddp_ties_adapters_and_routes_are_as_in_one_process(folder):
     def adapted():
         model = language_model()
@@ -366,7 +369,3 @@ def under_ddp_ties_adapters_and_routes_are_as_in_one_process(folder):
         zero = np.zeros(key[1:])
         one, other = (zero if each is None else each for each in (right[key], found[key]))
         assert close(one, other, 1e-6), key
-
-
-if __name__ == "__main__":
-    run_cases(join_torch)

@@ -7,7 +7,7 @@ import numpy as np
 
 import tether
 from tests.distribution.models import D, layers, local, mesh_of, plain_map, seeded
-from tests.distribution.simulated import check
+from tests.distribution.programs import check
 
 FORMS = {
     "low_rank": lambda: tether.low_rank(2, seed=1),
@@ -77,13 +77,13 @@ def _as_one_device(distribution):
     return {variable.path: local(variable) for variable in model.weights}
 
 
-@check("training")
+@check
 def data_parallel():
     found = _as_one_device(D.DataParallel(devices=D.list_devices("cpu")))
     assert found["table"] == (32, 16)
 
 
-@check("training")
+@check
 def model_parallel_two_by_four():
     layouts = plain_map(mesh_of(2, 4), LAYOUTS)
     found = _as_one_device(D.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
@@ -91,7 +91,7 @@ def model_parallel_two_by_four():
     assert found["repeat/repeat_up/kernel_lora_b"] == (3, 2, 4) and found["route_up/kernel_lora_b_2"] == (2, 4)
 
 
-@check("training")
+@check
 def model_parallel_one_by_eight():
     layouts = plain_map(mesh_of(1, 8), LAYOUTS)
     found = _as_one_device(D.ModelParallel(layout_map=layouts, batch_dim_name="batch"))

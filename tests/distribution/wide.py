@@ -5,7 +5,7 @@ import numpy as np
 
 import tether
 from tests.distribution.models import child, collectives, mesh_of, plain_map, scope, step_text, tied_pair
-from tests.distribution.simulated import check
+from tests.distribution.programs import check
 
 RANK, INPUTS, UNITS = 4, 64, 256
 
@@ -16,7 +16,7 @@ def _mesh():
     return mesh_of(count // model, model), model
 
 
-@check("wide")
+@check
 def a_low_rank_part_costs_what_its_own_gradient_takes():
     mesh, model = _mesh()
     with scope(plain_map(mesh, {"up/kernel": (None, "model")})):
@@ -28,7 +28,7 @@ def a_low_rank_part_costs_what_its_own_gradient_takes():
     assert sum(count for _, count in found) == kernel + a, found
 
 
-@check("wide")
+@check
 def a_tied_table_is_divided_whatever_reads_it():
     mesh, model = _mesh()
     with scope(plain_map(mesh, {"head/kernel": (None, "model")})):
