@@ -101,7 +101,7 @@ def values_go_in_and_out_whole(folder):
     view = model.get_layer("head").kernel
     assert np.array_equal(view.numpy(), table.numpy().T)
     assert np.array_equal(keras.ops.convert_to_numpy(model.weights[0]), table.numpy())
-    with tether.distribution.gathered(model):
+    with tether.distribution.gathering():
         assert np.array_equal(keras.ops.convert_to_numpy(view.value), table.numpy().T)
     for one in (plain, model):
         one.set_weights([np.full(value.shape, number, value.dtype) for number, value in enumerate(one.get_weights())])

@@ -41,7 +41,7 @@ from tether.keras_seam.census import (
     see,
     without_parameters,
 )
-from tether.keras_seam.distribution import (
+from tether.keras_seam.devices import (
     as_if_not_made,
     devices_of,
     is_all_here,

@@ -13,7 +13,7 @@ import keras
 from keras import Sequential
 from keras import backend as _backend
 
-from tether.keras_seam.distribution import lay_out_value
+from tether.keras_seam.devices import lay_out_value
 from tether.keras_seam.layers import inner_optimizer, set_untracked
 from tether.keras_seam.private import (
     AutocastScope,

@@ -10,7 +10,7 @@ import keras
 from tether import keras_seam
 from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding, rule
-from tether.layers.layouts import LaidOut, answer_of, laid_out
+from tether.layers.use_layouts import LaidOut, answer_of, laid_out
 from tether.weights.expression import Stored
 from tether.weights.layouts import Spec, Traced
 from tether.weights.placement import is_base

@@ -1,25 +1,27 @@
-"""Several processes that run one program (JAX): reading values that lie on all of them, and waiting for each other."""
+"""Several processes that run one program: reading values that lie on all of them, and waiting for each other."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from tether import keras_seam
 from tether.errors import TetherError, received
 
 
-def gathering() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def gathering() -> Iterator[None]:
     """Within, a value that lies partly on other processes is gathered when it is read.
 
-    A weight that is split over the devices of several processes cannot be read by one of them alone: `weight.numpy()`
-    is an error there. Inside this block it gives all of the value, in every process. Every process has to run the
-    block and read the same values in the same order; if one does not, the others raise after `time_limit`.
+    A weight that is split over the devices of several processes of JAX cannot be read by one of them alone:
+    `weight.numpy()` is an error there. Inside this block it gives all of the value, in every process. So does
+    `weight.value` of a model that PyTorch's FSDP2 divides (`fully_shard`), which is this process's shard elsewhere.
+    Every process has to run the block and read the same values in the same order. On JAX, if one does not, the others
+    raise after `time_limit`; on PyTorch, after the time limit of the process group.
 
     What reads values in order to save, load or change a model gathers by itself and needs no such block. In one
-    process, and on other backends than JAX, the block changes nothing.
-
-    Returns:
-        A context manager.
+    process the block changes nothing.
 
     Raises:
         TetherError: On entering or leaving the block, or on reading a value, if another process has failed or did not
@@ -33,7 +35,8 @@ def gathering() -> AbstractContextManager[None]:
     assert values.shape == (16, 8)
     ```
     """
-    return keras_seam.gathering("tether.distribution.gathering()")
+    with keras_seam.gathering("tether.distribution.gathering()"), keras_seam.whole_values():
+        yield
 
 
 def time_limit(seconds: float) -> AbstractContextManager[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import weakref
@@ -166,36 +165,6 @@ def fsdp_module(model: keras.Layer) -> Any:
     ```
     """
     return _sharding_of(model).root
-
-
-@contextlib.contextmanager
-def gathered(model: keras.Layer) -> Iterator[None]:
-    """Inside the block each weight of a sharded model reads whole, gathered from all processes when it is read.
-
-    All processes have to read the same weights in the same order. One weight at a time is whole. Files need no such
-    block: `tether.files.save_model` and `save_safetensors` gather by themselves.
-
-    Args:
-        model: A model that was given to `fully_shard`.
-
-    Raises:
-        TetherError: The model is not sharded.
-
-    Example:
-    ```python
-    if keras.backend.backend() == "torch":
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        sharded = tether.distribution.fully_shard(keras.models.clone_model(model))
-        with tether.distribution.gathered(sharded):
-            value = keras.ops.convert_to_numpy(sharded.weights[0])
-        dist.destroy_process_group()
-    ```
-    """
-    _sharding_of(model).reshard()
-    with keras_seam.whole_values():
-        yield
 
 
 def _sharding_of(model: keras.Layer) -> Sharding:

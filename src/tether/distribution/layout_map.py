@@ -17,7 +17,7 @@ import keras
 
 from tether import keras_seam, patterns
 from tether.errors import ShapeMismatch, TetherError, received
-from tether.layers.layouts import laid_out
+from tether.layers.use_layouts import laid_out
 from tether.weights.layouts import Spec
 
 
