@@ -41,7 +41,7 @@ def names(program, processes=2):
     return [name for kind, name in found if processes > 1 or kind == "check"]
 
 
-def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, variables=()):
+def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, only=None, variables=()):
     """Runs a program under a limit of time.
 
     Args:
@@ -51,6 +51,7 @@ def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, v
         devices: How many each of them has (JAX).
         quick: Whether XLA leaves out what takes long; not where the compiled text is looked at.
         limit: Seconds for all of it.
+        only: The one check that is called; all, if it is `None`.
         variables: More variables of the environment, by name.
 
     Returns:
@@ -65,7 +66,8 @@ def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, v
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1" if quick else "0", **dict(variables),
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.distribution.programs", program, str(folder), str(processes), port]
+    module = "tests.distribution.programs"
+    command = [sys.executable, "-m", module, program, str(folder), str(processes), port, only or ""]
     logs = [folder / f"log{number}.txt" for number in range(processes)]
     running = []
     try:
@@ -87,7 +89,7 @@ def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, v
     return [{**reached, **json.loads(each.read_text())} for each in said]
 
 
-def take_part(program, folder, processes, port, number):
+def take_part(program, folder, processes, port, only, number):
     """One process of a program."""
     patience = contextlib.nullcontext
     if processes > 1:
@@ -97,6 +99,8 @@ def take_part(program, folder, processes, port, number):
     said, own = {}, folder / f"said{number}.json"
     for function in [each for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__]:
         if not hasattr(function, "of_several") or (function.of_several and processes == 1):
+            continue
+        if only not in ("", function.__name__):
             continue
         begun = time.monotonic()
         try:
@@ -140,5 +144,5 @@ def _join_torch(processes, port, number):
 
 
 if __name__ == "__main__":
-    name, where, count, free_port, own_number = sys.argv[1:]
-    take_part(name, pathlib.Path(where), int(count), free_port, int(own_number))
+    name, where, count, free_port, wanted, own_number = sys.argv[1:]
+    take_part(name, pathlib.Path(where), int(count), free_port, wanted, int(own_number))

@@ -311,7 +311,6 @@ def weights_of_an_untied_file_go_to_the_shared_one(c):
 # --------------------------------------------------------------------------- looking, and changing the model
 
 
-@check
 @of_several
 def one_process_alone_does_not_read_what_lies_elsewhere(c):
     table = c.model.get_layer("embed").embeddings.expression
@@ -455,6 +454,36 @@ def a_table_gets_more_rows(c):
 
 
 @check
+def what_is_made_of_a_split_weight_is_split_alike(c):
+    rows, columns = ("model", None), (None, "model")
+
+    def laid(model, *ends):
+        found = {variable.path: tether.keras_seam.lies_as(variable) for variable in model.weights}
+        return [next(axes for path, axes in found.items() if path.endswith(end)) for end in ends]
+
+    model = build()
+    tether.adapters.add(model, "x", {"up/kernel": tether.low_rank(2), "embed/embeddings": tether.low_rank(2)})
+    assert laid(model, "up/kernel_lora_b", "table_lora_a") == [columns, rows]
+    assert laid(model, "up/kernel_lora_a", "table_lora_b") == [(None, None), (None, None)]
+    tether.files.save_model(model, c.folder / "adapted.keras")
+    again = tether.files.load_model(c.folder / "adapted.keras")
+    ends = [variable.path for variable in model.weights]
+    assert laid(again, *ends) == laid(model, *ends)
+    for made in (tether.untie(build()), tether.materialize(build())):
+        assert laid(made, "head/kernel", "up/kernel", "down/kernel") == [columns, columns, rows]
+    for made in (keras.models.clone_model(build()), tether.inherit(build(), share=False)):
+        assert laid(made, "table", "up/kernel", "down/kernel") == [rows, columns, rows]
+    model = build()
+    tether.files.resize(tether.weight_of(model.get_layer("embed"), "embeddings"), 0, SIZE + 8, model=model)
+    assert laid(model, "table") == [rows]
+    for name in ("up", "down"):
+        tether.weight_of(model.get_layer(name), "kernel")
+    model.quantize("int8")
+    assert laid(model, "table_int8", "up/kernel_int8", "down/kernel_int8") == [rows, columns, rows]
+    assert laid(model, "up/kernel_scale", "down/kernel_scale") == [columns, (None, None)]
+
+
+@check
 def values_are_copied_from_another_model(c):
     model = zeroed(build())
     tether.transfer.copy(c.model, model)
@@ -470,7 +499,6 @@ def gradients_of_uses_are_measured(c):
     assert "table" in str(found)
 
 
-@check
 @of_several
 def a_copy_in_another_format_is_left_to_one_process(c):
     with raises(tether.errors.Unsupported, "words", "save_model"):
@@ -480,7 +508,6 @@ def a_copy_in_another_format_is_left_to_one_process(c):
 # --------------------------------------------------------------------------- what goes wrong
 
 
-@check
 @of_several
 def a_call_that_one_process_makes_alone_ends(c):
     begun = time.monotonic()
@@ -506,7 +533,6 @@ def a_call_that_one_process_makes_alone_ends(c):
     tether.files.save_safetensors(c.model, c.folder / "together.safetensors")
 
 
-@check
 @of_several
 def different_calls_end(c):
     with raises(tether.TetherError, "save_safetensors", "save_model"):
@@ -517,7 +543,6 @@ def different_calls_end(c):
     tether.files.save_safetensors(c.model, c.folder / "together.safetensors")
 
 
-@check
 @of_several
 def a_failure_in_one_process_is_told_in_all(c):
     for failing in (0, 1):

@@ -1,13 +1,15 @@
-"""Training on eight devices gives what one device gives."""
+"""Training on eight devices, of one process or of two, gives what one device gives."""
 
 import contextlib
 
+import jax
 import keras
 import numpy as np
 
 import tether
 from tests.distribution.models import D, layers, local, mesh_of, plain_map, seeded
 from tests.distribution.programs import check
+from tether import keras_seam
 
 FORMS = {
     "low_rank": lambda: tether.low_rank(2, seed=1),
@@ -59,8 +61,18 @@ def trained(distribution=None):
         for _ in range(3):
             tokens, choice = rng.integers(0, 32, (8, 4)).astype("int32"), rng.integers(0, 3, 8).astype("int32")
             target = rng.normal(size=(8, 4, 32)).astype("float32")
-            losses += model.fit([tokens, choice], target, batch_size=8, verbose=0).history["loss"]
+            tokens, choice, target = (own_part(values, distribution) for values in (tokens, choice, target))
+            losses += model.fit([tokens, choice], target, batch_size=len(tokens), verbose=0).history["loss"]
     return losses, model
+
+
+def own_part(values, distribution):
+    """What this process gives of a batch: all of it, or its part where the batch is divided over processes."""
+    devices = getattr(getattr(distribution, "device_mesh", None), "devices", None)
+    if devices is None or len(devices) == 1 or jax.process_count() == 1:
+        return values
+    size = len(values) // jax.process_count()
+    return values[jax.process_index() * size :][:size]
 
 
 ALONE = []
@@ -71,22 +83,28 @@ def _as_one_device(distribution):
         ALONE.append(trained())
     (right, one), (losses, model) = ALONE[0], trained(distribution)
     np.testing.assert_allclose(losses, right, atol=1e-5, rtol=0)
-    for ours, theirs in zip(model.weights, one.weights, strict=True):
-        if ours.dtype.startswith("float"):
-            np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5, rtol=0, err_msg=ours.path)
+    with tether.distribution.gathering():
+        for ours, theirs in zip(model.weights, one.weights, strict=True):
+            if ours.dtype.startswith("float"):
+                found = keras_seam.to_numpy(ours.value)
+                np.testing.assert_allclose(found, theirs.numpy(), atol=1e-5, rtol=0, err_msg=ours.path)
     return {variable.path: local(variable) for variable in model.weights}
+
+
+def _model_parallel(layouts):
+    return D.ModelParallel(layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=False)
 
 
 @check
 def data_parallel():
-    found = _as_one_device(D.DataParallel(devices=D.list_devices("cpu")))
+    found = _as_one_device(D.DataParallel(devices=D.list_devices("cpu"), auto_shard_dataset=False))
     assert found["table"] == (32, 16)
 
 
 @check
 def model_parallel_two_by_four():
     layouts = plain_map(mesh_of(2, 4), LAYOUTS)
-    found = _as_one_device(D.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+    found = _as_one_device(_model_parallel(layouts))
     assert found["table"] == (8, 16) and found["hadamard_up/kernel_loha_b2"] == (2, 4)
     assert found["repeat/repeat_up/kernel_lora_b"] == (3, 2, 4) and found["route_up/kernel_lora_b_2"] == (2, 4)
 
@@ -94,5 +112,14 @@ def model_parallel_two_by_four():
 @check
 def model_parallel_one_by_eight():
     layouts = plain_map(mesh_of(1, 8), LAYOUTS)
-    found = _as_one_device(D.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+    found = _as_one_device(_model_parallel(layouts))
     assert found["table"] == (4, 16) and found["dora_up/kernel_magnitude"] == (2,)
+
+
+@check
+def everything_divided_by_the_axis_of_the_batch():
+    by_rows = {".*_up/kernel": ("batch", None), "head/kernel": (None, "batch")}
+    layouts = plain_map(mesh_of(8, 1), by_rows)
+    found = _as_one_device(_model_parallel(layouts))
+    assert found["table"] == (4, 16) and found["low_rank_up/kernel"] == (2, 16)
+    assert found["low_rank_up/kernel_lora_a"] == (2, 2) and found["repeat/repeat_up/kernel_lora_a"] == (3, 2, 2)
