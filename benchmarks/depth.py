@@ -3,8 +3,8 @@
 A transformer block of Keras layers with dropout (width 64, 2 heads, 4 × 32 tokens) under `tether.Repeat`: the first
 step of training, which compiles, and the later ones. Beside it the turns written out one by one, which is what a loop
 over one Keras layer does, and, with what each turn has of its own, the plain block. A first step is measured once, in a
-process that has compiled something else before; later ones are compared in turn, medians. Cases: first, later, vary,
-remat, bank.
+process that has compiled something else before; later ones are compared in turn, medians. Cases: first, written, later,
+deep, regional, vary, remat, bank.
 """
 
 import statistics
@@ -98,12 +98,33 @@ def written():
                 }
 
 
-def later():
-    turns = 12
+def later(turns=12):
     for name, jit in ways().items():
         looped, written = model_of(turns, jit, unroll=False), model_of(turns, jit, loop=True)
         yield {"case": f"later steps, {turns} turns, loop / Keras's loop{name}",
                **compare(step_of(looped), step_of(written), rounds=15, budget=12)}  # fmt: skip
+
+
+def deep():
+    """As `later`, for 24 turns: minutes for what is written out."""
+    yield from later(24)
+
+
+def regional():
+    """PyTorch: one turn compiled once for all, beside turns that run eagerly; how many graphs, how often again."""
+    if BACKEND != "torch":
+        return
+    import torch._dynamo
+
+    for turns in (6, 24):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled, eager = model_of(turns, False, compile_turn=True), model_of(turns, False)
+        seconds = first_step(compiled)
+        found = compare(step_of(compiled), step_of(eager), rounds=15, budget=20)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        yield {"case": f"later steps, {turns} turns, a compiled turn / eager", "first step": seconds, "graphs": graphs,
+               **found}  # fmt: skip
 
 
 def vary():
@@ -164,5 +185,5 @@ def bank():
 
 
 if __name__ == "__main__":
-    for case in sys.argv[1:] or ("first", "written", "later", "vary", "remat", "bank"):
+    for case in sys.argv[1:] or ("first", "written", "later", "deep", "regional", "vary", "remat", "bank"):
         write("depth", list(globals()[case]()))

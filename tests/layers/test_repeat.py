@@ -651,7 +651,8 @@ def test_it_is_exported(format, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.skipif(BACKEND != "torch", reason="`torch.compile` is PyTorch's")
-def test_a_turn_is_compiled_once_for_all_turns():
+@pytest.mark.parametrize("first", ["a layer's output", "a model's input"])
+def test_a_turn_is_compiled_once_for_all_turns(first):
     import torch
     from torch._dynamo.testing import CompileCounter
 
@@ -660,7 +661,7 @@ def test_a_turn_is_compiled_once_for_all_turns():
     plain = tether.Repeat(block, 12)
     body.build((None, WIDTH))
     spread_out(body)
-    x = torch.tensor(rows, requires_grad=True) * 1  # as what another layer made
+    x = torch.tensor(rows, requires_grad=True) * 1 if first == "a layer's output" else torch.tensor(rows)
     counter, whole = CompileCounter(), torch.compile
     torch._dynamo.reset()
     try:

@@ -110,7 +110,7 @@ from tether.keras_seam.layers import (
     untrack_layer,
     variable_lists,
 )
-from tether.keras_seam.loops import compiled, is_traced_for_a_compiler, repeat_while, scan
+from tether.keras_seam.loops import compiled, is_traced_for_a_compiler, like_an_output, repeat_while, scan
 from tether.keras_seam.memory import (
     Snapshot,
     is_concrete,
@@ -359,6 +359,7 @@ __all__ = [
     "layout_of",
     "lies_as",
     "lies_elsewhere",
+    "like_an_output",
     "list_parameters_again",
     "listed_variables",
     "listings",

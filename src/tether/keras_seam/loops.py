@@ -48,6 +48,19 @@ def compiled(function: Function) -> Function:
     return found
 
 
+def like_an_output(tensor: Tensor) -> Tensor:
+    """Inputs of a function that PyTorch has compiled, such that it takes its outputs as well without compiling again.
+
+    What comes of weights that train has a gradient. Inputs of a model have none, and PyTorch compiles a function once
+    for each of the two.
+    """
+    import torch
+
+    if not torch.is_grad_enabled() or tensor.requires_grad or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().requires_grad_()
+
+
 def scan(
     step: Step, fixed: Nested, carry: Nested, entries: Nested, length: int, outputs: Nested, *, remat: bool
 ) -> Nested:

@@ -53,7 +53,11 @@ class Turns:
         self.inputs, self.args = inputs, args
         self.stacked = {name: named.pop(name) for name in layer.stacked if name in named}
         self.named = named
-        self.run = layer.compiled_turn() if self._compiles() else self._run
+        self.run: Any = self._run
+        if self._compiles():
+            self.run = layer.compiled_turn()
+            if layer.block.trainable_variables:  # the later turns get what has a gradient
+                self.inputs = keras_seam.like_an_output(inputs)
         self.trains = training is not None and training is not False
 
     # ------------------------------------------------------------------ a turn
