@@ -675,6 +675,28 @@ def test_a_turn_is_compiled_once_for_all_turns(first):
     np.testing.assert_allclose(ops.convert_to_numpy(found), ops.convert_to_numpy(plain(rows)), atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA under TensorFlow")
+def test_a_loop_of_tensorflow_keeps_less_for_its_gradient_under_xla():
+    import tensorflow as tf
+
+    body = tether.Repeat(keras.layers.Dense(WIDTH, activation="gelu"), 6, unroll=False)
+    body.build((None, WIDTH))
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            total = tf.reduce_sum(body(x, training=True) ** 2)
+        return tape.gradient(total, body.trainable_weights[0].value)
+
+    kept, found = [], []
+    for jit in (False, True):
+        function = tf.function(gradient, jit_compile=jit)
+        found.append(function(rows).numpy())
+        graph = function.get_concrete_function(tf.TensorSpec(rows.shape)).graph.as_graph_def()
+        kept.append(str(graph).count('op: "TensorListPushBack"'))
+    assert 0 < kept[1] < kept[0]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
 def test_a_second_repeat_of_a_block_needs_a_name_of_its_own_for_the_depth():
     block = keras.layers.Dense(WIDTH)
     first = tether.Repeat(block, 2, vary={"kernel": tether.low_rank(1)})

@@ -150,7 +150,7 @@ def _with_tensorflow(
         )
         return [*tree.flatten(after), *tree.flatten(output)]
 
-    once = _computed_again(run) if remat else run
+    once = _computed_again(run) if remat or _is_inside_xla() else run
 
     def body(place: Tensor, of_carry: Nested, arrays: Nested) -> Nested:
         of_entry = [tf.gather(each, place) for each in flat_entries]
@@ -169,6 +169,19 @@ def _with_tensorflow(
     )
     stacked = [array.stack() for array in arrays]
     return tree.pack_sequence_as(carry, flat_carry_out), tree.pack_sequence_as(outputs, stacked)
+
+
+def _is_inside_xla() -> bool:
+    """Whether TensorFlow is making a graph for XLA.
+
+    There a loop that keeps what a turn computed for the gradient copies all of that at every turn, which takes longer
+    than to compute the turn again.
+    """
+    import tensorflow as tf
+    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+    found: bool = GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    return found
 
 
 def _computed_again(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
