@@ -55,7 +55,8 @@ class Repeat(keras.layers.Layer):
         outputs: `"last"`: what the last turn makes. `"all"`: what each makes, along a new first axis.
         stacked: Names of arguments of the call that have an entry for each turn along their first axis, such as caches.
         remat: Whether a turn is computed again for its gradient, instead of keeping what it computed. Memory then grows
-            by one activation a turn.
+            by one activation a turn. A loop of TensorFlow does so always under XLA, which copies at every turn what a
+            loop keeps.
         unroll: `"auto"`: a loop in compiled graphs of more than three turns. `False`: always where there is a graph.
             `True`: never; each turn is written out. The numbers are the same.
         compile_turn: On PyTorch, whether a turn is compiled by itself (`torch.compile`), once for all turns. The other
