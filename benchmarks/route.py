@@ -89,18 +89,21 @@ def model_of_choice(layer, place, shape):
 
 
 def train_cases():
-    """A training step of a mixed batch beside one step for each part with its own examples."""
+    """A training step of a mixed batch beside one step for each part with its own examples, and the base alone."""
     found = []
     for count in (16, 64):
-        layer, _ = routed_dense(512, 8, count)
+        layer, plain = routed_dense(512, 8, count)
         x = random.randn(64, 32, 512).astype("float32")
         ids = np.repeat(np.arange(count, dtype="int32"), 64 // count)
         ours = train(model_of(layer, (32, 512), ()), [x, ids], of_input=False)
         apart = [
             train(model_of_choice(layer, place, (32, 512)), x[ids == place], of_input=False) for place in range(count)
         ]
-        row = compare(ours, lambda apart=apart: [call() for call in apart])
-        found.append({"case": f"training step, {count} parts, 64 x 32 tokens", "of": "loop over parts", **row})
+        loop = lambda apart=apart: [call() for call in apart]  # noqa: E731
+        base = forward(model_of(plain, (32, 512)), x)
+        case = f"training step, {count} parts, 64 x 32 tokens"
+        found.append({"case": case, "of": "loop over parts", **compare(ours, loop)})
+        found.append({"case": case, "of": "the base's product alone", **compare(ours, base)})
     return found
 
 

@@ -538,3 +538,32 @@ def test_options_of_several_forms_under_an_adapter(rng):
     after = numpy(model([x, ids]))
     assert np.isnan(after[2]).all()
     assert_close(np.delete(after, 2, 0), np.delete(before, 2, 0), 1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the others do not read in place")
+@pytest.mark.parametrize("kind", ["dense", "dense, one token", "dense, tokens", "einsum, one token"])
+@pytest.mark.parametrize("numbers", [[2, 10, 0, 2, 1, 5], [2, -1, 0, 2, 1, 5]], ids=["options", "with the base"])
+def test_one_row_of_an_example_is_multiplied_with_what_is_stored(rng, kind, numbers, monkeypatch):
+    import torch
+
+    from tether import keras_seam
+
+    kinds = {
+        "dense": (layers.Dense(5), (4, 5), (6, 4)),
+        "dense, one token": (layers.Dense(5), (4, 5), (6, 1, 4)),
+        "dense, tokens": (layers.Dense(5), (4, 5), (6, 3, 4)),
+        "einsum, one token": (layers.EinsumDense("abc,cde->abde", (None, 2, 3)), (4, 2, 3), (6, 1, 4)),
+    }
+    plain, shape, inputs = kinds[kind]
+    _, found = options(rng, shape, lambda base: base + tether.low_rank(2), 11)
+    layer, x = tether.route(plain, kernel=found), drawn(rng, inputs)
+    products, whole = [], keras_seam.product_with_entries
+    monkeypatch.setattr(keras_seam, "product_with_entries", lambda *given: products.append(1) or whole(*given))
+    with tether.planning.force("factored"), torch.no_grad():
+        y = layer(x, choice=np.array(numbers))
+        assert bool(products) == (kind != "dense, tokens" and -1 not in numbers)
+        assert_close(y, by_each(layer, x, numbers), 1e-4)
+    count = len(products)
+    with tether.planning.force("factored"):
+        assert_close(layer(x, choice=np.array(numbers)), y, 1e-4)
+    assert len(products) == count, "a gradient may be asked for"

@@ -114,15 +114,37 @@ def _make_add_product() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     def at_once(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         fits = type(y) is type(a) is torch.Tensor and a.dtype == y.dtype == b.dtype and y.is_floating_point()
-        if not fits or a.dim() != 2 or b.dim() != 2 or y.shape != (a.shape[0], b.shape[1]):
+        if not fits or a.dim() < 2 or b.dim() != 2 or y.shape != (*a.shape[:-1], b.shape[1]):
             return apart(y, a, b)
-        return torch.addmm(y, a, b)
+        if a.dim() == 2:
+            return torch.addmm(y, a, b)
+        found = torch.addmm(y.reshape(-1, y.shape[-1]), a.reshape(-1, a.shape[-1]), b)
+        return found.reshape(y.shape)
 
     return at_once
 
 
 add_product = _make_add_product()
-"""A matrix and the product of two more: on PyTorch in one operation, which goes through the result once."""
+"""Rows and the product of rows with a matrix: on PyTorch in one operation, which goes through the result once."""
+
+
+def _make_product_of_examples() -> Callable[[Tensor, Tensor], Tensor]:
+    if not RUNS_FROM_PYTHON:
+        return functools.partial(keras.ops.einsum, "abc,acd->abd")
+
+    def with_few_columns(x: Tensor, matrices: Tensor) -> Tensor:
+        rows, (inputs, outputs) = x.shape[1], matrices.shape[1:]
+        is_known = type(rows) is type(inputs) is type(outputs) is int  # not the symbols of a compiler
+        if not is_known or rows == 1 or 4 * outputs > inputs or x.device.type != "cpu" or x.dtype != matrices.dtype:
+            return matmul(x, matrices)
+        # Few columns of many rows take a processor twice as long as few rows of many columns, and so does the gradient.
+        return matmul(matrices.mT, x.mT).mT
+
+    return with_few_columns
+
+
+product_of_examples = _make_product_of_examples()
+"""The rows of each example, `(examples, rows, inputs)`, times a matrix of its own, `(examples, inputs, outputs)`."""
 
 
 def _make_entries() -> Callable[[Tensor, Tensor], Tensor]:
@@ -143,6 +165,32 @@ def _make_entries() -> Callable[[Tensor, Tensor], Tensor]:
 
 entries = _make_entries()
 """The entries along the first axis of a table, for numbers of any shape that all exist."""
+
+
+def reads_entries_in_place(x: Tensor) -> bool:
+    """Whether `product_with_entries` is quicker than to copy entries: in an eager call of PyTorch on a processor."""
+    if not RUNS_FROM_PYTHON:
+        return False
+    import torch
+
+    is_at_hand = x.device.type == "cpu" and x.dtype == torch.float32
+    return is_at_hand and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def product_with_entries(x: Tensor, stack: Tensor, numbers: Tensor) -> Tensor:
+    """Each row of `x` times an entry of a stack of matrices, which is read where it lies; without a gradient.
+
+    Args:
+        x: Shape `(examples, inputs)`.
+        stack: Shape `(entries, inputs, outputs)`.
+        numbers: The entry of each example, shape `(examples,)`.
+    """
+    import torch
+
+    _, inputs, outputs = stack.shape
+    rows = numbers.long().unsqueeze(1) * inputs + torch.arange(inputs)
+    table = stack.reshape(-1, outputs)
+    return torch.nn.functional.embedding_bag(rows, table, per_sample_weights=x.contiguous(), mode="sum")
 
 
 def stored_dtype(variable: keras.Variable) -> str:

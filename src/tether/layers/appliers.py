@@ -20,13 +20,15 @@ from tether.planning import control
 from tether.planning.alternatives import make_plan
 from tether.planning.control import Mode, Noted
 from tether.planning.execution import Convolve, execute
-from tether.planning.plan import Coded, Convolution, Integers, Plan, Problem
+from tether.planning.plan import Coded, Convolution, Entries, Integers, Plan, Problem
 from tether.planning.products import Products, products
 from tether.types import Function, Tensor
 from tether.weights.each import (
+    are_options,
     bound_for_each,
     choices_in,
     for_options,
+    is_stack,
     once,
     rows,
     weights_of_choice,
@@ -271,7 +273,7 @@ def applied(
 
 def _carried_out(view: View, plan: Plan, x: Tensor, convolve: Convolve | None) -> Tensor:
     if plan.choice is not None:
-        return execute(plan, x, _read_for_each(view, plan), convolve)
+        return execute(plan, x, _read_for_each(view, plan, x), convolve)
     factors = [
         None
         if read is None
@@ -281,7 +283,7 @@ def _carried_out(view: View, plan: Plan, x: Tensor, convolve: Convolve | None) -
     return execute(plan, x, factors, convolve)
 
 
-def _read_for_each(view: View, plan: Plan) -> list[Tensor]:
+def _read_for_each(view: View, plan: Plan, x: Tensor) -> list[Tensor]:
     """The factors of a plan, as they are read where examples choose for themselves."""
     found = None if plan.choice is None else bound_for_each([plan.choice])
     if found is None:
@@ -298,7 +300,9 @@ def _read_for_each(view: View, plan: Plan) -> list[Tensor]:
         elif how == "numbers":
             values[place] = bound
         elif how == "rows":
-            values[place] = _of_each(view, expression, rows, choice, bound)
+            values[place] = _in_place(view, expression, choice, bound, x)
+            if values[place] is None:
+                values[place] = _of_each(view, expression, rows, choice, bound)
         elif how in ("options", "table"):
             values[place] = _value(view, expression, view.dtype, None, functools.partial(for_options, choice=choice))
             options += [place] if how == "options" else []
@@ -309,6 +313,16 @@ def _read_for_each(view: View, plan: Plan) -> list[Tensor]:
         if read is not None and read[0].how == "weights":
             values[place] = weights_of_choice(choice, bound, bad, view.dtype)
     return values
+
+
+def _in_place(view: View, expression: Expression, choice: Choice, bound: Tensor, x: Tensor) -> Entries | None:
+    """The entries of a stored stack, where a product with one row of each example reads them without a copy."""
+    is_one_row = x.shape[1:-1] in ((), (1,)) and len(bound.shape) == 1
+    if not is_one_row or expression.dtype != view.dtype or not is_stack(expression, choice):
+        return None
+    if not keras_seam.reads_entries_in_place(x) or not are_options(choice, bound):
+        return None
+    return Entries(_value(view, expression, view.dtype, None, functools.partial(for_options, choice=choice)), bound)
 
 
 def _drops() -> bool:

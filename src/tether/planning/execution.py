@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from tether import keras_seam
-from tether.planning.plan import Integers, Plan, as_floats
+from tether.planning.plan import Entries, Integers, Plan, as_floats
 from tether.types import Tensor
 from tether.weights.operators.routing import where_option
 
@@ -127,12 +127,17 @@ def execute(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve
     Args:
         plan: What to do.
         x: The layer's input.
-        factors: The values of the plan's factors; those that rows are taken from may be `Integers`.
+        factors: The values of the plan's factors; those that rows are taken from may be `Integers`, and what is read
+            for each example `Entries`.
         convolve: The layer's own convolution with a kernel.
     """
     if plan.gradient is not None:
         return _with_gradient(plan, plan.gradient, x, factors)
     return _run(plan, x, factors, convolve)
+
+
+_OF_EXAMPLES = ("ab,abc->ac", "abc,acd->abd")
+"""The product of each example, one row or several, with a matrix of its own."""
 
 
 def _run(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve | None = None) -> Tensor:
@@ -144,6 +149,9 @@ def _run(plan: Plan, x: Tensor, factors: Sequence[Tensor], convolve: Convolve | 
         inputs = [values[place] for place in step.inputs]
         if step.op == "take" and isinstance(inputs[0], Integers):
             values.append(inputs[0].take(inputs[1], step.detail))
+            continue
+        if step.detail in _OF_EXAMPLES and isinstance(inputs[1], Entries) and inputs[0].shape[1:-1] in ((), (1,)):
+            values.append(inputs[1].times(inputs[0]))
             continue
         inputs = [as_floats(value) for value in inputs]
         if step.op == "convolve":
@@ -203,6 +211,8 @@ def _einsum(equation: str, *inputs: Tensor) -> Tensor:
     if len(dtypes) > 1:  # a matrix product promotes; PyTorch's einsum does not
         dtype = keras.backend.result_type(*sorted(dtypes))
         inputs = tuple(keras.ops.cast(value, dtype) for value in inputs)
+    if equation == _OF_EXAMPLES[1]:
+        return keras_seam.product_of_examples(*inputs)
     return keras.ops.einsum(equation, *inputs)
 
 

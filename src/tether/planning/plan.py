@@ -13,6 +13,7 @@ from typing import Literal
 
 import keras
 
+from tether import keras_seam
 from tether.errors import NUMERIC
 from tether.planning.cost import Operation
 from tether.types import Tensor
@@ -199,9 +200,26 @@ class Integers:
         return keras.ops.cast(integers, self.dtype)
 
 
+@dataclass(frozen=True)
+class Entries:
+    """One entry of a stack for each example, of shape `(numbers, ...)`: a product reads it in place where it can."""
+
+    stack: Tensor
+    numbers: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        """A row of each example, of shape `(examples, inputs)` or `(examples, 1, inputs)`, by its entry."""
+        found = keras_seam.product_with_entries(keras.ops.reshape(x, (-1, x.shape[-1])), self.stack, self.numbers)
+        return keras.ops.reshape(found, (*x.shape[:-1], found.shape[-1]))
+
+    def floats(self) -> Tensor:
+        """The entries."""
+        return keras_seam.entries(self.stack, self.numbers)
+
+
 def as_floats(value: object) -> Tensor:
     """A value of a plan that an operation of arithmetic takes."""
-    return value.floats() if isinstance(value, Integers) else value
+    return value.floats() if isinstance(value, (Integers, Entries)) else value
 
 
 MATERIALIZE = Plan("materialize")

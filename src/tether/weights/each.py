@@ -15,7 +15,7 @@ from tether import keras_seam
 from tether.errors import Unsupported, received
 from tether.types import Tensor
 from tether.weights.evaluation import cast_to_scope, evaluate
-from tether.weights.expression import Expression, Node, Step, leaves, program
+from tether.weights.expression import Expression, Node, Step, Stored, leaves, program
 from tether.weights.leaves import Choice, bindings, is_for_each
 from tether.weights.operators.arithmetic import (
     Add,
@@ -157,12 +157,27 @@ def masked(value: Tensor, choice: Choice, numbers: Tensor) -> Tensor:
     Where the numbers lie at hand and all are those of options, there is nothing to replace, and no copy is made. An
     accelerator is not waited for: this is asked for every factor of every layer.
     """
-    if keras_seam.is_concrete(numbers) and not keras_seam.is_compiling() and keras_seam.is_in_memory(numbers):
-        known = keras_seam.on_host(numbers)
-        if known.size and known.min() >= 0 and known.max() < len(choice.choices):
-            return value
+    if are_options(choice, numbers):
+        return value
     other = keras.ops.cast(float("nan") if choice.none is None else 0.0, value.dtype)
     return where_option(numbers, len(choice.choices), value, other)
+
+
+def are_options(choice: Choice, numbers: Tensor) -> bool:
+    """Whether numbers lie at hand, and all are those of options."""
+    if not keras_seam.is_concrete(numbers) or keras_seam.is_compiling() or not keras_seam.is_in_memory(numbers):
+        return False
+    known = keras_seam.on_host(numbers)
+    return bool(known.size and known.min() >= 0 and known.max() < len(choice.choices))
+
+
+def is_stack(expression: Expression, choice: Choice) -> bool:
+    """Whether the options of an expression are the entries of one stack, as it is stored and in its order."""
+    while isinstance(expression, StopGradient):
+        expression = expression.operands[0]
+    if not isinstance(expression, Gather) or expression.parameters["axis"] != 0:
+        return False
+    return isinstance(expression.operands[0], Stored) and expression.operands[1] == choice
 
 
 def is_read_only(expression: Expression) -> bool:
