@@ -57,9 +57,11 @@ def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, o
     Returns:
         For each process what each check raised, by its name: `""` where all is well.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(processes)]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        ports = ",".join(str(each.getsockname()[1]) for each in free)
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -67,7 +69,7 @@ def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, o
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1" if quick else "0", **dict(variables),
     }  # fmt: skip
     module = "tests.distribution.programs"
-    command = [sys.executable, "-m", module, program, str(folder), str(processes), port, only or ""]
+    command = [sys.executable, "-m", module, program, str(folder), ports, only or ""]
     logs = [folder / f"log{number}.txt" for number in range(processes)]
     running = []
     try:
@@ -89,11 +91,12 @@ def said_by(program, folder, *, processes=1, devices=1, quick=True, limit=150, o
     return [{**reached, **json.loads(each.read_text())} for each in said]
 
 
-def take_part(program, folder, processes, port, only, number):
+def take_part(program, folder, ports, only, number):
     """One process of a program."""
-    patience = contextlib.nullcontext
+    patience, processes = contextlib.nullcontext, len(ports)
     if processes > 1:
-        patience = (_join_torch if os.environ["KERAS_BACKEND"] == "torch" else _join_jax)(processes, port, number)
+        join = {"jax": _join_jax, "tensorflow": _join_tensorflow, "torch": _join_torch}[os.environ["KERAS_BACKEND"]]
+        patience = join(ports, number)
     module = importlib.import_module(f"tests.distribution.{program}")
     given = [module.start(folder, number)] if hasattr(module, "start") else []
     said, own = {}, folder / f"said{number}.json"
@@ -121,7 +124,7 @@ def take_part(program, folder, processes, port, only, number):
     os._exit(0)
 
 
-def _join_jax(processes, port, number):
+def _join_jax(ports, number):
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -129,20 +132,26 @@ def _join_jax(processes, port, number):
 
     import tether
 
-    keras.distribution.initialize(f"127.0.0.1:{port}", processes, number)
+    keras.distribution.initialize(f"127.0.0.1:{ports[0]}", len(ports), number)
     return lambda: tether.distribution.time_limit(20)
 
 
-def _join_torch(processes, port, number):
+def _join_tensorflow(ports, number):
+    workers = [f"127.0.0.1:{port}" for port in ports]
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": number}})
+    return contextlib.nullcontext
+
+
+def _join_torch(ports, number):
     import torch.distributed as dist
 
     sys.modules["tensorflow"] = None  # Keras would import it to write a config, which takes ten seconds
     patience = datetime.timedelta(seconds=60)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=number, world_size=processes, timeout=patience)
+    address = f"tcp://127.0.0.1:{ports[0]}"
+    dist.init_process_group("gloo", init_method=address, rank=number, world_size=len(ports), timeout=patience)
     return contextlib.nullcontext
 
 
 if __name__ == "__main__":
-    name, where, count, free_port, wanted, own_number = sys.argv[1:]
-    take_part(name, pathlib.Path(where), int(count), free_port, wanted, int(own_number))
+    name, where, free_ports, wanted, own_number = sys.argv[1:]
+    take_part(name, pathlib.Path(where), free_ports.split(","), wanted, int(own_number))

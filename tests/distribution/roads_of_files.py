@@ -4,7 +4,6 @@ Two processes do all of it; one process with several devices does what is not ab
 """
 
 import contextlib
-import importlib.util
 import json
 import time
 import types
@@ -592,9 +591,10 @@ def damage_is_told_in_all_processes(c):
     tether.files.save_safetensors(c.model, c.folder / "together.safetensors")
 
 
-# --------------------------------------------------------------------------- Orbax, where it is installed
+# --------------------------------------------------------------------------- Orbax
 
 
+@check
 def a_checkpoint_of_orbax_comes_back_on_another_mesh(c):
     folder = c.folder / "orbax"
     saving = keras.callbacks.OrbaxCheckpoint(directory=str(folder), monitor="loss", save_on_background=False)
@@ -613,7 +613,3 @@ def a_checkpoint_of_orbax_comes_back_on_another_mesh(c):
         other.load_weights(str(folder))
         for variable, value in zip(other.weights, right, strict=False):
             holds(variable, value)
-
-
-if importlib.util.find_spec("orbax") is not None:
-    check(a_checkpoint_of_orbax_comes_back_on_another_mesh)

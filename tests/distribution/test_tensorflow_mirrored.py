@@ -17,3 +17,9 @@ def said(tmp_path_factory):
 @pytest.mark.parametrize("name", names(PROGRAM))
 def test_two_replicas(said, name):
     assert said[name] == "", said[name]
+
+
+@pytest.mark.parametrize("name", names("tensorflow_workers"))
+def test_two_workers(tmp_path, name):
+    for process in said_by("tensorflow_workers", tmp_path, processes=2, only=name):
+        assert process[name] == "", process[name]
