@@ -720,3 +720,126 @@ def test_what_a_block_returns_besides_is_whole_where_all_have_halted(unroll):
     found, caches = model.predict_on_batch(given)
     np.testing.assert_allclose(found, np.tanh(rows[:5] @ body.block.kernel.numpy()), atol=1e-5)
     assert caches.shape == (5, 1, 1) and (caches[1:] != 0).all()
+
+
+# --------------------------------------------------------------------------- layers that exist
+
+
+def apart(depth=4, **kinds):
+    """A model of blocks that are layers of their own, and its blocks."""
+    x = y = keras.Input((WIDTH,))
+    blocks = [keras.layers.Dense(WIDTH, activation="tanh", name=f"block_{place}") for place in range(depth)]
+    for block in blocks:
+        y = block(y)
+    return keras.Model(x, keras.layers.Dense(1, name="out")(y)), blocks
+
+
+SHARED = {
+    "nothing": (lambda model: model, {"kernel": (4, WIDTH, WIDTH), "bias": (4, WIDTH)}),
+    "kernels": (
+        lambda model: tether.share_depth(model, "all", blocks="block_*", only="*kernel"),
+        {"kernel": (WIDTH, WIDTH), "bias": (4, WIDTH)},
+    ),
+    "a cycle": (
+        lambda model: tether.share_depth(model, "cycle:2", blocks="block_*"),
+        {"kernel": (2, WIDTH, WIDTH), "bias": (2, WIDTH)},
+    ),
+    "parts": (
+        lambda model: tether.share_depth(
+            model, "all", blocks="block_*", only="*kernel", values=tether.low_rank(2, seed=1)
+        ),
+        {
+            "kernel": (WIDTH, WIDTH),
+            "kernel_lora_a": (4, WIDTH, 2),
+            "kernel_lora_b": (4, 2, WIDTH),
+            "bias": (4, WIDTH),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_layers_become_turns_and_training_goes_on(how, tmp_path):
+    share, shapes = SHARED[how]
+    keras.utils.set_random_seed(1)
+    model, blocks = apart()
+    share(model)
+    target = np.ones((len(rows), 1), "float32")
+    model.compile("adam", "mse")
+    model.fit(rows, target, epochs=2, shuffle=False, verbose=0)
+    files.save_model(model, tmp_path / "apart.keras")
+    right, before, count = (
+        files.load_model(tmp_path / "apart.keras"),
+        model.predict(rows, verbose=0),
+        model.count_params(),
+    )
+
+    body = tether.Repeat.of(blocks)
+    assert {weight.path.rpartition("/")[2]: tuple(weight.shape) for weight in body.weights} == shapes
+    x = keras.Input((WIDTH,))
+    together = keras.Model(x, model.get_layer("out")(body(x)))
+    assert together.count_params() == model.count_params() == count
+    for each in (together, model):
+        np.testing.assert_allclose(each.predict(rows, verbose=0), before, atol=1e-6)
+
+    together.compile(model.optimizer, "mse")
+    for each in (together, right):
+        each.fit(rows, target, epochs=2, shuffle=False, verbose=0)
+    for each in (together, model):  # the layers follow
+        np.testing.assert_allclose(each.predict(rows, verbose=0), right.predict(rows, verbose=0), atol=1e-5)
+    files.save_model(together, tmp_path / "together.keras")
+    for each in (files.load_model(tmp_path / "together.keras"), keras.models.clone_model(together)):
+        assert each.count_params() == count
+    with pytest.raises(TetherError, match="turns"):
+        body(rows, times=5)
+
+
+def test_turns_that_were_taken_apart_become_turns_again():
+    block = keras.layers.Dense(WIDTH, activation="tanh")
+    body = tether.Repeat(block, 3, vary={"kernel": tether.low_rank(2), "bias": "own"})
+    body.build((None, WIDTH))
+    spread_out(body)
+    again = tether.Repeat.of(body.layers())
+    assert {id(weight) for weight in again.weights} == {id(weight) for weight in body.weights}
+    assert [tuple(weight.shape) for weight in again.stacks().values()] == [
+        tuple(weight.shape) for weight in body.stacks().values()
+    ]
+    np.testing.assert_allclose(ops.convert_to_numpy(again(rows)), ops.convert_to_numpy(body(rows)), atol=1e-6)
+
+
+def test_moving_statistics_of_layers_are_those_of_turns():
+    blocks = [keras.Sequential([keras.layers.Dense(WIDTH), keras.layers.BatchNormalization()]) for _ in range(3)]
+    for place, block in enumerate(blocks):
+        block.build((None, WIDTH))
+        block.layers[1].moving_mean.assign(np.full(WIDTH, 1.0 + place))
+    y = rows
+    for block in blocks:
+        y = block(y)
+    body = tether.Repeat.of(blocks)
+    np.testing.assert_allclose(ops.convert_to_numpy(body(rows)), ops.convert_to_numpy(y), atol=1e-5)
+    (mean,) = [weight for weight in body.weights if weight.path.endswith("moving_mean")]
+    assert np.array_equal(mean.numpy()[:, 0], [1.0, 2.0, 3.0])
+
+
+def test_layers_that_are_not_alike_become_no_turns():
+    def built(layer, size=WIDTH):
+        layer.build((None, size))
+        return layer
+
+    plain, frozen = built(keras.layers.Dense(WIDTH, name="a")), built(keras.layers.Dense(WIDTH, name="b"))
+    frozen.trainable = False
+    others = {
+        "two layers or more": [plain],
+        "not built": [plain, keras.layers.Dense(WIDTH)],
+        "'bias'": [plain, built(keras.layers.Dense(WIDTH, use_bias=False))],
+        "'kernel'": [plain, built(keras.layers.Dense(WIDTH), 3)],
+        "frozen alike": [plain, frozen],
+        "one class": [plain, built(keras.layers.EinsumDense("ab,bc->ac", WIDTH, bias_axes="c"))],
+    }
+    for words, layers in others.items():
+        with pytest.raises(TetherError, match=words):
+            tether.Repeat.of(layers)
+    tied = tether.inherit(plain, kernel=tether.low_rank(1), name="c")
+    with pytest.raises(TetherError, match="form"):
+        tether.Repeat.of([plain, tied])
+    assert isinstance(plain.kernel, keras.Variable) and len(plain.weights) == 2 and len(tied.weights) == 4

@@ -124,7 +124,12 @@ class Stack:
 
 
 def zipped(
-    options: Sequence[Expression], number: Expression, *, stored: bool = True, train: Collection[int] | None = None
+    options: Sequence[Expression],
+    number: Expression,
+    *,
+    stored: bool = True,
+    train: Collection[int] | None = None,
+    known: dict[tuple[int, ...], Stack] | None = None,
 ) -> tuple[Expression, list[Stack]]:
     """One expression that is the option of a number, and the stacks in it. The weights that were stacked stay.
 
@@ -135,6 +140,7 @@ def zipped(
             them is chosen.
         train: Which options train, by their places: their weights become one stack, and those of the others another,
             which is frozen. Left out, weights train as they did; those that do and those that do not are stacked apart.
+        known: Stacks of other expressions of the same options, by what is in them: the same weights are one stack.
 
     Raises:
         TetherError: The options are of different forms, or their weights cannot be stacked.
@@ -146,7 +152,7 @@ def zipped(
     states = [step.expression for step in programs[largest] if isinstance(step.expression, StatefulNode)]
     if states and not stored:
         raise Unsupported(f"{states[0].notation()} keeps a state, which goes on in a stack of them only.")
-    known: dict[tuple[int, ...], Stack] = {}
+    known = {} if known is None else known
     trains = _trains(programs, train)
     stacked_in: dict[int, tuple[int, ...]] = {}
     plans: list[Sequence[Expression] | None] = []
@@ -166,7 +172,7 @@ def zipped(
         if found is None:
             return None
         if isinstance(current, Constant):
-            return Gather(Constant.of(np.array([_number(each) for each in found], "float32")), number)
+            return _numbers([each.number for each in found if isinstance(each, Constant)], number)
         weights = [each for each in found if isinstance(each, Weight)]
         if not stored:
             return Choose(number, *weights, strict=True)
@@ -201,9 +207,11 @@ def _size_of(option: Expression) -> int:
     return sum(math.prod(known_shape(weight)) for weight in option.weights_used())
 
 
-def _number(constant: Expression) -> float:
-    assert isinstance(constant, Constant)
-    return float(constant.number or 0.0)
+def _numbers(of: Sequence[Any], number: Expression) -> Expression:
+    """One of several numbers; of whole ones, which may be those of entries, in as few words as there are."""
+    if all(isinstance(each, int) for each in of):
+        return number if list(of) == list(range(len(of))) else Gather(Constant.of(np.array(of, "int32")), number)
+    return Gather(Constant.of(np.array(of, "float32")), number)
 
 
 def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
@@ -231,14 +239,16 @@ def refuse_other_form(
             "adds nothing."
         )
 
-    for a, b in zip(first, steps, strict=False):
+    of_entries = {step.operands[1] for step in first if isinstance(step.expression, Gather)}
+    for at, (a, b) in enumerate(zip(first, steps, strict=False)):
         mine, theirs = a.expression, b.expression
         if isinstance(mine, Node) and isinstance(theirs, Node):
             filled = isinstance(mine, Reshape) and type(mine) is type(theirs) and a.operands == b.operands
             if not a.same_as(b) and not (filled and mine.operands[0].shape != theirs.operands[0].shape):
                 refuse(mine, theirs)
         elif isinstance(mine, Constant) and isinstance(theirs, Constant) and None not in (mine.number, theirs.number):
-            if mine != theirs and not (isinstance(mine.number, float) and isinstance(theirs.number, float)):
+            kind = int if at in of_entries else float
+            if mine != theirs and not (isinstance(mine.number, kind) and isinstance(theirs.number, kind)):
                 refuse(mine, theirs)
         elif type(mine) is not type(theirs) or (not isinstance(mine, Weight) and mine != theirs):
             refuse(mine, theirs)

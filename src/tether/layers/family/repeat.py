@@ -16,11 +16,12 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
-from tether.layers.family.bank import values_of, zipped
+from tether.layers.family.bank import Stack, followers, origins_of, values_of, zipped
 from tether.layers.family.turns import Turns, are_written_out, entries_of, is_tensor, split
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.paths import walk
 from tether.layers.tying.state import View, arguments_in, slots_of
+from tether.layers.tying.swap import Rollback, become_all
 from tether.layers.tying.tie import by_path, tie, weight_of
 from tether.types import Config, Function, Nested, Tensor
 from tether.weights import placement
@@ -213,8 +214,11 @@ class Repeat(keras.layers.Layer):
                 expressions[path] = zipped(options, depth)[0]
             except TetherError as error:
                 raise TetherError(f"What turns have of their own at {path!r} cannot be stacked: {error}") from None
+        return self._with_stacks(expressions)
+
+    def _with_stacks(self, expressions: Mapping[str, Expression]) -> Repeat:
         if expressions:
-            tie(self.block, expressions)
+            tie(self.block, dict(expressions))
         for expression in expressions.values():
             for weight in expression.weights_used():
                 weight.forget_unused_parts()  # type: ignore[attr-defined]
@@ -229,24 +233,24 @@ class Repeat(keras.layers.Layer):
         """The argument that stands for the number of a turn, in expressions."""
         return Argument(self.argument, (), "int32")
 
-    def stacks(self) -> dict[Gather, Weight]:
-        """The stacked weights below the block, each with the node that reads its entry at a depth."""
-        found: dict[Gather, Weight] = {}
+    def _entries(self) -> Iterator[Gather]:
+        """The reads below the block of an entry that the depth names."""
         depth = self.depth
         for layer in keras_seam.contained_layers(self.block):
             for slot in slots_of(layer):
                 for step in program(slot.view.expression):
                     node = step.expression
                     if isinstance(node, Gather) and node.operands[1] == depth and node.parameters["axis"] == 0:
-                        stored = node.operands[0]
-                        if isinstance(stored, Weight):
-                            found[node] = stored
-        return found
+                        yield node
+
+    def stacks(self) -> dict[Gather, Weight]:
+        """The stacked weights below the block, each with the node that reads its entry at a depth."""
+        stored = {node: node.operands[0] for node in self._entries()}
+        return {node: weight for node, weight in stored.items() if isinstance(weight, Weight)}
 
     def stored_turns(self) -> int | None:
         """How many turns something is stored for; `None` where all turns are alike, so that any number may run."""
-        sizes = [known_shape(weight)[0] for weight in self.stacks().values()]
-        return min(sizes) if sizes else None
+        return min((known_shape(node.operands[0])[0] for node in self._entries()), default=None)
 
     def compiled_turn(self) -> Function:
         """A turn as PyTorch compiles it: one graph for all of them, which is handed the entries of the stacks."""
@@ -465,6 +469,56 @@ class Repeat(keras.layers.Layer):
             found.append(tie(child, changes) if changes else child)
         return found
 
+    @classmethod
+    def of(cls, layers: Sequence[keras.Layer], **settings: Any) -> Repeat:
+        """A Repeat of layers that exist, also trained ones, with a turn for each: the way back from `layers()`.
+
+        What the layers share all turns share, and what differs is stored stacked. The layers follow: where they are
+        used, their weights are entries of the stacks, and the optimizer of a compiled model that has trained them goes
+        on, as with `tether.bank`. Moving statistics are copied.
+
+        Args:
+            layers: Two built layers or more, in their order, that are made alike: their weights have the same paths,
+                shapes and forms.
+            **settings: As for `Repeat`, but for `vary`.
+
+        Returns:
+            The layer, built.
+
+        Raises:
+            TetherError: The layers are not alike, or not built; nothing is changed then.
+
+        Example:
+        ```python
+        first, second = keras.layers.Dense(4, name="first"), keras.layers.Dense(4, name="second")
+        first.build((None, 4))
+        second.build((None, 4))
+        tether.tie(second, kernel=tether.weight_of(first, "kernel"))
+        body = tether.Repeat.of([first, second])
+        assert [tuple(weight.shape) for weight in body.weights] == [(4, 4), (2, 4)]
+        ```
+        """
+        from tether.layers.family.inherit import inherit
+
+        blocks = _checked_blocks(layers)
+        depth, stacks = Argument(settings.get("argument", "depth"), (), "int32"), dict[tuple[int, ...], Stack]()
+        expressions: dict[str, Expression] = {}
+        with contextlib.ExitStack() as undone:
+            for layer in blocks:
+                _refuse_taken_name(layer, depth.name)
+                undone.enter_context(Rollback.below(layer))
+            states = _own_state(blocks[0])
+            for path in _weights_at(blocks[0]):
+                options = [weight_of(layer, path) for layer in blocks]
+                if path in states and settings.get("state", "own") == "own":
+                    expressions[path] = zipped([_own(option, "state") for option in options], depth)[0]
+                elif path not in states and any(option != options[0] for option in options):
+                    expressions[path] = zipped(options, depth, known=stacks)[0]
+            child = inherit(blocks[0], name=blocks[0].name)
+            made = cls(child, len(blocks), **settings)
+        become_all(followers(stacks.values()), origins_of(stacks.values()))
+        return made._with_stacks(expressions)
+
     # ------------------------------------------------------------------ files
 
     def get_config(self) -> Config:
@@ -555,6 +609,38 @@ def _first_shape(shape: Nested) -> Nested:
 
 def _with_turns(spec: Nested, turns: int) -> Nested:
     return keras.KerasTensor((turns, *spec.shape), spec.dtype)
+
+
+def _weights_at(layer: keras.Layer) -> dict[str, keras.Variable]:
+    """The floats below a layer, by path."""
+    return {
+        "/".join(path): variable
+        for path, _, _, variable in walk(layer)
+        if isinstance(variable, View) or keras_seam.is_float(keras_seam.stored_dtype(variable))
+    }
+
+
+def _checked_blocks(layers: object) -> list[keras.Layer]:
+    """Layers that are made alike, as far as their weights show it."""
+    blocks = list(layers) if isinstance(layers, Sequence) else []
+    if len(blocks) < 2 or not all(isinstance(layer, keras.Layer) for layer in blocks):
+        raise TetherError(f"`Repeat.of` takes two layers or more in their order. {received(layers=layers)}")
+    for layer in blocks:
+        refuse_layer("Repeat.of", layer)
+        if not layer.built:
+            raise TetherError(f"{layer.name!r} is not built: call it, or build it, before it becomes a turn.")
+    looks = [
+        (type(layer), {path: (variable.shape, variable.trainable) for path, variable in _weights_at(layer).items()})
+        for layer in blocks
+    ]
+    for layer, look in zip(blocks, looks, strict=True):
+        if look != looks[0]:
+            differing = sorted(path for path in {*look[1], *looks[0][1]} if look[1].get(path) != looks[0][1].get(path))
+            raise TetherError(
+                "The turns of a Repeat are made alike: of one class, with weights of the same paths and shapes, frozen "
+                f"alike. {blocks[0].name!r} and {layer.name!r} differ{f' at {differing[0]!r}' if differing else ''}."
+            )
+    return blocks
 
 
 def _own_state(block: keras.Layer) -> list[str]:

@@ -23,6 +23,7 @@ from tether.weights.expression import (
     Term,
     _ways,
     as_expression,
+    leaves,
     program,
     register,
     rewritten,
@@ -155,7 +156,8 @@ class Gather(_Entries):
         axis = self._place(whole.shape)
         size = whole.shape[axis]
         entry = keras.ops.expand_dims(keras.ops.convert_to_tensor(value), axis)
-        if isinstance(number, Argument) and number.default is None and number.key not in bindings():
+        given = [leaf for leaf in leaves(number) if isinstance(leaf, Argument)]
+        if any(each.default is None and each.key not in bindings() for each in given):
             return [keras.ops.tile(entry, [size if place == axis else 1 for place in range(len(whole.shape))]), None]
         known: Any = number.bound() if isinstance(number, Argument) else number.value
         if not all(weight.is_built for weight in whole.weights_used()):
