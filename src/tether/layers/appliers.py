@@ -300,7 +300,8 @@ def _read_for_each(view: View, plan: Plan, x: Tensor) -> list[Tensor]:
         elif how == "numbers":
             values[place] = bound
         elif how == "rows":
-            values[place] = _in_place(view, expression, choice, bound, x)
+            if plan.gradient is None:
+                values[place] = _in_place(view, expression, choice, bound, x)
             if values[place] is None:
                 values[place] = _of_each(view, expression, rows, choice, bound)
         elif how in ("options", "table"):
@@ -318,7 +319,7 @@ def _read_for_each(view: View, plan: Plan, x: Tensor) -> list[Tensor]:
 def _in_place(view: View, expression: Expression, choice: Choice, bound: Tensor, x: Tensor) -> Entries | None:
     """The entries of a stored stack, where a product with one row of each example reads them without a copy."""
     is_one_row = x.shape[1:-1] in ((), (1,)) and len(bound.shape) == 1
-    if not is_one_row or expression.dtype != view.dtype or not is_stack(expression, choice):
+    if not is_one_row or not expression.dtype == view.dtype == "float32" or not is_stack(expression, choice):
         return None
     if not keras_seam.reads_entries_in_place(x) or not are_options(choice, bound):
         return None
