@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -156,10 +157,17 @@ def _located(read: Expression, number: int) -> tuple[Weight, int]:
     return stack, number if table is None else table[number]
 
 
+_blanks: WeakKeyDictionary[Weight, Weight] = WeakKeyDictionary()
+"""For each stack a weight like its entries: making one is most of the time that an adapter takes to come or go."""
+
+
 def _entry_like(read: Expression) -> Weight:
     """A weight, without a value, of the shape, dtype and role of an entry."""
     stack, _ = _located(read, 0)
-    return like(stack, known_shape(stack)[1:], stack.name)
+    found, shape = _blanks.get(stack), known_shape(stack)[1:]
+    if found is None or (found.shape, found.dtype, found.role) != (shape, stack.dtype, stack.role):
+        found = _blanks[stack] = like(stack, shape, stack.name)
+    return found
 
 
 # --------------------------------------------------------------------------- making
