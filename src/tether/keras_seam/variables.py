@@ -147,10 +147,38 @@ product_of_examples = _make_product_of_examples()
 """The rows of each example, `(examples, rows, inputs)`, times a matrix of its own, `(examples, inputs, outputs)`."""
 
 
+def _entries_of_tensorflow(taken: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Entries whose gradient is that of the whole table.
+
+    TensorFlow's own is a list of slices, one for each number, of which Keras's optimizers take the square one by one
+    where an entry was taken several times: Adam then steps otherwise than on the other backends.
+    """
+    import tensorflow as tf
+
+    def found(table: Tensor, numbers: Tensor) -> Tensor:
+        table, numbers = tf.convert_to_tensor(table), tf.convert_to_tensor(numbers)
+        if not table.dtype.is_floating or None in table.shape:
+            return taken(table, numbers)
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def chosen(table: Tensor) -> Tensor:
+            def gradient(upstream: Tensor) -> Tensor:
+                rows = tf.reshape(upstream, (-1, *table.shape[1:]))
+                return tf.math.unsorted_segment_sum(rows, tf.reshape(numbers, (-1,)), table.shape[0])
+
+            return tf.gather(table, numbers), gradient
+
+        return chosen(table)
+
+    return found
+
+
 def _make_entries() -> Callable[[Tensor, Tensor], Tensor]:
     def taken(table: Tensor, numbers: Tensor) -> Tensor:
         return keras.ops.take(table, numbers, axis=0)
 
+    if _backend.backend() == "tensorflow":
+        return _entries_of_tensorflow(taken)
     if not RUNS_FROM_PYTHON:
         return taken
     import torch
