@@ -740,6 +740,10 @@ SHARED = {
         lambda model: tether.share_depth(model, "all", blocks="block_*", only="*kernel"),
         {"kernel": (WIDTH, WIDTH), "bias": (4, WIDTH)},
     ),
+    "a sandwich": (
+        lambda model: tether.share_depth(model, "sandwich", blocks="block_*"),
+        {"kernel": (3, WIDTH, WIDTH), "bias": (3, WIDTH)},
+    ),
     "a cycle": (
         lambda model: tether.share_depth(model, "cycle:2", blocks="block_*"),
         {"kernel": (2, WIDTH, WIDTH), "bias": (2, WIDTH)},
@@ -834,11 +838,14 @@ def test_layers_that_are_not_alike_become_no_turns():
         "'bias'": [plain, built(keras.layers.Dense(WIDTH, use_bias=False))],
         "'kernel'": [plain, built(keras.layers.Dense(WIDTH), 3)],
         "frozen alike": [plain, frozen],
+        "such as an activation": [plain, built(keras.layers.Dense(WIDTH, activation="tanh"))],
         "one class": [plain, built(keras.layers.EinsumDense("ab,bc->ac", WIDTH, bias_axes="c"))],
     }
     for words, layers in others.items():
         with pytest.raises(TetherError, match=words):
             tether.Repeat.of(layers)
+    with pytest.raises(TetherError, match="leave `vary` out"):
+        tether.Repeat.of([plain, built(keras.layers.Dense(WIDTH))], vary={"kernel": "own"})
     tied = tether.inherit(plain, kernel=tether.low_rank(1), name="c")
     with pytest.raises(TetherError, match="form"):
         tether.Repeat.of([plain, tied])

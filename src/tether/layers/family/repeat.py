@@ -23,6 +23,7 @@ from tether.layers.tying.paths import walk
 from tether.layers.tying.state import View, arguments_in, slots_of
 from tether.layers.tying.swap import Rollback, become_all
 from tether.layers.tying.tie import by_path, tie, weight_of
+from tether.layers.tying.tied import base_class
 from tether.types import Config, Function, Nested, Tensor
 from tether.weights import placement
 from tether.weights.evaluation import once_more
@@ -217,6 +218,7 @@ class Repeat(keras.layers.Layer):
         return self._with_stacks(expressions)
 
     def _with_stacks(self, expressions: Mapping[str, Expression]) -> Repeat:
+        """Ties the block to what reads its stacks; nothing more is to be prepared then."""
         if expressions:
             tie(self.block, dict(expressions))
         for expression in expressions.values():
@@ -500,6 +502,8 @@ class Repeat(keras.layers.Layer):
         """
         from tether.layers.family.inherit import inherit
 
+        if "vary" in settings:
+            raise TetherError("`Repeat.of` takes what turns have of their own from the layers: leave `vary` out.")
         blocks = _checked_blocks(layers)
         depth, stacks = Argument(settings.get("argument", "depth"), (), "int32"), dict[tuple[int, ...], Stack]()
         expressions: dict[str, Expression] = {}
@@ -620,6 +624,19 @@ def _weights_at(layer: keras.Layer) -> dict[str, keras.Variable]:
     }
 
 
+def _settings_of(layer: keras.Layer) -> list[dict[str, Any]]:
+    """The plain settings of a layer and of those below it, such as activations and rates, without names and seeds."""
+    found = []
+    for each in keras_seam.contained_layers(layer):
+        try:
+            config = {} if isinstance(each, Weight) else each.get_config()
+        except NotImplementedError:  # of a layer that cannot be saved
+            config = {}
+        plain = {name: value for name, value in config.items() if isinstance(value, (str, bool, int, float))}
+        found.append({name: value for name, value in plain.items() if name not in ("name", "seed", "trainable")})
+    return [settings for settings in found if settings]
+
+
 def _checked_blocks(layers: object) -> list[keras.Layer]:
     """Layers that are made alike, as far as their weights show it."""
     blocks = list(layers) if isinstance(layers, Sequence) else []
@@ -630,7 +647,10 @@ def _checked_blocks(layers: object) -> list[keras.Layer]:
         if not layer.built:
             raise TetherError(f"{layer.name!r} is not built: call it, or build it, before it becomes a turn.")
     looks = [
-        (type(layer), {path: (variable.shape, variable.trainable) for path, variable in _weights_at(layer).items()})
+        (
+            base_class(type(layer)),
+            {path: (variable.shape, variable.trainable) for path, variable in _weights_at(layer).items()},
+        )
         for layer in blocks
     ]
     for layer, look in zip(blocks, looks, strict=True):
@@ -639,6 +659,11 @@ def _checked_blocks(layers: object) -> list[keras.Layer]:
             raise TetherError(
                 "The turns of a Repeat are made alike: of one class, with weights of the same paths and shapes, frozen "
                 f"alike. {blocks[0].name!r} and {layer.name!r} differ{f' at {differing[0]!r}' if differing else ''}."
+            )
+        if _settings_of(layer) != _settings_of(blocks[0]):
+            raise TetherError(
+                "The turns of a Repeat are made alike, with the same settings. Those of "
+                f"{blocks[0].name!r} and {layer.name!r} differ, such as an activation or a rate."
             )
     return blocks
 
