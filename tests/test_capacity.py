@@ -3,8 +3,10 @@
 import copy
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import tether
 from tests.support import assert_close, numpy
@@ -295,6 +297,86 @@ def test_a_name_chooses_for_a_call_and_is_read_at_each(rng):
     twin = copy.deepcopy(layer)
     adapters.add(twin, "german")
     assert adapters.slots(layer) == {} and adapters.slots(twin) == {"german": 0}
+
+
+def saved_adapter(rng, build, changes, path):
+    """An ordinary adapter with values in a file; the model that has it, an input, and the values of its base."""
+    other, x = build(rng)
+    plain = other.get_weights()
+    adapters.add(other, "new", changes)
+    for weight in other.weights:
+        if "lora" in weight.path:
+            weight.assign(drawn(rng, weight.shape))
+    adapters.save(other, "new", path)
+    return other, x, plain
+
+
+SQUARE = {"first/kernel": tether.low_rank(4), "second/kernel": tether.low_rank(4)}
+"""Of a model of which all four factors have one shape: each has to come to its own place."""
+
+
+def square(rng):
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(4, activation="tanh", name="first")(inputs)
+    return keras.Model(inputs, layers.Dense(4, name="second")(hidden)), drawn(rng, (5, 4))
+
+
+def rewritten_file(path, change):
+    """The same file with other tensors."""
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    safetensors.numpy.save_file({name: change(tensor) for name, tensor in tensors.items()}, path, metadata)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_tensors_of_a_file_come_to_their_places_in_a_slot_in_any_precision(rng, dtype, tmp_path):
+    path = tmp_path / "new.safetensors"
+    other, x, plain = saved_adapter(rng, square, SQUARE, path)
+    rewritten_file(path, lambda tensor: tensor.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+    model, _ = square(rng)
+    model.set_weights(plain)
+    adapters.capacity(model, SQUARE, slots=3)
+    adapters.load(model, path, name="two")
+    adapters.load(model, path, name="three")
+    tolerance = {"float16": 1e-2, "bfloat16": 6e-2}.get(dtype, 1e-5)
+    for name in ("two", "three"):
+        assert_close(chosen(model, x, adapters.slots(model)[name]), other(x), tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda tensor: np.zeros(tensor.shape, "int32"), lambda tensor: np.zeros((*tensor.shape, 1), tensor.dtype)],
+    ids=["integers", "shape"],
+)
+def test_a_file_with_other_tensors_than_it_says_leaves_the_slots_as_they_were(rng, change, tmp_path):
+    path = tmp_path / "new.safetensors"
+    saved_adapter(rng, square, SQUARE, path)
+    rewritten_file(path, change)
+    model, _ = square(rng)
+    adapters.capacity(model, SQUARE, slots=2)
+    adapters.add(model, "old")
+    before = [numpy(variable).copy() for variable in model.weights]
+    with pytest.raises(TetherError):
+        adapters.load(model, path)
+    assert adapters.names(model) == ["old"]
+    assert all(np.array_equal(a, numpy(b)) for a, b in zip(before, model.weights, strict=True))
+
+
+def test_an_adapter_comes_to_a_slot_without_a_variable_of_its_own(rng, tmp_path, monkeypatch):
+    path = tmp_path / "new.safetensors"
+    saved_adapter(rng, square, SQUARE, path)
+    model, _ = square(rng)
+    adapters.capacity(model, SQUARE, slots=3)
+    adapters.load(model, path, name="one")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a variable is made")
+
+    monkeypatch.setattr(keras.Variable, "__init__", refuse)
+    adapters.load(model, path, name="two")
+    adapters.remove(model, "one")
+    assert adapters.names(model) == ["two"]
 
 
 def test_what_was_not_finite_leaves_nothing_behind(rng):

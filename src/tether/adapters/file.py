@@ -12,11 +12,12 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 
@@ -36,7 +37,7 @@ from tether.adapters.slotted import Part
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, no_file, received
 from tether.files.keras.archive import reading
 from tether.files.keras.load import making
-from tether.files.loading.assignment import Assignment
+from tether.files.loading.assignment import Assignment, check_fit
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import as_offer
 from tether.files.tensors.dialects import Names
@@ -47,11 +48,11 @@ from tether.inspection.facts import Facts, StoredWeight
 from tether.layers.family.named import named_weights, names_apart
 from tether.layers.tying.swap import Rollback
 from tether.layers.tying.tie import weight_of
-from tether.types import AnyLayer, Config
+from tether.types import AnyLayer, Array, Config
 from tether.weights.codec import decode, encode
 from tether.weights.expression import Expression, Stored
 from tether.weights.identity import sharing
-from tether.weights.weight import Weight
+from tether.weights.weight import Weight, check_config
 
 _VERSIONS = (1, 2)
 """Version 1 named weights by positions in lists of layers, and tensors by the weights' ids."""
@@ -59,6 +60,7 @@ _VERSION_OF_SEVERAL = 3
 """Of a file with several adapters: each is as one of the last version, and their tensors stand side by side."""
 _FORMAT = "tether.adapter"
 _MAX_HEADER = 1 << 26
+_Made = TypeVar("_Made")
 
 
 # --------------------------------------------------------------------------- writing
@@ -219,18 +221,18 @@ def load(
             adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
             opened.assign()
         return model
-    found = _read_file(path, {variable.path for variable in model.weights})
-    if name is not None and len(found) > 1:
-        listed = ", ".join(repr(header["name"]) for header, _ in found[:6])
-        raise TetherError(f"{str(path)!r} holds {len(found)} adapters, which keep their names: {listed}. Omit `name`.")
-    if len(found) > 1:
-        return _load_several(model, found, freeze=freeze, trainable=trainable, replace=replace)
-    ((header, weights),) = found
-    name = header["name"] if name is None else name
-    check_new_name(model, name, replace)
-    return adapt(
-        model, name, header["strength"], _parts(model, name, header, weights), freeze=freeze, trainable=trainable
-    )
+    if places := slotted.slotted_weights(model):
+        return _load_into_slots(model, places, path, name, trainable=trainable, replace=replace)
+    taken = {variable.path for variable in model.weights}
+    found = _read_file(path, partial(_weights_of, taken=taken))
+    called = _names_of(found, path, name)
+    for each in called:
+        check_new_name(model, each, replace)
+    with Rollback.below(model):
+        for each, (header, weights) in zip(called, found, strict=True):
+            parts = _parts(model, each, header, weights)
+            adapt(model, each, header["strength"], parts, freeze=freeze, trainable=trainable)
+    return model
 
 
 def _as_made(part: Expression, base: Expression) -> Expression:
@@ -243,32 +245,36 @@ def _parts(model: keras.Layer, name: str, header: Config, weights: Mapping[str, 
     return {place: partial(_read_part, model, place, address, header, weights) for address, place in found.items()}
 
 
-def _load_several(
+def _names_of(found: Sequence[tuple[Config, object]], path: str | os.PathLike[str], name: str | None) -> list[str]:
+    """What the adapters of a file will be called."""
+    called = [header["name"] for header, _ in found]
+    if name is not None and len(found) > 1:
+        listed = ", ".join(map(repr, called[:6]))
+        raise TetherError(f"{str(path)!r} holds {len(found)} adapters, which keep their names: {listed}. Omit `name`.")
+    return called if name is None else [name]
+
+
+def _load_into_slots(
     model: AnyLayer,
-    found: Sequence[tuple[Config, Mapping[str, Weight]]],
+    places: Mapping[str, slotted.Slotted],
+    path: str | os.PathLike[str],
+    name: str | None,
     *,
-    freeze: Freeze,
     trainable: bool,
     replace: bool,
 ) -> AnyLayer:
-    """Adds the adapters of a file with several: all or none."""
-    for header, _ in found:
-        check_new_name(model, header["name"], replace)
-    places = slotted.slotted_weights(model)
-    if not places:
-        with Rollback.below(model):
-            for header, weights in found:
-                name = header["name"]
-                parts = _parts(model, name, header, weights)
-                adapt(model, name, header["strength"], parts, freeze=freeze, trainable=trainable)
-        return model
-    numbers = slotted.slots_for(places, [header["name"] for header, _ in found], trainable)
+    """Copies the adapters of a file to slots of a model: all or none."""
+    found = _read_file(path, _arrays_of)
+    called = _names_of(found, path, name)
+    for each in called:
+        check_new_name(model, each, replace)
+    numbers = slotted.slots_for(places, called, trainable)
     contents = []
-    for header, weights in found:
-        made = slotted.made_of(places, _parts(model, header["name"], header, weights), header["name"])
-        contents.append(slotted.content_of(places, made, header["name"], header["strength"]))
-    for number, (header, _), content in zip(numbers, found, contents, strict=True):
-        slotted.put(model, places, number, header["name"], content)
+    for each, (header, (weights, arrays)) in zip(called, found, strict=True):
+        made = slotted.made_of(places, _parts(model, each, header, weights), each)
+        contents.append(slotted.content_of(places, made, each, header["strength"], arrays))
+    for each, number, content in zip(called, numbers, contents, strict=True):
+        slotted.put(model, places, number, each, content)
     return model
 
 
@@ -354,13 +360,13 @@ def _read_part(
 
 
 def _read_file(
-    path: str | os.PathLike[str], taken: Container[str] = ()
-) -> list[tuple[dict[str, Any], dict[str, Weight]]]:
-    """Header, and weights by uid, of each adapter in a file that a stranger may have written.
+    path: str | os.PathLike[str], make: Callable[[Config, Mapping[str, Entry]], _Made]
+) -> list[tuple[Config, _Made]]:
+    """The header of each adapter in a file that a stranger may have written, and what is made of it.
 
     Args:
         path: The file.
-        taken: Paths that its weights must not have: they get a number then.
+        make: Makes it, of the header and the file's entries by the weights' uids.
 
     Raises:
         InvalidConfig: The file is damaged, or holds no adapter.
@@ -379,7 +385,7 @@ def _read_file(
             if len(headers) > 1:
                 own = {key: rest.pop(key) for key in map(str, header["keys"].values()) if key in rest}
             with making(target, header["weights"], what="adapter"):
-                found.append((header, _weights_of(header, own, taken)))
+                found.append((header, make(header, _by_uid(header, own))))
         if len(headers) > 1 and rest:
             raise InvalidConfig(f"{str(path)!r} holds tensors of no adapter, such as {next(iter(rest))!r}.")
         return found
@@ -394,7 +400,7 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
     """
     stored: list[StoredWeight] = []
     adapters = []
-    for header, weights in _read_file(path):
+    for header, weights in _read_file(path, _weights_of):
         keys = header.get("keys") or {uid: uid for uid in weights}
         places: dict[Stored, str] = {weight: keys[uid] for uid, weight in weights.items()}
         own = [
@@ -449,23 +455,54 @@ def _checked(header: Any, versions: Sequence[int], path: pathlib.Path) -> Config
     return header
 
 
-def _weights_of(header: Config, tensors: Mapping[str, Entry], taken: Container[str]) -> dict[str, Weight]:
+def _by_uid(header: Config, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries of an adapter by the uids of its weights."""
     keys = header.get("keys") or {uid: uid for uid in header["weights"]}
     if set(header["weights"]) != set(keys) or sorted(map(str, keys.values())) != sorted(tensors):
         raise InvalidConfig("The file's header names other weights than it holds.")
+    for uid, config in header["weights"].items():
+        if not isinstance(config, dict) or config.get("uid") != uid:
+            raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
+    return {uid: tensors[keys[uid]] for uid in header["weights"]}
+
+
+def _weights_of(header: Config, entries: Mapping[str, Entry], taken: Container[str] = ()) -> dict[str, Weight]:
+    """The weights of an adapter, by uid; one whose path is taken gets a number."""
     weights = {}
     with sharing():
         for uid, config in header["weights"].items():
-            if not isinstance(config, dict) or config.get("uid") != uid:
-                raise InvalidConfig(f"A weight's config names its own uid. {received(uid=uid)}")
-            weight = Weight.from_config(_beside_others(config, taken))
-            if weight.shape != tensors[keys[uid]].shape:
-                raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(uid=uid)}")
-            weights[uid] = weight
-    plan = Assignment([as_offer(weight, tensors[keys[uid]]) for uid, weight in weights.items()], "error")
+            weights[uid] = Weight.from_config(_beside_others(config, taken))
+            _check_shape(weights[uid], entries[uid])
+    plan = Assignment([as_offer(weight, entries[uid]) for uid, weight in weights.items()], "error")
     plan.check()
     plan.carry_out()
     return weights
+
+
+def _arrays_of(header: Config, entries: Mapping[str, Entry]) -> tuple[dict[str, Weight], dict[Stored, Array]]:
+    """The same for slots, which copy the values: weights that hold none, by uid, and the value of each.
+
+    A layer and a variable of each, as `_weights_of` makes, would be most of the time that an adapter takes to come.
+    """
+    if any("became" in config for config in header["weights"].values()):  # quantised: more than one weight each
+        return _weights_of(header, entries), {}
+    weights: dict[str, Weight] = {}
+    arrays: dict[Stored, Array] = {}
+    count: Counter[object] = Counter()
+    for uid, entry in entries.items():
+        config = check_config(header["weights"][uid])
+        kind = (config["shape"], config["dtype"], config.get("role"))
+        weights[uid] = slotted.stand_in(*kind, count[kind])
+        count[kind] += 1
+        _check_shape(weights[uid], entry)
+        check_fit(as_offer(weights[uid], entry))
+        arrays[weights[uid]] = entry.read()
+    return weights, arrays
+
+
+def _check_shape(weight: Weight, entry: Entry) -> None:
+    if weight.shape != entry.shape:
+        raise InvalidConfig(f"A weight of the file has another shape than its header says. {received(key=entry.name)}")
 
 
 def _beside_others(config: Config, taken: Container[str]) -> Config:

@@ -11,8 +11,10 @@ one slot are written and read; the functions that people call for it are those f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import keras
@@ -34,8 +36,8 @@ from tether.layers.family.bank import (
 from tether.layers.family.named import named_weights
 from tether.layers.tying.state import View, arguments_in, slots_of
 from tether.types import Array
-from tether.weights.expression import Expression, Node, known_shape, program, rewritten
-from tether.weights.leaves import Constant, Slots
+from tether.weights.expression import Expression, Node, Shape, Stored, known_shape, program, rewritten
+from tether.weights.leaves import Constant, Slots, numpy_dtype
 from tether.weights.operators.arithmetic import Add, Multiply, Subtract
 from tether.weights.operators.choice import Choose
 from tether.weights.operators.indexing import Gather
@@ -119,15 +121,16 @@ class Slotted:
             )
         refuse_filling([template, core], 0)
 
-    def values(self, core: Expression) -> dict[Node, Array]:
-        """What the entries are for a part of the form of a slot."""
+    def values(self, core: Expression, arrays: Mapping[Stored, Array]) -> dict[Node, Array]:
+        """What the entries are for a part of the form of a slot: given arrays, or the values of its weights."""
         template = self.of(places := {read: _entry_like(read) for read in self.reads()})
         read_of = {id(place): read for read, place in places.items()}
         found: dict[Node, Array] = {}
         for mine, theirs in zip(program(template), program(core), strict=True):
             if id(mine.expression) in read_of:
-                assert isinstance(theirs.expression, Weight)
-                found[read_of[id(mine.expression)]] = values_of(theirs.expression)
+                weight = theirs.expression
+                assert isinstance(weight, Weight)
+                found[read_of[id(mine.expression)]] = arrays[weight] if weight in arrays else values_of(weight)
         return found
 
 
@@ -168,6 +171,12 @@ def _entry_like(read: Expression) -> Weight:
     if found is None or (found.shape, found.dtype, found.role) != (shape, stack.dtype, stack.role):
         found = _blanks[stack] = like(stack, shape, stack.name)
     return found
+
+
+@functools.lru_cache(4096)
+def stand_in(shape: Shape, dtype: str, role: str | None, number: int) -> Weight:
+    """A weight without a value, to write down a part of which the values are known otherwise. It is kept."""
+    return Weight(shape, dtype=dtype, role=role, name=f"stand_in_{number}")
 
 
 # --------------------------------------------------------------------------- making
@@ -335,8 +344,21 @@ Content = Mapping[str, tuple[float, Mapping[Node, Array]]]
 """What a slot has for weights, by path: the strength, and the entries."""
 
 
-def content_of(places: Mapping[str, Slotted], made: Mapping[str, Expression], name: str, strength: float) -> Content:
+def content_of(
+    places: Mapping[str, Slotted],
+    made: Mapping[str, Expression],
+    name: str,
+    strength: float,
+    arrays: Mapping[Stored, Array] = MappingProxyType({}),
+) -> Content:
     """What a slot has to hold for an adapter.
+
+    Args:
+        places: The weights with slots.
+        made: What the adapter adds to them, by path.
+        name: Its name.
+        strength: What it is multiplied with.
+        arrays: The values of its weights that hold none (`stand_in`).
 
     Raises:
         TetherError: A part is not of the form of a slot.
@@ -345,7 +367,7 @@ def content_of(places: Mapping[str, Slotted], made: Mapping[str, Expression], na
     for path, part in made.items():
         scale, core = taken_out(part)
         places[path].refuse(name, core)
-        found[path] = (scale * strength, places[path].values(core))
+        found[path] = (scale * strength, places[path].values(core, arrays))
     return found
 
 
@@ -369,12 +391,21 @@ def start_of(places: Mapping[str, Slotted]) -> Content:
                         f"How a slot of {path!r} starts is not known, since its form starts at values of the base: "
                         "give the form, as in `add(model, name, {...})`."
                     )
-                start = stack.initializer.initializer.clone()
-                known[read] = np.asarray(keras_seam.on_host(start(known_shape(stack)[1:], dtype=stack.dtype)))
+                known[read] = _first_entry(stack)
         strength, _ = _located(place.strength, 0)
-        scale = float(np.asarray(keras_seam.on_host(strength.initializer((1,), dtype="float32")))[0])
-        found[path] = (scale, {read: known[read] for read in place.reads()})
+        found[path] = (float(_first_entry(strength)), {read: known[read] for read in place.reads()})
     return found
+
+
+def _first_entry(stack: Weight) -> Array:
+    """An entry as a stack starts it; numbers that are all one are not made on the device first."""
+    assert isinstance(stack.initializer, EachEntry)
+    start, shape, dtype = stack.initializer.initializer, known_shape(stack)[1:], numpy_dtype(stack.dtype or "float32")
+    if type(start) is keras.initializers.Zeros:
+        return np.zeros(shape, dtype)
+    if type(start) is keras.initializers.Constant:
+        return np.full(shape, start.value, dtype)
+    return np.asarray(keras_seam.on_host(start.clone()(shape, dtype=stack.dtype)))
 
 
 def put(model: keras.Layer, places: Mapping[str, Slotted], number: int, name: str | None, content: Content) -> None:
@@ -445,6 +476,7 @@ __all__ = [
     "slot_for",
     "slots_for",
     "slotted_weights",
+    "stand_in",
     "start_of",
     "tables",
     "training_slots",

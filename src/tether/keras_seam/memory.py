@@ -300,15 +300,10 @@ def _make_write_entry() -> Callable[[keras.Variable, int, Array], None]:
         with torch.no_grad():
             variable.value[place].copy_(_lent_to_torch(numpy.array(array)))
 
-    def of_tensorflow(variable: keras.Variable, place: int, array: Array) -> None:
-        import tensorflow as tf
-
-        # Not in place: after an assignment to some rows, TensorFlow copies the whole variable at each read.
-        value = keras.ops.convert_to_tensor(array[numpy.newaxis], dtype=variable._dtype)
-        variable.assign(tf.tensor_scatter_nd_update(variable.value, [[place]], value))
-
+    if name == "torch":
+        return of_torch
     if name != "jax":
-        return {"torch": of_torch, "tensorflow": of_tensorflow}.get(name, _rewritten)
+        return _rewritten
     import jax
 
     def put(whole: Tensor, place: Tensor, entry: Tensor) -> Tensor:
@@ -326,9 +321,20 @@ def _make_write_entry() -> Callable[[keras.Variable, int, Array], None]:
 
 
 def _rewritten(variable: keras.Variable, place: int, array: Array) -> None:
-    whole = numpy.array(on_host(variable.value))
-    whole[place] = array
-    write(variable, whole)
+    """All entries anew, unless the entry is there already.
+
+    For TensorFlow: after an assignment to some rows, it copies the whole variable at each read.
+    """
+    present = on_host(variable.value)
+    entry = numpy.asarray(array, present.dtype)
+    if present[place].tobytes() == entry.tobytes():
+        return
+
+    def rows(whole: Array, first: int | tuple[int, ...]) -> None:
+        whole[...] = present
+        whole[place] = entry
+
+    write_rows(variable, present.dtype, rows)
 
 
 write_entry = _make_write_entry()

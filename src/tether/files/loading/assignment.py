@@ -108,7 +108,7 @@ class Assignment:
     def _add(self, offer: Offer) -> bool:
         """Takes an offer for what its target is; says whether that can be told without looking for a base."""
         target = offer.target
-        _check_fit(offer)
+        check_fit(offer)
         stored = as_it_is(target.expression) if isinstance(target, View) else target
         if stored is not None:
             self._take(stored, offer)
@@ -326,10 +326,18 @@ def _dtype_of(target: object) -> str:
     """The dtype of what is stored in a target: of the tensor that is there, which may be narrower than asked for."""
     if isinstance(target, View):
         return keras_seam.stored_dtype(target)
+    if isinstance(target, Weight) and not target.is_built:
+        return target.dtype or keras.config.floatx()
     return keras_seam.held_dtype(target.variable if isinstance(target, Weight) else target)
 
 
-def _check_fit(offer: Offer) -> None:
+def check_fit(offer: Offer) -> None:
+    """Refuses a value of another shape, or another kind of numbers, than its target's.
+
+    Raises:
+        ShapeMismatch: It has another shape.
+        TetherError: Its numbers are of another kind.
+    """
     target = offer.target
     shape = tuple(target.shape or ()) if isinstance(target, Weight) else shape_of(target)
     path = target.name if isinstance(target, Weight) else target.path
@@ -395,4 +403,15 @@ def _conflict_message(conflicts: Sequence[Conflict]) -> str:
     )
 
 
-__all__ = ["RULES", "Array", "Assignment", "Offer", "Report", "Resolve", "Wanted", "assign_offers", "check_resolve"]
+__all__ = [
+    "RULES",
+    "Array",
+    "Assignment",
+    "Offer",
+    "Report",
+    "Resolve",
+    "Wanted",
+    "assign_offers",
+    "check_fit",
+    "check_resolve",
+]
