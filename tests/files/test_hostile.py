@@ -220,6 +220,11 @@ def plain_model():
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense")])
 
 
+def model_with(slots):
+    model = plain_model()
+    return tether.adapters.capacity(model, {"*/kernel": tether.low_rank(2)}, slots=slots) if slots else model
+
+
 def header_of(path):
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -264,11 +269,12 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.parametrize("slots", [0, 2])
 @pytest.mark.parametrize("damage", list(ADAPTERS))
-def test_a_broken_adapter_is_a_clear_error_and_the_model_stays(damage, adapter, tmp_path):
+def test_a_broken_adapter_is_a_clear_error_and_the_model_stays(damage, slots, adapter, tmp_path):
     path = shutil.copy(adapter, tmp_path / adapter.name)
     ADAPTERS[damage](path)
-    model = plain_model()
+    model = model_with(slots)
     before = [numpy(weight).tobytes() for weight in model.weights]
     with pytest.raises(TetherError, match=r".{20}"):
         tether.adapters.load(model, path)
@@ -364,13 +370,6 @@ def test_no_bytes_give_a_model_with_other_values(times, good, tmp_path):
     search_bytes(tether.files.load_model, good, tmp_path, 400 * times, check)
 
 
-@pytest.mark.parametrize("times", SHORT_AND_LONG)
-def test_no_bytes_make_the_adapter_reader_fail_otherwise(times, adapter, tmp_path):
-    from tether.adapters.file import _read_file
-
-    search_bytes(_read_file, adapter, tmp_path, 1000 * times)
-
-
 def kept(load, make):
     """A reader that fills a model; if it refuses, the model has to be as it was."""
 
@@ -395,6 +394,18 @@ def test_no_bytes_make_a_reader_that_fills_a_model_fail_otherwise(kind, times, t
     model = hostile.tied_model()
     save(model, tmp_path / "good" / f"model.{kind}")
     search_bytes(kept(load, lambda: model), tmp_path / "good" / f"model.{kind}", tmp_path, 300 * times)
+
+
+@pytest.mark.parametrize("times", SHORT_AND_LONG)
+@pytest.mark.parametrize("slots", [0, 2])
+def test_no_bytes_make_the_adapter_reader_fail_otherwise(slots, times, adapter, tmp_path):
+    model = model_with(slots)
+
+    def load(model, path):
+        tether.adapters.load(model, path, name="read", replace=True)
+
+    load(model, adapter)
+    search_bytes(kept(load, lambda: model), adapter, tmp_path, 300 * times)
 
 
 def places_in(config, path=()):
