@@ -36,8 +36,9 @@ DEMO_STAMP := $(if $(filter jax,$(DEMO_BACKEND)),$(VENV)/.demo-stamp,$(VENV)/.te
 WORKERS ?= 2
 QUIET := TF_CPP_MIN_LOG_LEVEL=3
 # What takes most of the time on JAX is XLA's compiling of small models: it optimises little, and both workers (and the
-# next run) find what one of them has compiled.
-JAX_ENV := JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache \
+# next run) find what one of them has compiled. Without the emitters of fusions compiling takes a third less.
+JAX_ENV := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false \
+	JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 TEST_ENV := $(QUIET) CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 	MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(JAX_ENV)
@@ -120,7 +121,7 @@ bench: $(VENV)/.test-stamp ## run benchmarks/*.py on each backend (BENCH=benchma
 define on_each_backend
 	@for b in $(CHOSEN); do \
 		echo "== tests on $$b"; \
-		KERAS_BACKEND=$$b $(TEST_ENV) $(PYTEST) -n $(WORKERS) $(1) $(PYTEST_ARGS) tests || exit 1; \
+		KERAS_BACKEND=$$b $(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadgroup $(1) $(PYTEST_ARGS) tests || exit 1; \
 	done
 endef
 

@@ -3,6 +3,7 @@
 import collections
 import gc
 import pathlib
+import zlib
 
 import keras
 import numpy as np
@@ -12,16 +13,19 @@ from tether.keras_seam import census
 
 BACKENDS = ("jax", "torch", "tensorflow")
 SPREAD = {
-    "forms": 1, "inspection": 1, "planning": 1, "transfer": 1, "weights": 1,
-    "conformance": 2, "files": 2, "guides": 2, "layers": 2,
+    "forms": 1, "guides": 1, "inspection": 1, "planning": 1, "transfer": 1, "weights": 1,
+    "conformance": 2, "files": 2, "layers": 2, "scenarios": 2,
 }  # fmt: skip
 """With --spread, on how many backends each test of a folder runs; others run on all. A module may say otherwise."""
 TURNS = {
     1: ("torch", "tensorflow", "torch", "jax", "torch", "tensorflow", "torch"),
     2: ("torch jax", "torch tensorflow") * 2 + ("torch tensorflow", "torch jax", "torch tensorflow"),
 }
-"""Which backends run a test that is for one or two of them, by its place among its neighbours: PyTorch most, which
-compiles nothing, and JAX least, where compiling takes most of the time. Seven, so that no table is in step with it."""
+"""Which backends run a test that is for one or two of them: PyTorch most, which compiles nothing, and JAX least, where
+compiling takes most of the time."""
+AS_ONE = {"guides"}
+"""Folders whose modules are one piece of work: their tests look at what the module has trained once. All tests of a
+module run in one worker, and with --spread on the same backend."""
 MOST_MAPPINGS = 30_000
 """JAX maps memory for each program that it has compiled, of which Linux allows a process some 65,000 mappings."""
 
@@ -32,6 +36,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if folder_of(item, AS_ONE):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not config.getoption("--run-slow"):
         leave_out(config, items, {item for item in items if item.get_closest_marker("slow")})
     if config.getoption("--spread"):
@@ -43,21 +50,31 @@ def leave_out(config, items, these):
     items[:] = [item for item in items if item not in these]
 
 
+def folder_of(item, folders):
+    return next((part for part in item.path.relative_to(item.config.rootpath).parts if part in folders), None)
+
+
 def elsewhere(items):
     """The tests that other backends run: neighbours in a module go to different backends.
 
-    A test that some backend leaves out runs on all, or it might run on none.
+    Which ones is told from names alone, since a table may be longer on one backend: by the place of the function in its
+    module, and what the test is called. A test that some backend leaves out runs on all, or it might run on none.
     """
-    places = collections.Counter()
+    places = collections.defaultdict(dict)
     for item in items:
         marker = item.get_closest_marker("spread")
-        folder = next((part for part in item.path.relative_to(item.config.rootpath).parts if part in SPREAD), None)
-        count = SPREAD.get(folder, len(BACKENDS)) if marker is None else marker.args[0] if marker.args else 1
-        if count < len(BACKENDS) and item.get_closest_marker("skipif") is None:
-            turns = TURNS[count]
-            if keras.backend.backend() not in turns[places[item.path] % len(turns)].split():
-                yield item
-            places[item.path] += 1
+        folder = folder_of(item, SPREAD)
+        says = (marker.args[0] if marker.args else 1) if marker else SPREAD.get(folder, len(BACKENDS))
+        if says == len(BACKENDS) or item.get_closest_marker("skipif") is not None:
+            continue
+        whole = folder in AS_ONE
+        among = places[folder if whole else item.path]
+        place = among.setdefault(item.path if whole else (item.cls, item.originalname), len(among))
+        if not whole and hasattr(item, "callspec"):
+            place += zlib.crc32(item.callspec.id.encode())
+        turns = [says] if isinstance(says, str) else TURNS[says]
+        if keras.backend.backend() not in turns[place % len(turns)].split():
+            yield item
 
 
 def pytest_collection_finish():

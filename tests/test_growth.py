@@ -6,7 +6,7 @@ import keras
 import pytest
 from benchmarks import growth
 
-pytestmark = pytest.mark.spread
+pytestmark = pytest.mark.spread("torch")
 
 SMALL, LARGE = 30, 120
 MOST = 1.08

@@ -138,6 +138,7 @@ def test_a_dtype_that_safetensors_have_not_is_refused_before_anything_is_written
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("dtype", NARROWER)
 def test_what_another_backend_wrote_in_full_is_held_as_narrow_as_here(dtype, rng, tmp_path):
     """Also a large weight, which is read in parts where the file has what is in memory."""
@@ -165,6 +166,7 @@ def rewrite(path, values):
             file[f"layers/holder/vars/{number}"] = value
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("dtype", sorted({"int64", "uint64"} & set(NARROWER)) or ["int32"])
 def test_a_number_that_is_not_held_here_is_refused_and_nothing_changes(dtype, rng, tmp_path):
     from safetensors.numpy import save_file
@@ -227,6 +229,7 @@ def test_keras_files_have_what_is_there_and_give_it_back(load, dtype, rng, tmp_p
     assert not tether.inspection.diff(model, path)
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("dtype", NARROWER)
 def test_a_model_that_another_backend_saved_in_full_is_held_as_narrow_as_here(dtype, rng, tmp_path):
     model, values = filled(dtype, rng)

@@ -13,7 +13,7 @@ from tether.errors import TetherError, Unsupported
 from tether.files.exporting import exporter
 from tether.files.exporting.model import Asked
 
-pytestmark = pytest.mark.spread
+pytestmark = pytest.mark.spread(3)  # each backend has its own formats
 
 layers = keras.layers
 WIDTH = 896

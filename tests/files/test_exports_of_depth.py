@@ -10,7 +10,7 @@ from tests.files.test_exports import arrays, assert_outputs
 from tests.layers.test_repeat import Attends
 from tether.errors import Unsupported
 
-pytestmark = [pytest.mark.spread, pytest.mark.filterwarnings("ignore:The .grad attribute")]
+pytestmark = [pytest.mark.spread(3), pytest.mark.filterwarnings("ignore:The .grad attribute")]
 WIDTH = 8
 TURNS = 5
 LARGE = 600

@@ -10,6 +10,8 @@ from tether import keras_seam
 from tether.errors import TetherError
 from tether.weights import Argument
 
+pytestmark = pytest.mark.spread
+
 rows = np.random.RandomState(0).randn(6, 4).astype("float32")
 targets = np.random.RandomState(1).randn(6, 1).astype("float32")
 COUNT = 3

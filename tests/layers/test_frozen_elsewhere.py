@@ -8,6 +8,8 @@ import tether
 from tests.support import assert_close, numpy
 from tether import keras_seam
 
+pytestmark = pytest.mark.spread
+
 layers, optimizers = keras.layers, keras.optimizers
 
 

@@ -12,6 +12,8 @@ import tether
 from tether import files
 from tether.errors import ShapeMismatch, TetherError, UnknownName
 
+pytestmark = pytest.mark.spread
+
 BACKEND = keras.backend.backend()
 WIDTH = 8
 rows = np.random.RandomState(0).randn(6, WIDTH).astype("float32")
@@ -638,6 +640,7 @@ EXPORTS = {"tensorflow": ("onnx", "tf_saved_model"), "jax": ("onnx", "tf_saved_m
 ]
 
 
+@pytest.mark.spread(3)  # each backend has its own formats
 @pytest.mark.parametrize("format", EXPORTS)
 def test_it_is_exported(format, tmp_path):
     block = keras.layers.Dense(WIDTH, activation="tanh", name="dense")

@@ -10,6 +10,8 @@ from tests.layers.test_repeat import WIDTH, assert_same, rows, values
 from tether.errors import Unsupported
 from tether.weights import Argument
 
+pytestmark = pytest.mark.spread
+
 BACKEND = keras.backend.backend()
 
 

@@ -9,6 +9,8 @@ import tether
 from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError, UnboundArgument, Unsupported
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 COUNT = 3
 

@@ -10,6 +10,8 @@ from tests.layers.test_route_each import LAYERS, by_each, make
 from tests.support import assert_close, gradients, numpy
 from tether.errors import TetherError, Unsupported
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

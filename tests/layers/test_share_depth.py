@@ -13,6 +13,8 @@ from tether import keras_seam
 from tether.errors import LostTie, ShapeMismatch, TetherError, UnknownName, Unsupported
 from tether.layers.tying.state import View
 
+pytestmark = pytest.mark.spread
+
 L = keras.layers
 NORM = 12
 """The numbers of a block that stay with each depth."""

@@ -9,6 +9,8 @@ import tether
 from tests.layers.test_sharing_layers import Block, built, x
 from tests.support import assert_close, numpy
 
+pytestmark = pytest.mark.spread
+
 L = keras.layers
 SMALL = {"vocabulary_size": 11, "num_heads": 2, "hidden_dim": 6, "intermediate_dim": 8, "max_sequence_length": 5}
 WORDS = {"token_ids": np.array([[1, 2, 3, 4, 0]] * 2), "padding_mask": np.array([[1, 1, 1, 1, 0]] * 2)}

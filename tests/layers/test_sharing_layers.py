@@ -13,6 +13,8 @@ from tests import kinds
 from tests.support import assert_close, gradients, numpy
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported
 
+pytestmark = pytest.mark.spread
+
 L = keras.layers
 
 

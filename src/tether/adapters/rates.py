@@ -177,7 +177,7 @@ class _Reader:
             raise InvalidConfig(f"Learning rates cannot be read: {error}") from error
 
 
-def _encoded(pattern: Any) -> list[Any]:
+def _encoded(pattern: object) -> list[object]:
     return [
         {"regex": each.pattern, "flags": each.flags} if isinstance(each, re.Pattern) else each
         for each in patterns.parts(pattern)

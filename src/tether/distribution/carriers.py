@@ -12,7 +12,7 @@ PyTorch is imported at the top of this module, so only `fully_shard` imports it,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard as shard_module
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, distribute_tensor
 
 from tether import keras_seam
-from tether.types import Tensor
+from tether.types import Config, Function, Tensor
 
 
 class Carrier(torch.nn.Module):
@@ -59,14 +59,14 @@ class Carrier(torch.nn.Module):
             self.told[name] = variable, listings[id(variable)]
             self.shards.append(parameter)
 
-    def forward(self, run: Callable[..., Any], masks: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, run: Function, masks: list[Tensor], args: tuple[object, ...], kwargs: Config) -> Tensor:
         """Calls a function. FSDP2 has made other tensors of the arguments, which carry no masks of Keras's."""
         for tensor, mask in zip(_tensors((args, kwargs)), masks, strict=True):
             if mask is not None and keras_seam.mask_of(tensor) is None:
                 keras_seam.set_mask(tensor, mask)
         return run(*args, **kwargs)
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, function: Function, *args: Any, **kwargs: Any) -> Tensor:
         """Calls a function with the parameters of the group gathered."""
         masks = [keras_seam.mask_of(tensor) for tensor in _tensors((args, kwargs))]
         return self(function, masks, args, kwargs)
@@ -121,7 +121,7 @@ class Sharding:
         self.carriers = [module for module in root.modules() if isinstance(module, Carrier)]
         self._queued = False
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, function: Function, *args: Any, **kwargs: Any) -> Tensor:
         """One call of the model."""
         keras_seam.finish_slots()
         for one in self.wholes:
@@ -179,7 +179,7 @@ class Sharding:
             one.leave()
 
 
-def _add_gradient(parameter: Any, gradient: Tensor) -> None:
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     local = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements)
     parameter.grad = local if parameter.grad is None else parameter.grad + local
 

@@ -23,7 +23,7 @@ from tether.weights.layouts import Spec
 
 def layout_map(
     source: keras.layers.Layer | Callable[[], keras.layers.Layer] | Iterable[str] | None,
-    layouts: Mapping[Any, Any],
+    layouts: Mapping[Any, object],
     mesh: keras.distribution.DeviceMesh | None = None,
 ) -> keras.distribution.LayoutMap:
     """A layout map of Keras's in which every stored weight of a model lies as its uses are said to.
@@ -117,7 +117,7 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
         layouts: What was given: layouts by name or pattern, or a layout map.
     """
 
-    def __init__(self, mesh: keras.distribution.DeviceMesh, layouts: Mapping[Any, Any]) -> None:
+    def __init__(self, mesh: keras.distribution.DeviceMesh, layouts: Mapping[Any, object]) -> None:
         super().__init__(mesh)
         self.sizes = keras_seam.mesh_sizes(mesh)
         self.given: dict[Any, keras.distribution.TensorLayout] = {}
@@ -144,15 +144,17 @@ class DerivedLayoutMap(keras.distribution.LayoutMap):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(dict.fromkeys([*self.found, *self.given]))
 
-    def answer(self, names: tuple[str, ...], words: Mapping[str, bool], made: bool = False) -> tuple[Any, Spec] | None:
+    def answer(
+        self, names: tuple[str, ...], words: Mapping[str, bool], made: bool = False
+    ) -> tuple[object, Spec] | None:
         """The name or pattern that counts for what is called so, and its layout; `None` if none fits.
 
         Names and patterns fit as a whole, so it is no matter whether it was `made` for another weight.
         """
-        found: tuple[Any, Spec] | None = None
+        found: tuple[object, Spec] | None = None
         for key, layout in self.given.items():
             excluding = patterns.leaves_out(key)
             if _fits(key[1:] if excluding else key, names, words):

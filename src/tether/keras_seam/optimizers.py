@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 import numpy
@@ -35,6 +35,8 @@ from tether.keras_seam.variables import own_copy, raw_value, stored_dtype
 from tether.types import Tensor
 
 _Base: Any = keras.Optimizer if TYPE_CHECKING else object
+_Slots: TypeAlias = "list[keras.Variable | None]"
+"""What an optimizer keeps of one kind, by the number of the variable."""
 
 
 class RatedOptimizer(_Base):
@@ -152,10 +154,10 @@ def _planned(
     variables: list[keras.Variable],
     sources: list[Origin],
     places: Mapping[int, int],
-) -> tuple[dict[str, list[Any]], list[keras.Variable]] | None:
+) -> tuple[dict[str, _Slots], list[keras.Variable]] | None:
     """The lists of slots that an optimizer will have, and all of its variables in their order."""
     replaced: dict[int, keras.Variable] = {}
-    lists: dict[str, list[Any]] = {}
+    lists: dict[str, _Slots] = {}
     for name, slots in vars(new).items():
         before = vars(old).get(name)
         if isinstance(slots, keras.Variable):
@@ -165,7 +167,7 @@ def _planned(
         elif name not in OF_ALL_VARIABLES and is_of_slots(slots) and len(slots) == len(variables):
             if not isinstance(before, list) or len(before) != len(places):
                 return None
-            moved: list[Any] = []
+            moved: _Slots = []
             for variable, slot, source in zip(variables, slots, sources, strict=True):
                 of = [before[places[id(one)]] for one in source.variables]
                 if any(isinstance(each, keras.Variable) is not isinstance(slot, keras.Variable) for each in of):
@@ -213,7 +215,10 @@ def _excluded(
 
 
 def _carry_out(
-    optimizer: Any, variables: list[keras.Variable], lists: Mapping[str, list[Any]], every: list[keras.Variable]
+    optimizer: Any,
+    variables: list[keras.Variable],
+    lists: Mapping[str, _Slots],
+    every: list[keras.Variable],
 ) -> None:
     """Gives an optimizer its new lists. TensorFlow has wrapped the old ones, and would not have them changed."""
     tracker = optimizer._tracker

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import keras
+from numpy.typing import DTypeLike
 
 from tether.errors import Unsupported
 from tether.keras_seam import census
@@ -47,7 +48,7 @@ class Home:
     """Where the shards of a variable lie, and how the whole parameter is given up for the shard."""
 
     mesh: Any
-    placements: tuple[Any, ...]
+    placements: tuple[object, ...]
     reshard: Callable[[], None]
 
 
@@ -73,7 +74,7 @@ class ShardedVariable(_Base):
         """The whole value. All processes have to ask for it."""
         return cast("Array", keras.ops.convert_to_numpy(whole(self._value)))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
         found = self.numpy()
         return found if dtype is None else found.astype(dtype)
 
@@ -99,7 +100,7 @@ class ShardedVariable(_Base):
                 _waiting.append(optimizer)  # the last slot is made after the last question
         return self._home
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         raise Unsupported(
             f"The variable {self.path!r} is sharded with FSDP2 and cannot be copied or pickled. Copy the model before "
             "`tether.distribution.fully_shard`, or save it: `tether.files.save_model(model, path)`."

@@ -73,7 +73,7 @@ class Planner:
         self._others: dict[Expression, Planner | None] = {}
         self._pieces: tuple[tuple[Planner, InputDropout | None], ...] | None = None
         self._products: dict[bool, Products] = {}
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[object, Plan] = {}
         self.numbers: dict[int, int] = {}
         """The numbers of the plans that a graph of `torch.compile` reads, by their ids: they are kept for it."""
 
@@ -101,7 +101,7 @@ class Planner:
     def find(
         self,
         problem: MakeProblem,
-        settings: tuple[Any, ...],
+        settings: tuple[object, ...],
         shape: Shape,
         dtype: str,
         training: bool,
@@ -231,7 +231,7 @@ def applied(
     x: Tensor,
     problem: MakeProblem,
     convolve: Convolve | None = None,
-    settings: tuple[Any, ...] = (),
+    settings: tuple[object, ...] = (),
     whole: Whole | None = None,
 ) -> Tensor | None:
     """What the layer computes with its weight, by plan; `None` where the layer has to build the weight itself.
@@ -337,7 +337,7 @@ def _by_pieces(
     planner: Planner | None,
     problem: MakeProblem,
     convolve: Convolve | None,
-    settings: tuple[Any, ...],
+    settings: tuple[object, ...],
     whole: Whole,
 ) -> Tensor:
     """The sum of what the layer computes with each term of its weight: with dropout on the input of those that have it.
@@ -502,7 +502,7 @@ def logits_problem(shape: Shape, **call: Any) -> Problem:
     return Problem((*rows, "d"), ("v", "d"), (*rows, "v"), shape, **call)
 
 
-def _rows(layer: keras.Layer, inputs: Tensor) -> Any:
+def _rows(layer: keras.Layer, inputs: Tensor) -> Tensor:
     if keras.backend.standardize_dtype(inputs.dtype) not in ("int32", "int64"):
         inputs = keras.ops.cast(inputs, "int32")
     y = applied(layer.embeddings, inputs, lookup_problem)
@@ -576,7 +576,7 @@ def _channels(layer: keras.Layer, y: Tensor, sizes: tuple[int, ...], instead_of:
     return keras.ops.reshape(y, [*shape[:place], *sizes, *shape[place + instead_of :]])
 
 
-def _convolved(layer: keras.Layer, x: Tensor, operation: Any, depthwise: tuple[int, int] | None = None) -> Any:
+def _convolved(layer: keras.Layer, x: Tensor, operation: Function, depthwise: tuple[int, int] | None = None) -> Tensor:
     causal, last = layer.padding == "causal", layer.data_format == "channels_last"
     width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1) if causal else 0
 
@@ -647,7 +647,7 @@ def step_problem(shape: Shape, **call: Any) -> Problem:
     return Problem(("b", "i"), ("i", "o"), ("b", "o"), shape, repeated=True, **call)
 
 
-def _projected(cell: keras.Layer, x: Tensor, h: Tensor, training: object) -> tuple[Any, Any] | None:
+def _projected(cell: keras.Layer, x: Tensor, h: Tensor, training: object) -> tuple[Tensor, Tensor] | None:
     """The input and the state, each times its kernel; `None` if both kernels are to be built, or the cell drops out."""
     if training and (cell.dropout > 0 or cell.recurrent_dropout > 0):
         return None
@@ -824,7 +824,7 @@ def loop_hooks(base: type[keras.Layer]) -> dict[str, Any]:
     return {"get_dropout_mask": get_dropout_mask, "reset_dropout_mask": reset_dropout_mask}
 
 
-def holding(get_initial_state: Any) -> Any:
+def holding(get_initial_state: Function) -> Function:
     """A cell of the user's own has one call before the loop: the one for its first state."""
 
     def held_state(self: keras.Layer, *args: Any, **kwargs: Any) -> Tensor:

@@ -108,7 +108,7 @@ def _settings(what: str, mode: Any, config: Any) -> tuple[str, int | None]:
     return config.mode, None if block in (None, -1) else int(block)
 
 
-def _quantize(layers: list[keras.Layer], mode: object, config: object, passes: Callable[[Any], bool]) -> None:
+def _quantize(layers: list[keras.Layer], mode: object, config: object, passes: Callable[[object], bool]) -> None:
     mode, block = _settings(f"the layer {layers[0].name!r}", mode, config)
     found: dict[Weight, Rounded] = {}
     own: list[tuple[Any, str]] = []
@@ -133,7 +133,7 @@ def _quantize(layers: list[keras.Layer], mode: object, config: object, passes: C
         _carry_out({stored: _rounded(stored, mode, block)})
 
 
-def _is_allowed(weight: Weight, passes: Callable[[Any], bool]) -> bool:
+def _is_allowed(weight: Weight, passes: Callable[[object], bool]) -> bool:
     left_out = [layer.name for layer in users(weight) if not passes(layer)]
     if left_out:
         warnings.warn(

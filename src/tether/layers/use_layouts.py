@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import keras
 
@@ -17,7 +16,7 @@ from tether.weights.expression import Expression, Shape, Stored, known_shape
 from tether.weights.layouts import Spec, Traced, fitted
 from tether.weights.placement import answer, is_base, is_read_by_entry, standing, tracing
 
-Answer = Callable[[tuple[str, ...], Mapping[str, bool], bool], tuple[Any, Spec] | None]
+Answer = Callable[[tuple[str, ...], Mapping[str, bool], bool], tuple[object, Spec] | None]
 """What a layout map says of what has these names (and is meant by these words), and whether that was made for another
 weight: its key that fits, and the layout."""
 
@@ -27,7 +26,7 @@ class Said:
     """What a layout map says of one use of a stored weight, and what that makes of the weight."""
 
     name: str
-    key: Any
+    key: object
     asked: Spec
     expression: Expression | None
     """What the use computes; nothing, if it is the weight itself."""
@@ -71,7 +70,7 @@ class Misfit:
     """A layout that does not fit the shape of what it is said of."""
 
     name: str
-    key: Any
+    key: object
     asked: Spec
     shape: Shape
     axis: int | None = None
@@ -86,7 +85,7 @@ class LaidOut:
     conflicts: list[Conflict] = field(default_factory=list)
     misfits: list[Misfit] = field(default_factory=list)
     undivided: list[Misfit] = field(default_factory=list)
-    keys: list[Any] = field(default_factory=list)
+    keys: list[object] = field(default_factory=list)
     """The keys of the map that fit something."""
 
 
@@ -152,7 +151,7 @@ class _Working:
         *,
         of: Stored | None = None,
         entry: bool = False,
-    ) -> tuple[Any, Spec] | None:
+    ) -> tuple[object, Spec] | None:
         """The key and the layout that the map has for a shape; what does not fit it is noted and is nothing."""
         answer = self.answer(names, words, of is not None and of.role is not None)
         if answer is None:
@@ -191,7 +190,7 @@ class _Working:
             every = (True,) * len(shape)
             self.said[id(weight.variable)] = [Said(weight.path, asked[0], asked[1], None, asked[1], every)]
 
-    def _say_of_use(self, use: _Use, key: Any, asked: Spec) -> None:
+    def _say_of_use(self, use: _Use, key: object, asked: Spec) -> None:
         if use.expression is None:
             said = Said(use.names[0], key, asked, None, asked, (True,) * len(asked))
             self.said.setdefault(id(use.variable), []).append(said)
@@ -245,7 +244,7 @@ class _Working:
 def answer_of(layouts: keras.distribution.LayoutMap) -> Answer:
     """What a layout map of Keras's says, by its own rule: a path, or one regular expression that fits."""
 
-    def said(names: tuple[str, ...], words: Mapping[str, bool], made: bool) -> tuple[Any, Spec] | None:
+    def said(names: tuple[str, ...], words: Mapping[str, bool], made: bool) -> tuple[object, Spec] | None:
         for name in names:
             layout = answer(layouts, name, made=made)
             if layout is not None:
@@ -256,7 +255,7 @@ def answer_of(layouts: keras.distribution.LayoutMap) -> Answer:
     return said if own is None else own
 
 
-def _key(layouts: keras.distribution.LayoutMap, name: str, layout: object) -> Any:
+def _key(layouts: keras.distribution.LayoutMap, name: str, layout: object) -> object:
     """The key by which a map has a layout for a name."""
     return name if name in list(layouts) else next((key for key in layouts if layouts[key] is layout), name)
 

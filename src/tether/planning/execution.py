@@ -175,7 +175,7 @@ def _with_gradient(plan: Plan, of_factors: Plan, x: Tensor, factors: Sequence[Te
 
 
 def _split(detail: tuple[Any, ...], x: Tensor) -> Tensor:
-    shape: list[Any] = []
+    shape: list[int] = []
     for size, parts in zip(keras.ops.shape(x), detail, strict=True):
         shape += [size] if parts is None else parts
     return keras.ops.reshape(x, shape)

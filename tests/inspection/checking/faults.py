@@ -27,6 +27,8 @@ class Fault:
     make: Any
     mends: bool
     """Whether running the finding's `mend` makes the model clean; otherwise it shows what to write in one's code."""
+    backend: str | None
+    """The only backend that has it."""
 
 
 def fault(rule, where, severity="error", *, mends=False, backend=None):
@@ -34,7 +36,7 @@ def fault(rule, where, severity="error", *, mends=False, backend=None):
         if backend not in (None, keras.backend.backend()):
             ELSEWHERE.add(rule)
             return make
-        FAULTS[make.__name__] = Fault(rule, severity, where, make, mends)
+        FAULTS[make.__name__] = Fault(rule, severity, where, make, mends, backend)
         return make
 
     return register

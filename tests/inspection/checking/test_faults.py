@@ -9,8 +9,16 @@ import tether
 from tests.inspection.checking.faults import ELSEWHERE, FAULTS
 from tether.inspection.checking.rules import RULES
 
-each_fault = pytest.mark.parametrize("name", list(FAULTS))
 
+def of_faults(fits):
+    """One test for each fault that fits; what one backend alone has is tested there."""
+    own = [pytest.mark.spread(3)]
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=own if each.backend else []) for name, each in FAULTS.items() if fits(each)]
+    )
+
+
+each_fault = of_faults(lambda fault: True)
 
 DISTRIBUTED = {"layout-conflict", "layout-misfit", "layout-missed", "part-whole"}
 """Their faults are planted on several devices, in `tests/distribution/roads.py`."""
@@ -40,7 +48,7 @@ def test_the_same_model_without_the_fault_is_clean(name, rng):
     assert not found, str(found)
 
 
-@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.mends])
+@of_faults(lambda fault: fault.mends)
 def test_the_code_of_a_finding_mends_the_model(name, rng):
     fault = FAULTS[name]
     model, data = fault.make(rng, True)
@@ -51,7 +59,7 @@ def test_the_code_of_a_finding_mends_the_model(name, rng):
     assert not left.by_rule(fault.rule), str(left)
 
 
-@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if not fault.mends])
+@of_faults(lambda fault: not fault.mends)
 def test_the_code_of_other_findings_is_python(name, rng):
     fault = FAULTS[name]
     model, data = fault.make(rng, True)

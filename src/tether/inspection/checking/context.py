@@ -20,7 +20,7 @@ from tether.inspection.facts import Facts, StoredWeight
 from tether.inspection.live import OPTIMIZER, UNSAVED, layer_path, own_entries_of, unique_paths
 from tether.layers.tying import paths
 from tether.layers.tying.state import State, View, ViewSlot, state_of, stored_variables
-from tether.types import Function, Saveable, Tensor
+from tether.types import Config, Function, Nested, Saveable, Tensor
 from tether.weights.weight import Weight
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ class Context:
     @cached_property
     def variables(self) -> dict[str, keras.Variable]:
         """The variable of each stored weight, by its place."""
-        found: dict[str, Any] = {}
+        found: Config = {}
         for place, saveable in self._objects:
             for key, value in own_entries_of(saveable).items():
                 found[f"{place}/vars/{key}" if place else f"vars/{key}"] = value
@@ -253,12 +253,12 @@ class Context:
         return list(found.values())
 
     @cached_property
-    def gradients(self) -> Any:
+    def gradients(self) -> Nested:
         """The gradients of one batch, by use; `None` if nothing trains."""
         return self._gradients() if self.model.trainable_variables else None
 
     @cached_property
-    def shaken_gradients(self) -> Any:
+    def shaken_gradients(self) -> Nested:
         """The same with something added to every weight that trains, so that nothing is zero by its start.
 
         The model is not changed: the other values live in a scope.
@@ -273,7 +273,7 @@ class Context:
         with keras.StatelessScope(state_mapping=other):
             return self._gradients()
 
-    def _gradients(self) -> Any:
+    def _gradients(self) -> Nested:
         from tether.inspection.gradients import gradients
 
         data = self.data
