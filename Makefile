@@ -121,7 +121,7 @@ bench: $(VENV)/.test-stamp ## run benchmarks/*.py on each backend (BENCH=benchma
 define on_each_backend
 	@for b in $(CHOSEN); do \
 		echo "== tests on $$b"; \
-		KERAS_BACKEND=$$b $(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadgroup $(1) $(PYTEST_ARGS) tests || exit 1; \
+		KERAS_BACKEND=$$b $(TEST_ENV) $(PYTEST) -n $(WORKERS) $(1) $(PYTEST_ARGS) tests || exit 1; \
 	done
 endef
 

@@ -36,13 +36,23 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if folder_of(item, AS_ONE):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not config.getoption("--run-slow"):
         leave_out(config, items, {item for item in items if item.get_closest_marker("slow")})
     if config.getoption("--spread"):
         leave_out(config, items, set(elsewhere(items)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker gets all tests that one function makes, or all of a module that is one piece of work."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPiece(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return path if AS_ONE.intersection(path.split("/")) else nodeid.partition("[")[0]
+
+    return ByPiece(config, log)
 
 
 def leave_out(config, items, these):
