@@ -994,7 +994,7 @@ def test_slots_move_to_other_variables_and_the_optimizer_goes_on(scaled):
     for slot in (slot for slots in keras_seam.optimizer_slots(optimizer).values() for _, slot in slots):
         slot.assign(keras.ops.full(slot.shape, 2.0))
     kept = {id(slot) for _, slot in keras_seam.optimizer_slots(optimizer)[id(layer.bias)]}
-    origin = keras_seam.Origin((layer.kernel,), lambda slots: slots[0] * 3)
+    origin = keras_seam.SlotSource((layer.kernel,), lambda slots: slots[0] * 3)
     variables = [layer.bias, other.kernel]
     assert not keras_seam.move_slots(optimizer, [layer.bias, other.bias], {id(other.kernel): origin})
     assert [id(v) for v in keras_seam.optimized_variables(optimizer)] == [id(layer.kernel), id(layer.bias)]

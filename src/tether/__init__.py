@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from tether.inspection.checking import CheckCallback, check
     from tether.inspection.plotting import plot
     from tether.inspection.summary import summary
+    from tether.layers.depth.share_depth import share_depth
     from tether.layers.family.extend import extend
     from tether.layers.family.inherit import inherit
-    from tether.layers.family.share_depth import share_depth
 
 __version__ = "0.1.0"
 """The version: the package's metadata takes it from this line."""
@@ -72,7 +72,7 @@ _LATER = {
     "low_rank": "tether.forms.low_rank",
     "planning": "tether.planning",
     "plot": "tether.inspection.plotting",
-    "share_depth": "tether.layers.family.share_depth",
+    "share_depth": "tether.layers.depth.share_depth",
     "summary": "tether.inspection.summary",
     "transfer": "tether.transfer",
 }

@@ -14,7 +14,7 @@ import tether
 from tests.files.peft_folders import FOLDERS, KINDS, base, changed, close, predict, values
 from tether import adapters, forms
 from tether.errors import Unsupported
-from tether.files.tensors.peft_config import FIELDS
+from tether.files.peft.peft_config import FIELDS
 
 pytestmark = pytest.mark.spread
 

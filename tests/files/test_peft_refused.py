@@ -14,7 +14,7 @@ from tests.files.peft_folders import FOLDERS, KINDS, base, changed, close, predi
 from tests.support import numpy
 from tether import adapters, forms
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, Unsupported
-from tether.files.tensors.peft_config import FIELDS
+from tether.files.peft.peft_config import FIELDS
 
 pytestmark = pytest.mark.spread
 

@@ -466,7 +466,7 @@ def _doubled():
 def test_a_failure_while_tying_puts_everything_back(monkeypatch):
     model = randomized(functional(3))
     before, y = snapshot(model, *blocks_of(model)), numpy(model(x()))
-    from tether.layers.family import share_depth
+    from tether.layers.depth import share_depth
 
     def fail(*_):
         real(*_)

@@ -7,7 +7,7 @@ import pytest
 import tether
 from tether.weights.axes import Links
 from tether.weights.expression import OPERATORS, Node, operator
-from tether.weights.layouts import Traced, fitted
+from tether.weights.placement import Traced, fitted
 
 SIZES = {"batch": 2, "model": 4}
 COLUMNS, ROWS = (None, "model"), ("model", None)

@@ -40,8 +40,8 @@ from tether.files.keras.load import making
 from tether.files.loading.assignment import Assignment, check_fit
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import as_offer
+from tether.files.peft.peft_loading import opened_peft
 from tether.files.tensors.dialects import Names
-from tether.files.tensors.peft_loading import opened_peft
 from tether.files.tensors.tensor_file import TensorFile, write_tensors
 from tether.inspection.adapted import Adapters
 from tether.inspection.facts import Facts, StoredWeight
@@ -274,7 +274,7 @@ def _load_into_slots(
         made = slotted.made_of(places, _parts(model, each, header, weights), each)
         contents.append(slotted.content_of(places, made, each, header["strength"], arrays))
     for each, number, content in zip(called, numbers, contents, strict=True):
-        slotted.put(model, places, number, each, content)
+        slotted.fill_slot(model, places, number, each, content)
     return model
 
 

@@ -100,7 +100,7 @@ def add(
     check_new_name(model, name, replace)
     places = slotted.slotted_weights(model)
     if places and changes is None and also is None:
-        slotted.put(model, places, slotted.slot_for(places, name, trainable), name, slotted.start_of(places))
+        slotted.fill_slot(model, places, slotted.slot_for(places, name, trainable), name, slotted.start_of(places))
         return model
     parts = as_parts(model, {} if changes is None and also is not None else changes, also, "adapter")
     return adapt(model, name, 1.0, parts, freeze=freeze, trainable=trainable)
@@ -156,7 +156,7 @@ def remove(model: AnyLayer, name: str) -> AnyLayer:
     check(model, "remove")
     present = slotted.names_in(model)
     if name in present:
-        slotted.put(model, slotted.slotted_weights(model), present[name], None, {})
+        slotted.fill_slot(model, slotted.slotted_weights(model), present[name], None, {})
         return model
     check_known(model, [name])
     found = adapted_weights(model).items()
@@ -176,7 +176,7 @@ def adapt(
     places = slotted.slotted_weights(model)
     if places:
         content = slotted.content_of(places, slotted.made_of(places, parts, name), name, strength)
-        slotted.put(model, places, slotted.slot_for(places, name, trainable), name, content)
+        slotted.fill_slot(model, places, slotted.slot_for(places, name, trainable), name, content)
         return model
     keras_seam.refuse_sharded(model.variables)
     keras_seam.refuse_outside([model])

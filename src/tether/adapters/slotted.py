@@ -23,10 +23,10 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, UnknownName, received
 from tether.forms.low_rank import ranks_of
-from tether.layers.family.bank import (
+from tether.layers.depth.bank import (
     EachEntry,
-    filled,
     like,
+    padded,
     refuse_filling,
     refuse_other_form,
     table_of,
@@ -408,7 +408,9 @@ def _first_entry(stack: Weight) -> Array:
     return np.asarray(keras_seam.on_host(start.clone()(shape, dtype=stack.dtype)))
 
 
-def put(model: keras.Layer, places: Mapping[str, Slotted], number: int, name: str | None, content: Content) -> None:
+def fill_slot(
+    model: keras.Layer, places: Mapping[str, Slotted], number: int, name: str | None, content: Content
+) -> None:
     """Writes an adapter to a slot, under a name; weights that it does not change are zero there.
 
     What optimizers keep for the entries starts anew.
@@ -424,7 +426,7 @@ def put(model: keras.Layer, places: Mapping[str, Slotted], number: int, name: st
             stack, row = _located(read, number)
             shape = known_shape(stack)[1:]
             value = np.asarray(strength) if read is place.strength else values.get(read, np.zeros(shape))
-            entries[id(stack), row] = (stack, row, filled(value, shape))
+            entries[id(stack), row] = (stack, row, padded(value, shape))
     keras_seam.refuse_sharded(model.variables)
     keras_seam.refuse_in_fit([stack for stack, _, _ in entries.values()], "Change slots before or after `fit`.")
     for stack, row, array in entries.values():
@@ -467,10 +469,10 @@ __all__ = [
     "Slotted",
     "Stacks",
     "content_of",
+    "fill_slot",
     "made_of",
     "names_in",
     "part_of",
-    "put",
     "rename",
     "scaled",
     "slot_for",

@@ -49,7 +49,7 @@ class Carrier(torch.nn.Module):
             variable, places = self.told[name]
             keras_seam.point(variable, value, places)
 
-    def tell(self, listings: dict[int, list[keras_seam.Place]]) -> None:
+    def tell(self, listings: dict[int, list[keras_seam.Listing]]) -> None:
         """From now on the variables and the modules that list a parameter follow; they are told of the present one."""
         for name, variable in self.names.items():
             parameter = getattr(self, name)
@@ -84,7 +84,7 @@ class Whole:
     shards beside it.
     """
 
-    def __init__(self, variable: keras.Variable, mesh: DeviceMesh, places: list[keras_seam.Place]) -> None:
+    def __init__(self, variable: keras.Variable, mesh: DeviceMesh, places: list[keras_seam.Listing]) -> None:
         self.variable, self.places = variable, places
         before = keras_seam.parameter_of(variable)
         same = [Replicate()] * mesh.ndim

@@ -13,7 +13,7 @@ import keras
 
 from tether import keras_seam, patterns
 from tether.errors import TetherError, UnknownName, Unsupported, received
-from tether.layers.family.repeat import Repeat
+from tether.layers.depth.repeat import Repeat
 from tether.layers.tying import paths
 from tether.layers.tying.penalty import ALIVE
 from tether.layers.tying.state import slots_of, stored_variables

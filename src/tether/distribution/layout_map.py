@@ -18,7 +18,7 @@ import keras
 from tether import keras_seam, patterns
 from tether.errors import ShapeMismatch, TetherError, received
 from tether.layers.use_layouts import laid_out
-from tether.weights.layouts import Spec
+from tether.weights.placement import Spec
 
 
 def layout_map(

@@ -5,10 +5,10 @@ from tether.files.keras.load import load_model
 from tether.files.keras.save import save_model
 from tether.files.loading.entries import Report
 from tether.files.loading.untied import load_untied, retie
+from tether.files.peft.peft_loading import load_peft
+from tether.files.peft.peft_saving import save_peft
 from tether.files.publishing import card, pull, push
 from tether.files.tensors.guessing import Guess, guess_names
-from tether.files.tensors.peft_loading import load_peft
-from tether.files.tensors.peft_saving import save_peft
 from tether.files.tensors.safetensors import load_safetensors, save_safetensors
 from tether.files.tensors.tables import Table, Tensor
 from tether.layers.resize import resize

@@ -3,6 +3,11 @@
 Nothing else in Tether may touch `keras.src` or an attribute of Keras that starts with an
 underscore. Each function below states the assumption it makes, and `tests/test_keras_seam.py`
 checks each one against the oldest and the newest supported Keras.
+
+`private` looks names up, `frames` says who is calling. What a model is made of: `layers`, `variables` and where those
+lie (`devices`), `calls` and `loops`. What people do with it: `memory` writes values, `saving` files, `processes` in
+step with others; `sharding` knows variables that an engine divides, `optimizers` what is kept for variables. `census`
+has seen which layers are alive, so that `training` finds the models around one.
 """
 
 from keras import Sequential
@@ -128,7 +133,7 @@ from tether.keras_seam.memory import (
     write_entry,
     write_rows,
 )
-from tether.keras_seam.optimizers import Origin, RatedOptimizer, move_slots
+from tether.keras_seam.optimizers import RatedOptimizer, SlotSource, move_slots
 from tether.keras_seam.private import (
     AutocastScope,
     Functional,
@@ -180,10 +185,9 @@ from tether.keras_seam.saving import (
     shared_object,
     store_each_variable_once,
 )
-from tether.keras_seam.seeds import SEED_DTYPE, Seeds
 from tether.keras_seam.sharding import (
     Home,
-    Place,
+    Listing,
     adopt_slots,
     after_backward,
     computes,
@@ -194,13 +198,15 @@ from tether.keras_seam.sharding import (
     make_sharded,
     parameter_of,
     point,
+    refuse_mixed,
+    refuse_outside,
     refuse_sharded,
     store_whole,
+    strategy_of,
     stray_parameters,
     whole,
     whole_values,
 )
-from tether.keras_seam.strategies import refuse_mixed, refuse_outside, strategy_of
 from tether.keras_seam.training import (
     answers,
     before_change,
@@ -214,6 +220,8 @@ from tether.keras_seam.training import (
 )
 from tether.keras_seam.variables import (
     RUNS_FROM_PYTHON,
+    SEED_DTYPE,
+    Seeds,
     Variable,
     add,
     add_product,
@@ -261,11 +269,11 @@ __all__ = [
     "Functional",
     "Home",
     "KerasSaveable",
-    "Origin",
-    "Place",
+    "Listing",
     "RatedOptimizer",
     "Seeds",
     "Sequential",
+    "SlotSource",
     "Snapshot",
     "StoredChange",
     "ThreadScope",

@@ -93,14 +93,16 @@ def _times(learning_rate: Tensor, factor: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Origin:
+class SlotSource:
     """From which variables a new one is made, and how a slot of it is made from one slot of each of these."""
 
     variables: tuple[keras.Variable, ...]
     value: Callable[[list[Tensor]], Tensor]
 
 
-def move_slots(optimizer: keras.Optimizer, variables: Sequence[keras.Variable], origins: Mapping[int, Origin]) -> bool:
+def move_slots(
+    optimizer: keras.Optimizer, variables: Sequence[keras.Variable], origins: Mapping[int, SlotSource]
+) -> bool:
     """Lets an optimizer that is built go on with other variables, with what it has kept so far.
 
     Args:
@@ -117,7 +119,7 @@ def move_slots(optimizer: keras.Optimizer, variables: Sequence[keras.Variable], 
     known = optimized_variables(inner)
     places = {id(variable): place for place, variable in enumerate(known)}
     sources = [
-        Origin((variable,), lambda slots: slots[0]) if id(variable) in places else origins.get(id(variable))
+        SlotSource((variable,), lambda slots: slots[0]) if id(variable) in places else origins.get(id(variable))
         for variable in variables
     ]
     found = [source for source in sources if source is not None and all(id(one) in places for one in source.variables)]
@@ -152,7 +154,7 @@ def _planned(
     old: Any,
     new: Any,
     variables: list[keras.Variable],
-    sources: list[Origin],
+    sources: list[SlotSource],
     places: Mapping[int, int],
 ) -> tuple[dict[str, _Slots], list[keras.Variable]] | None:
     """The lists of slots that an optimizer will have, and all of its variables in their order."""
@@ -191,7 +193,7 @@ def _planned(
 
 
 def _excluded(
-    optimizer: Any, variables: Sequence[keras.Variable], sources: Sequence[Origin]
+    optimizer: Any, variables: Sequence[keras.Variable], sources: Sequence[SlotSource]
 ) -> list[keras.Variable] | None:
     """The variables that were given as ones that do not decay; `None` where origins of one are stepped differently."""
     pattern, found = decay_pattern(optimizer), []
@@ -279,4 +281,4 @@ def _starts_of(optimizer: Any) -> dict[str, float]:
     return found
 
 
-__all__ = ["Origin", "RatedOptimizer", "forget_entries_of", "move_slots"]
+__all__ = ["RatedOptimizer", "SlotSource", "forget_entries_of", "move_slots"]

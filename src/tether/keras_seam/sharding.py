@@ -1,4 +1,4 @@
-"""Variables of PyTorch whose parameter changes: what FSDP2 does to the parameters of a model, told to Keras.
+"""Variables that an engine divides or copies: PyTorch's FSDP2, told to Keras, and TensorFlow's strategies.
 
 FSDP2 registers another parameter before and after each call: the whole one while the call runs, and this process's
 shard of it (a `DTensor`) in between. A Keras variable holds one parameter and asks nobody, so whoever exchanges the
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import keras
+from keras import backend as _backend
 from numpy.typing import DTypeLike
 
 from tether.errors import Unsupported
@@ -194,11 +195,11 @@ def make_sharded(variable: keras.Variable, home: Home) -> None:
     variable._home = home
 
 
-Place = tuple[keras.Layer, str]
+Listing = tuple[keras.Layer, str]
 """A module that lists a parameter, and the key under which it does."""
 
 
-def listings(variables: Sequence[keras.Variable], model: keras.Layer) -> dict[int, list[Place]]:
+def listings(variables: Sequence[keras.Variable], model: keras.Layer) -> dict[int, list[Listing]]:
     """Every module that lists the parameter of a variable, by the variable's id: the model's, and those around them.
 
     Modules of the model that list nothing yet do so now: later they would list what is registered then.
@@ -209,7 +210,7 @@ def listings(variables: Sequence[keras.Variable], model: keras.Layer) -> dict[in
     return census.listings(variables)
 
 
-def point(variable: keras.Variable, parameter: Tensor, places: Sequence[Place]) -> None:
+def point(variable: keras.Variable, parameter: Tensor, places: Sequence[Listing]) -> None:
     """Makes a parameter the variable's, in the variable and in the modules that list it."""
     variable._value = parameter
     for module, key in places:
@@ -319,3 +320,54 @@ def _refuse_others(optimizer: keras.Optimizer) -> None:
 
 def _stays() -> None:
     """A slot is always a shard."""
+
+
+# --------------------------------------------------------------------------- TensorFlow's strategies
+# A variable that is made in the scope of a `MirroredStrategy` has a copy on each replica. One that is made outside has
+# none, and an optimizer that meets it in a replica fails in the middle of a step. So whoever makes variables beside
+# those of a strategy has to be in its scope.
+
+
+_HAS_STRATEGIES = _backend.backend() == "tensorflow"
+
+
+def strategy_of(variable: keras.Variable) -> Any:
+    """The strategy in whose scope a variable was made, `None` if in none."""
+    return getattr(variable._value, "distribute_strategy", None) if _HAS_STRATEGIES else None
+
+
+def refuse_outside(layers: Iterable[keras.Layer]) -> None:
+    """Refuses to make variables for layers whose others are those of a strategy, outside of its scope.
+
+    Raises:
+        Unsupported: That is what would happen.
+    """
+    if not _HAS_STRATEGIES:
+        return
+    import tensorflow as tf
+
+    present = tf.distribute.get_strategy()
+    for variable in (variable for layer in layers for variable in layer.variables):
+        strategy = strategy_of(variable)
+        if strategy is not None and strategy is not present:
+            raise _outside(variable, strategy)
+
+
+def refuse_mixed(layers: Iterable[keras.Layer]) -> None:
+    """Refuses layers of which some variables were made in the scope of a strategy, and some outside.
+
+    Raises:
+        Unsupported: There is such a layer.
+    """
+    for layer in layers if _HAS_STRATEGIES else ():
+        inside = [variable for variable in layer.variables if strategy_of(variable) is not None]
+        if inside and len(inside) < len(layer.variables):
+            raise _outside(inside[0], strategy_of(inside[0]))
+
+
+def _outside(variable: keras.Variable, strategy: Any) -> Unsupported:
+    return Unsupported(
+        f"The weight {variable.path!r} was made in the scope of a `{type(strategy).__name__}`, and what is made beside "
+        "it here would have no copy on the replicas. Do it in the scope: `with strategy.scope(): ...`, ties, adapters "
+        "and all that makes variables. Nothing was changed."
+    )

@@ -31,9 +31,8 @@ from tether.keras_seam.frames import (
     saving_scope,
 )
 from tether.keras_seam.layers import contained_layers, inner_optimizer, optimized_variables, set_untracked
-from tether.keras_seam.optimizers import Origin, forget_entries_of, move_slots
-from tether.keras_seam.sharding import refuse_sharded
-from tether.keras_seam.strategies import refuse_outside
+from tether.keras_seam.optimizers import SlotSource, forget_entries_of, move_slots
+from tether.keras_seam.sharding import refuse_outside, refuse_sharded
 from tether.types import Function, Tensor
 
 answers: dict[str, Function] = {}
@@ -155,7 +154,7 @@ def before_change(
             gate.resized += map(weakref.ref, resized)
 
 
-def keep_slots(origins: Mapping[int, Origin], gone: Iterable[keras.Variable] = ()) -> None:
+def keep_slots(origins: Mapping[int, SlotSource], gone: Iterable[keras.Variable] = ()) -> None:
     """Called after a change: the optimizers of compiled models go on with what they keep for the weights, if they can.
 
     An optimizer that cannot is left as it is, and its model asks to be compiled again.

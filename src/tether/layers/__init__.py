@@ -2,9 +2,9 @@
 
 from tether import keras_seam
 from tether.layers import liveness, quantization
-from tether.layers.family.bank import bank, unbank
+from tether.layers.depth.bank import bank, unbank
+from tether.layers.depth.repeat import Repeat
 from tether.layers.family.call import Lambda, call
-from tether.layers.family.repeat import Repeat
 from tether.layers.family.route import route, routed
 from tether.layers.records import reader, verification
 from tether.layers.tying.tie import tie, weight_of

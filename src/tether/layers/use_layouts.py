@@ -13,8 +13,7 @@ import keras
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.weights.expression import Expression, Shape, Stored, known_shape
-from tether.weights.layouts import Spec, Traced, fitted
-from tether.weights.placement import answer, is_base, is_read_by_entry, standing, tracing
+from tether.weights.placement import Spec, Traced, answer, fitted, is_base, is_read_by_entry, standing, tracing
 
 Answer = Callable[[tuple[str, ...], Mapping[str, bool], bool], tuple[object, Spec] | None]
 """What a layout map says of what has these names (and is meant by these words), and whether that was made for another
@@ -47,7 +46,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Conflict:
+class LayoutConflict:
     """Two uses that make different layouts of one weight."""
 
     path: str
@@ -82,7 +81,7 @@ class LaidOut:
     """How a model's variables are to lie, and what speaks against it."""
 
     specs: list[tuple[keras.Variable, Spec]] = field(default_factory=list)
-    conflicts: list[Conflict] = field(default_factory=list)
+    conflicts: list[LayoutConflict] = field(default_factory=list)
     misfits: list[Misfit] = field(default_factory=list)
     undivided: list[Misfit] = field(default_factory=list)
     keys: list[object] = field(default_factory=list)
@@ -218,13 +217,15 @@ class _Working:
             spec = [new if known else old for old, new, known in zip(spec, said.spec, said.known, strict=True)]
         self.settled[id(variable)] = (variable, tuple(spec))
 
-    def _conflict(self, variable: keras.Variable, weight: Stored | None, one: Said, other: Said) -> Conflict:
+    def _conflict(self, variable: keras.Variable, weight: Stored | None, one: Said, other: Said) -> LayoutConflict:
         instead = one.spec
         if weight is not None and other.expression is not None:
             traced = Traced(other.expression, self.sizes)
             traced.say(one.spec, weight)
             instead = traced.value
-        return Conflict(variable.path, shape_of(variable), one, other, None if instead == other.asked else instead)
+        return LayoutConflict(
+            variable.path, shape_of(variable), one, other, None if instead == other.asked else instead
+        )
 
     def _settle(self, expression: Expression, asked: Spec | None) -> None:
         """Lets what nothing is said of follow what it is used with."""
@@ -260,4 +261,4 @@ def _key(layouts: keras.distribution.LayoutMap, name: str, layout: object) -> ob
     return name if name in list(layouts) else next((key for key in layouts if layouts[key] is layout), name)
 
 
-__all__ = ["Answer", "Conflict", "LaidOut", "Misfit", "Said", "answer_of", "laid_out"]
+__all__ = ["Answer", "LaidOut", "LayoutConflict", "Misfit", "Said", "answer_of", "laid_out"]

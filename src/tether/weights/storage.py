@@ -28,8 +28,8 @@ from tether.weights.algebra import is_added
 from tether.weights.codec import encode_became
 from tether.weights.expression import Expression, Shape, Stored, live_weights, note_replacement, resolved
 from tether.weights.identity import told_by_file
-from tether.weights.layouts import Spec
 from tether.weights.operators.indexing import refuse_entries
+from tether.weights.placement import Spec
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from tether.atomic import written_beside
 from tether.errors import TetherError, Unsupported, received
 from tether.files.exporting import litert, onnx_files, saved_model, torch_program
 from tether.files.exporting.model import BATCHES, Asked, all_large, ask, held_out
-from tether.layers.family.turns import written_out
+from tether.layers.depth.turns import written_out
 from tether.planning import force
 from tether.types import Array
 

@@ -13,7 +13,7 @@ import numpy as np
 from tether.errors import Unsupported
 from tether.files.exporting.model import Asked, Runner
 from tether.files.exporting.saved_model import traced
-from tether.layers.family.turns import written_out
+from tether.layers.depth.turns import written_out
 from tether.layers.tying.state import numpy_of
 from tether.types import Array
 

@@ -13,7 +13,7 @@ import numpy as np
 from tether import keras_seam
 from tether.errors import Unsupported
 from tether.files.exporting.model import SMALL, Asked, Runner, distinct, quiet
-from tether.layers.family.turns import written_out
+from tether.layers.depth.turns import written_out
 from tether.layers.tying.state import numpy_of
 from tether.types import Array
 
@@ -132,11 +132,11 @@ def _by_torch(asked: Asked, held: list[keras.Variable]) -> onnx.ModelProto:
     import onnxscript.optimizer
     import torch
 
-    from tether.files.exporting.torch_program import program
+    from tether.files.exporting.torch_program import exported_program
 
     with quiet("torch.onnx"):
         found = torch.onnx.export(
-            program(asked),
+            exported_program(asked),
             dynamo=True,
             verbose=False,
             optimize=False,  # it would compute small kernels in advance

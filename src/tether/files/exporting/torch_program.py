@@ -21,7 +21,7 @@ TRACED_BATCH = 2
 """PyTorch takes a size of one for a constant."""
 
 
-def program(asked: Asked) -> Any:
+def exported_program(asked: Asked) -> Any:
     """The exported program of the model.
 
     Keras's own module hands its variables to PyTorch under one name and reads them under another, and its export
@@ -65,7 +65,7 @@ def write(asked: Asked, path: pathlib.Path, held: list[keras.Variable]) -> None:
     import torch
 
     with open(path, "wb") as file:
-        torch.export.save(program(asked), file)
+        torch.export.save(exported_program(asked), file)
 
 
 def stored(path: pathlib.Path) -> int:

@@ -1,7 +1,6 @@
-"""Files of named tensors: safetensors of a model, and the folders of PEFT.
+"""Files of named tensors, with the names and layouts that others give them.
 
-`safetensors` is the format, and the model in it; `dialects` are other names and layouts, of which `presets` has some
-as `tables`. Of a folder of PEFT's, `peft_config` is the config, `peft_places` which weight a module is, `peft_parts`
-what each kind adds, `peft_loading` the way in; `peft_saving` is the way out, by `peft_tensors`. The file of one adapter
-is written by `tether.adapters`.
+`tensor_file` is the format, `slices` what one process has of a tensor that lies on several; `safetensors` is a model in
+it. `dialects` are other names and layouts, of which `presets` has some as `tables`, and `guessing` finds a table by
+shapes and values. The file of adapters is written by `tether.adapters`, folders of PEFT's by `tether.files.peft`.
 """

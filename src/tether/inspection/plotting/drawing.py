@@ -34,7 +34,7 @@ from tether.inspection.plotting.layout import (
     WIDTH,
     box,
     heights_of,
-    kind_of,
+    kind_of_use,
     px,
     rows_of,
     scale_of,
@@ -104,7 +104,7 @@ def _to(x: float, y: float) -> str:
 
 
 def _entries(facts: Facts) -> list[tuple[str, str]]:
-    kinds = {weight_kind(weight, facts) for weight in facts.weights} | {kind_of(use, facts) for use in facts.uses}
+    kinds = {weight_kind(weight, facts) for weight in facts.weights} | {kind_of_use(use, facts) for use in facts.uses}
     kinds |= {use_kind(use, facts.weight(place)) for use in facts.uses for place in use.weights}
     found = [(_patch(CLASSES[kind]), kind) for kind in KINDS if kind in kinds]
     if any(facts.shared()) or any(use.tied for use in facts.uses):
@@ -361,7 +361,7 @@ def _loose(it: _Map, number: int, common: str) -> str:
 def _use(it: _Map, number: int, use: UseOf, common: str) -> str:
     row, place, heights = it.rows[number], it.places[number], it.heights[number]
     read = [it.facts.weight(at) for at in use.weights]
-    kind = kind_of(use, it.facts)
+    kind = kind_of_use(use, it.facts)
     drawn = it.scale.solid(use.bytes)
     x, middle = _indented(row.depth), heights.open / 2
     name = layout.attribute_of(use)

@@ -123,7 +123,7 @@ def use_kind(use: UseOf, weight: StoredWeight) -> str:
     return TRAINED if reaches else FROZEN_HERE
 
 
-def kind_of(use: UseOf, facts: Facts) -> str:
+def kind_of_use(use: UseOf, facts: Facts) -> str:
     """Which of `KINDS` a use is of: it trains if it trains one of its weights. One without weights is a constant."""
     kinds = {use_kind(use, facts.weight(place)) for place in use.weights}
     return next((kind for kind in (TRAINED, FROZEN_HERE, UNKNOWN) if kind in kinds), FROZEN)
@@ -394,7 +394,7 @@ class Heights:
 
 
 @dataclass(frozen=True)
-class Scale:
+class ByteScale:
     """How high bytes are drawn."""
 
     of_byte: float
@@ -407,12 +407,12 @@ class Scale:
         return Heights(max(count * self.of_byte, HAIR), max(count * self.of_byte, self.hair))
 
 
-def scale_of(facts: Facts) -> Scale:
+def scale_of(facts: Facts) -> ByteScale:
     """The scale on which the facts are drawn."""
     largest = max(0, *(weight.bytes for weight in facts.weights), *(use.bytes for use in facts.uses))
     of_byte = min(TALL / max(facts.unshared_bytes, 1), TALLEST / max(largest, 1), MOST_A_BYTE)
     many = max(len(facts.weights), len(facts.uses), 1)
-    return Scale(of_byte, max(min(HAIR / 2, TALL / 2 / many), 0.01))
+    return ByteScale(of_byte, max(min(HAIR / 2, TALL / 2 / many), 0.01))
 
 
 def box(solid: Heights) -> Heights:
@@ -420,7 +420,7 @@ def box(solid: Heights) -> Heights:
     return Heights(max(solid.open, LINE), solid.closed)
 
 
-def heights_of(rows: Sequence[MapRow], scale: Scale) -> tuple[list[Heights], list[float]]:
+def heights_of(rows: Sequence[MapRow], scale: ByteScale) -> tuple[list[Heights], list[float]]:
     """The heights of each row, and for a heading that of the stack that it is when it is closed.
 
     A use is beside the weights that are drawn at it.

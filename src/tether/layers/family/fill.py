@@ -122,7 +122,7 @@ def _extended_by_means(value: Array, before: tuple[int, ...], start: Array) -> A
 
 
 @dataclass(frozen=True)
-class Origin:
+class StartOf:
     """One weight of the target: where its values come from, and how."""
 
     target: str
@@ -145,7 +145,7 @@ class Provenance:
     ```
     """
 
-    rows: list[Origin] = field(default_factory=list)
+    rows: list[StartOf] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     """The paths of the source's weights that nothing took."""
 
@@ -158,15 +158,15 @@ class Provenance:
         how: str,
     ) -> None:
         """Adds a row for one weight of the target."""
-        self.rows.append(Origin(target, shape, source, source_shape, how))
+        self.rows.append(StartOf(target, shape, source, source_shape, how))
 
-    def __iter__(self) -> Iterator[Origin]:
+    def __iter__(self) -> Iterator[StartOf]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, target: str) -> Origin:
+    def __getitem__(self, target: str) -> StartOf:
         """The row of a weight of the target, by its path."""
         for row in self.rows:
             if row.target == target:
@@ -185,8 +185,8 @@ class Provenance:
         return "\n".join(lines)
 
 
-def _cells(row: Origin) -> tuple[object, ...]:
+def _cells(row: StartOf) -> tuple[object, ...]:
     return row.target, row.shape, row.source, row.source_shape, row.how
 
 
-__all__ = ["RULES", "Array", "Origin", "Provenance", "Rule", "check_rule", "describe", "filled"]
+__all__ = ["RULES", "Array", "Provenance", "Rule", "StartOf", "check_rule", "describe", "filled"]

@@ -11,7 +11,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, TetherError, did_you_mean, received
-from tether.layers.family.bank import Stack, as_options, followers, origins_of, with_number, zipped
+from tether.layers.depth.bank import StackedWeight, as_options, followers, origins_of, with_number, zipped
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.state import arguments_in, slots_of
 from tether.layers.tying.swap import become_all
@@ -248,7 +248,7 @@ def _places(wanted: object, names: Sequence[str]) -> set[int]:
 
 def _chosen(
     number: Choice, options: Sequence[Expression], train: Collection[int] | None
-) -> tuple[Expression, list[Stack]]:
+) -> tuple[Expression, list[StackedWeight]]:
     """One of several expressions by number: of one form by their weights, else by a switch of them all."""
     _refuse_shapes(options)
     if len(options) > 1:  # one of them may have an alpha that makes its scale 1, which is not written

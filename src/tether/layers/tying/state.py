@@ -20,8 +20,8 @@ from tether.types import Array, Function, Tensor
 from tether.weights import placement
 from tether.weights.evaluation import cast_to_scope, evaluate
 from tether.weights.expression import Expression, Stored, leaves
-from tether.weights.layouts import Spec
 from tether.weights.leaves import Argument, bind
+from tether.weights.placement import Spec
 from tether.weights.storage import Use
 from tether.weights.weight import Weight
 

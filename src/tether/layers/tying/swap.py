@@ -100,7 +100,7 @@ def _put(layer: keras.Layer, path: tuple[str, ...], value: object) -> None:
 
 
 def become_all(
-    new: Mapping[Weight, Expression], origins: Mapping[int, keras_seam.Origin] | None = None
+    new: Mapping[Weight, Expression], origins: Mapping[int, keras_seam.SlotSource] | None = None
 ) -> list[keras.Layer]:
     """Lets weights be expressions of other weights from now on, which store their values, wherever they are used.
 

@@ -12,8 +12,7 @@ from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding, rule
 from tether.layers.use_layouts import LaidOut, answer_of, laid_out
 from tether.weights.expression import Stored
-from tether.weights.layouts import Spec, Traced
-from tether.weights.placement import is_base
+from tether.weights.placement import Spec, Traced, is_base
 from tether.weights.weight import Weight
 
 _MAKE_AGAIN = (

@@ -22,7 +22,7 @@ from tether import keras_seam, patterns
 from tether.errors import ShapeMismatch, TetherError, UnknownName, Unsupported, received
 from tether.forms.form import rows_and_columns
 from tether.forms.low_rank import LowRank
-from tether.layers.family.depth import (
+from tether.layers.depth.blocks import (
     NORMS,
     Block,
     as_blocks,
@@ -33,7 +33,7 @@ from tether.layers.family.depth import (
     refuse_missed,
     shared_paths,
 )
-from tether.layers.family.depth_report import SharedDepth, SharedWeight, letters
+from tether.layers.depth.depth_report import SharedDepth, SharedWeight, letters
 from tether.layers.family.named import named_weights
 from tether.layers.tying.fit import refuse_unsupported
 from tether.layers.tying.state import WhenBuilt, numpy_of, users

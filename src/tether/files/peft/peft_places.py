@@ -35,7 +35,7 @@ LEAVES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class PeftPlace:
     """A weight of the model that may have a part, and what a PEFT folder calls its module and the parameter in it."""
 
     named: Named
@@ -85,7 +85,7 @@ def _is_convolution(layer: keras.Layer) -> bool:
     return isinstance(layer, (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D))
 
 
-def as_stored(place: Place) -> tuple[Shape, Callable[[Array], Array], Callable[[Array], Array]]:
+def as_stored(place: PeftPlace) -> tuple[Shape, Callable[[Array], Array], Callable[[Array], Array]]:
     """The shape of a whole weight in PyTorch, how it is turned to the model's, and back."""
     shape = place.named.shape
     if place.leaf != "weight" or len(shape) < 2 or place.is_table:
@@ -106,7 +106,7 @@ def as_stored(place: Place) -> tuple[Shape, Callable[[Array], Array], Callable[[
     )
 
 
-def refuse_pieces(place: Place) -> None:
+def refuse_pieces(place: PeftPlace) -> None:
     """Refuses a module whose parameter is another than one weight of the model, inputs and outputs apart."""
     if not place.whole:
         raise Unsupported(
@@ -115,7 +115,7 @@ def refuse_pieces(place: Place) -> None:
         )
 
 
-def places_of(model: keras.Layer, names: Names) -> list[Place]:
+def peft_places_of(model: keras.Layer, names: Names) -> list[PeftPlace]:
     """The weights of a model that have a module, each by what it is called there."""
     found = named_weights(model)
     naming = Naming(names, frozenset(dotted(named.name) for named in found))
@@ -125,5 +125,5 @@ def places_of(model: keras.Layer, names: Names) -> list[Place]:
             split = [each.rpartition(".") for each in tensor.names]
             leaf = LEAVES.get(split[0][2], split[0][2])
             modules = tuple(dict.fromkeys(module for module, _, _ in naming.ordered(split)))
-            places.append(Place(named, modules, leaf, tensor.leading_inputs, tensor.is_whole))
+            places.append(PeftPlace(named, modules, leaf, tensor.leading_inputs, tensor.is_whole))
     return places

@@ -24,11 +24,11 @@ from tether.errors import InvalidConfig, ShapeMismatch, UnknownName, Unsupported
 from tether.files.loading.assignment import Assignment, Offer
 from tether.files.loading.entries import Entry, Report
 from tether.files.loading.matching import check_built
-from tether.files.tensors import peft_parts
+from tether.files.peft import peft_parts
+from tether.files.peft.peft_config import FIELDS, TENSORS, TRAINING, PeftConfig, read_config
+from tether.files.peft.peft_parts import Addition, Made, is_part
+from tether.files.peft.peft_places import LEAVES, PREFIX, PeftPlace, peft_places_of, refuse_pieces
 from tether.files.tensors.dialects import Names
-from tether.files.tensors.peft_config import FIELDS, TENSORS, TRAINING, PeftConfig, read_config
-from tether.files.tensors.peft_parts import Addition, Made, is_part
-from tether.files.tensors.peft_places import LEAVES, PREFIX, Place, places_of, refuse_pieces
 from tether.files.tensors.tensor_file import opened_tensors
 from tether.forms.dora import lengths_of
 from tether.forms.form import Form, part, start_value
@@ -149,7 +149,7 @@ class OpenedFolder:
         return Report(loaded=plan.carry_out())
 
 
-def _offer_of(weight: Stored, value: peft_parts.Value) -> Offer:
+def _offer_of(weight: Stored, value: peft_parts.MappedValue) -> Offer:
     shape, entry = tuple(weight.shape or ()), value.entry
     numbers = math.prod(entry.shape) if value.numbers is None else value.numbers
     if entry.shape != value.expected or numbers != math.prod(shape):
@@ -188,8 +188,8 @@ class _Reading:
 
     def __init__(self, model: keras.Layer, names: Names, config: PeftConfig, tensors: Mapping[str, Entry]) -> None:
         self.model, self.config = model, config
-        self.places: dict[str, dict[str, Place]] = {}
-        for place in places_of(model, names):
+        self.places: dict[str, dict[str, PeftPlace]] = {}
+        for place in peft_places_of(model, names):
             for module in place.modules:
                 self.places.setdefault(module, {}).setdefault(place.leaf, place)
         self.modules: dict[str, dict[str, Entry]] = {}
@@ -217,7 +217,7 @@ class _Reading:
         if not self.modules:
             raise InvalidConfig("The adapter has no factors.")
         found: dict[str, Addition] = {}
-        of_vera: dict[str, tuple[Place, Mapping[str, Entry]]] = {}
+        of_vera: dict[str, tuple[PeftPlace, Mapping[str, Entry]]] = {}
         for module, tensors in self.modules.items():
             place = self._place(module, "weight")
             kind = self._kind(module, tensors)
@@ -262,7 +262,7 @@ class _Reading:
             )
         return self.config.kind
 
-    def _add(self, found: dict[str, Addition], place: Place, addition: Addition) -> None:
+    def _add(self, found: dict[str, Addition], place: PeftPlace, addition: Addition) -> None:
         if place.named.path in found:
             raise Unsupported(
                 f"The adapter changes {place.named.name!r} in two ways at once, which Tether does not read. "
@@ -270,7 +270,7 @@ class _Reading:
             )
         found[place.named.path] = addition
 
-    def _place(self, module: str, leaf: str) -> Place:
+    def _place(self, module: str, leaf: str) -> PeftPlace:
         leaf = LEAVES.get(leaf, leaf)
         place = self.places.get(module, {}).get(leaf)
         if place is None:

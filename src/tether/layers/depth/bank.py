@@ -116,7 +116,7 @@ def _expression(value: object) -> Expression:
         ) from None
 
 
-class Stack:
+class StackedWeight:
     """A stacked weight, and those that it is made of: each once, in the order in which they appear."""
 
     def __init__(self, weight: Weight, parts: Sequence[Weight]) -> None:
@@ -129,8 +129,8 @@ def zipped(
     *,
     stored: bool = True,
     train: Collection[int] | None = None,
-    known: dict[tuple[int, ...], Stack] | None = None,
-) -> tuple[Expression, list[Stack]]:
+    known: dict[tuple[int, ...], StackedWeight] | None = None,
+) -> tuple[Expression, list[StackedWeight]]:
     """One expression that is the option of a number, and the stacks in it. The weights that were stacked stay.
 
     Args:
@@ -177,13 +177,13 @@ def zipped(
         if not stored:
             return Choose(number, *weights, strict=True)
         parts = {id(weight): weight for weight in weights}
-        found_in: list[Stack] = []
+        found_in: list[StackedWeight] = []
         for trainable in (False, True):
             apart = tuple(weight for weight in parts.values() if trains(weight) is trainable)
             if apart:
                 key = tuple(map(id, apart))
                 if key not in known:
-                    known[key] = Stack(_stacked(apart, known_shape(current), trainable), apart)
+                    known[key] = StackedWeight(_stacked(apart, known_shape(current), trainable), apart)
                 found_in.append(known[key])
         entries = [_entry(each, weights, number) for each in found_in]
         if len(entries) == 1:
@@ -214,7 +214,7 @@ def _numbers(of: Sequence[Any], number: Expression) -> Expression:
     return Gather(Constant.of(np.array(of, "float32")), number)
 
 
-def _entry(stack: Stack, of: Sequence[Weight], number: Expression) -> Expression:
+def _entry(stack: StackedWeight, of: Sequence[Weight], number: Expression) -> Expression:
     """The entry of a stack for a number; with several numbers for one entry, by a table of them.
 
     A weight that is in another stack has the number of the first entry here, which then is not chosen.
@@ -379,14 +379,14 @@ def _stacked(parts: Sequence[Weight], shape: Shape, trainable: bool) -> Weight:
         found.start_by(_Entries(starts, [known_shape(weight) for weight in parts]), path=first.path)
     else:
         values = [values_of(weight, weight.name) for weight in parts]
-        found.start_at(np.stack([filled(value, shape) for value in values]), path=first.path)
+        found.start_at(np.stack([padded(value, shape) for value in values]), path=first.path)
     placement.lay_out_as(found.variable, placement.stacked([weight.variable for weight in parts]))
     if alike and len({_started(weight) for weight in parts}) == 1 and first.initializer is not None:
         found.initializer = EachEntry(first.initializer)
     return found
 
 
-def filled(value: Array, shape: Shape) -> Array:
+def padded(value: Array, shape: Shape) -> Array:
     """An array with zeros at the ends of its axes, so that it has a shape."""
     if value.shape == shape:
         return value
@@ -458,7 +458,7 @@ class EachEntry(keras.initializers.Initializer):
         return cls(keras.initializers.deserialize(config["initializer"]))
 
 
-def followers(stacks: Iterable[Stack]) -> dict[Weight, Expression]:
+def followers(stacks: Iterable[StackedWeight]) -> dict[Weight, Expression]:
     """What the weights that were stacked are from now on: their entries, without what they were filled up with."""
     found: dict[Weight, Expression] = {}
     for each in stacks:
@@ -469,10 +469,10 @@ def followers(stacks: Iterable[Stack]) -> dict[Weight, Expression]:
     return found
 
 
-def origins_of(stacks: Iterable[Stack]) -> dict[int, keras_seam.Origin]:
+def origins_of(stacks: Iterable[StackedWeight]) -> dict[int, keras_seam.SlotSource]:
     """Of which variables stacks are made, so that an optimizer's slots follow; of none that zeros have filled up."""
     return {
-        id(each.weight.variable): keras_seam.Origin(tuple(part.variable for part in each.parts), keras.ops.stack)
+        id(each.weight.variable): keras_seam.SlotSource(tuple(part.variable for part in each.parts), keras.ops.stack)
         for each in stacks
         if len({part.shape for part in each.parts}) == 1
     }
@@ -530,7 +530,7 @@ def unbank(expression: Expression, count: int | None = None) -> list[Expression]
 
         found.append(rewritten(root, own, partial(_one_of_both, number)))
     origins = {
-        id(part.variable): keras_seam.Origin((weight.variable,), _Entry(place))
+        id(part.variable): keras_seam.SlotSource((weight.variable,), _Entry(place))
         for weight, entries in parts.items()
         for place, part in enumerate(entries)
     }
@@ -583,13 +583,13 @@ def _parts(weight: Weight) -> list[Weight]:
 
 __all__ = [
     "EachEntry",
-    "Stack",
+    "StackedWeight",
     "as_options",
     "bank",
-    "filled",
     "followers",
     "like",
     "origins_of",
+    "padded",
     "refuse_filling",
     "refuse_other_form",
     "table_of",

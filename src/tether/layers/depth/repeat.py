@@ -16,8 +16,8 @@ import keras
 
 from tether import keras_seam
 from tether.errors import InvalidConfig, ShapeMismatch, TetherError, Unsupported, received
-from tether.layers.family.bank import Stack, followers, origins_of, values_of, zipped
-from tether.layers.family.turns import Turns, are_written_out, entries_of, is_tensor, split
+from tether.layers.depth.bank import StackedWeight, followers, origins_of, values_of, zipped
+from tether.layers.depth.turns import Turns, are_written_out, entries_of, is_tensor, split
 from tether.layers.tying.fit import refuse_layer
 from tether.layers.tying.paths import walk
 from tether.layers.tying.state import View, arguments_in, slots_of
@@ -505,7 +505,7 @@ class Repeat(keras.layers.Layer):
         if "vary" in settings:
             raise TetherError("`Repeat.of` takes what turns have of their own from the layers: leave `vary` out.")
         blocks = _checked_blocks(layers)
-        depth, stacks = Argument(settings.get("argument", "depth"), (), "int32"), dict[tuple[int, ...], Stack]()
+        depth, stacks = Argument(settings.get("argument", "depth"), (), "int32"), dict[tuple[int, ...], StackedWeight]()
         expressions: dict[str, Expression] = {}
         with contextlib.ExitStack() as undone:
             for layer in blocks:

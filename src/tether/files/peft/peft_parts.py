@@ -13,8 +13,8 @@ import numpy as np
 
 from tether.errors import InvalidConfig, ShapeMismatch, Unsupported, received
 from tether.files.loading.entries import Entry
-from tether.files.tensors.peft_config import PeftConfig
-from tether.files.tensors.peft_places import Place, as_stored
+from tether.files.peft.peft_config import PeftConfig
+from tether.files.peft.peft_places import PeftPlace, as_stored
 from tether.forms.boft import Boft
 from tether.forms.dora import Dora, lengths_of
 from tether.forms.dropout import OutputDropout
@@ -38,7 +38,7 @@ Made = Callable[[Expression], Expression]
 
 
 @dataclass(frozen=True)
-class Value:
+class MappedValue:
     """A tensor of the file for a weight that a form has made, and how it is turned."""
 
     entry: Entry
@@ -54,7 +54,7 @@ class Addition:
     """What an adapter does to one weight."""
 
     form: Made
-    values: tuple[Value | None, ...]
+    values: tuple[MappedValue | None, ...]
     """For each weight that the form makes, in the order of the expression; `None` keeps its start."""
     whole: bool = False
     """Whether the value stands in for the base's, rather than being made of it."""
@@ -63,7 +63,7 @@ class Addition:
 # --------------------------------------------------------------------------- LoRA and DoRA
 
 
-def lora(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+def lora(place: PeftPlace, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
     """`W + s · B A`, and with lengths `m · (W + s · B A) / ‖W + s · B A‖`."""
     table = "embedding_A" in found
     a, b = (_named(found, module, name) for name in (("embedding_A", "embedding_B") if table else ("A", "B")))
@@ -80,8 +80,8 @@ def lora(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
             f"window {window}. {received(A=a.shape)}"
         )
     split = place.rows(math.prod(a.shape[1:]), b.shape[0])
-    first = Value(a, a.shape, lambda array: array.transpose((*range(2, array.ndim), 1, 0)))
-    second = Value(b, b.shape, lambda array: array.reshape(array.shape[:2]).T)
+    first = MappedValue(a, a.shape, lambda array: array.transpose((*range(2, array.ndim), 1, 0)))
+    second = MappedValue(b, b.shape, lambda array: array.reshape(array.shape[:2]).T)
     dropout = config.dropout if takes_dropout(place.named.layer) else 0.0  # PEFT has none on tables
     has_lengths = "magnitude_vector" in found
     product = low_rank(
@@ -97,11 +97,11 @@ def lora(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     if not has_lengths:
         return Addition(product, (first, second, *state, *taken_off))
     lengths, columns = found["magnitude_vector"], shape[split:]
-    last = Value(lengths, lengths.shape, lambda array: array.reshape(columns))
+    last = MappedValue(lengths, lengths.shape, lambda array: array.reshape(columns))
     return Addition(Dora(product, dropout), (first, second, *taken_off, last, *state))
 
 
-def lora_bias(place: Place, module: str, entry: Entry, config: PeftConfig) -> Addition:
+def lora_bias(place: PeftPlace, module: str, entry: Entry, config: PeftConfig) -> Addition:
     """`b + s · v`: the second factor's own bias."""
     rank = config.rank(module)
     scale = config.alpha(module) / (math.sqrt(rank) if config["use_rslora"] else rank)
@@ -126,13 +126,13 @@ FULL = full()
 """The form of a weight that was trained whole."""
 
 
-def whole_value(place: Place, entry: Entry) -> Value:
+def whole_value(place: PeftPlace, entry: Entry) -> MappedValue:
     """A tensor that has a weight's whole value."""
     stored, turned, _ = as_stored(place)
-    return Value(entry, stored, turned)
+    return MappedValue(entry, stored, turned)
 
 
-def tokens(place: Place, module: str, entry: Entry, config: PeftConfig) -> Addition:
+def tokens(place: PeftPlace, module: str, entry: Entry, config: PeftConfig) -> Addition:
     """Rows of a table that were trained by themselves."""
     asked = config["trainable_token_indices"]
     if isinstance(asked, Mapping):
@@ -141,13 +141,15 @@ def tokens(place: Place, module: str, entry: Entry, config: PeftConfig) -> Addit
         indices = asked
     if not indices:
         raise InvalidConfig(f"The config names no tokens for {module!r}, and the file has rows for them.")
-    return Addition(rows(indices), (Value(entry, (len(indices), *place.named.shape[1:]), lambda array: array),))
+    return Addition(rows(indices), (MappedValue(entry, (len(indices), *place.named.shape[1:]), lambda array: array),))
 
 
 # --------------------------------------------------------------------------- the others
 
 
-def ia3(kernel: Place, bias: Place | None, module: str, entry: Entry, config: PeftConfig) -> dict[str, Addition]:
+def ia3(
+    kernel: PeftPlace, bias: PeftPlace | None, module: str, entry: Entry, config: PeftConfig
+) -> dict[str, Addition]:
     """`W · s` for each output, with the bias; or for each input of a feed-forward module."""
     shape = kernel.named.shape
     forward = config.names_module("feedforward_modules", module)
@@ -172,14 +174,14 @@ def ia3(kernel: Place, bias: Place | None, module: str, entry: Entry, config: Pe
     def scaled_bias(base: Expression) -> Expression:
         return base * shared[0]
 
-    value = Value(entry, entry.shape, lambda array: array.reshape(sizes))
+    value = MappedValue(entry, entry.shape, lambda array: array.reshape(sizes))
     found = {kernel.named.path: Addition(scaled, (value,))}
     if bias is not None and not forward:
         found[bias.named.path] = Addition(scaled_bias, (value,))
     return found
 
 
-def loha(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+def loha(place: PeftPlace, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
     """`W + s · (A₁ B₁) ∘ (A₂ B₂)`."""
     if "hada_t1" in found:
         raise Unsupported(f"The LoHa of {module!r} has factors of its own for the window, which Tether does not read.")
@@ -190,7 +192,7 @@ def loha(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     shapes = [(rank, first.shape[1]), (last.shape[0], rank)] * 2
     *window, channels = place.named.shape[:split] if place.is_convolution else (first.shape[1],)
     turned = [_window_turned(channels, tuple(window)), lambda array: array.T] * 2
-    values = tuple(Value(*each) for each in zip(ours, shapes, turned, strict=True))
+    values = tuple(MappedValue(*each) for each in zip(ours, shapes, turned, strict=True))
     form = Hadamard(rank, config.alpha(module), split, None, None, config.output_dropout)
     return Addition(form, (*values, *_state_of(form.dropout)))
 
@@ -210,7 +212,7 @@ def _window_turned(channels: int, window: Shape) -> Callable[[Array], Array]:
     return turned
 
 
-def lokr(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+def lokr(place: PeftPlace, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
     """`W + s · C ⊗ D`, where D may be a product; of a convolution, C divides the channels alone."""
     others = sorted(set(found) - {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"})
     if others:
@@ -234,7 +236,7 @@ def lokr(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
     split = place.rows(small.shape[1] * size, small.shape[0] * sizes.large[1])
     turned = _window_turned(sizes.large[0], window)
     ways = [lambda array: array.T, turned, lambda array: array.T]
-    values = tuple(Value(entry, entry.shape, way) for entry, way in zip((small, *large), ways, strict=False))
+    values = tuple(MappedValue(entry, entry.shape, way) for entry, way in zip((small, *large), ways, strict=False))
     rank = config.rank(module)
     agree = 2 * rank >= max(sizes.large) if whole else large[0].shape[0] == sizes.inner == rank
     if not agree:
@@ -263,7 +265,7 @@ class _Sized(Kronecker):
 
 
 def vera_family(
-    modules: Mapping[str, tuple[Place, Mapping[str, Entry]]], shared: Mapping[str, Entry], config: PeftConfig
+    modules: Mapping[str, tuple[PeftPlace, Mapping[str, Entry]]], shared: Mapping[str, Entry], config: PeftConfig
 ) -> dict[str, Addition]:
     """`W + (A · d)(B · b)`, with A and B that all modules share: in the file, or drawn again from its seed."""
     sizes = {}
@@ -272,12 +274,12 @@ def vera_family(
         outputs = math.prod(_named(found, module, "vera_lambda_b").shape)
         sizes[module] = (math.prod(place.named.shape) // outputs, outputs)
     n, m = (max(each[side] for each in sizes.values()) for side in (0, 1))
-    bases: tuple[Value | None, ...] = (None, None)
+    bases: tuple[MappedValue | None, ...] = (None, None)
     starts = None
     if shared:
         a, b = (_named(shared, "the model", name) for name in ("vera_A", "vera_B"))
         n, m = a.shape[-1], b.shape[0]
-        bases = Value(a, (rank, n), lambda array: array.T), Value(b, (m, rank), lambda array: array.T)
+        bases = MappedValue(a, (rank, n), lambda array: array.T), MappedValue(b, (m, rank), lambda array: array.T)
     else:
         seed = int(config["projection_prng_key"] or 0)
         starts = DrawnByTorch(seed), DrawnByTorch(seed, rank * n)
@@ -293,9 +295,9 @@ def vera_family(
             _OfFamily(form, forms),
             (
                 bases[0],
-                Value(d, (rank,), lambda array: array),
+                MappedValue(d, (rank,), lambda array: array),
                 bases[1],
-                Value(b, (sizes[module][1],), lambda array: array),
+                MappedValue(b, (sizes[module][1],), lambda array: array),
                 *((None,) if dropout else ()),
             ),
         )
@@ -316,7 +318,7 @@ class _OfFamily(AddedForm):
 # --------------------------------------------------------------------------- rotations and waves
 
 
-def oft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+def oft(place: PeftPlace, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
     """`R W`, with R in blocks that turn the inputs."""
     entry = _named(found, module, "oft_R")
     inputs = _inputs_of_matrix(place, module, config)
@@ -332,11 +334,11 @@ def oft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfi
     terms = int(config["num_cayley_neumann_terms"]) if by_series else None
     sign = 1 if by_series else -1  # PEFT's series and its inverse turn opposite ways
     return Addition(
-        Oft(size, share, terms, place.split, None), (Value(entry, entry.shape, lambda array: sign * array),)
+        Oft(size, share, terms, place.split, None), (MappedValue(entry, entry.shape, lambda array: sign * array),)
     )
 
 
-def boft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+def boft(place: PeftPlace, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
     """`(M_m ⋯ M₁ W) · s`, of whole matrices, whose skew-symmetric part counts."""
     entry, scale = (_named(found, module, name) for name in ("boft_R", "boft_s"))
     inputs = _inputs_of_matrix(place, module, config)
@@ -356,13 +358,13 @@ def boft(place: Place, module: str, found: Mapping[str, Entry], config: PeftConf
         return halves.reshape(-1, size, size)[:, *upper]
 
     values = (
-        Value(entry, entry.shape, turned, factors * count * len(upper[0])),
-        Value(scale, (math.prod(columns), 1), lambda array: array.reshape(columns)),
+        MappedValue(entry, entry.shape, turned, factors * count * len(upper[0])),
+        MappedValue(scale, (math.prod(columns), 1), lambda array: array.reshape(columns)),
     )
     return Addition(Boft(size, factors, place.split, None), values)
 
 
-def fourier(place: Place, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
+def fourier(place: PeftPlace, module: str, found: Mapping[str, Entry], config: PeftConfig) -> Addition:
     """`W + s · Re(F⁻¹ S)`, with S zero but at places that a seed chooses."""
     entry = _named(found, module, "fourierft_spectrum")
     inputs = _inputs_of_matrix(place, module, config)
@@ -378,10 +380,10 @@ def fourier(place: Place, module: str, found: Mapping[str, Entry], config: PeftC
             f"{received(shape=entry.shape, n_frequency=config['n_frequency'])}"
         )
     form = Fourier(entry.shape[0], float(config["scaling"]), int(config["random_loc_seed"]), place.split, None)
-    return Addition(form, (Value(entry, entry.shape, lambda array: array),))
+    return Addition(form, (MappedValue(entry, entry.shape, lambda array: array),))
 
 
-def _inputs_of_matrix(place: Place, module: str, config: PeftConfig) -> int:
+def _inputs_of_matrix(place: PeftPlace, module: str, config: PeftConfig) -> int:
     """How many inputs a module has that is no convolution and no table."""
     if place.is_convolution or place.is_table or len(place.named.shape) < 2:
         raise Unsupported(
@@ -390,7 +392,7 @@ def _inputs_of_matrix(place: Place, module: str, config: PeftConfig) -> int:
     return math.prod(place.named.shape[: place.split])
 
 
-Builder = Callable[[Place, str, Mapping[str, Entry], PeftConfig], Addition]
+Builder = Callable[[PeftPlace, str, Mapping[str, Entry], PeftConfig], Addition]
 BUILDERS: dict[str, Builder] = {"LOHA": loha, "LOKR": lokr, "OFT": oft, "BOFT": boft, "FOURIERFT": fourier}
 """What reads a module by itself, by the kind."""
 
@@ -410,4 +412,4 @@ def _named(found: Mapping[str, Entry], module: str, name: str) -> Entry:
     return found[name]
 
 
-__all__ = ["FULL", "Addition", "Value"]
+__all__ = ["FULL", "Addition", "MappedValue"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from tether.errors import Unsupported
 from tether.files.loading.entries import Entry, entry_of
-from tether.files.tensors.peft_places import PREFIX, Place
+from tether.files.peft.peft_places import PREFIX, PeftPlace
 from tether.forms.kronecker import Sizes, divided
 from tether.forms.vera import DrawnByTorch
 from tether.types import Array
@@ -21,7 +21,7 @@ from tether.weights.expression import Shape
 from tether.weights.weight import Weight
 
 
-def first_factor(place: Place, name: str, weight: Weight) -> Entry:
+def first_factor(place: PeftPlace, name: str, weight: Weight) -> Entry:
     """`(*rows, r)` as `(r, rows)`, for a convolution `(r, channels, *window)`."""
     rank = (weight.shape or ())[-1]
     if place.is_convolution:
@@ -29,7 +29,7 @@ def first_factor(place: Place, name: str, weight: Weight) -> Entry:
     return turned(name, weight, (rank, math.prod(weight.shape or ()) // rank), lambda v: v.reshape(-1, rank).T)
 
 
-def second_factor(place: Place, name: str, weight: Weight) -> Entry:
+def second_factor(place: PeftPlace, name: str, weight: Weight) -> Entry:
     """`(r, *columns)` as `(columns, r)`, for a convolution with a window of one."""
     rank, *columns = weight.shape or ()
     shape: tuple[int, ...] = (math.prod(columns), rank)
@@ -70,7 +70,7 @@ def transposed(name: str, weight: Weight) -> Entry:
     return turned(name, weight, (columns, rows), lambda array: array.T)
 
 
-def inputs_first(place: Place, name: str, weight: Weight, shape: Shape | None = None) -> Entry:
+def inputs_first(place: PeftPlace, name: str, weight: Weight, shape: Shape | None = None) -> Entry:
     """A matrix of inputs by others as others by inputs; for a convolution with the channels before the window."""
     others = (weight.shape or ())[-1]
     inputs = math.prod(weight.shape or ()) // others
@@ -87,20 +87,22 @@ def turned(name: str, weight: Weight, shape: Shape, way: Callable[[Array], Array
     return Entry(name, shape, held.dtype, lambda: np.ascontiguousarray(way(held.read())))
 
 
-def outputs_scaled(place: Place, own: Weight, strength: float) -> Entry | None:
+def outputs_scaled(place: PeftPlace, own: Weight, strength: float) -> Entry | None:
     """The factors of a module's outputs; `None` if they are not such."""
     sizes, split = _spread(place, own)
     return _scaled(place, own, strength, sizes[split:], place.named.shape[split:], outputs=True)
 
 
-def inputs_scaled(place: Place, own: Weight, strength: float) -> Entry | None:
+def inputs_scaled(place: PeftPlace, own: Weight, strength: float) -> Entry | None:
     """The factors of a module's inputs, for a convolution of its channels; `None` if they are not such."""
     sizes, split = _spread(place, own)
     first = split - 1 if place.is_convolution else 0
     return _scaled(place, own, strength, sizes[first:split], place.named.shape[first:split], outputs=False)
 
 
-def _scaled(place: Place, own: Weight, strength: float, sizes: Shape, side: Shape, *, outputs: bool) -> Entry | None:
+def _scaled(
+    place: PeftPlace, own: Weight, strength: float, sizes: Shape, side: Shape, *, outputs: bool
+) -> Entry | None:
     if math.prod(own.shape or ()) != math.prod(sizes):
         return None  # other axes have factors too
     count = math.prod(side)
@@ -115,7 +117,7 @@ def _scaled(place: Place, own: Weight, strength: float, sizes: Shape, side: Shap
     return turned(f"{PREFIX}{place.modules[0]}.ia3_l", own, shape, way)
 
 
-def _spread(place: Place, own: Weight) -> tuple[Shape, int]:
+def _spread(place: PeftPlace, own: Weight) -> tuple[Shape, int]:
     """The sizes of factors for each axis of a kernel, and how many of these axes are inputs."""
     given, shape = own.shape or (), place.named.shape
     return (*(1 for _ in shape[len(given) :]), *given), place.split

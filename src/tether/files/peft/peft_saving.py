@@ -23,11 +23,10 @@ from tether.atomic import written_beside
 from tether.errors import TetherError, UnknownName, Unsupported, received
 from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import check_built
-from tether.files.tensors.dialects import Names
-from tether.files.tensors.peft_config import CONFIG, CONSTANTS, FIELDS, TENSORS, commonest, whole_number
-from tether.files.tensors.peft_parts import shift_of, turned_there
-from tether.files.tensors.peft_places import PREFIX, Place, as_stored, places_of, refuse_pieces
-from tether.files.tensors.peft_tensors import (
+from tether.files.peft.peft_config import CONFIG, CONSTANTS, FIELDS, TENSORS, commonest, whole_number
+from tether.files.peft.peft_parts import shift_of, turned_there
+from tether.files.peft.peft_places import PREFIX, PeftPlace, as_stored, peft_places_of, refuse_pieces
+from tether.files.peft.peft_tensors import (
     factor_of,
     first_factor,
     inputs_first,
@@ -41,6 +40,7 @@ from tether.files.tensors.peft_tensors import (
     transposed,
     turned,
 )
+from tether.files.tensors.dialects import Names
 from tether.files.tensors.tensor_file import write_tensors
 from tether.forms.boft import butterfly_of
 from tether.forms.dora import lengths_of
@@ -137,11 +137,11 @@ class _Writing:
         self.tokens: dict[str, list[int]] = {}
         self.kronecker: list[Sizes] = []
         self.vera: dict[str, tuple[tuple[Weight, Weight], tuple[int, int]]] = {}
-        self.scaled: dict[str, tuple[Place, tuple[Weight, float]]] = {}
+        self.scaled: dict[str, tuple[PeftPlace, tuple[Weight, float]]] = {}
         self.scaled_biases: dict[str, tuple[Weight, float]] = {}
         self.more: Config = {}
         """What the config of a kind says besides."""
-        places = places_of(model, names)
+        places = peft_places_of(model, names)
         self.biased = {place.modules[0] for place in places if place.leaf == "bias"}
         for place in places:
             if isinstance(place.named.variable, View):
@@ -149,7 +149,7 @@ class _Writing:
         self._refuse_nameless(model, names, {place.named.path for place in places})
         self._finish()
 
-    def _write(self, place: Place, expression: Expression) -> None:
+    def _write(self, place: PeftPlace, expression: Expression) -> None:
         found = self._added(expression)
         if found is None:
             return
@@ -195,7 +195,7 @@ class _Writing:
 
     # ------------------------------------------------------------------- the kinds
 
-    def _ways(self, place: Place) -> tuple[Callable[[Place, Expression, float], bool], ...]:
+    def _ways(self, place: PeftPlace) -> tuple[Callable[[PeftPlace, Expression, float], bool], ...]:
         """What a part may be: each writes it and returns true, or leaves it to the next."""
         is_matrix = not place.is_table and not place.is_convolution
         of_matrices = (self._vera, self._oft, self._boft, self._fourier) if is_matrix else ()
@@ -204,18 +204,18 @@ class _Writing:
             *of_matrices, self._scale,
         )  # fmt: skip
 
-    def _ranked(self, kind: str, place: Place, scale: float, rank: int) -> str:
+    def _ranked(self, kind: str, place: PeftPlace, scale: float, rank: int) -> str:
         """Notes a module with a rank and a scale, and returns what its tensors' names begin with."""
         module = place.modules[0]
         self.targets[module] = kind
         self.ranks[module], self.alphas[module] = rank, scale * rank
         return f"{PREFIX}{module}."
 
-    def _low_rank(self, place: Place, added: Expression, strength: float) -> bool:
+    def _low_rank(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = products_of(added)
         return found is not None and self._factors(place, strength, found)
 
-    def _factors(self, place: Place, strength: float, found: Sequence[tuple[float, Weight, Weight]]) -> bool:
+    def _factors(self, place: PeftPlace, strength: float, found: Sequence[tuple[float, Weight, Weight]]) -> bool:
         """One low-rank part, or several whose factors are put side by side: as a start that is taken off again."""
         scale = found[0][0] or 1.0
         rank = sum(int((a.shape or ())[-1]) for _, a, _ in found)
@@ -229,7 +229,7 @@ class _Writing:
         ]
         return True
 
-    def _dora(self, place: Place, added: Expression, strength: float) -> bool:
+    def _dora(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = lengths_of(added)
         if found is None or strength != 1:
             return False
@@ -241,7 +241,7 @@ class _Writing:
         self.tensors.append(turned(name, found[3], shape, lambda v: v.reshape(shape)))
         return True
 
-    def _whole(self, place: Place, added: Expression, strength: float) -> bool:
+    def _whole(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         own = whole_of(added)
         if own is None or strength != 1:
             return False
@@ -250,7 +250,7 @@ class _Writing:
         self.whole[module, place.leaf] = turned(f"{PREFIX}{module}.{place.leaf}", own, stored, back)
         return True
 
-    def _shift(self, place: Place, added: Expression, strength: float) -> bool:
+    def _shift(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         own = shift_of(added)
         if own is None or place.leaf != "bias":
             return False
@@ -258,7 +258,7 @@ class _Writing:
         self.shifts[place.modules[0]] = turned(f"{PREFIX}{place.modules[0]}.lora_B.bias", own, stored, back)
         return True
 
-    def _rows(self, place: Place, added: Expression, strength: float) -> bool:
+    def _rows(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = rows_of(added)
         if found is None or strength != 1:
             return False
@@ -267,7 +267,7 @@ class _Writing:
         self.tensors.append(entry_of(found[0].variable, name))
         return True
 
-    def _hadamard(self, place: Place, added: Expression, strength: float) -> bool:
+    def _hadamard(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = pairs_of(added)
         if found is None or place.is_table:
             return False
@@ -279,7 +279,7 @@ class _Writing:
             ]
         return True
 
-    def _kronecker(self, place: Place, added: Expression, strength: float) -> bool:
+    def _kronecker(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = matrices_of(added)
         window = place.named.shape[:-2] if place.is_convolution else ()
         if found is None or place.is_table or math.prod(found[1].window) != math.prod(window):
@@ -302,7 +302,7 @@ class _Writing:
             ]  # fmt: skip
         return True
 
-    def _vera(self, place: Place, added: Expression, strength: float) -> bool:
+    def _vera(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = vectors_of(added)
         if found is None:
             return False
@@ -317,7 +317,7 @@ class _Writing:
         ]
         return True
 
-    def _oft(self, place: Place, added: Expression, strength: float) -> bool:
+    def _oft(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = turned_of(added)
         if found is None or strength != 1:
             return False
@@ -332,7 +332,7 @@ class _Writing:
         self.tensors.append(turned(name, own, own.shape or (), lambda array: sign * array))
         return True
 
-    def _boft(self, place: Place, added: Expression, strength: float) -> bool:
+    def _boft(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = butterfly_of(added)
         if found is None or strength != 1:
             return False
@@ -350,7 +350,7 @@ class _Writing:
         ]
         return True
 
-    def _fourier(self, place: Place, added: Expression, strength: float) -> bool:
+    def _fourier(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = waves_of(added)
         if found is None:
             return False
@@ -364,7 +364,7 @@ class _Writing:
         self.tensors.append(times(turned(name, own, own.shape or (), lambda array: array), total / common))
         return True
 
-    def _alike(self, kind: str, place: Place, field: str, value: object) -> None:
+    def _alike(self, kind: str, place: PeftPlace, field: str, value: object) -> None:
         """Notes what the config of a kind says once for all modules."""
         module = place.modules[0]
         if self.more.setdefault(field, value) != value:
@@ -374,7 +374,7 @@ class _Writing:
             )
         self.targets[module] = kind
 
-    def _scale(self, place: Place, added: Expression, strength: float) -> bool:
+    def _scale(self, place: PeftPlace, added: Expression, strength: float) -> bool:
         found = scaled_of(added)
         if found is None or place.is_table:
             return False
@@ -509,7 +509,7 @@ class _Writing:
         return {**found, **self.more}
 
 
-def _not_written(place: Place, expression: Expression, strength: float) -> Unsupported:
+def _not_written(place: PeftPlace, expression: Expression, strength: float) -> Unsupported:
     at = "" if strength == 1 else f" at strength {strength:g}"
     return Unsupported(
         f"{place.named.name} = {expression.notation()} has a part{at} that a folder of PEFT's cannot hold: for each "
