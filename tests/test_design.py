@@ -1,5 +1,7 @@
 """`docs/design.md`: its walks are what runs, its files are there, its picture is the present one."""
 
+import ast
+import collections
 import importlib.util
 import re
 import sys
@@ -59,3 +61,15 @@ def test_the_picture_shows_the_rooms_and_arrows_of_today():
     there = house.PICTURE.read_text(encoding="utf-8")
     assert house.rooms_and_arrows(house.draw()) == house.rooms_and_arrows(there), "run scripts/draw_house.py"
     assert there.count("<path d=") > 10
+
+
+def test_no_two_modules_and_no_two_classes_have_one_name():
+    modules = [path for path in SOURCE.rglob("*.py") if not path.stem.startswith("__")]
+    classes = [
+        node.name
+        for path in modules
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    for names in ([path.stem for path in modules], classes):
+        assert [name for name, count in collections.Counter(names).items() if count > 1] == []
