@@ -1809,7 +1809,7 @@ def test_a_private_name_that_is_gone_costs_its_feature_and_not_the_package():
 
 @pytest.mark.parametrize("path", sorted(private.LOOKED_UP))
 def test_every_private_name_is_there(path):
-    assert not private.is_missing(private.private(path, "A test"))
+    assert not private.is_missing(private.private(path, private.LOOKED_UP[path]))
 
 
 def test_what_is_missing_says_so_when_it_is_used():
