@@ -101,16 +101,21 @@ def no_file(path: str | os.PathLike[str]) -> str:
     target = pathlib.Path(path)
     said = f"There is no file {str(path)!r}."
     if target.is_dir():
-        return f"{said} It is a folder: name a file in it. It has: {_listed(target)}."
+        return f"{said} It is a folder: name a file in it. It has: {_content(target)}."
     if not target.parent.is_dir():
         return f"{said} There is no folder {str(target.parent)!r} either; the present one is {os.getcwd()!r}."
     near = did_you_mean(target.name, sorted(each.name for each in target.parent.iterdir()), cutoff=0.5)
-    return f"{said}{near} Its folder has: {_listed(target.parent)}."
+    return f"{said}{near} Its folder has: {_content(target.parent)}."
 
 
-def _listed(folder: pathlib.Path) -> str:
-    names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+def _content(folder: pathlib.Path) -> str:
+    return listed(sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))) or "nothing"
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names in a message: the first of them, and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def no_folder(path: str | os.PathLike[str]) -> str:

@@ -34,7 +34,7 @@ from tether.adapters.manage import (
     taken_apart,
 )
 from tether.adapters.slotted import Part
-from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, no_file, received
+from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName, listed, no_file, received
 from tether.files.keras.archive import reading
 from tether.files.keras.load import making
 from tether.files.loading.assignment import Assignment, check_fit
@@ -249,8 +249,8 @@ def _names_of(found: Sequence[tuple[Config, object]], path: str | os.PathLike[st
     """What the adapters of a file will be called."""
     called = [header["name"] for header, _ in found]
     if name is not None and len(found) > 1:
-        listed = ", ".join(map(repr, called[:6]))
-        raise TetherError(f"{str(path)!r} holds {len(found)} adapters, which keep their names: {listed}. Omit `name`.")
+        names = listed(map(repr, called), 6)
+        raise TetherError(f"{str(path)!r} holds {len(found)} adapters, which keep their names: {names}. Omit `name`.")
     return called if name is None else [name]
 
 

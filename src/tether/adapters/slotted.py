@@ -21,7 +21,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import ShapeMismatch, TetherError, UnknownName, received
+from tether.errors import ShapeMismatch, TetherError, UnknownName, listed, received
 from tether.forms.low_rank import ranks_of
 from tether.layers.depth.bank import (
     EachEntry,
@@ -304,10 +304,9 @@ def slots_for(places: Mapping[str, Slotted], adapters: Sequence[str], trainable:
             f"needed: of {len(names)} slots {trains} train. Take adapters off, or give `trainable={not trainable}`."
         )
     taken = [str(name) for name in names if name is not None]
-    listed = ", ".join(taken[:6]) + (", ..." if len(taken) > 6 else "")
     raise TetherError(
-        f"{len(free)} of {len(names)} slots are free, and {len(new)} are needed. The others have: {listed}. Take one "
-        "off: `remove(model, name)`, or give `replace=True`."
+        f"{len(free)} of {len(names)} slots are free, and {len(new)} are needed. The others have: {listed(taken, 6)}. "
+        "Take one off: `remove(model, name)`, or give `replace=True`."
     )
 
 
@@ -334,8 +333,7 @@ def made_of(places: Mapping[str, Slotted], parts: Mapping[str, Part], name: str)
     outside = [path for path in parts if path not in places]
     if outside:
         raise UnknownName(
-            f"The adapter {name!r} changes {outside[0]!r}, which has no slots. They are at: "
-            f"{', '.join(list(places)[:4])}{', ...' if len(places) > 4 else ''}."
+            f"The adapter {name!r} changes {outside[0]!r}, which has no slots. They are at: {listed(places, 4)}."
         )
     return {path: part(places[path].base) for path, part in parts.items()}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import keras
 
-from tether.errors import TetherError
+from tether.errors import TetherError, listed
 from tether.keras_seam import census
 from tether.keras_seam.frames import (
     _first_local,
@@ -286,7 +286,7 @@ class _Gate:
         if not self.fits(model):
             known = set(map(id, optimized_variables(model.optimizer)))
             new = [variable.path for variable in model.trainable_variables if id(variable) not in known]
-            unknown = f", such as {_listed(new)}" if new else ""
+            unknown = f", such as {listed(map(repr, new))}" if new else ""
             raise TetherError(
                 f"The model {model.name!r} was changed after it was trained (a tie, an adapter, a freeze or the like): "
                 f"other weights train now than its optimizer was made for{unknown}. "
@@ -298,8 +298,8 @@ class _Gate:
         if differences:
             model.train_function = None
             warnings.warn(
-                f"What trains of the weight {_listed(differences)} has changed since the model {model.name!r} was "
-                "compiled (a layer that uses it, or the weight itself, was frozen or unfrozen). It takes effect now, "
+                f"What trains of the weight {listed(map(repr, differences))} has changed since the model "
+                f"{model.name!r} was compiled (a layer that uses it, or the weight itself, was frozen or unfrozen). It takes effect now, "
                 "with what the optimizer has kept so far. Compile the model again after a change, and it starts anew.",
                 stacklevel=5,
             )
@@ -342,10 +342,6 @@ class _Guarded:
         elif saving_scope() is not None and not gate.fits(model):
             return {}  # a copy whose optimizer would not take the state that is saved beside it
         return getattr(type(model), self.name)(model, *args, **kwargs)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 # --------------------------------------------------------------------------- what an optimizer gets

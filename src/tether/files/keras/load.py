@@ -10,7 +10,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, LostTie, TetherError
+from tether.errors import InvalidConfig, LostTie, TetherError, listed
 from tether.files.keras.archive import Contents, contents, damaged, dtype_of, is_bytes, opened_archive, places_of
 from tether.files.loading.matching import positions
 from tether.layers.tying import paths
@@ -407,14 +407,14 @@ def _check_values(model: keras.Model, found: Contents, *, compiled: bool, path: 
     needed, known = places_of(model, of_layers=True), places_of(model)
     absent = [place for place, shape in needed.items() if found.values.get(place) != shape]
     if absent:
-        raise InvalidConfig(f"{str(path)!r} has no value for {_some(absent)}.")
+        raise InvalidConfig(f"{str(path)!r} has no value for {listed(sorted(absent))}.")
     tops = {place.partition("/")[0] for place in needed}
     extra = [place for place in found.values if place not in known]
     if not compiled or getattr(model, "non_trainable_weights", None):
         # Slots of what was frozen after it was trained: Keras goes on without them, and says so where it matters.
         extra = [place for place in extra if place.partition("/")[0] in tops]
     if extra:
-        raise InvalidConfig(f"{str(path)!r} has values that the model in it has no place for: {_some(extra)}.")
+        raise InvalidConfig(f"{str(path)!r} has values that the model in it has no place for: {listed(sorted(extra))}.")
 
 
 def _check_ties(model: keras.Model, config: Config, *, path: object) -> None:
@@ -430,8 +430,8 @@ def _check_ties(model: keras.Model, config: Config, *, path: object) -> None:
     ]
     if lost:
         raise LostTie(
-            f"{str(path)!r} records ties that did not come back: {_some(lost)}. A class around them makes its layers "
-            "anew when it is read, and does not read them from its config."
+            f"{str(path)!r} records ties that did not come back: {listed(sorted(lost))}. A class around them makes "
+            "its layers anew when it is read, and does not read them from its config."
         )
 
 
@@ -458,11 +458,6 @@ def _is_tied(layer: keras.Layer, path: str) -> bool:
         return False
     state = state_of(place.layer)
     return isinstance(place.variable, View) or (state is not None and place.leaf in state.pending)
-
-
-def _some(names: Iterable[str]) -> str:
-    found = sorted(names)
-    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
 __all__ = ["explained", "load_model", "making", "missing_names"]

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
-from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, ValueConflict, received
+from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, ValueConflict, listed, received
 from tether.files.loading.entries import Conflict, Loaded, Report, Rows, difference_of, tolerance_of
 from tether.layers.tying.state import View, shape_of
 from tether.types import Array, Tensor
@@ -307,16 +307,11 @@ def _refuse_misfit(missing: Sequence[Wanted], skipped: Sequence[tuple[str, bool]
     absent = [each.name for each in missing if each.required]
     unused = [name for name, counts in skipped if counts]
     if absent or unused:
-        parts = [f"has no value for {_listed(absent)}"] if absent else []
-        parts += [f"has values that the model has no place for: {_listed(unused)}"] if unused else []
+        parts = [f"has no value for {listed(map(repr, absent), 6)}"] if absent else []
+        parts += [f"has values that the model has no place for: {listed(map(repr, unused), 6)}"] if unused else []
         raise TetherError(
             f"{what} {', and '.join(parts)}. Load what fits with `strict=False`; the report says what did not."
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return ", ".join(map(repr, names[:6])) + more
 
 
 # --------------------------------------------------------------------------- values

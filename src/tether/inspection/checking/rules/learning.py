@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from tether import keras_seam
+from tether.errors import listed
 from tether.inspection.checking.context import Context
 from tether.inspection.checking.finding import Finding, as_code, rule
 from tether.inspection.checking.samples import deviation
@@ -255,9 +256,7 @@ def compiled_before_tied(context: Context) -> Iterator[Finding]:
 
 
 def _listed(variables: list[keras.Variable]) -> str:
-    names = [repr(variable.path) for variable in variables]
-    more = f" and {len(names) - MOST_MISSED} more" if len(names) > MOST_MISSED else ""
-    return ", ".join(names[:MOST_MISSED]) + more
+    return listed((repr(variable.path) for variable in variables), MOST_MISSED)
 
 
 def _compile_again(context: Context) -> str:
