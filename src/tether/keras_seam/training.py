@@ -300,7 +300,8 @@ class _Gate:
             warnings.warn(
                 f"What trains of the weight {listed(map(repr, differences))} has changed since the model "
                 f"{model.name!r} was compiled (a layer that uses it, or the weight itself, was frozen or unfrozen). It "
-                "takes effect now, with what the optimizer has kept so far. Compile the model again after a change, and it starts anew.",
+                "takes effect now, with what the optimizer has kept so far. Compile the model again after a "
+                "change, and it starts anew.",
                 stacklevel=5,
             )
 
