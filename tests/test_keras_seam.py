@@ -783,6 +783,38 @@ def test_what_is_frozen_for_the_garbage_collector_is_found_too():
     assert model in census._layers and model.layers[0] in census._layers and gc.get_freeze_count() > frozen
 
 
+@of_the_newer_keras
+def test_memory_is_gone_through_once_where_something_else_holds_the_code_of_keras(monkeypatch):
+    """Such as a traceback: there is more than layers and optimizers account for, and no search finds it."""
+    census.find_new()
+    held = [code for code in (*OF_LAYERS, *census._OF_OPTIMIZERS) for _ in range(5)]
+    looked, original = [], gc.get_objects
+    monkeypatch.setattr(
+        census.gc, "get_objects", lambda *generation: (looked.append(generation), original(*generation))[1]
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        census.find_new()
+        assert (2,) in looked and census._is_something_new()
+        looked.clear()
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+        for _ in range(3):
+            census.find_new()
+        assert model in census._layers and model.layers[0] in census._layers
+        assert looked and (2,) not in looked
+        gc.collect()  # what is young is old from now on
+        layer, optimizer = keras.layers.Dense(2), keras.optimizers.Adam()
+        gc.collect()
+        census.find_new()
+        assert (2,) in looked and layer in census._layers and optimizer in census._optimizers
+    finally:
+        gc.enable()
+    del held
+    census.find_new()
+    assert not census._is_something_new()
+
+
 def test_what_trains_evaluates_and_predicts_makes_its_function_first():
     layer = keras.layers.Dense(2)
     model, x = trained(layer)

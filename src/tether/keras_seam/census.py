@@ -91,7 +91,15 @@ def layers() -> list[keras.Layer]:
 
 def find_new() -> None:
     """Sees the layers and optimizers that have not been seen."""
-    if not _is_something_new() or _find_in((0, 1, 2)):
+    global _searched
+    if not _is_something_new():
+        return
+    before = _collections()
+    if (before, gc.get_freeze_count()) <= _searched:
+        _find_in((0, 1))
+        return
+    _searched = _NEVER
+    if _find_in((0, 1, 2)):
         return
     _find_orphans()
     if _is_something_new() and gc.get_freeze_count():
@@ -99,6 +107,20 @@ def find_new() -> None:
         if not _find_in((2,)):
             _find_orphans()
         gc.freeze()
+    if _is_something_new() and _collections() == before:
+        _searched = before, gc.get_freeze_count()
+
+
+_NEVER = (-1, 0)
+_searched = _NEVER
+"""When memory was gone through and not everything found, since something else than a function holds the code, such as
+a traceback: the collections by then, and how much was frozen, which gets less when something dies. As long as there are
+no more, what has been made since is among the young objects."""
+
+
+def _collections() -> int:
+    """How often the garbage collector may have moved objects to the oldest generation."""
+    return sum(each["collections"] for each in gc.get_stats()[1 if sys.version_info < (3, 14) else 0 :])
 
 
 def _find_in(generations: tuple[int, ...]) -> bool:
