@@ -24,8 +24,8 @@ TURNS = {
 """Which backends run a test that is for one or two of them: PyTorch most, which compiles nothing, and JAX least, where
 compiling takes most of the time."""
 AS_ONE = {"guides"}
-"""Folders whose modules are one piece of work: their tests look at what the module has trained once. All tests of a
-module run in one worker, and with --spread on the same backend."""
+"""Folders whose modules are one piece of work, whose tests look at what the module has trained once: with --spread all
+tests of a module run on the same backend."""
 MOST_MAPPINGS = 30_000
 """JAX maps memory for each program that it has compiled, of which Linux allows a process some 65,000 mappings."""
 
@@ -44,15 +44,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A worker gets all tests that one function makes, or all of a module that is one piece of work."""
-    from xdist.scheduler import LoadScopeScheduling
+    """A worker gets all tests of a module, in their order: what the module has made is made once."""
+    from xdist.scheduler import LoadFileScheduling
 
-    class ByPiece(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            path = nodeid.partition("::")[0]
-            return path if AS_ONE.intersection(path.split("/")) else nodeid.partition("[")[0]
-
-    return ByPiece(config, log)
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def leave_out(config, items, these):
