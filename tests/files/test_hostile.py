@@ -405,7 +405,7 @@ def test_no_bytes_make_the_adapter_reader_fail_otherwise(slots, times, adapter, 
         tether.adapters.load(model, path, name="read", replace=True)
 
     load(model, adapter)
-    search_bytes(kept(load, lambda: model), adapter, tmp_path, 300 * times)
+    search_bytes(kept(load, lambda: model), adapter, tmp_path, 1000 * times)
 
 
 def places_in(config, path=()):
