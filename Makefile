@@ -117,12 +117,13 @@ bench: $(VENV)/.test-stamp ## run benchmarks/*.py on each backend (BENCH=benchma
 
 # ---- check ------------------------------------------------------------------
 
-# Runs pytest on each backend in turn and stops at the first that fails. $(1): more arguments.
+# Runs pytest on each backend in turn, also on those after one that fails: a run takes long, and says all that it found.
+# $(1): more arguments.
 define on_each_backend
-	@for b in $(CHOSEN); do \
+	@failed=; for b in $(CHOSEN); do \
 		echo "== tests on $$b"; \
-		KERAS_BACKEND=$$b $(TEST_ENV) $(PYTEST) -n $(WORKERS) $(1) $(PYTEST_ARGS) tests || exit 1; \
-	done
+		KERAS_BACKEND=$$b $(TEST_ENV) $(PYTEST) -n $(WORKERS) $(1) $(PYTEST_ARGS) tests || failed="$$failed $$b"; \
+	done; test -z "$$failed" || { echo "== failed on:$$failed" >&2; exit 1; }
 endef
 
 # The seam's tests on the oldest Keras; first, that it is the oldest which is imported. $(1): more arguments.
