@@ -748,6 +748,7 @@ def test_looking_around_sees_every_layer_model_and_optimizer(monkeypatch):
     gc.collect()  # what is old is looked for too
     for module, seen in ((census, "_layers"), (census, "_optimizers"), (training, "_models")):
         monkeypatch.setattr(module, seen, weakref.WeakSet())
+    monkeypatch.setattr(census, "_mark", None)  # nothing has been looked at
     census.find_new()
     assert held["model"] in training._models and held["model"].layers[0] in census._layers
     assert held["model"].optimizer in census._optimizers
@@ -788,6 +789,39 @@ def test_what_is_frozen_for_the_garbage_collector_is_found_too():
 
 
 @of_the_newer_keras
+def test_what_is_frozen_is_gone_through_once_for_each_time_that_something_is_frozen(monkeypatch):
+    census.find_new()
+    held = [code for code in (*OF_LAYERS, *census._OF_OPTIMIZERS) for _ in range(5)]  # which no search finds
+    thawed, original = [], gc.unfreeze
+    monkeypatch.setattr(census.gc, "unfreeze", lambda: (thawed.append(1), original())[1])
+    gc.freeze()
+    for _ in range(3):
+        gc.collect()
+        census.find_new()
+    assert census._is_something_new() and thawed == [1]
+    layer = keras.layers.Dense(2)
+    gc.freeze()
+    gc.collect()
+    census.find_new()
+    assert layer in census._layers and thawed == [1, 1]
+    del held
+
+
+@of_the_newer_keras
+def test_what_was_made_lately_is_found_among_the_young_objects_alone(monkeypatch):
+    census.find_new()
+    monkeypatch.setattr(census.gc, "get_freeze_count", lambda: pytest.fail("takes as long as what is frozen"))
+    monkeypatch.setattr(census, "_account_for", lambda everything: pytest.fail("takes as long as the heap"))
+    gc.disable()
+    try:
+        layer, optimizer = keras.layers.Dense(2), keras.optimizers.Adam()
+        census.find_new()
+        assert layer in census._layers and optimizer in census._optimizers
+    finally:
+        gc.enable()
+
+
+@of_the_newer_keras
 def test_memory_is_gone_through_once_where_something_else_holds_the_code_of_keras(monkeypatch):
     """Such as a traceback: there is more than layers and optimizers account for, and no search finds it."""
     census.find_new()
@@ -800,18 +834,18 @@ def test_memory_is_gone_through_once_where_something_else_holds_the_code_of_kera
     gc.disable()
     try:
         census.find_new()
-        assert (2,) in looked and census._is_something_new()
+        assert () in looked and census._is_something_new()
         looked.clear()
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
         for _ in range(3):
             census.find_new()
         assert model in census._layers and model.layers[0] in census._layers
-        assert looked and (2,) not in looked
+        assert looked and () not in looked
         gc.collect()  # what is young is old from now on
         layer, optimizer = keras.layers.Dense(2), keras.optimizers.Adam()
         gc.collect()
         census.find_new()
-        assert (2,) in looked and layer in census._layers and optimizer in census._optimizers
+        assert () in looked and layer in census._layers and optimizer in census._optimizers
     finally:
         gc.enable()
     del held

@@ -89,62 +89,61 @@ def layers() -> list[keras.Layer]:
     return list(_layers)
 
 
+class _Mark:
+    """Lies in memory where the youngest object lay when all that was alive had been looked at."""
+
+
+_mark: _Mark | None = None
+_YOUNG = (0,) if sys.version_info >= (3, 14) else (0, 1)
+"""The generations of the garbage collector that a new object is in, until the collector has gone by."""
+
+
 def find_new() -> None:
-    """Sees the layers and optimizers that have not been seen."""
-    global _searched
-    if not _is_something_new():
-        return
-    before = _collections()
-    if (before, gc.get_freeze_count()) <= _searched:
-        _find_in((0, 1))
-        return
-    _searched = _NEVER
-    if _find_in((0, 1, 2)):
-        return
-    _find_orphans()
-    if _is_something_new() and gc.get_freeze_count():
-        gc.unfreeze()  # `gc.freeze` has put objects where nobody finds them
-        if not _find_in((2,)):
-            _find_orphans()
-        gc.freeze()
-    if _is_something_new() and _collections() == before:
-        _searched = before, gc.get_freeze_count()
+    """Sees the layers and optimizers that have not been seen.
+
+    What was made since the last time is most often young. Not all can be found: something else than a function may hold
+    the code, such as a traceback. So that all memory is not gone through again and again for it, a mark is left: as
+    long as that is young, so is all that was made since; and as long as it is not frozen (`gc.freeze` puts objects
+    where nobody finds them), nothing was frozen since.
+    """
+    global _mark
+    if _is_something_new():
+        young = [one for generation in _YOUNG for one in gc.get_objects(generation)]
+        if not _see_all(young) and not _holds_mark(young):
+            everything = gc.get_objects()
+            if not _account_for(everything) and not _holds_mark(everything) and gc.get_freeze_count():
+                gc.unfreeze()
+                _account_for(gc.get_objects())
+                gc.freeze()
+    _mark = _Mark()
 
 
-_NEVER = (-1, 0)
-_searched = _NEVER
-"""When memory was gone through and not everything found, since something else than a function holds the code, such as
-a traceback: the collections by then, and how much was frozen, which gets less when something dies. As long as there are
-no more, what has been made since is among the young objects."""
+def _holds_mark(objects: Sequence[object]) -> bool:
+    return _mark is not None and any(one is _mark for one in objects)
 
 
-def _collections() -> int:
-    """How often the garbage collector may have moved objects to the oldest generation."""
-    return sum(each["collections"] for each in gc.get_stats()[1 if sys.version_info < (3, 14) else 0 :])
-
-
-def _find_in(generations: tuple[int, ...]) -> bool:
-    """Goes through generations of the garbage collector, until all have been seen; `False` if some were not found."""
+def _see_all(objects: Sequence[object]) -> bool:
+    """Looks at objects, the last first, until all layers and optimizers have been seen; `False` if some were not."""
     wanted = _with_subclasses(keras.layers.Layer) | _with_subclasses(keras.optimizers.Optimizer)
-    for generation in generations:  # most often it was made lately
-        everything = gc.get_objects(generation)
-        while everything:
-            part = everything[-_AT_A_TIME:]
-            del everything[-_AT_A_TIME:]
-            see(*itertools.compress(part, map(wanted.__contains__, map(type, part))))
-            if not _is_something_new():
-                return True
+    for end in range(len(objects), 0, -_AT_A_TIME):
+        part = objects[max(end - _AT_A_TIME, 0) : end]
+        see(*itertools.compress(part, map(wanted.__contains__, map(type, part))))
+        if not _is_something_new():
+            return True
     return False
 
 
-def _find_orphans() -> None:
-    """Notes the functions that are left when everything has been seen: so many more than layers and optimizers."""
+def _account_for(everything: Sequence[object]) -> bool:
+    """Sees what is alive, and notes the functions that are left then: so many more than layers and optimizers."""
+    if _see_all(everything):
+        return True
     codes = {id(code) for code in (*OF_LAYERS, *_OF_OPTIMIZERS)}
-    functions = [one for one in gc.get_objects() if type(one) is FunctionType and id(one.__code__) in codes]
+    functions = [one for one in everything if type(one) is FunctionType and id(one.__code__) in codes]
     owned = {id(test) for one in (*_layers, *_optimizers) for test in _tests_of(one)}
     for function in functions:
         of_code = _orphans.setdefault(id(function.__code__), weakref.WeakSet())
         (of_code.discard if id(function) in owned else of_code.add)(function)
+    return not _is_something_new()
 
 
 def _tests_of(one: keras.Layer | keras.Optimizer) -> list[Function]:
