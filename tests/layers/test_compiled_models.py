@@ -475,7 +475,7 @@ def test_freezing_or_unfreezing_a_whole_weight_asks_for_compile(frozen_before, r
 def looked(monkeypatch):
     """How often everything in memory was gone through."""
     seen, original = [], gc.get_objects
-    monkeypatch.setattr(census.gc, "get_objects", lambda generation: (seen.append(1), original(generation))[1])
+    monkeypatch.setattr(census.gc, "get_objects", lambda *generation: (seen.append(1), original(*generation))[1])
     return seen
 
 
