@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import itertools
 import pathlib
 import zlib
 
@@ -26,7 +27,7 @@ compiling takes most of the time."""
 AS_ONE = {"guides"}
 """Folders whose modules are one piece of work, whose tests look at what the module has trained once: with --spread all
 tests of a module run on the same backend."""
-MOST_MAPPINGS = 30_000
+MOST_MAPPINGS = 20_000
 """JAX maps memory for each program that it has compiled, of which Linux allows a process some 65,000 mappings."""
 
 
@@ -36,8 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--run-slow"):
-        leave_out(config, items, {item for item in items if item.get_closest_marker("slow")})
+    leave_out(config, items, {item for item in items if is_too_slow(item, config.getoption("--run-slow"))})
     if config.getoption("--spread"):
         leave_out(config, items, set(elsewhere(items)))
 
@@ -56,6 +56,12 @@ def leave_out(config, items, these):
     items[:] = [item for item in items if item not in these]
 
 
+def is_too_slow(item, run_slow):
+    """Whether a test is left out since it takes long: always, or where another backend runs what takes minutes."""
+    here, marker = keras.backend.backend(), item.get_closest_marker("slow")
+    return marker is not None and not (run_slow and marker.kwargs.get("on", here) == here)
+
+
 def folder_of(item, folders):
     return next((part for part in item.path.relative_to(item.config.rootpath).parts if part in folders), None)
 
@@ -65,12 +71,20 @@ def elsewhere(items):
 
     Which ones is told from names alone, since a table may be longer on one backend: by the place of the function in its
     module, and what the test is called. A test that some backend leaves out runs on all, or it might run on none.
+
+    Of a large table (`thin`) the rows on some diagonals run, so that each value of each parameter is in one of them; a
+    table that is for all backends has other diagonals on each.
     """
     places = collections.defaultdict(dict)
+    here = keras.backend.backend()
     for item in items:
         marker = item.get_closest_marker("spread")
         folder = folder_of(item, SPREAD)
         says = (marker.args[0] if marker.args else 1) if marker else SPREAD.get(folder, len(BACKENDS))
+        thin = item.get_closest_marker("thin")
+        turn = BACKENDS.index(here) if says == len(BACKENDS) else 0
+        if thin is not None and (diagonal_of(item) + turn) % thin.args[0]:
+            yield item
         if says == len(BACKENDS) or item.get_closest_marker("skipif") is not None:
             continue
         whole = folder in AS_ONE
@@ -79,8 +93,17 @@ def elsewhere(items):
         if not whole and hasattr(item, "callspec"):
             place += zlib.crc32(item.callspec.id.encode())
         turns = [says] if isinstance(says, str) else TURNS[says]
-        if keras.backend.backend() not in turns[place % len(turns)].split():
+        if here not in turns[place % len(turns)].split():
             yield item
+
+
+def diagonal_of(item):
+    """On which diagonal of its table a row is: the places of its values among those of each parameter, together."""
+    row, diagonal = next(iter(item.callspec.indices.values())), 0
+    for mark in reversed(list(item.iter_markers("parametrize"))):  # the last parameter changes from row to row
+        row, place = divmod(row, len(mark.args[1]))
+        diagonal += place
+    return diagonal
 
 
 def pytest_collection_finish():
@@ -94,12 +117,17 @@ def pytest_report_header(config):
     return f"keras {keras.__version__}, backend {keras.backend.backend()}"
 
 
-@pytest.fixture(autouse=True, scope="module")
+TESTS_RUN = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
 def few_programs():
     """On JAX, what was compiled is given back before it is too much: a process without mappings left would crash."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if keras.backend.backend() == "jax" and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if keras.backend.backend() != "jax" or next(TESTS_RUN) % 10 or not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
         import jax
 
         jax.clear_caches()

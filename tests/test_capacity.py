@@ -74,6 +74,7 @@ def chosen(model, x, number):
     return numpy(tether.routed(model)([x, np.full(len(x), number)]))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("train", [None, 0, 2])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_free_slot_is_the_base_and_an_adapter_in_one_is_that_adapter(rng, kind, train, tmp_path):

@@ -131,6 +131,7 @@ def assert_outputs(model, path, format, batches=(1, 3)):
 # --------------------------------------------------------------------------- what is written
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("format", HERE)
 @pytest.mark.parametrize(
     "kind", [kind if name in QUICK else pytest.param(kind, marks=pytest.mark.slow) for name, kind in KINDS.items()]
@@ -456,6 +457,7 @@ def test_a_folder_whose_rename_fails_is_the_old_one(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["served"]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("format", HERE)
 @pytest.mark.parametrize("count", [3, 11])
 def test_a_choice_for_each_example_is_one_more_input(format, count, tmp_path, rng):

@@ -97,6 +97,7 @@ REPEATED = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("format", HERE)
 @pytest.mark.parametrize("kind", SHARED)
 def test_a_model_of_shared_depth(kind, format, tmp_path):
@@ -119,6 +120,7 @@ def test_a_kernel_of_all_blocks_is_stored_once(format, tmp_path):
     assert [size for size in stored_sizes(path, format) if size >= LARGE**2 // 2] == [LARGE**2]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("format", HERE)
 @pytest.mark.parametrize("kind", REPEATED)
 def test_a_model_with_a_repeat(kind, format, tmp_path):

@@ -346,7 +346,7 @@ def search_bytes(read, good, folder, examples, check=lambda found: None):
     search()
 
 
-SHORT_AND_LONG = [pytest.param(1), pytest.param(30, marks=pytest.mark.slow)]
+SHORT_AND_LONG = [pytest.param(1), pytest.param(30, marks=pytest.mark.slow(on="torch"))]
 
 
 @pytest.mark.parametrize("times", SHORT_AND_LONG)
@@ -441,7 +441,7 @@ def test_no_config_makes_the_readers_fail_otherwise(times, good, tmp_path):
     search()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on="torch")
 def test_no_bytes_that_a_search_by_coverage_finds_make_the_archive_reader_fail_otherwise(tmp_path):
     pytest.importorskip("atheris", reason="There is no atheris for this system or this Python.")
     run = start("guided", tmp_path, "60")

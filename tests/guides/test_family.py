@@ -164,7 +164,7 @@ def test_the_table_and_the_picture_show_what_was_measured(quick):
     assert not list(result.plot.parent.glob("measured*"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on="torch")
 def test_the_full_run(tmp_path):
     result = family.main(output=tmp_path, console=printed())
     rows = {(row.kind, row.rank): row for row in result.rows}

@@ -78,7 +78,7 @@ def test_slots_of_the_guide_start_at_the_parent(rng):
     np.testing.assert_allclose(numpy(tasks([images, np.array([0, 1, -1, 0])])), numpy(parent(images)), atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on="jax")
 def test_the_full_run_of_one_seed(tmp_path):
     result = many_children.main(seeds=1, output=tmp_path, console=printed())
     means = {way: np.mean(found) for way, found in result.rows.items()}

@@ -333,6 +333,7 @@ def test_frozen_uses_stay_frozen(values):
 # --------------------------------------------------------------------------- surviving
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("values", ["mean", tether.low_rank(2)], ids=["mean", "low rank"])
 @pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("how", ["keras", "weights", "safetensors", "clone", "deepcopy", "untie", "materialize"])

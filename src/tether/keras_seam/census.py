@@ -90,7 +90,7 @@ def layers() -> list[keras.Layer]:
 
 
 class _Mark:
-    """Lies in memory where the youngest object lay when all that was alive had been looked at."""
+    """What is older than it had been looked at when it was made, or there was nothing to look for."""
 
 
 _mark: _Mark | None = None
@@ -107,6 +107,7 @@ def find_new() -> None:
     where nobody finds them), nothing was frozen since.
     """
     global _mark
+    mark = _Mark()
     if _is_something_new():
         young = [one for generation in _YOUNG for one in gc.get_objects(generation)]
         if not _see_all(young) and not _holds_mark(young):
@@ -115,7 +116,8 @@ def find_new() -> None:
                 gc.unfreeze()
                 _account_for(gc.get_objects())
                 gc.freeze()
-    _mark = _Mark()
+                mark = _Mark()  # the other is frozen now
+    _mark = mark
 
 
 def _holds_mark(objects: Sequence[object]) -> bool:
