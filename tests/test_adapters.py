@@ -14,6 +14,8 @@ from tether.errors import InvalidConfig, ShapeMismatch, TetherError, UnknownName
 from tether.layers.tying.state import View
 from tether.weights import Weight
 
+pytestmark = pytest.mark.spread(2)
+
 layers = keras.layers
 
 QUERIES = {"*query/kernel": tether.low_rank(2), "head/kernel": tether.low_rank(1)}

@@ -581,6 +581,7 @@ def test_an_adapter_that_is_frozen_stays_one_when_another_is_added_elsewhere(how
     assert adapters.names(model) == ["b", "twice"]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.spread(3)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("verb", [adapters.activate, adapters.trainable])

@@ -1861,6 +1861,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED_BY_EVERY_TIE = {"get_global_attribute", "name_scope", "current_path", "GLOBAL_CUSTOM_NAMES"}
 
 
+@pytest.mark.spread("torch")
 def test_a_private_name_that_is_gone_costs_its_feature_and_not_the_package():
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.missing_names"],

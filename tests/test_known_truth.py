@@ -6,6 +6,8 @@ import pytest
 
 import tether
 
+pytestmark = pytest.mark.spread
+
 TASKS, INPUTS, OUTPUTS, ROWS = 12, 16, 8, 10
 
 

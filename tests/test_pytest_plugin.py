@@ -13,6 +13,8 @@ from tests.documents import ROOT
 from tether.errors import TetherError, UnknownName
 from tether_pytest.assertion import assert_tied
 
+pytestmark = pytest.mark.spread
+
 layers = keras.layers
 
 

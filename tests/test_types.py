@@ -13,6 +13,8 @@ import pytest
 
 import tether
 
+pytestmark = pytest.mark.spread
+
 USER = pathlib.Path(__file__).parent / "fixtures/typed_user.py"
 OF_KERAS = {"Dense", "Layer", "Model"}
 OTHERS = "jax.*,torch.*,tensorflow.*,h5py.*,ml_dtypes.*,onnx.*,optree.*,rich.*,typer.*,opt_einsum.*"

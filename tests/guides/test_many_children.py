@@ -82,5 +82,6 @@ def test_slots_of_the_guide_start_at_the_parent(rng):
 def test_the_full_run_of_one_seed(tmp_path):
     result = many_children.main(seeds=1, output=tmp_path, console=printed())
     means = {way: np.mean(found) for way, found in result.rows.items()}
-    assert abs(means[MIXED] - means[ALONE]) < 0.02
+    assert means[MIXED] > means[ALONE] - 0.02  # what is trained alone has few batches, and may fail to learn
+    assert np.min(np.subtract(result.rows[MIXED], result.rows[ALONE])) > -0.05
     assert means[MIXED] > means["one network for all tasks"]
