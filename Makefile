@@ -126,14 +126,19 @@ define on_each_backend
 	done; test -z "$$failed" || { echo "== failed on:$$failed" >&2; exit 1; }
 endef
 
-# The seam's tests on the oldest Keras; first, that it is the oldest which is imported. $(1): more arguments.
+# The seam's tests on the oldest Keras; first, that it is the oldest which is imported. One process a backend, all at once,
+# since these tests are one module; what each says is shown when all are through. $(1): more arguments.
 define on_the_oldest_keras
-	@for b in $(BACKENDS); do \
-		echo "== the seam on Keras $(OLDEST_KERAS), $$b"; \
-		export PYTHONPATH="$(CURDIR)/$(OLDEST)" KERAS_BACKEND=$$b $(TEST_ENV); \
-		$(PY) -W ignore -c 'import keras; v = keras.__version__; assert v == "$(OLDEST_KERAS)", f"Keras {v} was imported"' || exit 1; \
-		$(PYTEST) $(1) tests/test_keras_seam.py || exit 1; \
-	done
+	@export PYTHONPATH="$(CURDIR)/$(OLDEST)" $(TEST_ENV); trap 'kill 0' INT TERM; rm -f $(OLDEST)/*.passed; \
+	for b in $(BACKENDS); do \
+		{ export KERAS_BACKEND=$$b; \
+		$(PY) -W ignore -c 'import keras; v = keras.__version__; assert v == "$(OLDEST_KERAS)", f"Keras {v} was imported"' && \
+		$(PYTEST) $(1) tests/test_keras_seam.py && touch $(OLDEST)/$$b.passed; } >$(OLDEST)/$$b.log 2>&1 & \
+	done; wait; \
+	for b in $(BACKENDS); do \
+		echo "== the seam on Keras $(OLDEST_KERAS), $$b"; cat $(OLDEST)/$$b.log; \
+	done; \
+	for b in $(BACKENDS); do test -e $(OLDEST)/$$b.passed || { echo "== failed on $$b" >&2; exit 1; }; done
 endef
 
 ifeq ($(origin BACKEND),command line)
