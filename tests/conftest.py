@@ -19,11 +19,11 @@ SPREAD = {
 }  # fmt: skip
 """With --spread, on how many backends each test of a folder runs; others run on all. A module may say otherwise."""
 TURNS = {
-    1: ("torch", "tensorflow", "torch", "jax", "torch", "tensorflow", "torch"),
+    1: ("torch", "tensorflow", "torch", "torch", "jax", "torch", "torch"),
     2: ("torch jax", "torch tensorflow") * 2 + ("torch tensorflow", "torch jax", "torch tensorflow"),
 }
-"""Which backends run a test that is for one or two of them: PyTorch most, which compiles nothing, and JAX least, where
-compiling takes most of the time."""
+"""Which backends run a test that is for one or two of them: PyTorch most, which compiles nothing; on the others tracing
+and compiling take most of the time."""
 AS_ONE = {"guides"}
 """Folders whose modules are one piece of work, whose tests look at what the module has trained once: with --spread all
 tests of a module run on the same backend."""

@@ -331,6 +331,7 @@ def test_a_file_of_this_backend_is_read_by_the_others(backend, tmp_path, x):
         "assert m.layers[2].kernel.expression == m.layers[1].kernel.expression.T\n"
         "np.testing.assert_allclose(m.predict(d['x'], verbose=0), d['y'], rtol=1e-5, atol=1e-6)\n"
         "if torch:\n    m.compile('adam', 'mse')\n"
+        "m.jit_compile = False\n"  # what the file says would have PyTorch compile with a compiler of C++ for a minute
         "m.fit(d['x'], d['x'], verbose=0)\n"
         "print('read on', keras.backend.backend(), len(m.optimizer.variables))\n"
     )
