@@ -9,6 +9,8 @@ import pytest
 
 from tests.documents import ROOT
 
+pytestmark = pytest.mark.spread
+
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_killed_save_never_costs_the_file(count, tmp_path):

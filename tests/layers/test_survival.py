@@ -326,12 +326,12 @@ def test_a_file_of_this_backend_is_read_by_the_others(backend, tmp_path, x):
         "import sys, numpy as np, keras, tether\n"
         "torch = sys.argv[2] == 'torch'\n"  # Keras itself cannot train elsewhere with an optimizer of PyTorch's own
         "m = keras.saving.load_model(sys.argv[1] + '/m.keras', compile=not torch)\n"
+        "m.jit_compile = False\n"  # what the file says would have PyTorch compile with a compiler of C++ for a minute
         "d = np.load(sys.argv[1] + '/x.npz')\n"
         "assert len(m.weights) == 3\n"
         "assert m.layers[2].kernel.expression == m.layers[1].kernel.expression.T\n"
         "np.testing.assert_allclose(m.predict(d['x'], verbose=0), d['y'], rtol=1e-5, atol=1e-6)\n"
         "if torch:\n    m.compile('adam', 'mse')\n"
-        "m.jit_compile = False\n"  # what the file says would have PyTorch compile with a compiler of C++ for a minute
         "m.fit(d['x'], d['x'], verbose=0)\n"
         "print('read on', keras.backend.backend(), len(m.optimizer.variables))\n"
     )
