@@ -129,7 +129,7 @@ endef
 # The seam's tests on the oldest Keras; first, that it is the oldest which is imported. One process a backend, all at once,
 # since these tests are one module; what each says is shown when all are through. $(1): more arguments.
 define on_the_oldest_keras
-	@export PYTHONPATH="$(CURDIR)/$(OLDEST)" $(TEST_ENV); trap 'kill 0' INT TERM; rm -f $(OLDEST)/*.passed; \
+	@failed=; export PYTHONPATH="$(CURDIR)/$(OLDEST)" $(TEST_ENV); trap 'kill 0' INT TERM; rm -f $(OLDEST)/*.passed; \
 	for b in $(BACKENDS); do \
 		{ export KERAS_BACKEND=$$b; \
 		$(PY) -W ignore -c 'import keras; v = keras.__version__; assert v == "$(OLDEST_KERAS)", f"Keras {v} was imported"' && \
@@ -137,8 +137,8 @@ define on_the_oldest_keras
 	done; wait; \
 	for b in $(BACKENDS); do \
 		echo "== the seam on Keras $(OLDEST_KERAS), $$b"; cat $(OLDEST)/$$b.log; \
-	done; \
-	for b in $(BACKENDS); do test -e $(OLDEST)/$$b.passed || { echo "== failed on $$b" >&2; exit 1; }; done
+		test -e $(OLDEST)/$$b.passed || failed="$$failed $$b"; \
+	done; test -z "$$failed" || { echo "== failed on:$$failed" >&2; exit 1; }
 endef
 
 ifeq ($(origin BACKEND),command line)

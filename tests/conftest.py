@@ -72,8 +72,8 @@ def elsewhere(items):
     Which ones is told from names alone, since a table may be longer on one backend: by the place of the function in its
     module, and what the test is called. A test that some backend leaves out runs on all, or it might run on none.
 
-    Of a large table (`thin`) the rows on some diagonals run, so that each value of each parameter is in one of them; a
-    table that is for all backends has other diagonals on each.
+    Of a large table (`thin`) the rows on some diagonals run; a table that is for all backends has other diagonals on
+    each. So each value of each parameter is in a row that runs, on this backend or another.
     """
     places = collections.defaultdict(dict)
     here = keras.backend.backend()

@@ -48,7 +48,6 @@ def test_in_one_process_with_eight_devices(eight_devices, name):
     assert eight_devices[0][name] == "", eight_devices[0][name]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", names("memory_of_loading"))
 def test_the_memory_of_two_processes(measured, name):
     assert [each[name] for each in measured] == ["", ""], "\n".join(each[name] for each in measured)

@@ -50,7 +50,6 @@ def test_in_the_compiled_text(said, name):
     assert error == "", error
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", names("wide"))
 def test_in_the_compiled_text_for_64_devices(said, name):

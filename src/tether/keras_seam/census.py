@@ -136,7 +136,10 @@ def _see_all(objects: Sequence[object]) -> bool:
 
 
 def _account_for(everything: Sequence[object]) -> bool:
-    """Sees what is alive, and notes the functions that are left then: so many more than layers and optimizers."""
+    """Sees what is alive, and notes the functions that are left then: so many more than layers and optimizers.
+
+    `False` if even so there is more than was found.
+    """
     if _see_all(everything):
         return True
     codes = {id(code) for code in (*OF_LAYERS, *_OF_OPTIMIZERS)}
