@@ -23,7 +23,7 @@ import tether
 from benchmarks._measure import compare, write
 from benchmarks._steps import forward, train
 from tether.weights.leaves import Choice
-from tether.weights.operators.routing import Routed
+from tether.weights.operators.choice import Routed
 
 BACKEND = keras.backend.backend()
 random = np.random.RandomState(0)

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tether_cli.console import Failed, busy
-from tether_cli.options import Custom, Force, Json, Model, examples, print_json
+from tether_cli.console import Custom, Failed, Force, Json, Model, busy, examples, print_json
 
 group = typer.Typer(
     name="adapters",

@@ -11,8 +11,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tether_cli import adapters
-from tether_cli.console import Commands, Failed
-from tether_cli.options import Custom, File, Force, InputShapes, Json, Load, Model, examples, print_json
+from tether_cli.console import (
+    Commands,
+    Custom,
+    Failed,
+    File,
+    Force,
+    InputShapes,
+    Json,
+    Load,
+    Model,
+    examples,
+    print_json,
+)
 
 app = typer.Typer(
     name="tether",

@@ -11,9 +11,8 @@ import tether
 from tests.support import assert_close, gradients, numpy
 from tether import adapters
 from tether.errors import InvalidConfig, TetherError, Unsupported
-from tether.forms.dropout import InputDropout, SeedStart, rate_of
+from tether.forms.dropout import InputDropout, SeedStart, pieces_of, rate_of
 from tether.forms.low_rank import factors_of
-from tether.layers.pieces import pieces_of
 from tether.weights.codec import decode, encode
 
 pytestmark = pytest.mark.spread

@@ -17,9 +17,8 @@ from tether.weights.algebra import is_invertible
 from tether.weights.codec import decode, encode
 from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, live_weights, program
 from tether.weights.leaves import Choice
-from tether.weights.operators.choice import Adapted, Choose
+from tether.weights.operators.choice import Adapted, Choose, Routed
 from tether.weights.operators.quantized import Dequantize, Unpack
-from tether.weights.operators.routing import Routed
 
 ops = tether.ops
 

@@ -23,9 +23,8 @@ from tether.weights import Argument, Constant, Expression, Node, Weight, bind
 from tether.weights.codec import decode, encode
 from tether.weights.expression import MAX_STEPS, OPERATORS, as_expression, leaves, program
 from tether.weights.leaves import Choice
-from tether.weights.operators.choice import Adapted, Choose
+from tether.weights.operators.choice import Adapted, Choose, Routed
 from tether.weights.operators.quantized import Dequantize, Unpack
-from tether.weights.operators.routing import Routed
 
 ops = tether.ops
 BACKEND = keras.backend.backend()

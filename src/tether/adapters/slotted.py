@@ -39,9 +39,8 @@ from tether.types import Array
 from tether.weights.expression import Expression, Node, Shape, Stored, known_shape, program, rewritten
 from tether.weights.leaves import Constant, Slots, numpy_dtype
 from tether.weights.operators.arithmetic import Add, Multiply, Subtract
-from tether.weights.operators.choice import Choose
+from tether.weights.operators.choice import Choose, Routed
 from tether.weights.operators.indexing import Gather
-from tether.weights.operators.routing import Routed
 from tether.weights.weight import Weight
 
 STRENGTH = "strength"

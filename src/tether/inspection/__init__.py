@@ -2,8 +2,7 @@
 
 import importlib
 
-from tether.inspection.collect import diff, facts
-from tether.inspection.count import Count, count
+from tether.inspection.collect import Count, count, diff, facts
 from tether.inspection.facts import AdapterOf, Change, Difference, Facts, Slot, StoredWeight, UseOf, shown_by
 from tether.inspection.gradients import Gradients, UseGradient, WeightGradient, gradients
 from tether.inspection.live import Aliases, aliases, unique

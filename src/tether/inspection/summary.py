@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 
 from tether.errors import TetherError, received
+from tether.inspection.collect import count_of
 from tether.inspection.collect import facts as facts_of
-from tether.inspection.count import count_of
 from tether.inspection.facts import AdapterOf, Facts, StoredWeight, UseOf, human_bytes
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ import keras
 
 from tether import keras_seam
 from tether.errors import ShapeMismatch, Unsupported, received
-from tether.forms.dropout import InputDropout
+from tether.forms.dropout import InputDropout, pieces_of
 from tether.kinds import kind_of, letters_of
-from tether.layers.pieces import pieces_of
 from tether.layers.tying.state import View, standing_in, state_of, views
 from tether.planning import control
 from tether.planning.alternatives import make_plan
@@ -47,7 +46,7 @@ from tether.weights.evaluation import (
 )
 from tether.weights.expression import Expression, Stored, is_view, live_weights
 from tether.weights.leaves import Choice, bind
-from tether.weights.operators.routing import where_option
+from tether.weights.operators.choice import where_option
 
 # --------------------------------------------------------------------------- calls by plan
 # The plan of one use: made at the first call of each kind, then kept with the view.

@@ -16,7 +16,7 @@ from tether.weights.each import choices_in, has_base, is_read_only
 from tether.weights.expression import Expression, Node, program
 from tether.weights.leaves import Choice
 from tether.weights.operators.arithmetic import MatMul
-from tether.weights.operators.routing import Mask
+from tether.weights.operators.choice import Mask
 
 # --------------------------------------------------------------------------- convolutions
 # The steps of a convolution: channels mixed before it, the layer's own, channels mixed after it.

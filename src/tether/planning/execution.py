@@ -12,7 +12,7 @@ import keras
 from tether import keras_seam
 from tether.planning.plan import Entries, Integers, Plan, as_floats
 from tether.types import Tensor
-from tether.weights.operators.routing import where_option
+from tether.weights.operators.choice import where_option
 
 # --------------------------------------------------------------------------- gradients by other steps
 # A value whose gradient is computed in another way than the value was.

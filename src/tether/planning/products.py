@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from tether import keras_seam
 from tether.weights.expression import Expression, Node, Shape, Stored, program
 from tether.weights.leaves import Choice, Constant
-from tether.weights.operators import arithmetic, choice, routing, structure
+from tether.weights.operators import arithmetic, choice, structure
 
 MAX_TERMS = 8
 MAX_FACTORS = 6
@@ -373,7 +373,7 @@ def _on_each_factor(expansion: _Expansion, node: Node, a: Products) -> Products:
     # The gradient of a product to one factor is linear in the gradient of the product, so cutting or scaling
     # the product's gradient is cutting or scaling each factor's.
     def wrapped(factor: Factor) -> Factor:
-        if isinstance(factor.expression, routing.Mask):  # which has no gradient, and which a plan knows by its class
+        if isinstance(factor.expression, choice.Mask):  # which has no gradient, and which a plan knows by its class
             return factor
         again = isinstance(node, arithmetic.StopGradient) and isinstance(factor.expression, arithmetic.StopGradient)
         expression = factor.expression if again else type(node)(factor.expression, **node.parameters)
@@ -401,7 +401,7 @@ def _off(expansion: _Expansion, part: Products, strength: Expression) -> Product
         return part
 
     def switched(factor: Factor) -> Factor:
-        if isinstance(factor.expression, routing.Mask):  # zero or one, whatever the part holds
+        if isinstance(factor.expression, choice.Mask):  # zero or one, whatever the part holds
             return factor
         return expansion.factor(choice.Switched(factor.expression, strength), factor.labels)
 
@@ -413,7 +413,7 @@ def _off(expansion: _Expansion, part: Products, strength: Expression) -> Product
 # What only some choices have is a term with a factor that reads the choice: an entry of a stack, or a mask.
 
 
-def _routed(expansion: _Expansion, node: routing.Routed, _: Products, base: Products, option: Products) -> Products:
+def _routed(expansion: _Expansion, node: choice.Routed, _: Products, base: Products, option: Products) -> Products:
     """The options' terms that read the choice, what base and options have in common, and the rest of both by a mask."""
     number = node.operands[0]
     if any(_reads(factor.expression, number) for term in base.terms for factor in term.factors):
@@ -453,7 +453,7 @@ def _reads(expression: Expression, choice: Expression) -> bool:
 
 
 def _masked(node: Node, term: Summand, of: str | int) -> Summand:
-    return replace(term, factors=(*term.factors, Factor(routing.Mask(node.operands[0], of=of), ())))
+    return replace(term, factors=(*term.factors, Factor(choice.Mask(node.operands[0], of=of), ())))
 
 
 def labels_of(term: Summand) -> tuple[tuple[Labels, ...], tuple[Labels, ...]]:
@@ -488,7 +488,7 @@ _RULES: dict[type, Callable[..., Products]] = {
     choice.Adapted: _adapted,
     choice.Switched: _switched,
     choice.Choose: _chosen,
-    routing.Routed: _routed,
+    choice.Routed: _routed,
 }
 """How the operators of the algebra act on sums of products. Any other operator may say a simpler expression
 that equals it (`Node.expanded`), or is one factor."""

@@ -34,9 +34,8 @@ from tether.weights.operators.arithmetic import (
     StopGradient,
     Subtract,
 )
-from tether.weights.operators.choice import Adapted
+from tether.weights.operators.choice import Adapted, Routed
 from tether.weights.operators.quantized import Dequantize
-from tether.weights.operators.routing import Routed
 from tether.weights.operators.structure import Cast, Einsum, Where
 
 # --------------------------------------------------------------------------- backwards

@@ -28,9 +28,8 @@ from tether.weights.operators.arithmetic import (
     Subtract,
     result_type,
 )
-from tether.weights.operators.choice import Choose, Switched
+from tether.weights.operators.choice import Choose, Mask, Routed, Switched, is_option, where_option
 from tether.weights.operators.indexing import Gather
-from tether.weights.operators.routing import Mask, Routed, is_option, where_option
 from tether.weights.operators.structure import Cast, Reshape
 
 _OF_ANY_SHAPE = (Negative, StopGradient, ScaleGradient, Cast, Switched)

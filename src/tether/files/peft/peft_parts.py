@@ -17,7 +17,7 @@ from tether.files.peft.peft_config import PeftConfig
 from tether.files.peft.peft_places import PeftPlace, as_stored
 from tether.forms.boft import Boft
 from tether.forms.dora import Dora, lengths_of
-from tether.forms.dropout import OutputDropout
+from tether.forms.dropout import OutputDropout, takes_dropout
 from tether.forms.form import AddedForm, part
 from tether.forms.fourier import Fourier, waves_of
 from tether.forms.full import full, whole_of
@@ -28,7 +28,6 @@ from tether.forms.oft import Oft, size_of, turned_of
 from tether.forms.rows import rows, rows_of
 from tether.forms.scale import scaled_of
 from tether.forms.vera import DrawnByTorch, Vera, vectors_of, vera
-from tether.layers.pieces import takes_dropout
 from tether.types import Array
 from tether.weights.expression import Expression, Shape
 from tether.weights.weight import Weight

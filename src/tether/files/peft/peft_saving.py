@@ -25,13 +25,17 @@ from tether.files.loading.entries import Entry, entry_of
 from tether.files.loading.matching import check_built
 from tether.files.peft.peft_config import CONFIG, CONSTANTS, FIELDS, TENSORS, commonest, whole_number
 from tether.files.peft.peft_parts import shift_of, turned_there
-from tether.files.peft.peft_places import PREFIX, PeftPlace, as_stored, peft_places_of, refuse_pieces
-from tether.files.peft.peft_tensors import (
+from tether.files.peft.peft_places import (
+    PREFIX,
+    PeftPlace,
+    as_stored,
     factor_of,
     first_factor,
     inputs_first,
     inputs_scaled,
     outputs_scaled,
+    peft_places_of,
+    refuse_pieces,
     second_factor,
     seed_of,
     side_by_side,

@@ -1,6 +1,5 @@
 """Findings: sharing that is broken, or only looks like sharing."""
 
-from tether.inspection.checking.callback import CheckCallback
-from tether.inspection.checking.examine import check
+from tether.inspection.checking.examine import CheckCallback, check
 
 __all__ = ["CheckCallback", "check"]

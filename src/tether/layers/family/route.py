@@ -20,8 +20,7 @@ from tether.types import AnyLayer, Config, Tensor
 from tether.weights.algebra import split_sum, terms_of
 from tether.weights.expression import Expression, Shape, Stored, as_expression, program
 from tether.weights.leaves import Argument, Choice, bind
-from tether.weights.operators.choice import Choose
-from tether.weights.operators.routing import Routed
+from tether.weights.operators.choice import Choose, Routed
 from tether.weights.weight import Weight
 
 FEW_OPTIONS = 8

@@ -13,7 +13,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import NotInvertible, ShapeMismatch, TetherError, Unsupported, received
-from tether.layers.pieces import refuse_dropout
+from tether.forms.dropout import refuse_dropout
 from tether.layers.tying import paths
 from tether.layers.tying.state import View, shape_of
 from tether.types import Function, Tensor

@@ -16,7 +16,7 @@ import keras
 
 from tether import keras_seam
 from tether.errors import UnknownName, Unsupported, received
-from tether.layers.pieces import refuse_dropout
+from tether.forms.dropout import refuse_dropout
 from tether.layers.records import own_values
 from tether.layers.records.record import encode_ties
 from tether.layers.tying import paths
