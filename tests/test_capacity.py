@@ -85,7 +85,7 @@ def test_a_free_slot_is_the_base_and_an_adapter_in_one_is_that_adapter(rng, kind
     assert adapters.names(model) == [] and adapters.slots(model) == {}
     for number in range(-1, 4):
         assert_close(chosen(model, x, number), plain, 1e-6)
-    assert_close(model(x), plain, 0)
+    assert_close(model(x), plain, 1e-6 if train == 0 else 0)  # PyTorch multiplies otherwise where no gradient is asked
     adapters.add(model, "french", changes, trainable=train != 0)
     adapters.add(model, "german", changes, trainable=False)
     assert list(adapters.slots(model)) == adapters.names(model) == ["french", "german"]
