@@ -610,3 +610,43 @@ def test_another_adapter_does_not_begin_to_train_in_a_callback(verb, nested):
     adapters.set_strengths(inner, {"b": 1.0})
     model.compile("adam", "mse")
     model.fit(x, y, verbose=0)
+
+
+# --------------------------------------------------------------------------- what combining and names leave as it was
+
+
+@pytest.mark.parametrize("freeze", [None, "adapted", "all"])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_combining_freezes_nothing(freeze, rank):
+    model = make_model(frozen=False)
+    adapters.add(model, "a", {pattern(KINDS["dense"]): tether.low_rank(2)}, freeze=freeze)
+    move(model, "a")
+    trained = {weight.path for weight in model.trainable_weights}
+    value = {weight.path: numpy(weight) for weight in model.weights}
+    adapters.combine(model, {"a": 1.0}, into="b", rank=rank)
+    made = {weight.path for weight in adapters.manage.own_weights(model)["b"] if weight.trainable}
+    assert {weight.path for weight in model.trainable_weights} == trained | made and made
+    for weight in model.weights:
+        if weight.path in value:
+            np.testing.assert_array_equal(numpy(weight), value[weight.path])
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"method": "ties"}, {"method": "dare", "seed": 1}])
+def test_an_adapter_that_has_diverged_is_named_and_nothing_is_made(options):
+    model = make_model()
+    for name in ("a", "b"):
+        adapters.add(model, name, {pattern(KINDS["dense"]): tether.low_rank(2)})
+        move(model, name, value=np.nan if name == "b" else None)
+    with pytest.raises(TetherError, match="adapter 'b' adds numbers"):
+        adapters.combine(model, {"a": 1.0, "b": 0.5}, into="c", **options)
+    assert adapters.names(model) == ["a", "b"]
+
+
+def test_a_name_is_one_string_that_can_be_part_of_the_name_of_a_weight():
+    model = make_model()
+    with pytest.raises(TetherError, match=r"no '/' in it.*'a/b'"):
+        adapters.add(model, "a/b", {pattern(KINDS["dense"]): tether.low_rank(2)})
+    adapters.add(model, "a", {pattern(KINDS["dense"]): tether.low_rank(2)})
+    with pytest.raises(TetherError, match=r"by its name, a string.*\['a'\]"):
+        adapters.remove(model, ["a"])
+    assert adapters.names(model) == ["a"]

@@ -526,3 +526,30 @@ def test_draws_that_make_no_sense_are_refused(wrong):
         DrawnByTorch(**wrong)
     with pytest.raises(TetherError, match="Received: "):
         DrawnByTorch()((1 << 20, 1 << 10))
+
+
+# --------------------------------------------------------------------------- what a low-rank part starts near
+
+
+@pytest.mark.parametrize("alpha", [-2, 3])
+@pytest.mark.parametrize("start", ["pissa", "olora", "array"])
+def test_a_start_is_the_same_whatever_the_sign_of_the_scale(start, alpha, rng):
+    base = base_weight((4, 3))
+    array = base.numpy() + np.outer(rng.normal(size=4), rng.normal(size=3))
+    made = base + tether.low_rank(2, alpha=alpha, start=array if start == "array" else start)
+    np.testing.assert_allclose(made.numpy(), array if start == "array" else base.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("values", [np.nan, np.inf])
+def test_a_start_that_no_factors_have_is_refused_before_anything_changes(values):
+    layer = keras.layers.Dense(3, name="d")
+    layer.build((None, 4))
+    names = [weight.path for weight in layer.weights]
+    refused = {
+        "finite numbers": tether.low_rank(2, start=np.full((4, 3), values)),
+        "`alpha` other than 0": tether.low_rank(2, alpha=0, start="pissa"),
+    }
+    for message, form in refused.items():
+        with pytest.raises(TetherError, match=message):
+            tether.adapters.add(layer, "a", {"kernel": form})
+        assert [weight.path for weight in layer.weights] == names and not tether.adapters.names(layer)

@@ -569,3 +569,22 @@ def test_one_row_of_an_example_is_multiplied_with_what_is_stored(rng, kind, numb
     with tether.planning.force("factored"):
         assert_close(layer(x, choice=np.array(numbers)), y, 1e-4)
     assert len(products) == count, "a gradient may be asked for"
+
+
+@pytest.mark.parametrize("mode", ["auto", "factored", "materialize"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_mixture_of_options_that_are_too_much_for_one_sum(rng, mode, with_base):
+    """Options that expand to many terms are one factor of a plan, which holds the base too."""
+    base = tether.Weight(drawn(rng, (3, 4)), name="base")
+    found = [tether.forms.gate()(base), tether.forms.gate()(base), base + tether.forms.kronecker()]
+    layer = tether.route(layers.Dense(4, use_bias=False), kernel=found, base=base if with_base else None)
+    layer.build((None, 3))
+    for weight in layer.weights:
+        weight.assign(drawn(rng, weight.shape))
+    x, share = drawn(rng, (5, 3)), rng.dirichlet(np.ones(4), 5).astype("float32")
+    mixture = share[:, :3] if with_base else share[:, :3] / share[:, :3].sum(axis=1, keepdims=True)
+    right = sum(mixture[:, i : i + 1] * numpy(layer(x, choice=i)) for i in range(3))
+    if with_base:
+        right = right + share[:, 3:] * numpy(layer(x, choice=-1))
+    with tether.planning.force(mode):
+        assert_close(layer(x, choice=mixture), right)

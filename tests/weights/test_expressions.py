@@ -11,7 +11,7 @@ import pytest
 
 import tether
 from tests.support import as_zero, assert_close, gradients
-from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, UnboundArgument
+from tether.errors import InvalidConfig, NotInvertible, ShapeMismatch, TetherError, UnboundArgument
 from tether.weights import Argument, Constant, Node, bind
 from tether.weights.algebra import is_invertible
 from tether.weights.codec import decode, encode
@@ -1175,3 +1175,10 @@ def test_a_function_gets_plain_tensors():
 @keras.saving.register_keras_serializable(package="tests")
 def diagonal_times(x, square):
     return x * keras.ops.diagonal(square)
+
+
+@pytest.mark.parametrize("index", [0.5, np.float32(1), True], ids=["float", "array", "bool"])
+def test_an_index_that_is_no_whole_number_is_refused_at_once(index):
+    options = [tether.Weight((2, 2), name=name) for name in ("a", "b")]
+    with pytest.raises(TetherError, match="An index is a whole number"):
+        tether.ops.choose(index, options)

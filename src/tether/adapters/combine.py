@@ -62,7 +62,8 @@ def combine(
 
     Raises:
         UnknownName: The model has no adapter of a name.
-        TetherError: The new name is taken, a number makes no sense, or the method does not go with the adapters.
+        TetherError: The new name is taken, a number makes no sense, the method does not go with the adapters, or an
+            adapter adds numbers that are not finite (where the sum is not exact).
 
     Example:
     ```python
@@ -86,12 +87,23 @@ def combine(
             parts[path] = partial(_summed, given, expression)
             errors[path] = 0.0
             continue
-        values = [(weight, start_value(made)) for weight, made in given]
+        of_each = {name: start_value(part) for name, (_, part) in expression.parts.items() if name in adapters}
+        for name, value in of_each.items():
+            _check_finite(name, path, value)
+        values = [(float(adapters[name]), value) for name, value in of_each.items()]
         target = _merged(values, method, density, random)
         made, errors[path] = _cut(target, rank)
         parts[path] = made
-    adapt(model, into, 1.0, parts, freeze="adapted")
+    adapt(model, into, 1.0, parts, freeze=None)  # what is frozen under the others stays frozen
     return errors
+
+
+def _check_finite(name: str, path: str, value: Array) -> None:
+    if not np.isfinite(value).all():
+        raise TetherError(
+            f"The adapter {name!r} adds numbers to {path!r} that are not finite ({int((~np.isfinite(value)).sum())} of "
+            f"{value.size}): its training may have diverged. Combine the others."
+        )
 
 
 def _check_arguments(

@@ -145,6 +145,7 @@ def remove(model: AnyLayer, name: str) -> AnyLayer:
 
     Raises:
         UnknownName: The model has no adapter of this name.
+        TetherError: It is no name.
 
     Example:
     ```python
@@ -154,6 +155,8 @@ def remove(model: AnyLayer, name: str) -> AnyLayer:
     ```
     """
     check(model, "remove")
+    if not isinstance(name, str):
+        raise TetherError(f"One adapter is taken off, by its name, a string. {received(name=name)}")
     present = slotted.names_in(model)
     if name in present:
         slotted.fill_slot(model, slotted.slotted_weights(model), present[name], None, {})
@@ -514,6 +517,10 @@ def check_new_name(model: keras.Layer, name: object, replace: bool = False) -> N
         TetherError: It is no name, or another adapter has it.
     """
     present = names(model)
+    if isinstance(name, str) and "/" in name:
+        raise TetherError(
+            f"The name of an adapter is part of the names of its weights: no '/' in it. {received(name=name)}"
+        )
     if not isinstance(name, str) or not name or (name in present and not replace):
         listed = ", ".join(present) or "none"
         raise TetherError(

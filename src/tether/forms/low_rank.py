@@ -176,13 +176,28 @@ class LowRank(AddedForm):
         return left.reshape(*rows, self.rank), right.reshape(self.rank, *columns)
 
     def _factors(self, value: Array, rows: Shape, columns: Shape) -> tuple[Array, Array]:
-        """The best factors of this rank in the least-squares sense, with singular values shared equally."""
+        """The best factors of this rank in the least-squares sense, with singular values shared equally.
+
+        Raises:
+            TetherError: No factors have that product: the scale is zero, or a number is not finite.
+        """
+        if self.scale == 0:
+            raise TetherError(
+                f"A low-rank part that starts near a value has an `alpha` other than 0. {received(alpha=0)}"
+            )
+        if not np.isfinite(value).all():
+            raise TetherError(
+                f"A low-rank part starts near finite numbers. {received(not_finite=int((~np.isfinite(value)).sum()))}"
+            )
         u, s, v = np.linalg.svd(value.reshape(math.prod(rows), math.prod(columns)), full_matrices=False)
         kept = min(self.rank, len(s))
         root = np.zeros(self.rank)
-        root[:kept] = np.sqrt(s[:kept] / self.scale)
+        root[:kept] = np.sqrt(s[:kept] / abs(self.scale))
         left, right = np.zeros((u.shape[0], self.rank)), np.zeros((self.rank, v.shape[1]))
-        left[:, :kept], right[:kept] = u[:, :kept] * root[:kept], v[:kept] * root[:kept, None]
+        left[:, :kept], right[:kept] = (
+            u[:, :kept] * root[:kept],
+            v[:kept] * math.copysign(1, self.scale) * root[:kept, None],
+        )
         return left.reshape(*rows, self.rank), right.reshape(self.rank, *columns)
 
 
@@ -223,7 +238,8 @@ def low_rank(
         sum has the base's shape.
 
     Raises:
-        TetherError: A rank, start or dropout that makes no sense; at use, a base of fewer than two axes.
+        TetherError: A rank, start or dropout that makes no sense; at use, a base of fewer than two axes, or a start
+            near numbers that are not finite or with an `alpha` of 0.
         Unsupported: At the tie, if the layer cannot apply a dropout.
 
     Example:

@@ -106,10 +106,12 @@ def rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
     Args:
         expression: The factor.
         choice: The choice that it reads.
-        bound: What that is bound to: whole numbers, or (of a mask only) the weights of a mixture.
+        bound: What that is bound to: whole numbers, or the weights of a mixture.
     """
     if isinstance(expression, Mask):
         return cast_to_scope(_mask(expression, bound))
+    if keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype)):
+        return whole_rows(expression, choice, bound)
     if has_base(expression, choice):
         value = for_numbers(expression, choice, bound)
         return masked(value, choice, bound) if choice.none is None else value
@@ -131,9 +133,9 @@ def whole_rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
     (options,), bad = without_bad([for_options(expression, choice)])
     weights = weights_of_choice(choice, bound, bad, keras.backend.standardize_dtype(options.dtype))
     value = keras.ops.tensordot(weights, options, axes=1)
-    if not isinstance(expression, Routed):
+    if not has_base(expression, choice):
         return value
-    base = evaluate(expression.operands[1])
+    base = for_numbers(expression, choice, keras.ops.convert_to_tensor([-1], dtype="int32"))[0]
     left = keras.ops.subtract(1.0, keras.ops.sum(weights, axis=-1))
     of_base = keras.ops.tensordot(keras.ops.expand_dims(left, -1), keras.ops.expand_dims(base, 0), axes=1)
     return keras.ops.add(value, of_base)

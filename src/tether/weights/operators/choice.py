@@ -49,8 +49,7 @@ class Choose(Node):
     def infer_dtype(self, *dtypes: str) -> str | None:
         """Keras's promotion of the options."""
         index, *options = dtypes
-        if not index.startswith(("int", "uint")):
-            raise TetherError(f"An index is a whole number. {received(dtype=index)}")
+        _check_index(index)
         return options[0] if len(set(options)) == 1 else result_type(*options)
 
     def compute(self, *values: Tensor) -> Tensor:
@@ -102,6 +101,7 @@ def choose(index: object, options: Iterable[object]) -> Expression:
 
     Raises:
         ShapeMismatch: The options' shapes differ, there is none, or the index has axes.
+        TetherError: The index is no whole number.
 
     Example:
     ```python
@@ -111,7 +111,15 @@ def choose(index: object, options: Iterable[object]) -> Expression:
     y = layer(np.ones((2, 8), "float32"), which=1)
     ```
     """
-    return Choose(as_expression(index), *map(as_expression, options))
+    number = as_expression(index)
+    if number.dtype is not None:
+        _check_index(number.dtype)
+    return Choose(number, *map(as_expression, options))
+
+
+def _check_index(dtype: str) -> None:
+    if not dtype.startswith(("int", "uint")):
+        raise TetherError(f"An index is a whole number. {received(dtype=dtype)}")
 
 
 # --------------------------------------------------------------------------- adapters
