@@ -271,3 +271,28 @@ def test_a_tied_weight_that_did_not_come_back_is_named(tmp_path):
     tether.files.save_model(around(np.zeros(3, "float32"), tether.Weight((4, 3), name="w")), path)
     with pytest.raises(TetherError, match="inner"):
         tether.files.load_model(path)
+
+
+@pytest.mark.parametrize("change", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["functional", "sequential"])
+def test_a_model_that_is_to_be_compiled_again_is_read_without_what_its_optimizer_kept(kind, change, tmp_path):
+    made = [layers.Dense(4, name="a"), layers.Dense(4, name="b")]
+    inputs = keras.Input((4,))
+    if kind == "functional":
+        model = keras.Model(inputs, made[1](made[0](inputs)))
+    else:
+        model = keras.Sequential([inputs, *made])
+    x = np.ones((2, 4), "float32")
+    if change == "untied":
+        tether.tie(model, {"b/kernel": tether.weight_of(model, "a/kernel").T})
+    model.compile("adam", "mse")
+    model.fit(x, x, verbose=0)
+    if change == "tied":
+        tether.tie(model, {"b/kernel": tether.weight_of(model, "a/kernel").T})
+    else:
+        tether.untie(model)
+    path = tmp_path / "model.keras"
+    tether.files.save_model(model, path)
+    again = tether.files.load_model(path)
+    assert not again.compiled and len(again.weights) == len(model.weights)
+    assert_close(again(x), model(x), 0)

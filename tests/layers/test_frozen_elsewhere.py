@@ -262,3 +262,23 @@ def test_the_optimizer_keeps_a_slot_for_it_as_keras_asks(rng, x):
     assert len(model.optimizer.variables) == 2 + len(model.trainable_variables) == 5
     assert all(one is other for one, other in zip(
         keras_seam.optimized_variables(model.optimizer), model.trainable_variables, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("on_epoch", [False, True])
+def test_averages_do_not_take_the_place_of_a_weight_that_trains_elsewhere(rng, on_epoch):
+    weight = tether.Weight(name="w")
+    trains = keras.Sequential(
+        [keras.Input((6,)), tether.tie(keras.layers.Dense(6, use_bias=False), kernel=weight)], name="trains"
+    )
+    reads = tether.tie(keras.layers.Dense(6, use_bias=False), kernel=weight.stop_gradient().T)
+    still = keras.Sequential([keras.Input((6,)), reads, keras.layers.Dense(6, name="own")], name="still")
+    trains.compile(keras.optimizers.SGD(1.0), "mse")
+    still.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9), "mse")
+    x = rng.normal(size=(8, 6)).astype("float32")
+    still.train_on_batch(x, x)
+    trains.train_on_batch(x, x)
+    before, own = weight.numpy().copy(), numpy(still.get_layer("own").kernel)
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)
+    still.fit(x, x, epochs=2, validation_data=(x, x), verbose=0, callbacks=[swap])
+    np.testing.assert_array_equal(weight.numpy(), before)
+    assert np.abs(numpy(still.get_layer("own").kernel) - own).max() > 0

@@ -306,3 +306,40 @@ def test_every_kind_of_layer(kind, how, rng, tmp_path):
     again = keras.saving.load_model(tmp_path / "m.keras")
     assert again.count_params() == a.count_params()
     np.testing.assert_allclose(numpy(again(x)[1]), y, atol=1e-6)
+
+
+# --------------------------------------------------------------------------- one weight of no shape yet, several places
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+@pytest.mark.parametrize(
+    "of_second", [lambda w: w, lambda w: 0.5 * w, lambda w: w.stop_gradient()], ids=["itself", "expression", "frozen"]
+)
+def test_places_of_other_shapes_in_one_call_are_refused_and_nothing_changes(first, of_second):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(1, name="b")])
+    weight, second = tether.Weight(name="w"), "b" if first == "a" else "a"
+    stored = {each.path: numpy(each) for each in model.weights}
+    classes = [type(layer) for layer in model.layers]
+    with pytest.raises(ShapeMismatch, match=f"'bias' of layer '{second}'"):
+        tether.tie(model, {f"{first}/bias": weight, f"{second}/bias": of_second(weight)})
+    assert [each.path for each in model.weights] == list(stored) and [type(layer) for layer in model.layers] == classes
+    for each in model.weights:
+        np.testing.assert_array_equal(numpy(each), stored[each.path])
+    assert weight.shape is None and not weight.is_built
+    tether.tie(model, {f"{first}/bias": weight})
+
+
+def test_constraints_that_differ_are_refused_in_one_call_too():
+    def model(first, second):
+        layers = [
+            keras.layers.Dense(4, name=name, kernel_constraint=each) for name, each in (("a", first), ("b", second))
+        ]
+        return keras.Sequential([keras.Input((4,)), *layers])
+
+    refused, weight = model(keras.constraints.MaxNorm(1.0), "non_neg"), tether.Weight(name="w")
+    with pytest.raises(Unsupported, match="constrained by MaxNorm already"):
+        tether.tie(refused, {"a/kernel": weight, "b/kernel": weight})
+    assert len(refused.weights) == 4
+    same = model("non_neg", "non_neg")
+    tether.tie(same, {"a/kernel": weight, "b/kernel": weight})
+    assert len(same.weights) == 3 and weight.variable.constraint is not None

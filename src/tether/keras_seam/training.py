@@ -411,6 +411,7 @@ class _Step:
         kept = self._values(optimizer, still) if getattr(optimizer, "ema_overwrite_frequency", None) else []
         result = type(optimizer).apply(optimizer, [gradient for gradient, _ in pairs], [one for _, one in pairs])
         _put_back(kept)
+        self._average(optimizer, still)
         return result
 
     def finalize(self, var_list: object) -> None:
@@ -419,6 +420,13 @@ class _Step:
         kept = self._values(optimizer, self._still(optimizer)) if getattr(optimizer, "use_ema", False) else []
         type(optimizer).finalize_variable_values(optimizer, var_list)
         _put_back(kept)
+
+    def _average(self, optimizer: keras.Optimizer, still: frozenset[int]) -> None:
+        """Makes the average of a weight that does not train here the weight: `SwapEMAWeights` exchanges the two."""
+        averages = getattr(optimizer, "_model_variables_moving_average", None) or ()
+        for one, average in zip(optimized_variables(optimizer), averages, strict=False):
+            if average is not None and id(one) in still:
+                average.assign(one.value)
 
     def _values(self, optimizer: keras.Optimizer, still: frozenset[int]) -> list[tuple[keras.Variable, Tensor]]:
         """An average of a weight that does not train is of what it was: it must not take the weight's place."""

@@ -327,7 +327,7 @@ def load_model(
                 # Keras warns of some values that it does not find, and goes on; here that becomes an error below.
                 warnings.filterwarnings("ignore", "Skipping nested container")
                 model = _read(path, custom_objects=custom_objects, compile=compile, safe_mode=safe_mode)
-            _check_values(model, found, compiled=compile, path=path)
+            _check_values(model, found, compiled=compile and model.compiled, path=path)
             _check_ties(model, found.config, path=path)
         return model
 

@@ -54,7 +54,13 @@ def _mended(expression: Expression, given: Shape, wanted: Shape) -> Expression |
 
 
 def start_from_values(layer: keras.Layer, name: str, expression: Expression, variable: keras.Variable) -> None:
-    """Gives weights without a variable the present values, so that the tie changes no output."""
+    """Gives weights without a variable the present values, so that the tie changes no output.
+
+    Raises:
+        ShapeMismatch: The expression has another shape than the variable. Where one call makes several ties, this may
+            be known only now: the weight has got its shape from a tie before.
+        Unsupported: The weight has got another constraint from a tie before.
+    """
     shape = shape_of(variable)
     dtype = keras_seam.stored_dtype(variable)
     if not isinstance(variable, View) and isinstance(expression, Weight) and expression.can_adopt(dtype):
@@ -62,6 +68,8 @@ def start_from_values(layer: keras.Layer, name: str, expression: Expression, var
         return
     missing = [weight for weight in expression.weights_used() if not weight.is_built]
     if not missing:
+        constraint = None if isinstance(variable, View) else getattr(variable, "constraint", None)
+        refuse_misfit(layer, name, shape, constraint, expression)
         return
     for weight in missing:
         weight.autocasts = weight.autocasts and keras_seam.autocasts(variable)
