@@ -79,18 +79,17 @@ def combine(
     parts: dict[str, Part] = {}
     errors: dict[str, float] = {}
     for path, expression in adapted_weights(model).items():
-        given = [(float(adapters[name]), made) for name, (_, made) in expression.parts.items() if name in adapters]
+        given = {
+            name: (float(adapters[name]), part) for name, (_, part) in expression.parts.items() if name in adapters
+        }
         if not given:
             continue
         dense = method in ("ties", "dare") or (rank is not None and len(expression.shape or ()) > 1)
         if not dense:
-            parts[path] = partial(_summed, given, expression)
+            parts[path] = partial(_summed, list(given.values()), expression)
             errors[path] = 0.0
             continue
-        of_each = {name: start_value(part) for name, (_, part) in expression.parts.items() if name in adapters}
-        for name, value in of_each.items():
-            _check_finite(name, path, value)
-        values = [(float(adapters[name]), value) for name, value in of_each.items()]
+        values = [(weight, _finite_value(name, path, part)) for name, (weight, part) in given.items()]
         target = _merged(values, method, density, random)
         made, errors[path] = _cut(target, rank)
         parts[path] = made
@@ -98,12 +97,15 @@ def combine(
     return errors
 
 
-def _check_finite(name: str, path: str, value: Array) -> None:
+def _finite_value(name: str, path: str, part: Expression) -> Array:
+    """What an adapter adds to a weight; an error names both if some of it is not finite."""
+    value = start_value(part)
     if not np.isfinite(value).all():
         raise TetherError(
             f"The adapter {name!r} adds numbers to {path!r} that are not finite ({int((~np.isfinite(value)).sum())} of "
             f"{value.size}): its training may have diverged. Combine the others."
         )
+    return value
 
 
 def _check_arguments(

@@ -517,15 +517,15 @@ def check_new_name(model: keras.Layer, name: object, replace: bool = False) -> N
         TetherError: It is no name, or another adapter has it.
     """
     present = names(model)
-    if isinstance(name, str) and "/" in name:
-        raise TetherError(
-            f"The name of an adapter is part of the names of its weights: no '/' in it. {received(name=name)}"
-        )
     if not isinstance(name, str) or not name or (name in present and not replace):
         listed = ", ".join(present) or "none"
         raise TetherError(
             f"An adapter has a name of its own, a string; {model.name!r} has: {listed}. Take another, or the old one "
             f"off: `remove(model, name)`, or give `replace=True`. {received(name=name)}"
+        )
+    if "/" in name:
+        raise TetherError(
+            f"The name of an adapter is part of the names of its weights: no '/' in it. {received(name=name)}"
         )
 
 

@@ -110,11 +110,8 @@ def rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
     """
     if isinstance(expression, Mask):
         return cast_to_scope(_mask(expression, bound))
-    if keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype)):
+    if has_base(expression, choice) or keras_seam.is_float(keras.backend.standardize_dtype(bound.dtype)):
         return whole_rows(expression, choice, bound)
-    if has_base(expression, choice):
-        value = for_numbers(expression, choice, bound)
-        return masked(value, choice, bound) if choice.none is None else value
     known = [size for size in bound.shape if isinstance(size, int)]
     few = len(known) < len(bound.shape) or len(choice.choices) <= math.prod(known)
     if few and not is_read_only(expression):
@@ -135,7 +132,10 @@ def whole_rows(expression: Expression, choice: Choice, bound: Tensor) -> Tensor:
     value = keras.ops.tensordot(weights, options, axes=1)
     if not has_base(expression, choice):
         return value
-    base = for_numbers(expression, choice, keras.ops.convert_to_tensor([-1], dtype="int32"))[0]
+    if isinstance(expression, Routed):
+        base = evaluate(expression.operands[1])  # alone: no option is computed for it, which may not be finite
+    else:
+        base = for_numbers(expression, choice, keras.ops.convert_to_tensor([-1], dtype="int32"))[0]
     left = keras.ops.subtract(1.0, keras.ops.sum(weights, axis=-1))
     of_base = keras.ops.tensordot(keras.ops.expand_dims(left, -1), keras.ops.expand_dims(base, 0), axes=1)
     return keras.ops.add(value, of_base)
